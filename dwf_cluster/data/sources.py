@@ -1,0 +1,277 @@
+"""Data sets as uint8 arrays, read once in the driver. To add one: a name in `experiment.SOURCES`, a reader here."""
+
+from __future__ import annotations
+
+import gzip
+import zipfile
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dwf_cluster.experiment import SOURCES, Data, InvalidInput
+
+Bytes = NDArray[np.uint8]
+Labels = NDArray[np.int64]
+
+
+class DataUnavailable(RuntimeError):
+    """The data set is neither on this machine nor can it be downloaded. Its text is one line."""
+
+
+@dataclass(frozen=True)
+class Images:
+    """A data set, ready to be put on a device.
+
+    Attributes:
+        x_train, x_test: uint8, shape (n, channels, height, width).
+        y_train, y_test: int64, shape (n,), values 0..classes-1.
+        classes: number of labels.
+        mean, std: one number a channel, of pixels in [0, 1]; the models normalise with them.
+    """
+
+    x_train: Bytes
+    y_train: Labels
+    x_test: Bytes
+    y_test: Labels
+    classes: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(channels, height, width) of one image."""
+        _, channels, height, width = self.x_train.shape
+        return channels, height, width
+
+
+@dataclass(frozen=True)
+class _Raw:
+    """What a reader returns: images NHWC or NHW as stored, labels as stored."""
+
+    x_train: NDArray[np.generic]
+    y_train: NDArray[np.generic]
+    x_test: NDArray[np.generic]
+    y_test: NDArray[np.generic]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Number of training and of test images, and (channels, height, width) of one, as the models see them."""
+
+    train: int
+    test: int
+    shape: tuple[int, int, int]
+
+
+def sizes(data: Data) -> Sizes:
+    """What `load` would give, without reading a named data set.
+
+    Raises:
+        InvalidInput: as `load`.
+    """
+    if data.source not in SOURCES:
+        images = load(data, Path())
+        return Sizes(len(images.x_train), len(images.x_test), images.shape)
+    train, test, (channels, height, width) = SOURCES[data.source]
+    return Sizes(
+        _count(data.train_examples, train, "train"),
+        _count(data.test_examples, test, "test"),
+        (channels, height + 2 * data.padding, width + 2 * data.padding),
+    )
+
+
+def load(data: Data, folder: Path) -> Images:
+    """Read, check and prepare the images of an experiment.
+
+    Args:
+        data: which images, how many of them, and how they are padded.
+        folder: where downloads are kept and looked for.
+
+    Raises:
+        InvalidInput: if the arrays are not what `data.source` promises, or `data` asks for more than there is.
+        DataUnavailable: if the data set is not here and cannot be downloaded.
+    """
+    raw = _READERS[data.source](folder) if data.source in _READERS else _npz(Path(data.source))
+    x_train, y_train = _checked(raw.x_train, raw.y_train, "train")
+    x_test, y_test = _checked(raw.x_test, raw.y_test, "test")
+    if x_train.shape[1:] != x_test.shape[1:]:
+        raise InvalidInput(
+            f"x_test: images of shape {x_test.shape[1:]} cannot be used: x_train has {x_train.shape[1:]}"
+        )
+    classes = int(y_train.max()) + 1
+    if classes < 2:
+        raise InvalidInput("y_train: all labels are 0: at least two classes are needed")
+    if y_test.max() >= classes:
+        raise InvalidInput(f"y_test: label {y_test.max()} cannot be used: y_train has 0..{classes - 1}")
+    train = _count(data.train_examples, len(x_train), "train")
+    test = _count(data.test_examples, len(x_test), "test")
+    x_train, y_train, x_test, y_test = x_train[:train], y_train[:train], x_test[:test], y_test[:test]
+    x_train, x_test = (_prepared(x, data) for x in (x_train, x_test))
+    mean, std = data.mean, data.std
+    if mean is None or std is None:
+        mean, std = _moments(x_train)
+    elif len(mean) != x_train.shape[1]:
+        raise InvalidInput(
+            f"data.mean: {len(mean)} values cannot be used: the images have {x_train.shape[1]} channel(s)"
+        )
+    return Images(x_train, y_train, x_test, y_test, classes, mean, std)
+
+
+# ------------------------------------------------------------------------------------ checks and preparation
+
+
+def _checked(x: NDArray[np.generic], y: NDArray[np.generic], split: str) -> tuple[Bytes, Labels]:
+    if x.dtype != np.uint8:
+        raise InvalidInput(f"x_{split}: dtype {x.dtype} cannot be used: images are uint8, 0..255")
+    if x.ndim not in (3, 4) or (x.ndim == 4 and not 1 <= x.shape[3] <= 4) or 0 in x.shape:
+        raise InvalidInput(f"x_{split}: shape {x.shape} cannot be used: images are NHWC with 1 to 4 channels, or NHW")
+    if y.dtype.kind not in "iu":
+        raise InvalidInput(f"y_{split}: dtype {y.dtype} cannot be used: labels are integers")
+    if y.shape != (len(x),):
+        raise InvalidInput(f"y_{split}: shape {y.shape} cannot be used: {len(x)} images need shape ({len(x)},)")
+    if y.min() < 0 or y.max() >= 10_000:
+        raise InvalidInput(f"y_{split}: label {min(y.min(), 0) or y.max()} cannot be used: labels are 0..9999")
+    return x.astype(np.uint8, copy=False), y.astype(np.int64)
+
+
+def _count(wanted: int | None, available: int, split: str) -> int:
+    least = 2 if split == "train" else 1  # BatchNorm needs two images
+    count = available if wanted is None else wanted
+    if not least <= count <= available:
+        raise InvalidInput(f"data.{split}_examples: {count} cannot be used: allowed are {least} to {available}")
+    return count
+
+
+def _prepared(x: Bytes, data: Data) -> Bytes:
+    nchw = x[:, None] if x.ndim == 3 else x.transpose(0, 3, 1, 2)
+    margin = (data.padding, data.padding)
+    return np.ascontiguousarray(np.pad(nchw, ((0, 0), (0, 0), margin, margin)))
+
+
+def _moments(x: Bytes) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    histograms = [np.bincount(x[:, c].ravel(), minlength=256) for c in range(x.shape[1])]
+    levels = np.arange(256) / 255
+    means = [float(h @ levels / h.sum()) for h in histograms]
+    variances = [h @ (levels - m) ** 2 / h.sum() for h, m in zip(histograms, means, strict=True)]
+    # One grey level at least: a constant channel has nothing to divide by.
+    return tuple(means), tuple(max(float(v) ** 0.5, 1 / 255) for v in variances)
+
+
+# --------------------------------------------------------------------------------------------------- readers
+
+
+def _digits(folder: Path) -> _Raw:
+    """The 1,797 digits of scikit-learn, 8x8; every fifth image of a fixed shuffle is a test image."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    x = np.round(digits.images * (255 / 16)).astype(np.uint8)
+    y = digits.target.astype(np.int64)
+    order = np.random.RandomState(0).permutation(len(x))  # a frozen stream: the same split for ever
+    test, train = order[::5], np.delete(order, np.s_[::5])
+    return _Raw(x[train], y[train], x[test], y[test])
+
+
+_FASHION_FILES = (
+    "train-images-idx3-ubyte.gz",
+    "train-labels-idx1-ubyte.gz",
+    "t10k-images-idx3-ubyte.gz",
+    "t10k-labels-idx1-ubyte.gz",
+)
+
+
+def _fashion_mnist(folder: Path) -> _Raw:
+    downloads = folder / "FashionMNIST" / "raw"
+    places = (folder, folder / "fashion-mnist", downloads, Path("/usr/share/datasets/fashion-mnist"))
+    for place in places:
+        if all((place / name).is_file() for name in _FASHION_FILES):
+            break
+    else:
+        place = downloads
+        _download(
+            "FashionMNIST",
+            folder,
+            f"put its four .gz files into {folder}, or install Debian's package dataset-fashion-mnist",
+        )
+    return _Raw(*(_idx(place / name) for name in _FASHION_FILES))
+
+
+def _idx(path: Path) -> Bytes:
+    """Read an IDX file of bytes: two zero bytes, 0x08, the number of dimensions, each size, the values."""
+    try:
+        content = gzip.decompress(path.read_bytes())
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise InvalidInput(f"{path}: not a gzip file ({error})") from None
+    dimensions = content[3] if len(content) > 3 and content[:3] == b"\0\0\x08" else 0
+    offset = 4 + 4 * dimensions
+    sizes = np.frombuffer(content[4:offset], dtype=">u4").astype(np.int64)
+    if dimensions == 0 or len(sizes) != dimensions or len(content) != offset + sizes.prod():
+        raise InvalidInput(f"{path}: not an IDX file of unsigned bytes, or cut short")
+    return np.frombuffer(content, dtype=np.uint8, offset=offset).reshape(sizes)
+
+
+def _cifar10(folder: Path) -> _Raw:
+    # torchvision compares each file with its known checksum before it unpickles any of them.
+    train, test = _torchvision("CIFAR10", folder, {"train": True}, {"train": False})
+    return _Raw(train.data, np.asarray(train.targets), test.data, np.asarray(test.targets))
+
+
+def _svhn(folder: Path) -> _Raw:
+    train, test = _torchvision("SVHN", folder, {"split": "train"}, {"split": "test"})
+    nhwc = (0, 2, 3, 1)
+    return _Raw(train.data.transpose(nhwc), train.labels, test.data.transpose(nhwc), test.labels)
+
+
+def _torchvision(name: str, folder: Path, *splits: dict[str, object]) -> list[Any]:
+    """torchvision's data sets, downloaded when they are not in `folder`, checksums compared."""
+    from torchvision import datasets
+
+    dataset = getattr(datasets, name)
+    try:
+        return [dataset(root=folder, **split) for split in splits]
+    except RuntimeError:  # not there, or not the right bytes
+        _download(name, folder, f"copy torchvision's files for {name} into {folder}", splits)
+        return [dataset(root=folder, **split) for split in splits]
+
+
+def _download(name: str, folder: Path, remedy: str, splits: tuple[dict[str, object], ...] = ({},)) -> None:
+    from torchvision import datasets
+
+    try:
+        for split in splits:
+            getattr(datasets, name)(root=folder, download=True, **split)
+    except (OSError, RuntimeError) as error:  # URLError is an OSError; a wrong checksum a RuntimeError
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DataUnavailable(
+            f"{name} is not in {folder} and cannot be downloaded ({reason}); {remedy}, "
+            "or choose another folder with --data-folder"
+        ) from None
+
+
+def _npz(path: Path) -> _Raw:
+    names = ("x_train", "y_train", "x_test", "y_test")
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            missing = [name for name in names if name not in file.files]
+            if missing:
+                raise InvalidInput(f"{path}: no array {missing[0]}: {', '.join(names)} are needed")
+            return _Raw(*(file[name] for name in names))
+    except OSError as error:
+        raise InvalidInput(f"data.source: {str(path)!r} cannot be read: {error.strerror}") from None
+    except (ValueError, zipfile.BadZipFile, zlib.error, EOFError, AttributeError) as error:
+        if isinstance(error, InvalidInput):
+            raise
+        raise InvalidInput(f"{path}: not an .npz file of plain arrays ({error})") from None
+
+
+_READERS: dict[str, Callable[[Path], _Raw]] = {
+    "digits": _digits,
+    "fashion-mnist": _fashion_mnist,
+    "cifar10": _cifar10,
+    "svhn": _svhn,
+}
