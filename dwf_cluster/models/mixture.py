@@ -1,0 +1,60 @@
+"""The soft-gated mixture of experts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import nn
+
+from dwf_cluster.models.resnet import Normalize
+
+
+class Gate(nn.Module):
+    """Equation (2): a softmax over experts, from a small multilayer perceptron on the pixels.
+
+    Args:
+        experts: number of weights.
+        shape: (channels, height, width) of an image.
+        mean, std: per channel, of pixels in [0, 1].
+        hidden: units of the hidden layer.
+    """
+
+    def __init__(
+        self, experts: int, shape: tuple[int, int, int], mean: Sequence[float], std: Sequence[float], hidden: int
+    ) -> None:
+        super().__init__()
+        channels, height, width = shape
+        self.layers = nn.Sequential(
+            Normalize(mean, std),
+            nn.Flatten(),
+            nn.Linear(channels * height * width, hidden),
+            nn.ReLU(),
+            nn.Linear(hidden, experts),
+            nn.Softmax(dim=1),
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Pixels in [0, 1], shape (n, channels, height, width), to weights, shape (n, experts), summing to 1."""
+        weights: torch.Tensor = self.layers(x)
+        return weights
+
+
+class Mixture(nn.Module):
+    """Equation (1): y(x) = sum_i g_i(x) f_i(x), over logits; every expert always runs.
+
+    Args:
+        experts: classifiers of equal output shape, pixels in, logits out.
+        gate: weights for them, shape (n, number of experts).
+    """
+
+    def __init__(self, experts: Iterable[nn.Module], gate: nn.Module) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(experts)
+        self.gate = gate
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Pixels in [0, 1], shape (n, channels, height, width), to logits, shape (n, classes)."""
+        logits = torch.stack([expert(x) for expert in self.experts], dim=1)
+        weights: torch.Tensor = self.gate(x)
+        return (weights.unsqueeze(2) * logits).sum(dim=1)
