@@ -1,0 +1,84 @@
+"""The `jobs` table: one row a job, written when it starts and again when it ends."""
+
+from __future__ import annotations
+
+import platform
+import resource
+import subprocess
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import dwf_cluster
+from dwf_cluster.experiment import Experiment
+from dwf_cluster.store import tables
+from dwf_cluster.store.files import Store
+
+
+@contextmanager
+def recorded(
+    store: Store, experiment: Experiment, job: Mapping[str, str], file: str, gpus: float, device: str
+) -> Iterator[None]:
+    """Keep the row of a job while it runs in this process: `running`, then `done` or `failed`.
+
+    Args:
+        store: takes the row.
+        experiment: that the job belongs to.
+        job: its columns `stage`, `model` and `task`.
+        file: name of its file in the table.
+        gpus: that it was given, fractions included.
+        device: what it computes on.
+    """
+    before = tables.read(store, "jobs", [file]).to_pylist()
+    started, clock = datetime.now(timezone.utc), time.perf_counter()
+    row: dict[str, Any] = {
+        **job,
+        "state": "running",
+        "started": started,
+        "attempts": before[0]["attempts"] + 1 if before else 1,
+        "host": platform.node(),
+        "device": device,
+        "gpus": gpus,
+        "python_version": platform.python_version(),
+        "torch_version": version("torch"),
+        "ray_version": version("ray"),
+        "dwf_cluster_version": dwf_cluster.__version__,
+        "git_commit": _commit(),
+    }
+
+    def write() -> None:
+        tables.write(store, "jobs", file, tables.rows_of(experiment, [row]))
+
+    write()
+    try:
+        yield
+        row["state"] = "done"
+    except BaseException:
+        row["state"] = "failed"
+        raise
+    finally:
+        row["finished"] = datetime.now(timezone.utc)
+        row["seconds"] = time.perf_counter() - clock
+        # Of the process, which a task may share with those before it. Linux counts kibibytes.
+        row["peak_memory_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        write()
+
+
+def _commit() -> str | None:
+    """The git commit of the code, with `+` if the tree differs from it; None outside a checkout."""
+    package = Path(dwf_cluster.__file__).parent
+    try:
+        described = subprocess.run(
+            ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+"],
+            cwd=package,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return described.stdout.strip()

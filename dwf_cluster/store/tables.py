@@ -1,0 +1,151 @@
+"""The four Parquet tables: their schemas, and rows that are replaced and never doubled.
+
+A table is the folder `results/<table>/` with one file for each writer, named after what it holds, so two
+tasks never write to the same file and `pandas.read_parquet(folder)` reads them all.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from dwf_cluster.experiment import Experiment
+from dwf_cluster.store.files import Store
+
+_EXPERIMENT = [("experiment", pa.string()), ("preset", pa.string()), ("dataset", pa.string()), ("seed", pa.int64())]
+_time = pa.timestamp("us", tz="UTC")
+
+
+def _schema(*fields: tuple[str, pa.DataType]) -> pa.Schema:
+    return pa.schema([*_EXPERIMENT, *fields])
+
+
+SCHEMAS: Mapping[str, pa.Schema] = {
+    "metrics": _schema(
+        ("stage", pa.string()),
+        ("model", pa.string()),
+        ("epoch", pa.int64()),
+        ("step", pa.int64()),
+        ("loss", pa.float64()),
+        ("clean_accuracy", pa.float64()),
+        ("probe_pgd_accuracy", pa.float64()),
+        ("learning_rate", pa.float64()),
+        ("images_per_second", pa.float64()),
+        ("seconds", pa.float64()),
+        ("device", pa.string()),
+    ),
+    "evaluations": _schema(
+        ("model", pa.string()),
+        ("attack", pa.string()),
+        ("epsilon", pa.float64()),
+        ("step_size", pa.float64()),
+        ("steps", pa.int64()),
+        ("restarts", pa.int64()),
+        ("eot", pa.int64()),
+        ("examples", pa.int64()),
+        ("correct", pa.int64()),
+        ("accuracy", pa.float64()),
+        ("accuracy_low", pa.float64()),
+        ("accuracy_high", pa.float64()),
+        ("gradients", pa.int64()),
+        ("seconds", pa.float64()),
+    ),
+    "predictions": _schema(
+        ("model", pa.string()),
+        ("attack", pa.string()),
+        ("epsilon", pa.float64()),
+        ("steps", pa.int64()),
+        ("example", pa.int64()),
+        ("label", pa.int64()),
+        ("prediction", pa.int64()),
+        ("margin", pa.float32()),
+        ("gate", pa.list_(pa.float32())),
+    ),
+    "jobs": _schema(
+        ("stage", pa.string()),
+        ("model", pa.string()),
+        ("task", pa.string()),
+        ("state", pa.string()),
+        ("started", _time),
+        ("finished", _time),
+        ("seconds", pa.float64()),
+        ("attempts", pa.int64()),
+        ("host", pa.string()),
+        ("device", pa.string()),
+        ("gpus", pa.float64()),
+        ("peak_memory_bytes", pa.int64()),
+        ("python_version", pa.string()),
+        ("torch_version", pa.string()),
+        ("ray_version", pa.string()),
+        ("dwf_cluster_version", pa.string()),
+        ("git_commit", pa.string()),
+    ),
+}
+
+
+def folder(table: str) -> str:
+    """A table's folder below the experiment's."""
+    return f"results/{table}"
+
+
+def rows_of(experiment: Experiment, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Rows with the four columns that say which experiment they belong to."""
+    source = experiment.data.source
+    of = {
+        "experiment": experiment.signature,
+        "preset": experiment.preset,
+        "dataset": source.replace("\\", "/").rsplit("/", 1)[-1],
+        "seed": experiment.seed,
+    }
+    return [{**of, **row} for row in rows]
+
+
+def write(store: Store, table: str, file: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write one file of a table; rows that it held before are replaced.
+
+    Raises:
+        KeyError: if a row has a column that the schema does not.
+    """
+    schema = SCHEMAS[table]
+    unknown = {column for row in rows for column in row} - set(schema.names)
+    if unknown:
+        raise KeyError(f"{table} has no column {sorted(unknown)}")
+    _write(store, table, file, pa.Table.from_pylist(list(rows), schema=schema))
+
+
+def upsert(store: Store, table: str, file: str, row: Mapping[str, Any], key: str) -> None:
+    """Put one row into a file of a table, in place of the row with the same value of `key`."""
+    schema = SCHEMAS[table]
+    old = _read_file(store, table, file)
+    kept = old.filter(pc.not_equal(old[key], row[key]))
+    new = pa.Table.from_pylist([dict(row)], schema=schema)
+    _write(store, table, file, pa.concat_tables([kept, new]).sort_by(key))
+
+
+def read(store: Store, table: str, files: Sequence[str] | None = None) -> pa.Table:
+    """A whole table, or those of its files that are there; empty if there are none."""
+    if files is None:
+        files = [name.removesuffix(".parquet") for name in store.names(folder(table))]
+    return pa.concat_tables([SCHEMAS[table].empty_table(), *(_read_file(store, table, f) for f in files)])
+
+
+def exists(store: Store, table: str, file: str) -> bool:
+    """Whether that file of the table has been written."""
+    return store.size(f"{folder(table)}/{file}.parquet") is not None
+
+
+def _read_file(store: Store, table: str, file: str) -> pa.Table:
+    content = store.read(f"{folder(table)}/{file}.parquet")
+    schema = SCHEMAS[table]
+    return schema.empty_table() if content is None else pq.read_table(io.BytesIO(content), schema=schema)
+
+
+def _write(store: Store, table: str, file: str, rows: pa.Table) -> None:
+    buffer = io.BytesIO()
+    pq.write_table(rows, buffer, compression="zstd")
+    store.write(f"{folder(table)}/{file}.parquet", buffer.getvalue())
