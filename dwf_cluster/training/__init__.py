@@ -1,0 +1,1 @@
+"""Algorithms 1, 2 and 3 of the paper, on one epoch loop."""

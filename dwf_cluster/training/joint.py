@@ -1,0 +1,63 @@
+"""Algorithm 3: experts and gate trained together, end to end; nothing is frozen."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from dwf_cluster import attacks
+from dwf_cluster.data.device import DeviceImages
+from dwf_cluster.data.sources import Images
+from dwf_cluster.determinism import Draws
+from dwf_cluster.experiment import MIXTURE, Experiment
+from dwf_cluster.models import Mixture
+from dwf_cluster.models.mixture import Gate
+from dwf_cluster.store import Store, checkpoints
+from dwf_cluster.training import expert
+from dwf_cluster.training.loop import Perturb, Task, train, weights
+
+
+def build(experiment: Experiment, images: Images) -> Mixture:
+    """The mixture before any training."""
+    draws = Draws((experiment.seed, MIXTURE))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(draws.generator("weights").initial_seed())
+        gate = Gate(len(experiment.mixture_regimes), images.shape, images.mean, images.std, experiment.gate.hidden)
+    return Mixture((expert.build(experiment, images, r.name) for r in experiment.mixture_regimes), gate)
+
+
+def three_parts(experiment: Experiment) -> Perturb:
+    """What algorithm 3 does to a batch: clean, FGSM and PGD versions against the whole mixture, side by side."""
+    fgsm, pgd = experiment.fgsm, experiment.pgd
+
+    def perturb(view: nn.Module, x: torch.Tensor, y: torch.Tensor, draws: Draws) -> tuple[torch.Tensor, torch.Tensor]:
+        gradient = attacks.input_gradient(view, x, y)  # FGSM's, and PGD's first
+        epsilon = draws.choice("epsilon", fgsm.epsilons)
+        steps = [draws.choice("steps", pgd.steps)]
+        (attacked,) = attacks.pgd(
+            view, x, y, epsilon=pgd.epsilon, step_size=pgd.step_size, steps=steps, gradient=gradient
+        )
+        return torch.cat([x, attacks.fgsm(x, gradient, epsilon), attacked]), torch.cat([y, y, y])
+
+    return perturb
+
+
+def train_joint(task: Task, images: Images, device: torch.device) -> None:
+    """Train the mixture to the end, from its last checkpoint or else from the trained experts.
+
+    Raises:
+        NonFiniteLoss: if the loss becomes NaN or infinite.
+    """
+    experiment = task.experiment
+    mixture = build(experiment, images)
+    if checkpoints.latest_epoch(task.store, task.name) == 0:
+        _load_experts(mixture, experiment, task.store)
+    train(task, mixture.to(device), DeviceImages(images, experiment.data, device), three_parts(experiment))
+
+
+def _load_experts(mixture: Mixture, experiment: Experiment, store: Store) -> None:
+    for module, regime in zip(mixture.experts, experiment.mixture_regimes, strict=True):
+        checkpoint = checkpoints.load_latest(store, regime.name)
+        if checkpoint is None or checkpoint.epoch != experiment.experts.epochs:
+            raise FileNotFoundError(f"expert {regime.name} is not trained to the end; run the experts stage first")
+        module.load_state_dict(weights(checkpoint))

@@ -1,0 +1,238 @@
+"""The one epoch loop: SGD with momentum and weight decay, cosine annealing, a checkpoint after each epoch."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from dwf_cluster import attacks
+from dwf_cluster.data.device import DeviceImages, to_float
+from dwf_cluster.determinism import Draws
+from dwf_cluster.experiment import Experiment, Gate, Training
+from dwf_cluster.store import Store, checkpoints, tables
+
+Perturb = Callable[[nn.Module, torch.Tensor, torch.Tensor, Draws], tuple[torch.Tensor, torch.Tensor]]
+"""(frozen view, images, labels, draws of the step) -> images and labels to train on."""
+
+
+class NonFiniteLoss(RuntimeError):
+    """The loss became NaN or infinite. Its text is one line: model, epoch, step, last good checkpoint."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is trained, and where what comes out goes.
+
+    Attributes:
+        experiment: decides the numbers.
+        store: takes metrics and checkpoints.
+        stage: `experts` or `joint`.
+        name: of the model: `fgsm-2`, `mixture`.
+        training: epochs, learning rate, ... of this stage.
+        report: called after each epoch with the row of `metrics`, on every worker.
+    """
+
+    experiment: Experiment
+    store: Store
+    stage: str
+    name: str
+    training: Training
+    report: Callable[[dict[str, Any]], None] = lambda row: None
+
+
+def train(task: Task, model: nn.Module, images: DeviceImages, perturb: Perturb) -> nn.Module:
+    """Train from the last checkpoint, or from `model` as it is, to the last epoch.
+
+    In a process group (`torch.distributed`), each worker trains on its part of every batch and the gradients
+    are averaged by DDP. Random draws are made for the whole batch, so they do not depend on how many workers
+    there are; BatchNorm normalises with the statistics of a part, and the workers' running statistics are
+    averaged after each step.
+
+    Args:
+        task: what and where.
+        model: on the device of `images`; changed in place. Parameters of a submodule `gate` get the gate's
+            learning rate and weight decay.
+        images: the data set.
+        perturb: makes the batch to train on from a clean one; its images may be several times as many.
+
+    Returns:
+        The model.
+
+    Raises:
+        NonFiniteLoss: if the loss becomes NaN or infinite.
+    """
+    rank, workers = _workers()
+    model.to(memory_format=torch.channels_last)
+    optimizer = _optimizer(model, task.training, task.experiment.gate)
+    done = _restore(task, model, optimizer)
+    parallel = DistributedDataParallel(model, broadcast_buffers=False) if workers > 1 else model
+    for epoch in range(done, task.training.epochs):
+        row = _epoch(task, epoch, model, parallel, optimizer, images, perturb)
+        if rank == 0:
+            # Metrics first: killed in between, the epoch is run again and its row replaced.
+            tables.upsert(task.store, "metrics", task.name, tables.rows_of(task.experiment, [row])[0], key="epoch")
+            _save(task, model, optimizer, epoch + 1)
+        task.report(row)
+    return model
+
+
+def _epoch(
+    task: Task,
+    epoch: int,
+    model: nn.Module,
+    parallel: nn.Module,
+    optimizer: torch.optim.SGD,
+    images: DeviceImages,
+    perturb: Perturb,
+) -> dict[str, Any]:
+    """Train for one epoch (from 0), then probe; returns the row of `metrics`."""
+    started, key = time.perf_counter(), (task.experiment.seed, task.name, epoch)
+    batches = images.epoch(task.training.batch_size, Draws(key))
+    first, last = epoch * len(batches), task.training.epochs * len(batches)
+    model.train()
+    loss_sum, step = 0.0, first
+    try:
+        for step, indices in enumerate(batches, start=first):
+            factor = (1 + math.cos(math.pi * step / last)) / 2
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * factor
+            loss = _accumulate(task, parallel, images, indices, perturb, Draws((*key, step - first)))
+            if not math.isfinite(loss):
+                raise attacks.NotLogits(f"the loss became {loss}")
+            optimizer.step()
+            optimizer.zero_grad()
+            _average_statistics(model)
+            loss_sum += loss * len(indices)
+        seconds = time.perf_counter() - started
+        clean, robust = probe(model, images, task.experiment)
+    except attacks.NotLogits as error:
+        saved = checkpoints.latest_path(task.store, task.name)
+        raise NonFiniteLoss(
+            f"{error} in epoch {epoch + 1}, step {step + 1} of {task.name}; last good checkpoint: {saved or 'none'}"
+        ) from None
+    return {
+        "stage": task.stage,
+        "model": task.name,
+        "epoch": epoch + 1,
+        "step": step + 1,
+        "loss": loss_sum / len(images.x_train),
+        "clean_accuracy": clean,
+        "probe_pgd_accuracy": robust,
+        "learning_rate": optimizer.param_groups[0]["lr"],
+        "images_per_second": len(images.x_train) / seconds,
+        "seconds": seconds,
+        "device": str(images.x_train.device),
+    }
+
+
+def probe(model: nn.Module, images: DeviceImages, experiment: Experiment) -> tuple[float, float]:
+    """Accuracy (0..1) on the first test images, clean and under a short PGD: shows catastrophic overfitting."""
+    view, count = attacks.frozen(model), experiment.evaluation.probe_examples
+    x, y = to_float(images.x_test[:count]), images.y_test[:count]
+    pgd = experiment.pgd
+    (attacked,) = attacks.pgd(
+        view, x, y, epsilon=pgd.epsilon, step_size=pgd.step_size, steps=[experiment.evaluation.probe_steps]
+    )
+    with torch.no_grad():
+        clean, robust = (float((view(images).argmax(1) == y).double().mean()) for images in (x, attacked))
+    return clean, robust
+
+
+def _accumulate(
+    task: Task,
+    parallel: nn.Module,
+    images: DeviceImages,
+    indices: torch.Tensor,
+    perturb: Perturb,
+    draws: Draws,
+) -> float:
+    """Add up one batch's gradients on every worker; returns the batch's mean loss."""
+    rank, workers = _workers()
+    start, stop = len(indices) * rank // workers, len(indices) * (rank + 1) // workers
+    cuts = torch.arange(start, stop).tensor_split(task.training.accumulation)
+    parts = [slice(int(cut[0]), int(cut[-1]) + 1) for cut in cuts if len(cut)]
+    # The attack sees the model as it is before the step.
+    view = attacks.frozen(parallel.module if isinstance(parallel, DistributedDataParallel) else parallel)
+    total = torch.zeros((), device=indices.device)
+    for number, part in enumerate(parts, start=1):
+        x, y = perturb(view, *images.train_batch(indices, draws, part), draws)
+        copies = len(y) // (part.stop - part.start)
+        waits = isinstance(parallel, DistributedDataParallel) and number < len(parts)
+        with parallel.no_sync() if waits else nullcontext():  # type: ignore[operator]
+            logits = parallel(x.contiguous(memory_format=torch.channels_last))
+            # DDP averages over workers; times their number, the sum of parts is the whole batch's mean.
+            loss = F.cross_entropy(logits, y, reduction="sum") * (workers / (copies * len(indices)))
+            loss.backward()  # type: ignore[no-untyped-call]
+        total += loss.detach() / workers
+    if workers > 1:
+        dist.all_reduce(total)
+    return float(total)
+
+
+def _workers() -> tuple[int, int]:
+    """(rank, number of workers) of this process."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def _optimizer(model: nn.Module, training: Training, gate: Gate) -> torch.optim.SGD:
+    gates = {id(p) for n, m in model.named_children() if n == "gate" for p in m.parameters()}
+    groups = [
+        ([p for p in model.parameters() if id(p) not in gates], training.learning_rate, training.weight_decay),
+        ([p for p in model.parameters() if id(p) in gates], gate.learning_rate, gate.weight_decay),
+    ]
+    return torch.optim.SGD(
+        [{"params": p, "lr": lr, "peak": lr, "weight_decay": decay} for p, lr, decay in groups if p],
+        momentum=training.momentum,
+    )
+
+
+def _average_statistics(model: nn.Module) -> None:
+    """Give every worker the mean of all workers' BatchNorm statistics, so that all hold one model."""
+    _, workers = _workers()
+    if workers == 1:
+        return
+    statistics = [b for b in model.buffers() if b.is_floating_point()]
+    flat = torch.cat([b.flatten() for b in statistics])
+    dist.all_reduce(flat)
+    parts = (flat / workers).split([b.numel() for b in statistics])  # type: ignore[no-untyped-call]
+    for buffer, part in zip(statistics, parts, strict=True):
+        buffer.copy_(part.view_as(buffer))
+
+
+def _save(task: Task, model: nn.Module, optimizer: torch.optim.SGD, epoch: int) -> None:
+    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    for name, parameter in model.named_parameters():
+        momentum = optimizer.state[parameter].get("momentum_buffer")
+        if momentum is not None:
+            tensors[f"momentum.{name}"] = momentum
+    state = {"model": task.name, "stage": task.stage, "epoch": epoch, "epochs": task.training.epochs}
+    checkpoints.save(task.store, task.name, epoch, tensors, {**state, "experiment": task.experiment.signature})
+
+
+def _restore(task: Task, model: nn.Module, optimizer: torch.optim.SGD) -> int:
+    """Load the newest checkpoint, if there is one; returns the epochs done."""
+    checkpoint = checkpoints.load_latest(task.store, task.name)
+    if checkpoint is None:
+        return 0
+    model.load_state_dict(weights(checkpoint))
+    for name, parameter in model.named_parameters():
+        momentum = checkpoint.tensors.get(f"momentum.{name}")
+        if momentum is not None:
+            optimizer.state[parameter]["momentum_buffer"] = momentum.to(parameter.device)
+    return checkpoint.epoch
+
+
+def weights(checkpoint: checkpoints.Checkpoint) -> dict[str, torch.Tensor]:
+    """The model's part of a checkpoint, for `load_state_dict`."""
+    named = checkpoint.tensors.items()
+    return {name.removeprefix("model."): tensor for name, tensor in named if name.startswith("model.")}
