@@ -1,0 +1,1 @@
+"""Where it runs: Ray on this machine."""

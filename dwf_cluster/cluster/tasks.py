@@ -1,0 +1,98 @@
+"""What runs inside a Ray task: an expert's Train run, the joint Train run, one family of attacks on one model.
+
+An expert on a CPU trains in its task's process (Train's local mode); with GPUs the task holds nothing and Train
+starts the worker that holds the GPU. Both ways are one call with another `ScalingConfig`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import ray
+import torch
+from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from dwf_cluster.cluster.ray import Placement
+from dwf_cluster.data.device import DeviceImages
+from dwf_cluster.determinism import make_deterministic
+from dwf_cluster.evaluation import evaluate
+from dwf_cluster.experiment import MIXTURE, Experiment
+from dwf_cluster.plan import Job
+from dwf_cluster.store import Store, checkpoints, tables
+from dwf_cluster.store.jobs import recorded
+from dwf_cluster.training import expert, joint
+from dwf_cluster.training.loop import Task, weights
+
+
+def run_job(job: Job, experiment: Experiment, store: Store, images: ray.ObjectRef, place: Placement) -> None:
+    """Run one job to its end and record it.
+
+    Args:
+        job: of the plan.
+        experiment: decides the numbers.
+        store: takes what comes out.
+        images: reference to a `data.sources.Images`.
+        place: processes, and CPUs and GPUs of each.
+    """
+    columns = {"stage": job.stage, "model": job.model, "task": job.name}
+    gpus = place.gpus * max(1, place.workers)
+    with recorded(store, experiment, columns, job.file, gpus, _device_name(place)):
+        if job.stage == "evaluate":
+            _evaluate(job, experiment, store, images, place)
+        else:
+            _fit(functools.partial(_train, job, experiment, store, images, place), job, store, place)
+
+
+def _fit(loop: Callable[[], None], job: Job, store: Store, place: Placement) -> None:
+    resources = {"CPU": float(place.cpus)} | ({"GPU": float(place.gpus)} if place.gpus else {})
+    cuda = place.gpus > 0 and torch.cuda.is_available()
+    TorchTrainer(
+        loop,
+        scaling_config=ScalingConfig(num_workers=place.workers, use_gpu=place.gpus > 0, resources_per_worker=resources),
+        torch_config=TorchConfig(backend="nccl" if cuda else "gloo"),
+        # For workers that die; an error of the loop's own is met again after the last checkpoint, then ends the run.
+        # No time stamp in the name: the same run again is the same run.
+        run_config=RunConfig(
+            name=job.file, storage_path=store.path("train"), failure_config=FailureConfig(max_failures=2)
+        ),
+    ).fit()
+
+
+def _train(job: Job, experiment: Experiment, store: Store, images: ray.ObjectRef, place: Placement) -> None:
+    """One worker's part of a Train run."""
+    make_deterministic(place.cpus)
+    training = experiment.joint if job.stage == "joint" else experiment.experts
+    task = Task(experiment, store, job.stage, job.model, training, report=ray.train.report)
+    arrays = ray.get(images)
+    if job.stage == "joint":
+        joint.train_joint(task, arrays, _device())
+    else:
+        regime = next(r for r in experiment.regimes if r.name == job.model)
+        expert.train_expert(task, arrays, regime, _device())
+
+
+def _evaluate(job: Job, experiment: Experiment, store: Store, images: ray.ObjectRef, place: Placement) -> None:
+    make_deterministic(place.cpus)
+    arrays, device = ray.get(images), _device()
+    mixture = job.model == MIXTURE
+    model = joint.build(experiment, arrays) if mixture else expert.build(experiment, arrays, job.model)
+    checkpoint = checkpoints.load_latest(store, job.model)
+    if checkpoint is None:
+        raise FileNotFoundError(f"{job.model} has no checkpoint that can be read")
+    model.load_state_dict(weights(checkpoint))
+    assert job.family is not None
+    rows, predictions = evaluate(
+        experiment, model.to(device), job.model, job.family, DeviceImages(arrays, experiment.data, device)
+    )
+    tables.write(store, "evaluations", job.file, tables.rows_of(experiment, rows))
+    tables.write(store, "predictions", job.file, tables.rows_of(experiment, predictions))
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _device_name(place: Placement) -> str:
+    return str(torch.cuda.get_device_name(0)) if place.gpus and torch.cuda.is_available() else "cpu"
