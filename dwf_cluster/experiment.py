@@ -346,6 +346,7 @@ _DIGITS = Experiment(
     preset="digits",
     data=Data(source="digits"),
     model=Model(width=8),
+    gate=Gate(learning_rate=0.1),  # one joint epoch is all the time it has
     fgsm=Fgsm(epsilons=(0.03, 0.06, 0.09, 0.12, 0.15, 0.18, 0.21, 0.24, 0.27)),
     pgd=Pgd(epsilon=0.15, step_size=0.03, steps=(2, 4, 6, 8, 10)),
     experts=Experts(epochs=4, batch_size=64),

@@ -1,0 +1,111 @@
+"""A small experiment, a command line run in a process of its own, and small images."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from dwf_cluster.data import sources
+from dwf_cluster.experiment import Experiment, build
+from dwf_cluster.store import Store
+
+TINY = [
+    "data.train_examples=96",
+    "data.test_examples=40",
+    "model.width=4",
+    "gate.hidden=8",
+    "experts.fgsm=1",
+    "experts.pgd=1",
+    "experts.epochs=3",
+    "experts.batch_size=32",
+    "joint.epochs=2",
+    "joint.batch_size=32",
+    "pgd.steps=1,2",
+    "evaluation.pgd_steps=1,2",
+    "evaluation.restarts=2",
+    "evaluation.restart_steps=2",
+    "evaluation.adaptive_steps=2",
+    "evaluation.probe_examples=40",
+    "evaluation.probe_steps=2",
+]
+"""Assignments that make the digits preset a matter of seconds: three experts, 96 images."""
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def tiny() -> Experiment:
+    return build("digits", 0, TINY)
+
+
+@pytest.fixture
+def images(tiny: Experiment) -> sources.Images:
+    return sources.load(tiny.data, Path())
+
+
+@pytest.fixture
+def store(tmp_path: Path, tiny: Experiment) -> Store:
+    return Store(str(tmp_path), tiny.folder)
+
+
+def write_npz(path: Path, **changed: np.ndarray | None) -> Path:
+    """An .npz data set of 64 + 16 colour images of 8x8 with three classes; arrays can be replaced or left out."""
+    random = np.random.default_rng(0)
+    y_train, y_test = np.arange(64) % 3, np.arange(16) % 3
+    arrays = {
+        "x_train": (random.integers(0, 120, (64, 8, 8, 3)) + y_train[:, None, None, None] * 60).astype(np.uint8),
+        "y_train": y_train,
+        "x_test": (random.integers(0, 120, (16, 8, 8, 3)) + y_test[:, None, None, None] * 60).astype(np.uint8),
+        "y_test": y_test,
+    } | changed
+    np.savez(path, **{name: array for name, array in arrays.items() if array is not None})
+    return path
+
+
+class Launch:
+    """`python -m dwf_cluster.launch` as a user runs it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def _command(self, arguments: Sequence[str | os.PathLike[str]]) -> list[str]:
+        return [sys.executable, "-m", "dwf_cluster.launch", *map(str, arguments)]
+
+    def __call__(self, *arguments: str | os.PathLike[str]) -> subprocess.CompletedProcess[str]:
+        """Run to the end."""
+        return subprocess.run(
+            self._command(arguments), cwd=self.folder, capture_output=True, text=True, timeout=400, check=False
+        )
+
+    def until(self, line: str, send: signal.Signals, *arguments: str | os.PathLike[str]) -> tuple[int, str]:
+        """Run until a line of the output matches, send the signal; returns the exit status and stderr."""
+        with subprocess.Popen(
+            self._command(arguments), cwd=self.folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        ) as process:
+            assert process.stdout is not None
+            assert process.stderr is not None
+            for printed in process.stdout:
+                if re.search(line, printed):
+                    process.send_signal(send)
+                    break
+            else:
+                raise AssertionError(f"no line matched {line!r}: {process.stderr.read()}")
+            process.stdout.read()
+            return process.wait(), process.stderr.read()
+
+
+@pytest.fixture
+def launch(tmp_path: Path) -> Launch:
+    return Launch(tmp_path)
