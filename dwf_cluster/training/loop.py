@@ -75,7 +75,7 @@ def train(task: Task, model: nn.Module, images: DeviceImages, perturb: Perturb) 
     model.to(memory_format=torch.channels_last)
     optimizer = _optimizer(model, task.training, task.experiment.gate)
     done = _restore(task, model, optimizer)
-    parallel = DistributedDataParallel(model, broadcast_buffers=False) if workers > 1 else model
+    parallel = DistributedDataParallel(model) if workers > 1 else model
     for epoch in range(done, task.training.epochs):
         row = _epoch(task, epoch, model, parallel, optimizer, images, perturb)
         if rank == 0:
@@ -199,9 +199,9 @@ def _optimizer(model: nn.Module, training: Training, gate: Gate) -> torch.optim.
 def _average_statistics(model: nn.Module) -> None:
     """Give every worker the mean of all workers' BatchNorm statistics, so that all hold one model."""
     _, workers = _workers()
-    if workers == 1:
-        return
     statistics = [b for b in model.buffers() if b.is_floating_point()]
+    if workers == 1 or not statistics:
+        return
     flat = torch.cat([b.flatten() for b in statistics])
     dist.all_reduce(flat)
     parts = (flat / workers).split([b.numel() for b in statistics])  # type: ignore[no-untyped-call]

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+
+import pytest
 import torch
+import torch.nn.functional as F
 
 from dwf_cluster.experiment import build
 from dwf_cluster.models import Mixture, ResNet18
@@ -58,3 +62,18 @@ def test_the_plans_operation_count_is_that_of_the_network() -> None:
             model.eval()(torch.rand(1, *shape))
         counted = counter.get_total_flops() - 2 * 8 * width * 10  # the plan leaves the last layer out
         assert forward_flops(build("cifar10", 0, [f"model.width={width}"]), shape) == counted
+
+
+@pytest.mark.parametrize("width", [1, 3, 4, 8])
+def test_weight_gradients_in_channels_last_are_those_of_the_plain_layout(width: int) -> None:
+    """oneDNN corrupted memory here for few channels (its issue 6035), and gave wrong gradients before that."""
+    torch.manual_seed(0)
+    plain = ResNet18(10, (0.5,), (0.25,), width)
+    last = copy.deepcopy(plain).to(memory_format=torch.channels_last)
+    x, y = torch.rand(32, 1, 8, 8), torch.arange(32) % 10
+    for _ in range(5):
+        for model, images in ((plain, x), (last, x.contiguous(memory_format=torch.channels_last))):
+            model.zero_grad()
+            F.cross_entropy(model(images), y).backward()
+    for (name, one), other in zip(plain.named_parameters(), last.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad, rtol=1e-3, atol=1e-4, msg=name)

@@ -1,0 +1,92 @@
+"""Algorithm 3: three parts in one batch, experts and gate end to end."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from dwf_cluster import attacks
+from dwf_cluster.data.device import DeviceImages
+from dwf_cluster.data.sources import Images
+from dwf_cluster.determinism import Draws
+from dwf_cluster.experiment import Experiment, build
+from dwf_cluster.store import Store, checkpoints, tables
+from dwf_cluster.training import expert, joint
+from dwf_cluster.training.loop import Task, _optimizer, weights
+
+from ..conftest import TINY
+
+CPU = torch.device("cpu")
+
+
+def _experts(experiment: Experiment, images: Images, store: Store) -> None:
+    for regime in experiment.regimes:
+        task = Task(experiment, store, "experts", regime.name, experiment.experts)
+        expert.train_expert(task, images, regime, CPU)
+
+
+def test_the_batch_is_clean_fgsm_and_pgd_side_by_side(tiny: Experiment, images: Images) -> None:
+    view = attacks.frozen(joint.build(tiny, images))
+    x, y = DeviceImages(images, tiny.data, CPU).train_batch(torch.arange(12), Draws((0,)))
+    draws = Draws((0, "mixture", 0, 0))
+    found, labels = joint.three_parts(tiny)(view, x, y, draws)
+    fgsm = attacks.fgsm(x, attacks.input_gradient(view, x, y), draws.choice("epsilon", tiny.fgsm.epsilons))
+    steps = [draws.choice("steps", tiny.pgd.steps)]
+    (pgd,) = attacks.pgd(view, x, y, epsilon=tiny.pgd.epsilon, step_size=tiny.pgd.step_size, steps=steps)
+    assert torch.equal(found, torch.cat([x, fgsm, pgd]))
+    assert torch.equal(labels, torch.cat([y, y, y]))
+
+
+def test_fgsms_gradient_is_pgds_first(tiny: Experiment, images: Images) -> None:
+    view = attacks.frozen(joint.build(tiny, images))
+    calls: list[int] = []
+    view.register_forward_pre_hook(lambda *_: calls.append(1))
+    x, y = DeviceImages(images, tiny.data, CPU).train_batch(torch.arange(4), Draws((0,)))
+    draws = Draws((0, "mixture", 0, 0))
+    joint.three_parts(tiny)(view, x, y, draws)
+    assert len(calls) == draws.choice("steps", tiny.pgd.steps)
+
+
+def test_it_starts_from_the_trained_experts_and_changes_all_of_them_and_the_gate(
+    tiny: Experiment, images: Images, store: Store
+) -> None:
+    _experts(tiny, images, store)
+    joint.train_joint(Task(tiny, store, "joint", "mixture", tiny.joint), images, CPU)
+    mixture = checkpoints.load_latest(store, "mixture")
+    assert mixture is not None
+    fresh = joint.build(tiny, images).state_dict()
+    trained = weights(mixture)
+    assert any(not torch.equal(fresh[name], trained[name]) for name in fresh if name.startswith("gate.layers.2"))
+    for number, regime in enumerate(tiny.mixture_regimes):
+        before = checkpoints.load_latest(store, regime.name)
+        assert before is not None
+        name = "stem.0.weight"
+        change = (trained[f"experts.{number}.{name}"] - weights(before)[name]).abs().max()
+        assert 0 < float(change) < 0.5
+    assert [row["stage"] for row in tables.read(store, "metrics", ["mixture"]).to_pylist()] == ["joint", "joint"]
+
+
+def test_it_does_not_start_before_every_expert_is_trained(tiny: Experiment, images: Images, store: Store) -> None:
+    with pytest.raises(FileNotFoundError, match="expert benign is not trained to the end"):
+        joint.train_joint(Task(tiny, store, "joint", "mixture", tiny.joint), images, CPU)
+
+
+def test_the_gate_has_a_learning_rate_and_weight_decay_of_its_own(images: Images) -> None:
+    experiment = build("digits", 0, [*TINY, "gate.learning_rate=0.5", "gate.weight_decay=0.25"])
+    mixture = joint.build(experiment, images)
+    experts, gate = _optimizer(mixture, experiment.joint, experiment.gate).param_groups
+    assert (gate["lr"], gate["weight_decay"]) == (0.5, 0.25)
+    assert (experts["lr"], experts["weight_decay"]) == (0.01, 5e-4)
+    assert [id(p) for p in gate["params"]] == [id(p) for p in mixture.gate.parameters()]
+    assert len(experts["params"]) + len(gate["params"]) == len(list(mixture.parameters()))
+
+
+def test_experts_of_different_names_start_from_different_weights(tiny: Experiment, images: Images) -> None:
+    first, again, other = (expert.build(tiny, images, name) for name in ("pgd-1", "pgd-1", "pgd-2"))
+
+    def stem(model: nn.Module) -> torch.Tensor:
+        return model.state_dict()["stem.0.weight"]
+
+    assert torch.equal(stem(first), stem(again))
+    assert not torch.equal(stem(first), stem(other))

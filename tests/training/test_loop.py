@@ -1,0 +1,233 @@
+"""The epoch loop against a plain PyTorch loop, resumed against uninterrupted, many workers against one."""
+
+from __future__ import annotations
+
+import copy
+import math
+import multiprocessing
+import os
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+
+from dwf_cluster import attacks
+from dwf_cluster.data.device import DeviceImages
+from dwf_cluster.data.sources import Images, load
+from dwf_cluster.determinism import Draws
+from dwf_cluster.experiment import Experiment, Regime, build
+from dwf_cluster.store import Store, checkpoints, tables
+from dwf_cluster.training import expert
+from dwf_cluster.training.loop import NonFiniteLoss, Task, train, weights
+
+from ..conftest import TINY
+
+CPU = torch.device("cpu")
+BENIGN = Regime("benign", "benign")
+FGSM = Regime("fgsm-1", "fgsm", epsilons=(0.06, 0.2))
+PGD = Regime("pgd-1", "pgd", steps=(1, 2))
+
+
+class NoNorm(nn.Module):
+    """A small network without BatchNorm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Conv2d(1, 6, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(6 * 64, 16), nn.Tanh(), nn.Linear(16, 10)
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.layers(x)
+        return logits
+
+
+class InDouble(nn.Module):
+    """A model in double precision that takes images in single precision."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model.double()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.model(x.double())
+        return logits
+
+
+def _seeded(model: type[nn.Module]) -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return model()
+
+
+def _train(experiment: Experiment, images: Images, store: Store, regime: Regime, model: nn.Module) -> nn.Module:
+    task = Task(experiment, store, "experts", regime.name, experiment.experts)
+    return train(task, model, DeviceImages(images, experiment.data, CPU), expert.adversary(regime, experiment.pgd))
+
+
+@pytest.mark.parametrize("regime", [BENIGN, FGSM, PGD], ids=lambda regime: regime.attack)
+def test_it_equals_the_plain_pytorch_loop(images: Images, store: Store, regime: Regime) -> None:
+    """In double precision: what rounding differs by must not decide on which side of zero a ReLU's input lies."""
+    tiny = build("digits", 0, [*TINY, "experts.learning_rate=0.01", "experts.epochs=2"])
+    model = InDouble(expert.build(tiny, images, regime.name))
+    slow = copy.deepcopy(model)
+    _train(tiny, images, store, regime, model)
+
+    data, training = DeviceImages(images, tiny.data, CPU), tiny.experts
+    optimizer = torch.optim.SGD(
+        slow.parameters(), training.learning_rate, momentum=training.momentum, weight_decay=training.weight_decay
+    )
+    steps = training.epochs * math.ceil(96 / training.batch_size)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for epoch in range(training.epochs):
+        for index, indices in enumerate(data.epoch(training.batch_size, Draws((0, regime.name, epoch)))):
+            draws = Draws((0, regime.name, epoch, index))
+            x, y = data.train_batch(indices, draws)
+            if regime.attack != "benign":
+                target = copy.deepcopy(slow).eval()  # BatchNorm unfolded, in evaluation mode
+                if regime.attack == "fgsm":
+                    gradient = attacks.input_gradient(target, x, y)
+                    x = attacks.fgsm(x, gradient, draws.choice("epsilon", regime.epsilons))
+                else:
+                    count = draws.choice("steps", regime.steps)
+                    (x,) = attacks.pgd(
+                        target, x, y, epsilon=tiny.pgd.epsilon, step_size=tiny.pgd.step_size, steps=[count]
+                    )
+            slow.train()
+            optimizer.zero_grad()
+            F.cross_entropy(slow(x), y).backward()
+            optimizer.step()
+            schedule.step()
+    for name, tensor in slow.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[name], tensor, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("regime", [BENIGN, PGD], ids=lambda regime: regime.attack)
+def test_a_resumed_run_ends_with_the_bits_of_an_uninterrupted_one(
+    tiny: Experiment, images: Images, tmp_path: Path, regime: Regime
+) -> None:
+    whole = _train(tiny, images, Store(str(tmp_path), "whole"), regime, expert.build(tiny, images, regime.name))
+
+    class Interrupt(Exception):
+        pass
+
+    def interrupt(row: dict[str, object]) -> None:
+        if row["epoch"] == 2:
+            raise Interrupt
+
+    store = Store(str(tmp_path), "interrupted")
+    data, perturb = DeviceImages(images, tiny.data, CPU), expert.adversary(regime, tiny.pgd)
+    task = Task(tiny, store, "experts", regime.name, tiny.experts, report=interrupt)
+    with pytest.raises(Interrupt):
+        train(task, expert.build(tiny, images, regime.name), data, perturb)
+    resumed = _train(tiny, images, store, regime, _other(expert.build(tiny, images, "another name")))
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(resumed.state_dict()[name], tensor), name
+    assert [row["epoch"] for row in tables.read(store, "metrics").to_pylist()] == [1, 2, 3]
+
+
+def _other(model: nn.Module) -> nn.Module:
+    for parameter in model.parameters():
+        nn.init.constant_(parameter, 3.0)
+    return model
+
+
+@pytest.mark.parametrize("parts", [2, 5])
+def test_accumulated_gradients_are_the_batchs_without_batchnorm(
+    tiny: Experiment, images: Images, tmp_path: Path, parts: int
+) -> None:
+    whole = _train(tiny, images, Store(str(tmp_path), "1"), PGD, _seeded(NoNorm))
+    cut = build("digits", 0, [*TINY, f"experts.accumulation={parts}"])
+    accumulated = _train(cut, images, Store(str(tmp_path), "n"), PGD, _seeded(NoNorm))
+    for one, other in zip(whole.parameters(), accumulated.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_each_epoch_leaves_a_row_and_a_checkpoint(tiny: Experiment, images: Images, store: Store) -> None:
+    _train(tiny, images, store, FGSM, expert.build(tiny, images, "fgsm-1"))
+    rows = tables.read(store, "metrics").to_pylist()
+    assert [(row["epoch"], row["step"]) for row in rows] == [(1, 3), (2, 6), (3, 9)]
+    assert all(0 <= row["probe_pgd_accuracy"] <= row["clean_accuracy"] <= 1 for row in rows)
+    assert rows[-1]["learning_rate"] == pytest.approx(0.1 * (1 + math.cos(math.pi * 8 / 9)) / 2)
+    assert checkpoints.latest_epoch(store, "fgsm-1") == 3
+
+
+def test_a_loss_that_is_not_finite_names_step_model_and_last_good_checkpoint(
+    tiny: Experiment, images: Images, store: Store
+) -> None:
+    perturb = expert.adversary(BENIGN, tiny.pgd)
+
+    def broken(view: nn.Module, x: torch.Tensor, y: torch.Tensor, draws: Draws) -> tuple[torch.Tensor, torch.Tensor]:
+        x, y = perturb(view, x, y, draws)
+        return (x * float("nan") if draws.key[-2:] == (1, 1) else x), y
+
+    task = Task(tiny, store, "experts", "benign", tiny.experts)
+    with pytest.raises(NonFiniteLoss) as error:
+        train(task, expert.build(tiny, images, "benign"), DeviceImages(images, tiny.data, CPU), broken)
+    path = store.path("checkpoints/benign/epoch-00001")
+    assert str(error.value) == f"the loss became nan in epoch 2, step 5 of benign; last good checkpoint: {path}"
+    assert checkpoints.latest_epoch(store, "benign") == 1
+
+
+def test_weights_that_explode_under_attack_are_reported_the_same_way(images: Images, store: Store) -> None:
+    exploding = build("digits", 0, [*TINY, "experts.learning_rate=100", "experts.weight_decay=1", "experts.epochs=9"])
+    with pytest.raises(NonFiniteLoss, match=r"NaN or infinity in epoch \d, step \d+ of pgd-1; last good checkpoint: "):
+        _train(exploding, images, store, PGD, _seeded(NoNorm))
+
+
+def test_the_baselines_attack_half_of_the_batch() -> None:
+    perturb = expert.adversary(Regime("fgsm-at", "fgsm", (0.1,), fraction=0.5), build("digits").pgd)
+    x, y = torch.full((9, 1, 8, 8), 0.5), torch.arange(9)
+    trained, labels = perturb(attacks.frozen(_seeded(NoNorm)), x, y, Draws((0,)))
+    assert (trained != x).flatten(1).any(1).tolist() == [True] * 5 + [False] * 4
+    assert torch.equal(labels, y)
+
+
+def test_strengths_are_drawn_for_each_batch_from_the_whole_set() -> None:
+    drawn = {Draws((0, "fgsm-1", 0, step)).choice("epsilon", (0.1, 0.2, 0.3)) for step in range(40)}
+    assert drawn == {0.1, 0.2, 0.3}
+    assert len({Draws((0, name, 0, 0)).generator("order").initial_seed() for name in ("fgsm-1", "fgsm-2")}) == 2
+
+
+# ------------------------------------------------------------------------------------ two gloo workers
+
+
+def _worker(rank: int, folder: str, norm: bool) -> None:
+    os.environ.update(MASTER_ADDR="127.0.0.1", GLOO_SOCKET_IFNAME="lo")
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    experiment = build("digits", 0, TINY)
+    _run(experiment, Path(folder), "two", norm)
+    dist.destroy_process_group()
+
+
+def _run(experiment: Experiment, folder: Path, name: str, norm: bool) -> None:
+    images = load(experiment.data, folder)
+    model = expert.build(experiment, images, "benign") if norm else _seeded(NoNorm)
+    _train(experiment, images, Store(str(folder), name), BENIGN if norm else PGD, model)
+
+
+@pytest.mark.parametrize("norm", [False, True], ids=["without BatchNorm", "with BatchNorm"])
+def test_two_workers_with_half_the_batch_follow_one_worker_on_the_whole(tmp_path: Path, norm: bool) -> None:
+    """Without BatchNorm the weights agree up to rounding. With it, they agree with those of one worker that
+    accumulates two halves: what is left between the two and the whole batch is the statistics of the halves."""
+    context = multiprocessing.get_context("spawn")
+    workers = [context.Process(target=_worker, args=(rank, str(tmp_path), norm)) for rank in range(2)]
+    for worker in workers:
+        worker.start()
+    one = build("digits", 0, [*TINY, f"experts.accumulation={2 if norm else 1}"])
+    _run(one, tmp_path, "one", norm)
+    for worker in workers:
+        worker.join()
+    assert [worker.exitcode for worker in workers] == [0, 0]
+    found = {}
+    for name in ("one", "two"):
+        checkpoint = checkpoints.load_latest(Store(str(tmp_path), name), "benign" if norm else "pgd-1")
+        assert checkpoint is not None
+        found[name] = weights(checkpoint)
+    for name, tensor in found["one"].items():
+        if "running" not in name and "tracked" not in name:
+            torch.testing.assert_close(found["two"][name], tensor, rtol=1e-3, atol=1e-4, msg=name)
