@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace, arguments: list[str]) -> int:
-    stages = [stage for stage in options.stages.split(",") if stage]
+    stages = options.stages.split(",")
     for stage in stages:
         if stage not in STAGES:
             raise InvalidInput(f"--stages: {stage!r} cannot be used: allowed are {','.join(STAGES)}")

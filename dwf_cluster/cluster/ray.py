@@ -171,7 +171,7 @@ def local(resources: Resources) -> Iterator[Cluster]:
             num_gpus=resources.gpus,
             include_dashboard=True,
             dashboard_host="127.0.0.1",
-            _temp_dir=folder,
+            _temp_dir=os.path.join(folder, "ray"),  # Ray opens its own folder to everyone, ours stays closed
             log_to_driver=False,
             logging_level=logging.WARNING,
         )

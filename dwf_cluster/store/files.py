@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+from dwf_cluster.experiment import InvalidInput
+
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
 
@@ -14,6 +16,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Store:
     """An experiment's folder. Picklable: each process opens the file system for itself.
+
+    Every method raises `InvalidInput` for a URL of a kind that fsspec does not know.
 
     Attributes:
         url: storage root, a path or any fsspec URL (`s3://bucket/prefix`).
@@ -31,7 +35,10 @@ class Store:
     def _files(self) -> AbstractFileSystem:
         import fsspec
 
-        return fsspec.core.url_to_fs(self.url)[0]
+        try:
+            return fsspec.core.url_to_fs(self.url)[0]
+        except (ValueError, ImportError) as error:
+            raise InvalidInput(f"--storage: {self.url!r} cannot be used: {error}") from None
 
     @cached_property
     def _is_local(self) -> bool:
@@ -66,7 +73,7 @@ class Store:
         """The content of one file; None if there is none."""
         try:
             content: bytes = self._files.cat_file(self.path(name))
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
         return content
 
@@ -74,7 +81,7 @@ class Store:
         """Bytes of one file; None if there is none."""
         try:
             return int(self._files.size(self.path(name)))
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
 
     def names(self, folder: str) -> list[str]:
@@ -82,7 +89,7 @@ class Store:
         self._files.invalidate_cache()
         try:
             paths = self._files.ls(self.path(folder), detail=False)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return []
         names = (path.rstrip("/").rsplit("/", 1)[-1] for path in paths)
         return sorted(name for name in names if not name.startswith("."))

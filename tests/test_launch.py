@@ -1,0 +1,104 @@
+"""The command line: help, plan, and bad input that costs nothing and writes nothing."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dwf_cluster.experiment import PRESETS, describe
+
+from .conftest import TINY, Launch, write_npz
+
+
+def test_help_names_every_preset_and_every_field_with_its_default(launch: Launch) -> None:
+    result = launch("--help")
+    assert result.returncode == 0
+    for preset in PRESETS:
+        assert f"  {preset} " in result.stdout
+    for field in describe():
+        assert f"  {field.name} ({field.type}; {field.default})\n      {field.meaning}\n" in result.stdout
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--local", "--set", "experts.epoch=5"]])
+def test_help_and_a_typing_mistake_do_not_pay_for_torch_or_ray(arguments: list[str]) -> None:
+    program = (
+        "import sys; from dwf_cluster.launch import main\n"
+        f"try: main({arguments!r})\n"
+        "except SystemExit: pass\n"
+        "sys.exit(sorted({'torch', 'ray', 'pyarrow', 'numpy'} & set(sys.modules)) or 0)"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+
+
+def test_dry_run_prints_the_plan_longest_first_and_starts_and_writes_nothing(launch: Launch) -> None:
+    result = launch("--local", "--dry-run", "--cpus", "2", "--gpus", "0", "--set", *TINY)
+    assert result.returncode == 0
+    lines = result.stdout.splitlines()
+    tasks = [line.split()[1:3] for line in lines if line.split()[:1] in (["experts"], ["joint"])]
+    assert tasks == [["expert", "pgd-1"], ["expert", "fgsm-1"], ["expert", "benign"], ["joint", "2"]]
+    assert sum("evaluate mixture" in line for line in lines) == 4
+    assert lines[-1].startswith(str(launch.folder / "runs" / "digits-seed0-"))
+    assert list(launch.folder.iterdir()) == []
+
+
+def test_dry_run_shows_what_each_task_gets(launch: Launch) -> None:
+    with_gpus = launch("--local", "--dry-run", "--cpus", "8", "--gpus", "4", "--set", *TINY).stdout
+    (joint,) = (line for line in with_gpus.splitlines() if line.startswith(" joint"))
+    assert "4 x (2 CPU, 1 GPU)" in joint
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "the following arguments are required: --local"),
+        (["--local", "--colour"], "unrecognized arguments: --colour"),
+        (["--local", "--preset", "mnist"], "preset: 'mnist' is none of digits, fashion-mnist, cifar10, svhn"),
+        (["--local", "--preset", "gone.npz"], "data.source: 'gone.npz' cannot be read: No such file or directory"),
+        (["--local", "--seed", "-1"], "--seed: '-1' cannot be used: allowed is an integer from 0"),
+        (["--local", "--seed", "one"], "--seed: 'one' cannot be used"),
+        (["--local", "--cpus", "0"], "--cpus: '0' cannot be used: allowed is an integer from 1"),
+        (["--local", "--cpus", "2", "--joint-workers", "3"], "--joint-workers: 3 cannot be used: allowed are 1 to 2"),
+        (["--local", "--stages", "train"], "--stages: 'train' cannot be used: allowed are experts,joint,evaluate"),
+        (["--local", "--stages", ""], "--stages: '' cannot be used"),
+        (["--local", "--stages", "joint"], "--stages: joint cannot be run: experts is not done"),
+        (["--local", "--set", "experts.epochs=-1"], "experts.epochs: -1 cannot be used"),
+        (["--local", "--set", "data.train_examples=2000"], "data.train_examples: 2000 cannot be used: allowed are 2"),
+        (["--local", "--storage", "file/below"], "--storage: '"),
+        (["--local", "--storage", "nosuch://bucket"], "--storage: 'nosuch://bucket' cannot be used"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_status_2_and_nothing_is_written(
+    launch: Launch, arguments: list[str], message: str
+) -> None:
+    (launch.folder / "file").write_text("not a folder")
+    result = launch(*arguments)
+    assert result.returncode == 2
+    assert result.stderr.startswith(f"error: {message}")
+    assert result.stderr.count("\n") == 1
+    assert [path.name for path in launch.folder.iterdir()] == ["file"]
+
+
+def test_own_images_of_the_wrong_kind_are_named(launch: Launch) -> None:
+    path = write_npz(launch.folder / "own.npz", x_train=np.zeros((64, 8, 8, 3), np.float32))
+    result = launch("--local", "--preset", path)
+    assert result.returncode == 2
+    assert result.stderr == "error: x_train: dtype float32 cannot be used: images are uint8, 0..255\n"
+    assert [p.name for p in launch.folder.iterdir()] == ["own.npz"]
+
+
+def test_without_a_network_the_run_fails_in_one_line_that_says_what_to_do(
+    launch: Launch, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for variable in ("http_proxy", "https_proxy"):
+        monkeypatch.setenv(variable, "http://127.0.0.1:9")  # nothing listens there
+    result = launch("--local", "--preset", "svhn", "--data-folder", tmp_path / "nothing")
+    assert result.returncode == 1
+    first, second = result.stderr.splitlines()
+    assert first.startswith("failed: SVHN is not in ")
+    assert second.startswith("resume: python -m dwf_cluster.launch --local --preset svhn")
+    assert not (tmp_path / "runs").exists()

@@ -1,0 +1,262 @@
+"""The whole pipeline on a real Ray, from the command line: once, again, interrupted, killed, on two workers."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pandas as pd
+import psutil
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from dwf_cluster.experiment import Experiment, build
+from dwf_cluster.store import Store, checkpoints, tables
+
+from .conftest import TINY, Launch
+
+MODELS = ["benign", "fgsm-1", "pgd-1", "mixture"]
+LOCAL = ["--local", "--cpus", "2", "--gpus", "0"]
+SLOWER = ["data.train_examples=700", "experts.epochs=3", "joint.epochs=3", "pgd.steps=3,5"]
+ARGUMENTS = [*LOCAL, "--set", *TINY, *SLOWER]
+"""Epochs of a second or two: long enough to be interrupted in the middle."""
+TIMINGS = {"metrics": ["seconds", "images_per_second"], "evaluations": ["seconds"], "predictions": []}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    """The experiment's folder and what a run printed that nothing disturbed."""
+    launch = Launch(tmp_path_factory.mktemp("undisturbed"))
+    result = launch(*ARGUMENTS)
+    assert result.returncode == 0, result.stderr
+    return Path(result.stdout.splitlines()[-1]), result
+
+
+def _store(folder: Path) -> Store:
+    return Store(str(folder.parent), folder.name)
+
+
+def _frame(folder: Path, table: str) -> pd.DataFrame:
+    frame = pd.read_parquet(folder / "results" / table)
+    columns = ["model", *(c for c in ("epoch", "attack", "epsilon", "steps", "example") if c in frame)]
+    return frame.sort_values(columns, ignore_index=True).drop(columns=TIMINGS[table])
+
+
+def assert_same(one: Path, other: Path) -> None:
+    """Two experiments' folders hold the same weights and, timings aside, the same rows."""
+    for model in MODELS:
+        first, second = (checkpoints.load_latest(_store(folder), model) for folder in (one, other))
+        assert first is not None
+        assert second is not None
+        assert first.epoch == second.epoch
+        assert first.tensors.keys() == second.tensors.keys()
+        for name, tensor in first.tensors.items():
+            assert torch.equal(tensor, second.tensors[name]), (model, name)
+    for table in TIMINGS:
+        pd.testing.assert_frame_equal(_frame(one, table), _frame(other, table))
+
+
+def test_it_leaves_checkpoints_tables_and_the_experiment(
+    undisturbed: tuple[Path, subprocess.CompletedProcess[str]],
+) -> None:
+    folder, _ = undisturbed
+    experiment = build("digits", 0, [*TINY, *SLOWER])
+    assert Experiment.from_json((folder / "experiment.json").read_text()) == experiment
+    assert folder.name == experiment.folder
+    assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["benign", "fgsm-1", "joint", "pgd-1"]
+    for table, schema in tables.SCHEMAS.items():
+        for file in (folder / "results" / table).iterdir():
+            assert pq.read_schema(file).equals(schema)
+    metrics = pd.read_parquet(folder / "results" / "metrics")
+    assert metrics.groupby("model").epoch.apply(list).to_dict() == {model: [1, 2, 3] for model in MODELS}
+    evaluations = pd.read_parquet(folder / "results" / "evaluations")
+    assert len(evaluations) == 4 * (1 + 9 + 2 + 1 + 1)
+    assert (evaluations.accuracy_low <= evaluations.accuracy).all()
+    predictions = pd.read_parquet(folder / "results" / "predictions")
+    assert len(predictions) == 40 * len(evaluations)
+    gates = predictions[predictions.model == "mixture"].gate
+    assert all(len(gate) == 3 and abs(sum(gate) - 1) < 1e-5 for gate in gates)
+    assert predictions[predictions.model != "mixture"].gate.isna().all()
+
+
+def test_every_job_has_a_name_a_person_understands_and_a_row(
+    undisturbed: tuple[Path, subprocess.CompletedProcess[str]],
+) -> None:
+    folder, _ = undisturbed
+    jobs = pd.read_parquet(folder / "results" / "jobs")
+    assert {"expert pgd-1", "joint", "evaluate mixture pgd"} <= set(jobs.task)
+    assert len(jobs) == 3 + 1 + 4 * 4
+    assert set(jobs.state) == {"done"}
+    assert set(jobs.attempts) == {1}
+    assert (jobs.finished >= jobs.started).all()
+    assert (jobs.peak_memory_bytes > 1e8).all()
+    experts = jobs[jobs.stage == "experts"].sort_values("started").task
+    assert experts.iloc[-1] == "expert benign"  # longest first, two at a time
+
+
+def test_it_prints_progress_the_table_and_how_to_read_the_results(
+    undisturbed: tuple[Path, subprocess.CompletedProcess[str]],
+) -> None:
+    folder, result = undisturbed
+    lines = result.stdout.splitlines()
+    assert lines[-1] == str(folder)
+    assert re.search(r"^expert pgd-1: epoch 3/3, loss \d+\.\d+, clean [\d.]+%, PGD probe", result.stdout, re.M)
+    assert re.search(r"^Ray dashboard: http://127\.0\.0\.1:\d+ \(token authentication is on; ", result.stdout, re.M)
+    rows = [line.split() for line in lines if line.strip() and line.split()[0] in MODELS]
+    assert [row[0] for row in rows] == MODELS
+    evaluations = pd.read_parquet(folder / "results" / "evaluations").set_index(["model", "attack"])
+    for row in rows:
+        assert len(row) == 1 + 14
+        assert row[1] == f"{100 * evaluations.loc[(row[0], 'clean')].accuracy.item():.1f}"
+        assert row[-1] == f"{100 * evaluations.loc[(row[0], 'pgd_adaptive')].accuracy.item():.1f}"
+    (how,) = (line for line in lines if line.startswith("read them: "))
+    program = f"{how.removeprefix('read them: import pandas; ')}"
+    assert len(eval(program, {"pandas": pd})) == len(evaluations)
+
+
+def test_the_same_command_again_skips_what_is_done(
+    undisturbed: tuple[Path, subprocess.CompletedProcess[str]],
+) -> None:
+    folder, first = undisturbed
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    again = Launch(folder.parent.parent)(*ARGUMENTS)
+    assert again.returncode == 0
+    assert again.stdout.splitlines()[:3] == [f"{s}: done already, skipped" for s in ("experts", "joint", "evaluate")]
+    table = first.stdout.index("Accuracy in percent")
+    assert first.stdout[table:] in again.stdout
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+
+
+def test_interrupted_and_killed_it_goes_on_and_ends_with_the_same_bits(
+    launch: Launch, undisturbed: tuple[Path, subprocess.CompletedProcess[str]]
+) -> None:
+    status, stderr = launch.until(r"expert pgd-1: epoch 1/3", signal.SIGINT, *ARGUMENTS)
+    assert status == 130
+    assert stderr.splitlines()[0] == "interrupted; what is done is kept"
+    assert stderr.splitlines()[1].startswith("resume: python -m dwf_cluster.launch --local")
+    (folder,) = (launch.folder / "runs").iterdir()
+    assert checkpoints.latest_epoch(_store(folder), "pgd-1") in (1, 2)
+
+    status, _ = launch.until(r"joint: epoch 1/3", signal.SIGKILL, *ARGUMENTS)
+    assert status == -signal.SIGKILL
+    assert checkpoints.latest_epoch(_store(folder), "mixture") in (1, 2)
+
+    result = launch(*ARGUMENTS)
+    assert result.returncode == 0, result.stderr
+    assert "experts: done already, skipped" in result.stdout
+    assert_same(folder, undisturbed[0])
+    jobs = pd.read_parquet(folder / "results" / "jobs").set_index("task")
+    assert jobs.loc[["expert pgd-1", "joint"], "attempts"].tolist() == [2, 2]
+    assert set(jobs.state) == {"done"}
+
+
+def test_a_killed_worker_is_replaced_and_changes_no_number(
+    launch: Launch, undisturbed: tuple[Path, subprocess.CompletedProcess[str]]
+) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-m", "dwf_cluster.launch", *ARGUMENTS],
+        cwd=launch.folder,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("joint: epoch 1/3"):
+                (worker,) = (
+                    p for p in psutil.Process(process.pid).children(recursive=True) if _title(p) == "ray::joint"
+                )
+                worker.kill()
+                break
+        process.stdout.read()
+    assert process.returncode == 0
+    (folder,) = (launch.folder / "runs").iterdir()
+    assert_same(folder, undisturbed[0])
+    jobs = pd.read_parquet(folder / "results" / "jobs").set_index("task")
+    assert jobs.loc["joint", "attempts"] == 2
+
+
+def _title(process: psutil.Process) -> str:
+    return " ".join(process.cmdline())
+
+
+def test_a_run_that_fails_says_which_expert_why_and_how_to_resume(launch: Launch) -> None:
+    exploding = ["experts.learning_rate=100", "experts.weight_decay=1", "experts.epochs=9"]
+    result = launch(*LOCAL, "--set", *TINY, *exploding)
+    assert result.returncode == 1
+    lines = result.stderr.splitlines()
+    assert lines[0].startswith("failed: stage experts, expert ")
+    assert re.search(r"NonFiniteLoss: .* in epoch \d+, step \d+ of ", lines[0])
+    assert lines[-1].startswith("resume: python -m dwf_cluster.launch --local")
+    assert "Traceback" not in result.stderr
+    (folder,) = (launch.folder / "runs").iterdir()
+    assert "failed" in set(pd.read_parquet(folder / "results" / "jobs").state)
+
+
+def test_stages_can_be_run_one_by_one_with_the_same_result(
+    launch: Launch, undisturbed: tuple[Path, subprocess.CompletedProcess[str]]
+) -> None:
+    for stages in ("experts", "joint,evaluate"):
+        result = launch("--stages", stages, *ARGUMENTS)
+        assert result.returncode == 0, result.stderr
+    assert_same(Path(result.stdout.splitlines()[-1]), undisturbed[0])
+
+
+def test_two_gloo_workers_train_the_mixture_nearly_as_one_does(
+    launch: Launch, undisturbed: tuple[Path, subprocess.CompletedProcess[str]]
+) -> None:
+    """What differs is BatchNorm, which sees half of each batch."""
+    copy = launch.folder / "runs" / undisturbed[0].name
+    shutil.copytree(undisturbed[0], copy, ignore=shutil.ignore_patterns("joint", "results"))
+    result = launch("--joint-workers", "2", "--stages", "joint", *ARGUMENTS)
+    assert result.returncode == 0, result.stderr
+    one, two = (
+        pd.read_parquet(folder / "results" / "metrics", filters=[("model", "==", "mixture")]).sort_values("epoch")
+        for folder in (undisturbed[0], copy)
+    )
+    assert two.epoch.tolist() == one.epoch.tolist() == [1, 2, 3]
+    assert two.step.tolist() == one.step.tolist()
+    assert two.loss.tolist() == pytest.approx(one.loss.tolist(), rel=0.05)
+    assert two.loss.tolist() != one.loss.tolist()
+
+
+def test_with_gpus_train_starts_a_worker_for_each_expert(launch: Launch) -> None:
+    """Ray is told of two GPUs that are not there: placement is real, the computing is on the CPU."""
+    small = [*TINY, "experts.fgsm=0", "experts.epochs=1", "joint.epochs=1"]
+    result = launch("--local", "--cpus", "2", "--gpus", "2", "--stages", "experts", "--set", *small)
+    assert result.returncode == 0, result.stderr
+    jobs = pd.read_parquet(Path(result.stdout.splitlines()[-1]) / "results" / "jobs")
+    assert jobs.gpus.tolist() == [1, 1]
+    assert set(jobs.state) == {"done"}
+
+
+def test_the_dashboard_refuses_whoever_has_no_token(launch: Launch) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-m", "dwf_cluster.launch", *ARGUMENTS],
+        cwd=launch.folder,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        line = next(line for line in process.stdout if line.startswith("Ray dashboard"))
+        found = re.match(r"Ray dashboard: (\S+) .* `cat (\S+)`", line)
+        assert found is not None
+        url, token_file = f"{found[1]}/api/version", Path(found[2])
+        assert token_file.stat().st_mode & 0o777 == 0o600
+        assert token_file.parent.stat().st_mode & 0o777 == 0o700
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            urllib.request.urlopen(f"{found[1]}/api/jobs/", timeout=30)
+        assert refused.value.code in (401, 403)
+        request = urllib.request.Request(url, headers={"Authorization": f"Bearer {token_file.read_text()}"})
+        assert urllib.request.urlopen(request, timeout=30).status == 200
+        process.send_signal(signal.SIGINT)
+        process.stdout.read()
+    assert process.returncode == 130
+    assert not token_file.parent.exists()
+    assert not [p for p in psutil.process_iter() if str(token_file.parent) in _title(p)]
