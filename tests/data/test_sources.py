@@ -66,6 +66,16 @@ def test_fashion_mnist_is_read_from_a_local_folder_and_padded(fashion: Path) -> 
     assert not images.x_train[:, :, :2].any()
 
 
+@pytest.mark.skipif(
+    not Path("/usr/share/datasets/fashion-mnist").is_dir(), reason="Debian's dataset-fashion-mnist is not installed"
+)
+def test_the_real_fashion_mnist_is_found_where_debian_puts_it(tmp_path: Path) -> None:
+    images = sources.load(Data(source="fashion-mnist"), tmp_path)
+    assert (len(images.x_train), len(images.x_test), images.shape) == SOURCES["fashion-mnist"]
+    assert np.bincount(images.y_train).tolist() == [6000] * 10
+    assert images.mean == pytest.approx([0.2860], abs=1e-4)
+
+
 @pytest.mark.parametrize("damage", [lambda b: b[:-20], lambda b: gzip.compress(b"hello"), lambda b: b"plain"])
 def test_a_damaged_idx_file_is_named(fashion: Path, damage: object) -> None:
     path = fashion / "train-images-idx3-ubyte.gz"
