@@ -30,6 +30,7 @@ class Progress:
         self._console = console
         self._states: dict[Job, str] = {}
         self._metrics: dict[Job, dict[str, Any]] = {}
+        self._attempts: dict[Job, int] = {}
         self._live: Live | None = None
 
     def say(self, line: str) -> None:
@@ -51,7 +52,11 @@ class Progress:
     @contextmanager
     def watching(self, jobs: Sequence[Job]) -> Iterator[None]:
         """Show these jobs while the body runs."""
-        self._states, self._metrics = dict.fromkeys(jobs, "waiting"), {}
+        self._states, self._metrics, self._attempts = dict.fromkeys(jobs, "waiting"), {}, {}
+        for job in jobs:  # what an interrupted run has left
+            self._attempts[job] = sum(row["attempts"] for row in self._rows("jobs", job.file))
+            for row in self._rows("metrics", job.model) if job.stage != "evaluate" else ():
+                self._metrics[job] = row
         if not jobs or not self._console.is_terminal:
             yield
             return
@@ -66,8 +71,7 @@ class Progress:
             self._look(job)
             self._states[job] = "failed" if reason else "done"
             ended = sum(state in ("done", "failed") for state in self._states.values())
-            row = tables.read(self._store, "jobs", [job.file]).to_pylist()
-            took = f" in {row[0]['seconds']:.1f} s" if row and row[0]["seconds"] is not None else ""
+            took = "".join(f" in {row['seconds']:.1f} s" for row in self._rows("jobs", job.file) if row["seconds"])
             self._plain(f"{job.name}: {reason or f'done{took}'} ({ended} of {len(self._states)})")
             return
         for job, state in self._states.items():
@@ -75,18 +79,21 @@ class Progress:
                 self._look(job)
 
     def _look(self, job: Job) -> None:
-        if self._states[job] == "waiting" and tables.exists(self._store, "jobs", job.file):
-            (row,) = tables.read(self._store, "jobs", [job.file]).to_pylist()
-            if row["state"] == "running":
-                self._states[job] = "running"
-        if job.stage == "evaluate" or self._states[job] != "running":
+        if self._states[job] == "waiting":
+            if not any(row["attempts"] > self._attempts[job] for row in self._rows("jobs", job.file)):
+                return
+            self._states[job] = "running"
+        if job.stage == "evaluate":
             return
-        rows = tables.read(self._store, "metrics", [job.model]).to_pylist()
         seen = self._metrics.get(job, {}).get("epoch", 0)
-        for row in rows:
+        for row in self._rows("metrics", job.model):
             if row["epoch"] > seen:
                 self._metrics[job] = row
                 self._plain(f"{job.name}: {_words(row, self._epochs(job))}")
+
+    def _rows(self, table: str, file: str) -> list[dict[str, Any]]:
+        rows: list[dict[str, Any]] = tables.read(self._store, table, [file]).to_pylist()
+        return rows
 
     def _plain(self, line: str) -> None:
         if self._live is None:

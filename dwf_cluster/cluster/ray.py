@@ -39,7 +39,9 @@ class Resources:
             InvalidInput: if there is no room for the joint workers.
         """
         if cpus is None:
-            cpus = len(os.sched_getaffinity(0))
+            # Where the system can say which CPUs this process may use (not on macOS).
+            affinity = getattr(os, "sched_getaffinity", None)
+            cpus = len(affinity(0)) if affinity else os.cpu_count() or 1
         if gpus is None:
             visible = os.environ.get("CUDA_VISIBLE_DEVICES")
             devices = glob("/dev/nvidia[0-9]*") if visible is None else [d for d in visible.split(",") if d.strip()]

@@ -63,8 +63,9 @@ def recorded(
     finally:
         row["finished"] = datetime.now(timezone.utc)
         row["seconds"] = time.perf_counter() - clock
-        # Of the process, which a task may share with those before it. Linux counts kibibytes.
-        row["peak_memory_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        # Of the process, which a task may share with those before it. Linux counts kibibytes, macOS bytes.
+        unit = 1 if platform.system() == "Darwin" else 1024
+        row["peak_memory_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
         write()
 
 

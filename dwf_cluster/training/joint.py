@@ -43,15 +43,14 @@ def three_parts(experiment: Experiment) -> Perturb:
 
 
 def train_joint(task: Task, images: Images, device: torch.device) -> None:
-    """Train the mixture to the end, from its last checkpoint or else from the trained experts.
+    """Train the mixture to the end, from the trained experts or, where it has one, from its last checkpoint.
 
     Raises:
         NonFiniteLoss: if the loss becomes NaN or infinite.
     """
     experiment = task.experiment
     mixture = build(experiment, images)
-    if checkpoints.latest_epoch(task.store, task.name) == 0:
-        _load_experts(mixture, experiment, task.store)
+    _load_experts(mixture, experiment, task.store)
     train(task, mixture.to(device), DeviceImages(images, experiment.data, device), three_parts(experiment))
 
 

@@ -67,6 +67,22 @@ def test_it_starts_from_the_trained_experts_and_changes_all_of_them_and_the_gate
     assert [row["stage"] for row in tables.read(store, "metrics", ["mixture"]).to_pylist()] == ["joint", "joint"]
 
 
+def test_with_no_good_checkpoint_left_it_starts_from_the_experts_again(
+    tiny: Experiment, images: Images, store: Store
+) -> None:
+    _experts(tiny, images, store)
+    task = Task(tiny, store, "joint", "mixture", tiny.joint)
+    joint.train_joint(task, images, CPU)
+    first = checkpoints.load_latest(store, "mixture")
+    for epoch in store.names("checkpoints/joint"):
+        store.write(f"checkpoints/joint/{epoch}/tensors.safetensors", b"damaged")
+    joint.train_joint(task, images, CPU)
+    again = checkpoints.load_latest(store, "mixture")
+    assert first is not None
+    assert again is not None
+    assert all(torch.equal(tensor, again.tensors[name]) for name, tensor in first.tensors.items())
+
+
 def test_it_does_not_start_before_every_expert_is_trained(tiny: Experiment, images: Images, store: Store) -> None:
     with pytest.raises(FileNotFoundError, match="expert benign is not trained to the end"):
         joint.train_joint(Task(tiny, store, "joint", "mixture", tiny.joint), images, CPU)

@@ -1,0 +1,76 @@
+"""What a person watches: a live table on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+from rich.console import Console
+
+from dwf_cluster.experiment import Experiment
+from dwf_cluster.plan import Job, jobs
+from dwf_cluster.progress import Progress
+from dwf_cluster.store import Store, tables
+
+
+def _start(store: Store, experiment: Experiment, job: Job, attempts: int = 1) -> None:
+    row = {"task": job.name, "state": "running", "attempts": attempts}
+    tables.write(store, "jobs", job.file, tables.rows_of(experiment, [row]))
+
+
+def _epoch(store: Store, experiment: Experiment, job: Job, epoch: int) -> None:
+    row = {"stage": job.stage, "model": job.model, "epoch": epoch, "loss": 0.5, "clean_accuracy": 0.9}
+    row |= {"probe_pgd_accuracy": 0.25, "images_per_second": 321.0, "seconds": 61.0}
+    tables.upsert(store, "metrics", job.model, tables.rows_of(experiment, [row])[0], key="epoch")
+
+
+@pytest.fixture
+def experts(tiny: Experiment) -> list[Job]:
+    return jobs(tiny, "experts", 96, 40)
+
+
+def test_elsewhere_each_epoch_and_each_end_is_a_plain_line(store: Store, tiny: Experiment, experts: list[Job]) -> None:
+    printed = io.StringIO()
+    progress = Progress(tiny, store, Console(file=printed))
+    with progress.watching(experts):
+        _start(store, tiny, experts[0])
+        _epoch(store, tiny, experts[0], 1)
+        progress.update(None)
+        progress.update(None)
+        progress.update((experts[0], None))
+        progress.update((experts[1], "NonFiniteLoss: the loss became nan"))
+    assert printed.getvalue().splitlines() == [
+        "expert pgd-1: epoch 1/3, loss 0.500, clean 90.0%, PGD probe 25.0%, 321 images/s, 2:02 left",
+        "expert pgd-1: done (1 of 3)",
+        "expert fgsm-1: NonFiniteLoss: the loss became nan (2 of 3)",
+    ]
+
+
+def test_on_a_terminal_a_table_shows_state_epoch_accuracy_and_time_left(
+    store: Store, tiny: Experiment, experts: list[Job]
+) -> None:
+    console = Console(file=io.StringIO(), force_terminal=True, width=120, record=True)
+    progress = Progress(tiny, store, console)
+    with progress.watching(experts):
+        _start(store, tiny, experts[0])
+        _epoch(store, tiny, experts[0], 2)
+        progress.update(None)
+    lines = [line.split() for line in console.export_text().splitlines()]
+    assert ["expert", "pgd-1", "running", "2/3", "0.500", "90.0%", "25.0%", "321", "1:01"] in lines
+    assert ["expert", "benign", "waiting", "0/3"] in lines
+
+
+def test_what_an_interrupted_run_left_is_not_taken_for_this_runs(
+    store: Store, tiny: Experiment, experts: list[Job]
+) -> None:
+    _start(store, tiny, experts[0])
+    _epoch(store, tiny, experts[0], 1)
+    printed = io.StringIO()
+    progress = Progress(tiny, store, Console(file=printed))
+    with progress.watching(experts):
+        progress.update(None)
+        assert printed.getvalue() == ""
+        _start(store, tiny, experts[0], attempts=2)
+        _epoch(store, tiny, experts[0], 2)
+        progress.update(None)
+    assert printed.getvalue().startswith("expert pgd-1: epoch 2/3")
