@@ -337,14 +337,15 @@ _FASHION_MNIST = Experiment(
     preset="fashion-mnist",
     data=Data(source="fashion-mnist", padding=2, mean=(0.2860,), std=(0.3530,), crop_padding=2, flip=True),
     fgsm=Fgsm(epsilons=(0.02, 0.04, 0.06, 0.08, 0.10, 0.12, 0.14, 0.16, 0.18)),
-    pgd=Pgd(epsilon=0.1, step_size=0.04, steps=(2, 3, 4, 5, 6)),
+    pgd=Pgd(epsilon=0.1, step_size=0.04, steps=(2, 3, 4)),
     experts=Experts(epochs=30),
     joint=Joint(epochs=10),
     evaluation=Evaluation(
         fgsm_epsilons=(0.02, 0.04, 0.06, 0.08, 0.10, 0.12, 0.14, 0.16, 0.18),
-        pgd_steps=(5, 10, 20),
-        restart_steps=10,
+        pgd_steps=(5, 10),
+        restart_steps=5,
         adaptive_steps=10,
+        batch_size=64,
     ),
 )
 _DIGITS = Experiment(
