@@ -78,7 +78,7 @@ def _run(options: argparse.Namespace, arguments: list[str]) -> int:
     # Not before the input is known to be good: a typing mistake must not wait for imports.
     from rich.console import Console
 
-    from dwf_cluster.cluster.ray import Resources
+    from dwf_cluster.cluster.placement import Resources
     from dwf_cluster.data.sources import DataUnavailable, sizes
     from dwf_cluster.pipeline import StageFailed, run
     from dwf_cluster.plan import unfinished

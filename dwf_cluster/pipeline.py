@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dwf_cluster import plan
-from dwf_cluster.cluster.ray import Resources, local
+from dwf_cluster.cluster.placement import Resources
+from dwf_cluster.cluster.ray import local
 from dwf_cluster.data import sources
 from dwf_cluster.experiment import Experiment, InvalidInput
 from dwf_cluster.progress import Progress

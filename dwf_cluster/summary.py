@@ -6,7 +6,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from dwf_cluster.cluster.ray import Resources, placement
+from dwf_cluster.cluster.placement import Resources, placement
 from dwf_cluster.data.sources import Sizes
 from dwf_cluster.experiment import MIXTURE, Experiment
 from dwf_cluster.grid import FAMILIES, columns

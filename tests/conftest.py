@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import re
-import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
@@ -89,8 +89,10 @@ class Launch:
             self._command(arguments), cwd=self.folder, capture_output=True, text=True, timeout=400, check=False
         )
 
-    def until(self, line: str, send: signal.Signals, *arguments: str | os.PathLike[str]) -> tuple[int, str]:
-        """Run until a line of the output matches, send the signal; returns the exit status and stderr."""
+    def until(
+        self, line: str, then: Callable[[psutil.Process, str], None], *arguments: str | os.PathLike[str]
+    ) -> tuple[int, str]:
+        """Run until a line of the output matches, do something, read on; returns the exit status and stderr."""
         with subprocess.Popen(
             self._command(arguments), cwd=self.folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         ) as process:
@@ -98,7 +100,7 @@ class Launch:
             assert process.stderr is not None
             for printed in process.stdout:
                 if re.search(line, printed):
-                    process.send_signal(send)
+                    then(psutil.Process(process.pid), printed)
                     break
             else:
                 raise AssertionError(f"no line matched {line!r}: {process.stderr.read()}")

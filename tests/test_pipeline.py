@@ -6,7 +6,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -137,14 +136,14 @@ def test_the_same_command_again_skips_what_is_done(
 def test_interrupted_and_killed_it_goes_on_and_ends_with_the_same_bits(
     launch: Launch, undisturbed: tuple[Path, subprocess.CompletedProcess[str]]
 ) -> None:
-    status, stderr = launch.until(r"expert pgd-1: epoch 1/3", signal.SIGINT, *ARGUMENTS)
+    status, stderr = launch.until(r"expert pgd-1: epoch 1/3", _interrupt, *ARGUMENTS)
     assert status == 130
     assert stderr.splitlines()[0] == "interrupted; what is done is kept"
     assert stderr.splitlines()[1].startswith("resume: python -m dwf_cluster.launch --local")
     (folder,) = (launch.folder / "runs").iterdir()
     assert checkpoints.latest_epoch(_store(folder), "pgd-1") in (1, 2)
 
-    status, _ = launch.until(r"joint: epoch 1/3", signal.SIGKILL, *ARGUMENTS)
+    status, _ = launch.until(r"joint: epoch 1/3", _kill, *ARGUMENTS)
     assert status == -signal.SIGKILL
     assert checkpoints.latest_epoch(_store(folder), "mixture") in (1, 2)
 
@@ -160,26 +159,24 @@ def test_interrupted_and_killed_it_goes_on_and_ends_with_the_same_bits(
 def test_a_killed_worker_is_replaced_and_changes_no_number(
     launch: Launch, undisturbed: tuple[Path, subprocess.CompletedProcess[str]]
 ) -> None:
-    with subprocess.Popen(
-        [sys.executable, "-m", "dwf_cluster.launch", *ARGUMENTS],
-        cwd=launch.folder,
-        stdout=subprocess.PIPE,
-        text=True,
-    ) as process:
-        assert process.stdout is not None
-        for line in process.stdout:
-            if line.startswith("joint: epoch 1/3"):
-                (worker,) = (
-                    p for p in psutil.Process(process.pid).children(recursive=True) if _title(p) == "ray::joint"
-                )
-                worker.kill()
-                break
-        process.stdout.read()
-    assert process.returncode == 0
+    def kill_worker(driver: psutil.Process, line: str) -> None:
+        (worker,) = (process for process in driver.children(recursive=True) if _title(process) == "ray::joint")
+        worker.kill()
+
+    status, stderr = launch.until(r"joint: epoch 1/3", kill_worker, *ARGUMENTS)
+    assert status == 0, stderr
     (folder,) = (launch.folder / "runs").iterdir()
     assert_same(folder, undisturbed[0])
     jobs = pd.read_parquet(folder / "results" / "jobs").set_index("task")
     assert jobs.loc["joint", "attempts"] == 2
+
+
+def _interrupt(driver: psutil.Process, line: str) -> None:
+    driver.send_signal(signal.SIGINT)
+
+
+def _kill(driver: psutil.Process, line: str) -> None:
+    driver.kill()
 
 
 def _title(process: psutil.Process) -> str:
@@ -237,26 +234,24 @@ def test_with_gpus_train_starts_a_worker_for_each_expert(launch: Launch) -> None
 
 
 def test_the_dashboard_refuses_whoever_has_no_token(launch: Launch) -> None:
-    with subprocess.Popen(
-        [sys.executable, "-m", "dwf_cluster.launch", *ARGUMENTS],
-        cwd=launch.folder,
-        stdout=subprocess.PIPE,
-        text=True,
-    ) as process:
-        assert process.stdout is not None
-        line = next(line for line in process.stdout if line.startswith("Ray dashboard"))
+    files: list[Path] = []
+
+    def knock(driver: psutil.Process, line: str) -> None:
         found = re.match(r"Ray dashboard: (\S+) .* `cat (\S+)`", line)
         assert found is not None
-        url, token_file = f"{found[1]}/api/version", Path(found[2])
+        token_file = Path(found[2])
+        files.append(token_file)
         assert token_file.stat().st_mode & 0o777 == 0o600
         assert token_file.parent.stat().st_mode & 0o777 == 0o700
         with pytest.raises(urllib.error.HTTPError) as refused:
             urllib.request.urlopen(f"{found[1]}/api/jobs/", timeout=30)
         assert refused.value.code in (401, 403)
-        request = urllib.request.Request(url, headers={"Authorization": f"Bearer {token_file.read_text()}"})
+        headers = {"Authorization": f"Bearer {token_file.read_text()}"}
+        request = urllib.request.Request(f"{found[1]}/api/jobs/", headers=headers)
         assert urllib.request.urlopen(request, timeout=30).status == 200
-        process.send_signal(signal.SIGINT)
-        process.stdout.read()
-    assert process.returncode == 130
-    assert not token_file.parent.exists()
-    assert not [p for p in psutil.process_iter() if str(token_file.parent) in _title(p)]
+        _interrupt(driver, line)
+
+    status, _ = launch.until("^Ray dashboard", knock, *ARGUMENTS)
+    assert status == 130
+    assert not files[0].parent.exists()
+    assert not [process for process in psutil.process_iter() if str(files[0].parent) in _title(process)]

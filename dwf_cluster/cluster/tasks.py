@@ -14,7 +14,7 @@ import torch
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from dwf_cluster.cluster.ray import Placement
+from dwf_cluster.cluster.placement import Placement
 from dwf_cluster.data.device import DeviceImages
 from dwf_cluster.determinism import make_deterministic
 from dwf_cluster.evaluation import evaluate

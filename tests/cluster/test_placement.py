@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from dwf_cluster.cluster.ray import Placement, Resources, placement
+from dwf_cluster.cluster.placement import Placement, Resources, placement
 from dwf_cluster.experiment import InvalidInput, build
 from dwf_cluster.plan import jobs
 
