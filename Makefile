@@ -14,9 +14,11 @@ lint: .venv/lint
 	$(BIN)/mypy
 
 # A stamp for each set of extras that is installed.
+.venv/test: EXTRA := [test]
+.venv/lint: EXTRA := [lint]
 .venv/demo .venv/test .venv/lint: pyproject.toml
 	test -d .venv || $(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --editable '.[$(filter-out demo,$(notdir $@))]'
+	$(BIN)/pip install --quiet --editable '.$(EXTRA)'
 	touch $@
 
 .PHONY: demo test lint
