@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -38,6 +39,12 @@ TINY = [
     "evaluation.probe_steps=2",
 ]
 """Assignments that make the digits preset a matter of seconds: three experts, 96 images."""
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _heed_interrupts() -> None:
+    """A shell may have its background jobs ignore Ctrl-C, and they pass that on; a user's terminal does not."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
@@ -94,7 +101,11 @@ class Launch:
     ) -> tuple[int, str]:
         """Run until a line of the output matches, do something, read on; returns the exit status and stderr."""
         with subprocess.Popen(
-            self._command(arguments), cwd=self.folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            self._command(arguments),
+            cwd=self.folder,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
         ) as process:
             assert process.stdout is not None
             assert process.stderr is not None
