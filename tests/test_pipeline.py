@@ -180,7 +180,10 @@ def _kill(driver: psutil.Process, line: str) -> None:
 
 
 def _title(process: psutil.Process) -> str:
-    return " ".join(process.cmdline())
+    try:
+        return " ".join(process.cmdline()).strip()  # Ray pads the title that it sets
+    except psutil.Error:  # it has ended since
+        return ""
 
 
 def test_a_run_that_fails_says_which_expert_why_and_how_to_resume(launch: Launch) -> None:
