@@ -84,7 +84,11 @@ def evaluate(
             }
         )
         margin = torch.cat([part.margin for part in parts]).tolist()
-        gates = [weights.tolist() if part.gate is not None else None for part in parts for weights in _each(part)]
+        gates = [
+            gate
+            for part in parts
+            for gate in (part.gate.tolist() if part.gate is not None else [None] * len(part.prediction))
+        ]
         of = {"model": name, **{key: settings[key] for key in ("attack", "epsilon", "steps")}}
         predictions += [
             {**of, "example": i, "label": label, "prediction": guess, "margin": m, "gate": gate}
@@ -93,10 +97,6 @@ def evaluate(
             )
         ]
     return rows, predictions
-
-
-def _each(part: Outcome) -> torch.Tensor:
-    return part.prediction if part.gate is None else part.gate
 
 
 def _attacked(
