@@ -81,7 +81,7 @@ def test_a_gradient_at_hand_saves_pgds_first_and_changes_nothing() -> None:
 
 
 def test_restarts_keep_the_first_iterate_that_fools_and_equal_the_slow_worst_case() -> None:
-    model, x, y = _problem(count=12)
+    model, x, y = _problem(count=200)
     view = attacks.frozen(model)
     y = view(x).argmax(1)  # all correct before the attack
 
@@ -89,15 +89,15 @@ def test_restarts_keep_the_first_iterate_that_fools_and_equal_the_slow_worst_cas
         return [torch.Generator().manual_seed(seed) for seed in range(4)]
 
     arguments = {"epsilon": 0.05, "step_size": 0.02}
-    found = attacks.pgd_restarts(view, x, y, **arguments, steps=3, generators=generators())
+    found = attacks.pgd_restarts(view, x, y, **arguments, steps=1, generators=generators())
     runs = []
     for generator in generators():
         start = attacks.random_start(x, 0.05, generator)
-        (run,) = attacks.pgd(view, x, y, **arguments, steps=[3], start=start)
+        (run,) = attacks.pgd(view, x, y, **arguments, steps=[1], start=start)
         runs.append(view(run).argmax(1) == y)
     slow = torch.stack(runs).all(0)
     assert torch.equal(view(found).argmax(1) == y, slow)
-    assert 0 < int(slow.sum()) < 12
+    assert int(slow.sum()) < int(runs[-1].sum()) < 200  # an earlier start fooled what the last did not
 
 
 def test_eot_averages_the_gradients_of_a_random_model() -> None:
