@@ -14,6 +14,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from torch import nn
 
 from dwf_cluster.data import sources
 from dwf_cluster.experiment import Experiment, build
@@ -79,6 +80,18 @@ def write_npz(path: Path, **changed: np.ndarray | None) -> Path:
     } | changed
     np.savez(path, **{name: array for name, array in arrays.items() if array is not None})
     return path
+
+
+class InDouble(nn.Module):
+    """A model in double precision that takes images in single precision."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model.double()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.model(x.double())
+        return logits
 
 
 class Launch:

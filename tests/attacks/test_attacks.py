@@ -16,14 +16,17 @@ from dwf_cluster.models import ResNet18
 
 
 def _problem(seed: int = 0, count: int = 6) -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
-    """A small trained-looking model in train mode (BatchNorm has seen data), images and labels."""
+    """A small model in train mode (BatchNorm has seen data), images and labels.
+
+    In double precision: rounding must not decide on which side of zero a ReLU's input lies.
+    """
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = ResNet18(5, (0.5,), (0.25,), width=4)
-    x = torch.rand(count, 1, 8, 8, generator=generator)
+        model = ResNet18(5, (0.5,), (0.25,), width=4).double()
+    x = torch.rand(count, 1, 8, 8, generator=generator, dtype=torch.float64)
     for _ in range(3):
-        model(torch.rand(32, 1, 8, 8, generator=generator))
+        model(torch.rand(32, 1, 8, 8, generator=generator, dtype=torch.float64))
     return model, x, torch.randint(5, (count,), generator=generator)
 
 

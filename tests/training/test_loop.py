@@ -23,7 +23,7 @@ from dwf_cluster.store import Store, checkpoints, tables
 from dwf_cluster.training import expert
 from dwf_cluster.training.loop import NonFiniteLoss, Task, train, weights
 
-from ..conftest import TINY
+from ..conftest import TINY, InDouble
 
 CPU = torch.device("cpu")
 BENIGN = Regime("benign", "benign")
@@ -42,18 +42,6 @@ class NoNorm(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         logits: torch.Tensor = self.layers(x)
-        return logits
-
-
-class InDouble(nn.Module):
-    """A model in double precision that takes images in single precision."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model.double()
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        logits: torch.Tensor = self.model(x.double())
         return logits
 
 
