@@ -287,6 +287,10 @@ class Experiment(_Part):
         }
         return (*self.mixture_regimes, *(baselines[name] for name in self.baselines))
 
+    def training(self, stage: str) -> Training:
+        """Epochs, learning rate, ... of the stage `experts` or `joint`."""
+        return self.joint if stage == "joint" else self.experts
+
     @property
     def signature(self) -> str:
         """Ten hexadecimal digits of the SHA-256 of the canonical JSON.

@@ -18,7 +18,7 @@ from dwf_cluster.store import Store
 
 
 class StageFailed(RuntimeError):
-    """A stage that did not end well. Its text is one line: stage, job, reason."""
+    """A stage that did not end well. Its text has a line for each job that failed: stage, job, reason."""
 
 
 def run(
@@ -35,7 +35,7 @@ def run(
         experiment: decides the numbers.
         store: holds what is done, takes what comes out.
         resources: where it runs.
-        stages: some of `plan.STAGES`.
+        stages: some of `experiment.STAGES`.
         data_folder: where downloaded data sets lie.
         progress: is told what happens.
 

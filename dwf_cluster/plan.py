@@ -46,8 +46,7 @@ class Job:
         """Whether the store holds what this job makes."""
         if self.stage == "evaluate":
             return tables.exists(store, "predictions", self.file)  # written last
-        epochs = (experiment.joint if self.stage == "joint" else experiment.experts).epochs
-        return checkpoints.latest_epoch(store, self.model) >= epochs
+        return checkpoints.latest_epoch(store, self.model) >= experiment.training(self.stage).epochs
 
 
 def jobs(experiment: Experiment, stage: str, train: int, test: int) -> list[Job]:

@@ -89,7 +89,11 @@ class Progress:
         for row in self._rows("metrics", job.model):
             if row["epoch"] > seen:
                 self._metrics[job] = row
-                self._plain(f"{job.name}: {_words(row, self._epochs(job))}")
+                epoch, loss, clean, robust, speed, left = self._cells(job)
+                self._plain(
+                    f"{job.name}: epoch {epoch}, loss {loss}, clean {clean}, PGD probe {robust}, {speed} images/s, "
+                    f"{left} left"
+                )
 
     def _rows(self, table: str, file: str) -> list[dict[str, Any]]:
         rows: list[dict[str, Any]] = tables.read(self._store, table, [file]).to_pylist()
@@ -98,9 +102,6 @@ class Progress:
     def _plain(self, line: str) -> None:
         if self._live is None:
             self.say(line)
-
-    def _epochs(self, job: Job) -> int:
-        return (self._experiment.joint if job.stage == "joint" else self._experiment.experts).epochs
 
     def _table(self) -> Table:
         ended = sum(state in ("done", "failed") for state in self._states.values())
@@ -117,7 +118,8 @@ class Progress:
         return table
 
     def _cells(self, job: Job) -> list[str]:
-        row, epochs = self._metrics.get(job), self._epochs(job)
+        """Epoch, loss, clean and robust accuracy, images/s and time left, as of the last epoch that was seen."""
+        row, epochs = self._metrics.get(job), self._experiment.training(job.stage).epochs
         if row is None:
             return [f"0/{epochs}", "", "", "", "", ""]
         return [
@@ -128,14 +130,6 @@ class Progress:
             f"{row['images_per_second']:.0f}",
             _duration((epochs - row["epoch"]) * row["seconds"]),
         ]
-
-
-def _words(row: dict[str, Any], epochs: int) -> str:
-    return (
-        f"epoch {row['epoch']}/{epochs}, loss {row['loss']:.3f}, clean {row['clean_accuracy']:.1%}, "
-        f"PGD probe {row['probe_pgd_accuracy']:.1%}, {row['images_per_second']:.0f} images/s, "
-        f"{_duration((epochs - row['epoch']) * row['seconds'])} left"
-    )
 
 
 def _duration(seconds: float) -> str:

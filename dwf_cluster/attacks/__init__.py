@@ -4,7 +4,8 @@ Inputs are float32 NCHW in [0, 1], labels int64; epsilon and step size are in th
 The model must be a frozen view (`frozen`): evaluation mode, no parameter gradients. Nothing of the model and
 nothing of the global random state changes.
 
-To add an attack: a function here that returns adversarial examples, and a column in `evaluation.py`.
+To add an attack: a function here that returns adversarial examples, its columns in `grid.py`, its call in
+`evaluation.py`.
 """
 
 from dwf_cluster.attacks.gradient import NotLogits, check_logits, input_gradient

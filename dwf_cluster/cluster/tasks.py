@@ -63,7 +63,7 @@ def _fit(loop: Callable[[], None], job: Job, store: Store, place: Placement) -> 
 def _train(job: Job, experiment: Experiment, store: Store, images: ray.ObjectRef, place: Placement) -> None:
     """One worker's part of a Train run."""
     make_deterministic(place.cpus)
-    training = experiment.joint if job.stage == "joint" else experiment.experts
+    training = experiment.training(job.stage)
     task = Task(experiment, store, job.stage, job.model, training, report=ray.train.report)
     arrays = ray.get(images)
     if job.stage == "joint":

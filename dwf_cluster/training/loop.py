@@ -199,8 +199,10 @@ def _optimizer(model: nn.Module, training: Training, gate: Gate) -> torch.optim.
 def _average_statistics(model: nn.Module) -> None:
     """Give every worker the mean of all workers' BatchNorm statistics, so that all hold one model."""
     _, workers = _workers()
+    if workers == 1:
+        return
     statistics = [b for b in model.buffers() if b.is_floating_point()]
-    if workers == 1 or not statistics:
+    if not statistics:
         return
     flat = torch.cat([b.flatten() for b in statistics])
     dist.all_reduce(flat)
