@@ -8,6 +8,7 @@ import signal
 import subprocess
 import urllib.error
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
@@ -23,7 +24,7 @@ from .conftest import TINY, Launch
 
 MODELS = ["benign", "fgsm-1", "pgd-1", "mixture"]
 LOCAL = ["--local", "--cpus", "2", "--gpus", "0"]
-SLOWER = ["data.train_examples=700", "experts.epochs=3", "joint.epochs=3", "pgd.steps=3,5"]
+SLOWER = ["data.train_examples=700", "experts.epochs=3", "joint.epochs=3", "pgd.steps=6,8"]
 ARGUMENTS = [*LOCAL, "--set", *TINY, *SLOWER]
 """Epochs of a second or two: long enough to be interrupted in the middle."""
 TIMINGS = {"metrics": ["seconds", "images_per_second"], "evaluations": ["seconds"], "predictions": []}
@@ -136,14 +137,25 @@ def test_the_same_command_again_skips_what_is_done(
 def test_interrupted_and_killed_it_goes_on_and_ends_with_the_same_bits(
     launch: Launch, undisturbed: tuple[Path, subprocess.CompletedProcess[str]]
 ) -> None:
-    status, stderr = launch.until(r"expert pgd-1: epoch 1/3", _interrupt, *ARGUMENTS)
+    def once_saved(model: str, send: signal.Signals) -> Callable[[psutil.Process, str], None]:
+        """Metrics come before the checkpoint: wait for it, then send the signal."""
+
+        def then(driver: psutil.Process, line: str) -> None:
+            (folder,) = (launch.folder / "runs").iterdir()
+            while checkpoints.latest_epoch(_store(folder), model) == 0:
+                assert driver.is_running()
+            driver.send_signal(send)
+
+        return then
+
+    status, stderr = launch.until(r"expert pgd-1: epoch 1/3", once_saved("pgd-1", signal.SIGINT), *ARGUMENTS)
     assert status == 130
     assert stderr.splitlines()[0] == "interrupted; what is done is kept"
     assert stderr.splitlines()[1].startswith("resume: python -m dwf_cluster.launch --local")
     (folder,) = (launch.folder / "runs").iterdir()
     assert checkpoints.latest_epoch(_store(folder), "pgd-1") in (1, 2)
 
-    status, _ = launch.until(r"joint: epoch 1/3", _kill, *ARGUMENTS)
+    status, _ = launch.until(r"joint: epoch 1/3", once_saved("mixture", signal.SIGKILL), *ARGUMENTS)
     assert status == -signal.SIGKILL
     assert checkpoints.latest_epoch(_store(folder), "mixture") in (1, 2)
 
@@ -173,10 +185,6 @@ def test_a_killed_worker_is_replaced_and_changes_no_number(
 
 def _interrupt(driver: psutil.Process, line: str) -> None:
     driver.send_signal(signal.SIGINT)
-
-
-def _kill(driver: psutil.Process, line: str) -> None:
-    driver.kill()
 
 
 def _title(process: psutil.Process) -> str:
