@@ -49,6 +49,25 @@ Strengths = Annotated[tuple[Pixels, ...], BeforeValidator(_as_tuple), Field(min_
 Counts = Annotated[tuple[Count, ...], BeforeValidator(_as_tuple), Field(min_length=1)]
 PerChannel = Annotated[tuple[float, ...], BeforeValidator(_as_tuple), Field(min_length=1)]
 Spreads = Annotated[tuple[Annotated[float, Field(gt=0)], ...], BeforeValidator(_as_tuple), Field(min_length=1)]
+Beyond = Annotated[
+    tuple[
+        Literal[
+            "pgd_gate",
+            "pgd_expert",
+            "pgd_momentum",
+            "pgd_cw",
+            "pgd_l2",
+            "apgd",
+            "apgd_l2",
+            "square",
+            "autoattack",
+            "transfer",
+            "noise",
+        ],
+        ...,
+    ],
+    BeforeValidator(_as_tuple),
+]
 Baselines = Annotated[tuple[Literal["fgsm-at", "pgd-at"], ...], BeforeValidator(_as_tuple)]
 
 
@@ -209,13 +228,32 @@ class Evaluation(_Part):
     pgd_steps: Counts = (10, 20, 30, 40, 50)
     """PGD columns, iterations, at the bound and step size of `pgd`."""
     restarts: Count = 3
-    """Random starts of the `pgd_restarts` column; an image counts as correct if it resists all."""
+    """Starts of the `pgd_restarts` column, the image itself and then random points of the ball; an image counts as
+    correct if it resists every iterate of each."""
     restart_steps: Count = 100
-    """Iterations of each restart."""
+    """Iterations from each start."""
     adaptive_steps: Count = 100
-    """Iterations of the `pgd_adaptive` column, through experts, gate and routing weights."""
+    """Iterations of `pgd_adaptive`, through experts, gate and routing weights; of `pgd_gate` and `pgd_expert`."""
     eot: Count = 1
     """Gradients averaged in each adaptive iteration (expectation over transformation)."""
+    beyond: Beyond = ("pgd_gate", "pgd_expert")
+    """Columns beside the paper's: `pgd_gate` aims at the mixture's gate, `pgd_expert` at its experts one by one;
+    `pgd_momentum`; `pgd_cw` (Carlini-Wagner loss); `pgd_l2`; `apgd`, `apgd_l2`; `square` (black box);
+    `autoattack` (its authors' standard set); `transfer` (made on one model, tested on each other); `noise` (random
+    signs, the floor of every attack)."""
+    l2_epsilon: Annotated[float, Field(gt=0, le=1000)] = 0.5
+    """Radius of the L2 ball, Euclidean length over an image's pixels in [0, 1]."""
+    l2_step_size: Annotated[float, Field(gt=0, le=1000)] = 0.1
+    """Length of one step of `pgd_l2`."""
+    apgd_steps: Count = 100
+    """Iterations of `apgd` and `apgd_l2`."""
+    square_queries: Count = 5000
+    """Forward passes of `square`."""
+    check_examples: Count = 128
+    """First test images that each model is checked for gradient masking on."""
+    shard_examples: Count | None = None
+    """Test images of one evaluation task, rounded up to whole batches; null takes as many as keep a CPU core busy
+    for minutes."""
     batch_size: Count = 512
     """Images attacked at once."""
     probe_examples: Count = 256
@@ -347,9 +385,10 @@ _FASHION_MNIST = Experiment(
     evaluation=Evaluation(
         fgsm_epsilons=(0.02, 0.04, 0.06, 0.08, 0.10, 0.12, 0.14, 0.16, 0.18),
         pgd_steps=(5, 10),
-        restart_steps=5,
-        adaptive_steps=10,
-        batch_size=64,
+        restart_steps=20,
+        adaptive_steps=20,
+        l2_epsilon=1.5,
+        l2_step_size=0.3,
     ),
 )
 _DIGITS = Experiment(
@@ -364,8 +403,11 @@ _DIGITS = Experiment(
     evaluation=Evaluation(
         fgsm_epsilons=(0.03, 0.06, 0.09, 0.12, 0.15, 0.18, 0.21, 0.24, 0.27),
         pgd_steps=(5, 10, 20, 30, 40),
-        restart_steps=20,
-        adaptive_steps=20,
+        restart_steps=60,
+        adaptive_steps=60,
+        l2_epsilon=0.75,
+        l2_step_size=0.15,
+        check_examples=64,
         probe_examples=128,
     ),
 )

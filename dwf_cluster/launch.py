@@ -85,7 +85,7 @@ def _run(options: argparse.Namespace, arguments: list[str]) -> int:
     from dwf_cluster.progress import Progress
     from dwf_cluster.store import Store
     from dwf_cluster.store.tables import folder
-    from dwf_cluster.summary import plan_table, result_table, show
+    from dwf_cluster.summary import plan_table, result_table, show, transfer_table, warnings
 
     resources = Resources.here(cpus, gpus, joint_workers)
     store = Store(options.storage, experiment.folder)
@@ -94,7 +94,7 @@ def _run(options: argparse.Namespace, arguments: list[str]) -> int:
         size = sizes(experiment.data)
         show(
             console,
-            plan_table(experiment, unfinished(experiment, store, stages, size.train, size.test), size, resources),
+            plan_table(experiment, unfinished(experiment, store, stages, size), size, resources),
         )
     else:
         again = f"python -m dwf_cluster.launch {shlex.join(arguments)}"
@@ -109,6 +109,10 @@ def _run(options: argparse.Namespace, arguments: list[str]) -> int:
             return 1
         if "evaluate" in stages:
             show(console, result_table(experiment, store))
+            if "transfer" in experiment.evaluation.beyond:
+                show(console, transfer_table(experiment, store))
+            for line in warnings(experiment, store):
+                print(line)
             evaluations, predictions = (store.path(folder(t)) for t in ("evaluations", "predictions"))
             for line in (f"evaluations: {evaluations}", f"predictions: {predictions}"):
                 print(line)

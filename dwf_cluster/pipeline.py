@@ -12,9 +12,11 @@ from dwf_cluster import plan
 from dwf_cluster.cluster.placement import Resources
 from dwf_cluster.cluster.ray import local
 from dwf_cluster.data import sources
+from dwf_cluster.data.sources import Sizes
 from dwf_cluster.experiment import Experiment, InvalidInput
+from dwf_cluster.grid import AUTOATTACK_CLASSES, CHECKS
 from dwf_cluster.progress import Progress
-from dwf_cluster.store import Store
+from dwf_cluster.store import Store, shards
 
 
 class StageFailed(RuntimeError):
@@ -44,11 +46,17 @@ def run(
         StageFailed: after the other jobs of the stage have ended.
     """
     sizes = sources.sizes(experiment.data)
-    todo = plan.unfinished(experiment, store, stages, sizes.train, sizes.test)
+    todo = plan.unfinished(experiment, store, stages, sizes)
     progress.planned(todo)
     if not any(todo.values()):
+        _merge(experiment, store, stages, sizes)  # killed before it came to that
         return
     images = sources.load(experiment.data, data_folder)
+    if "autoattack" in experiment.evaluation.beyond and images.classes < AUTOATTACK_CLASSES:
+        raise InvalidInput(
+            f"evaluation.beyond: 'autoattack' cannot be used: it needs {AUTOATTACK_CLASSES} classes, "
+            f"the images have {images.classes}"
+        )
     try:
         store.write("experiment.json", experiment.to_json().encode())
     except OSError as error:
@@ -70,4 +78,17 @@ def run(
 
         stage("experts")  # phase 1, algorithms 1 and 2: every expert on its own
         stage("joint")  # phase 2, algorithm 3: experts and gate, end to end
-        stage("evaluate")  # table 3: every model under every attack
+        try:
+            stage("evaluate")  # table 3: every model under every attack
+        finally:
+            _merge(experiment, store, stages, sizes)
+
+
+def _merge(experiment: Experiment, store: Store, stages: Sequence[str], sizes: Sizes) -> None:
+    """Put together what the slices of the test set came to, for each model and family that is complete."""
+    slices: dict[str, list[plan.Job]] = {}
+    for job in plan.jobs(experiment, "evaluate", sizes) if "evaluate" in stages else ():
+        if job.family != CHECKS:
+            slices.setdefault(job.merged_file, []).append(job)
+    for file, jobs in slices.items():
+        shards.merge(store, file, [job.file for job in sorted(jobs, key=lambda job: job.first)])

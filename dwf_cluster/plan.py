@@ -6,9 +6,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from statistics import fmean
 
+from dwf_cluster.data.sources import Sizes
 from dwf_cluster.experiment import MIXTURE, STAGES, Experiment, InvalidInput, Regime
-from dwf_cluster.grid import FAMILIES, columns
+from dwf_cluster.grid import CHECKS, families
 from dwf_cluster.store import Store, checkpoints, tables
+
+_SHARD_FLOP, _SHARD_EXAMPLES = 1e13, 8192
+"""The most that one evaluation task does, whole batches aside: minutes of a CPU core, and rows that fit into memory."""
 
 
 @dataclass(frozen=True)
@@ -18,15 +22,18 @@ class Job:
     Attributes:
         stage: one of `STAGES`.
         model: name of the expert, the baseline, or `mixture`.
-        family: for the evaluate stage, one of `grid.FAMILIES`.
+        family: for the evaluate stage, one of `grid.families`.
+        first, stop: for the evaluate stage, its slice of the test set.
         cost: forward passes of one image through one ResNet, roughly: a gradient counts as 2, a training
             step as 3.
     """
 
     stage: str
     model: str
-    family: str | None
     cost: float
+    family: str | None = None
+    first: int = 0
+    stop: int = 0
 
     @property
     def name(self) -> str:
@@ -34,44 +41,65 @@ class Job:
         return {
             "experts": f"expert {self.model}",
             "joint": "joint",
-            "evaluate": f"evaluate {self.model} {self.family}",
+            "evaluate": f"evaluate {self.model} {self.family} {self.first}-{self.stop - 1}",
         }[self.stage]
 
     @property
     def file(self) -> str:
-        """Name of this job's file in the tables that hold one file a job."""
+        """Name of this job's file in the tables that hold one file a job; in the order of the test set."""
+        if self.stage == "evaluate":
+            return f"{self.merged_file}-{self.first:09d}"
         return self.name.replace(" ", "-")
+
+    @property
+    def merged_file(self) -> str:
+        """Name of the file that holds what all slices of an evaluation come to."""
+        return f"evaluate-{self.model}-{self.family}"
 
     def is_done(self, experiment: Experiment, store: Store) -> bool:
         """Whether the store holds what this job makes."""
         if self.stage == "evaluate":
-            return tables.exists(store, "predictions", self.file)  # written last
+            return tables.exists(store, CHECKS if self.family == CHECKS else "shards", self.file)  # written last
         return checkpoints.latest_epoch(store, self.model) >= experiment.training(self.stage).epochs
 
 
-def jobs(experiment: Experiment, stage: str, train: int, test: int) -> list[Job]:
+def jobs(experiment: Experiment, stage: str, sizes: Sizes) -> list[Job]:
     """The jobs of a stage, longest first: Ray starts them in this order, so the last to end is a short one.
+
+    How the test set is sliced depends on the experiment alone, not on where it runs.
 
     Args:
         experiment: what to do.
         stage: one of `STAGES`.
-        train, test: number of training and of test images.
+        sizes: number of images, and their shape.
     """
-    size = len(experiment.mixture_regimes)
+    networks = len(experiment.mixture_regimes)
     if stage == "experts":
-        passes = experiment.experts.epochs * train
-        found = [Job(stage, r.name, None, passes * _expert_step(r)) for r in experiment.regimes]
+        passes = experiment.experts.epochs * sizes.train
+        found = [Job(stage, r.name, passes * _expert_step(r)) for r in experiment.regimes]
     elif stage == "joint":
         steps = fmean(experiment.pgd.steps)  # the first of them is FGSM's gradient too
-        found = [Job(stage, MIXTURE, None, experiment.joint.epochs * train * size * (2 * steps + 9))]
+        found = [Job(stage, MIXTURE, experiment.joint.epochs * sizes.train * networks * (2 * steps + 9))]
     else:
-        models = [MIXTURE, *(regime.name for regime in experiment.regimes)]
-        found = [
-            Job(stage, model, family, test * _evaluation(experiment, family) * (size if model == MIXTURE else 1))
-            for model in models
-            for family in FAMILIES
-        ]
+        found = []
+        for model in (MIXTURE, *(regime.name for regime in experiment.regimes)):
+            for family in families(experiment, model):
+                cost = _evaluation(experiment, family) * (networks if model == MIXTURE else 1)
+                test = min(sizes.test, experiment.evaluation.check_examples) if family == CHECKS else sizes.test
+                size = test if family == CHECKS else _slice(experiment, cost, sizes)
+                for first in range(0, test, size):
+                    stop = min(first + size, test)
+                    found.append(Job(stage, model, cost * (stop - first), family, first, stop))
     return sorted(found, key=lambda job: -job.cost)
+
+
+def _slice(experiment: Experiment, cost: float, sizes: Sizes) -> int:
+    """Test images of one evaluation task, in whole batches."""
+    evaluation = experiment.evaluation
+    wanted = evaluation.shard_examples or min(
+        _SHARD_EXAMPLES, int(_SHARD_FLOP / (cost * forward_flops(experiment, sizes.shape)))
+    )
+    return evaluation.batch_size * max(1, -(-wanted // evaluation.batch_size))
 
 
 def _expert_step(regime: Regime) -> float:
@@ -80,27 +108,34 @@ def _expert_step(regime: Regime) -> float:
 
 
 def _evaluation(experiment: Experiment, family: str) -> float:
-    grid = columns(experiment, family)
-    gradients = {
-        "fgsm": 1,
-        "pgd": grid[-1].steps,
-        "pgd_restarts": experiment.evaluation.restarts * experiment.evaluation.restart_steps,
-        "pgd_adaptive": experiment.evaluation.adaptive_steps * experiment.evaluation.eot,
+    """Passes through one network for one image that no attack fools."""
+    e, most = experiment.evaluation, max(experiment.evaluation.pgd_steps)
+    if family == "paper":
+        run = 2 * max(most, e.restart_steps, e.adaptive_steps if e.eot == 1 else 0)
+        alone = 2 * e.eot * e.adaptive_steps if e.eot > 1 else 0
+        transfer = len(experiment.regimes) + len(experiment.mixture_regimes) if "transfer" in e.beyond else 0
+        return run + len(e.fgsm_epsilons) + 2 * (e.restarts - 1) * e.restart_steps + alone + transfer + 1
+    gradients, queries = {
+        "pgd_gate": (e.adaptive_steps, 1),
+        "pgd_expert": (e.adaptive_steps, len(experiment.mixture_regimes)),
+        **dict.fromkeys(("pgd_momentum", "pgd_cw", "pgd_l2"), (most, 1)),
+        **dict.fromkeys(("apgd", "apgd_l2"), (e.apgd_steps, 1)),
+        "square": (0, e.square_queries),
+        "autoattack": (1900, 900 + 5000),  # APGD on one loss and nine targets, FAB on nine, Square
+        "noise": (0, 1),
+        CHECKS: (7 * e.probe_steps, 300),
     }[family]
-    return 2 * (gradients or 0) + len(grid)
+    return float(2 * gradients + queries)
 
 
-def unfinished(
-    experiment: Experiment, store: Store, stages: Iterable[str], train: int, test: int
-) -> dict[str, list[Job]]:
+def unfinished(experiment: Experiment, store: Store, stages: Iterable[str], sizes: Sizes) -> dict[str, list[Job]]:
     """The jobs of the given stages that the store does not hold yet, by stage, in the order of `STAGES`.
 
     Raises:
         InvalidInput: if a given stage needs one that is neither given nor done.
     """
     todo = {
-        stage: [job for job in jobs(experiment, stage, train, test) if not job.is_done(experiment, store)]
-        for stage in STAGES
+        stage: [job for job in jobs(experiment, stage, sizes) if not job.is_done(experiment, store)] for stage in STAGES
     }
     wanted = set(stages)
     for stage in STAGES:

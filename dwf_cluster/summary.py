@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -9,7 +11,7 @@ from rich.table import Table
 from dwf_cluster.cluster.placement import Resources, placement
 from dwf_cluster.data.sources import Sizes
 from dwf_cluster.experiment import MIXTURE, Experiment
-from dwf_cluster.grid import FAMILIES, columns
+from dwf_cluster.grid import Column, columns, families, transfer
 from dwf_cluster.plan import Job, forward_flops
 from dwf_cluster.store import Store, tables
 
@@ -46,17 +48,43 @@ def _cost(passes: float, flops: float) -> tuple[str, str]:
 
 def result_table(experiment: Experiment, store: Store) -> Table:
     """Accuracy in percent of each model in each column, from the `evaluations` table."""
-    grid = [column for family in FAMILIES for column in columns(experiment, family)]
+    grid = [column for family in families(experiment, MIXTURE) for column in columns(experiment, family)]
+    return _accuracies(experiment, store, "Accuracy in percent", {column: column.title for column in grid})
+
+
+def transfer_table(experiment: Experiment, store: Store) -> Table:
+    """Accuracy in percent of each model (down) on the PGD images that were made on each other model (across)."""
+    made_on = {transfer(experiment, name): name for name in _models(experiment)}
+    steps = next(iter(made_on)).steps
+    return _accuracies(experiment, store, f"Accuracy in percent on PGD-{steps} images made on", made_on)
+
+
+def _accuracies(experiment: Experiment, store: Store, title: str, heads: Mapping[Column, str]) -> Table:
     rows = tables.read(store, "evaluations").to_pylist()
-    accuracy = {(r["model"], *(r[key] for key in grid[0].settings)): r["accuracy"] for r in rows}
-    table = _table(f"Accuracy in percent on {rows[0]['examples']} test images")
+    keys = list(next(iter(heads)).settings)
+    accuracy = {(row["model"], *(row[key] for key in keys)): row["accuracy"] for row in rows}
+    table = _table(f"{title}, {rows[0]['examples']} test images")
     table.add_column("model", no_wrap=True)
-    for column in grid:
-        table.add_column(column.title, justify="right", no_wrap=True)
-    for model in (*(regime.name for regime in experiment.regimes), MIXTURE):
-        cells = [accuracy[(model, *column.settings.values())] for column in grid]
-        table.add_row(model, *(f"{100 * cell:.1f}" for cell in cells))
+    for head in heads.values():
+        table.add_column(head, justify="right", no_wrap=True)
+    for model in _models(experiment):
+        cells = [accuracy.get((model, *column.settings.values())) for column in heads]
+        table.add_row(model, *("" if cell is None else f"{100 * cell:.1f}" for cell in cells))
     return table
+
+
+def warnings(experiment: Experiment, store: Store) -> list[str]:
+    """A line for each sign of gradient masking, from the `checks` table, or one that says there is none."""
+    rows = tables.read(store, "checks").to_pylist()
+    order = {model: place for place, model in enumerate(_models(experiment))}
+    fired = sorted((row for row in rows if row["fired"]), key=lambda row: order[row["model"]])
+    lines = [f"warning: {row['model']}, {row['check']}: {row['meaning']}" for row in fired]
+    looked = f"{len(rows)} checks of {len(order)} models on {rows[0]['examples']} images"
+    return [*lines, f"signs of gradient masking: {len(lines) or 'none'} in {looked}"]
+
+
+def _models(experiment: Experiment) -> tuple[str, ...]:
+    return (*(regime.name for regime in experiment.regimes), MIXTURE)
 
 
 def _table(title: str) -> Table:

@@ -36,6 +36,10 @@ TINY = [
     "evaluation.restarts=2",
     "evaluation.restart_steps=2",
     "evaluation.adaptive_steps=2",
+    "evaluation.beyond=pgd_gate,pgd_expert,transfer,noise",
+    "evaluation.check_examples=8",
+    "evaluation.batch_size=24",
+    "evaluation.shard_examples=24",
     "evaluation.probe_examples=40",
     "evaluation.probe_steps=2",
 ]

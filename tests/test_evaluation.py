@@ -1,79 +1,254 @@
-"""The attack grid: rows and predictions of one model."""
+"""The attack grid: shards and predictions of one model, and what they come to."""
 
 from __future__ import annotations
 
 import math
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from dwf_cluster import attacks
-from dwf_cluster.data.device import DeviceImages, to_float
+from dwf_cluster.data.device import to_float
 from dwf_cluster.data.sources import Images
-from dwf_cluster.evaluation import evaluate
-from dwf_cluster.experiment import Experiment, build
-from dwf_cluster.grid import FAMILIES, columns
+from dwf_cluster.determinism import Draws
+from dwf_cluster.evaluation import check, evaluate
+from dwf_cluster.experiment import MIXTURE, Experiment, build
+from dwf_cluster.grid import Column, columns, families
+from dwf_cluster.models import Mixture
+from dwf_cluster.store import Store, shards, tables
 from dwf_cluster.training import expert, joint
 
 from .conftest import TINY, InDouble
 
 CPU = torch.device("cpu")
+EVERYTHING = [
+    *TINY,
+    "evaluation.pgd_steps=1,3",
+    "evaluation.restart_steps=4",
+    "evaluation.adaptive_steps=4",
+    "evaluation.beyond=pgd_gate,pgd_expert,pgd_momentum,pgd_cw,pgd_l2,apgd,apgd_l2,square,autoattack,noise,transfer",
+    "evaluation.apgd_steps=6",
+    "evaluation.square_queries=10",
+]
 
 
-def _evaluated(experiment: Experiment, images: Images, name: str, family: str) -> tuple[list[dict], list[dict]]:
-    model = joint.build(experiment, images) if name == "mixture" else expert.build(experiment, images, name)
-    return evaluate(experiment, model, name, family, DeviceImages(images, experiment.data, CPU))
+@pytest.fixture
+def everything() -> Experiment:
+    return build("digits", 0, EVERYTHING)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_every_column_counts_its_correct_predictions(tiny: Experiment, images: Images, family: str) -> None:
-    rows, predictions = _evaluated(tiny, images, "benign", family)
-    assert [(r["attack"], r["epsilon"], r["steps"]) for r in rows] == [
-        (c.attack, c.epsilon, c.steps) for c in columns(tiny, family)
-    ]
+def _models(experiment: Experiment, images: Images) -> dict[str, torch.nn.Module]:
+    """Experts and mixture, untrained, in double precision: rounding must decide nothing."""
+    experts = {r.name: expert.build(experiment, images, r.name) for r in experiment.regimes}
+    for model in (mixture := joint.build(experiment, images), *experts.values()):
+        model.train()
+        for _ in range(3):
+            model(to_float(torch.tensor(images.x_train)))
+    return {name: InDouble(model) for name, model in experts.items()} | {MIXTURE: mixture.double()}
+
+
+def _evaluated(
+    experiment: Experiment, images: Images, name: str, family: str, chosen: slice = slice(0, 40)
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    models = _models(experiment, images)
+    if name == MIXTURE:
+        models[MIXTURE] = _PixelsInDouble(models[MIXTURE])
+    wanted = models if "transfer" in experiment.evaluation.beyond and family == "paper" else {name: models[name]}
+    x, y = images.x_test[chosen], images.y_test[chosen]
+    return evaluate(experiment, wanted, name, family, x, y, chosen.start, CPU)
+
+
+class _PixelsInDouble(Mixture):
+    """A mixture in double precision that takes images in single precision."""
+
+    def __init__(self, mixture: torch.nn.Module) -> None:
+        assert isinstance(mixture, Mixture)
+        super().__init__((InDouble(e) for e in mixture.experts), InDouble(mixture.gate))
+
+
+def _own(predictions: list[dict[str, Any]], row: dict[str, Any]) -> list[dict[str, Any]]:
+    keys = ("model", "attack", "source", "epsilon", "steps")
+    return [p for p in predictions if all(p[key] == row[key] for key in keys)]
+
+
+@pytest.mark.parametrize("name", ["fgsm-1", MIXTURE])
+def test_every_column_of_every_family_counts_its_correct_predictions(
+    everything: Experiment, images: Images, name: str
+) -> None:
+    for family in families(everything, name)[:-1]:
+        rows, predictions = _evaluated(everything, images, name, family)
+        attacked = [row for row in rows if row["attack"] != "transfer"]
+        assert [{key: row[key] for key in Column("clean").settings} for row in attacked] == [
+            column.settings for column in columns(everything, family)
+        ]
+        for row in rows:
+            own = _own(predictions, row)
+            assert [p["example"] for p in own] == list(range(40))
+            assert sum(p["prediction"] == p["label"] for p in own) == row["correct"]
+            assert all((p["margin"] > 0) == (p["prediction"] == p["label"]) for p in own)
+            assert row["perturbation"] <= (row["epsilon"] or 0) + 1e-6
+            assert all((p["gate"] is None) == (row["model"] != MIXTURE) for p in own)
+
+
+def test_each_of_the_17_columns_is_the_attack_run_alone_on_the_whole_model(
+    everything: Experiment, images: Images
+) -> None:
+    """The slow, obvious way: a run for each column, nothing shared, nothing dropped, nothing folded."""
+    model = _models(everything, images)["fgsm-1"].eval()
+    rows, predictions = _evaluated(everything, images, "fgsm-1", "paper")
+    x, y = to_float(torch.tensor(images.x_test)), torch.tensor(images.y_test)
+    pgd = everything.pgd
+    ball = attacks.Ball("linf", pgd.epsilon)
+    generators = [Draws((0, "fgsm-1", "paper", i)).generator("attack") for i in range(40)]
+    starts = [x, *(ball.random_point(x, generators) for _ in range(1, everything.evaluation.restarts))]
+
+    def right(images: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            return model(images).argmax(1) == y
+
+    def run(steps: int, start: torch.Tensor = x) -> list[torch.Tensor]:
+        return [it.x for it in attacks.pgd(model, x, y, ball, step_size=pgd.step_size, steps=steps, start=start)]
+
     for row in rows:
-        own = [p for p in predictions if all(p[key] == row[key] for key in ("attack", "epsilon", "steps"))]
-        assert [p["example"] for p in own] == list(range(40))
-        assert sum(p["prediction"] == p["label"] for p in own) == row["correct"]
-        assert all((p["margin"] > 0) == (p["prediction"] == p["label"]) for p in own)
-        assert row["accuracy"] == row["correct"] / 40
-        assert {p["gate"] for p in own} == {None}
+        if row["attack"] == "clean":
+            expected = right(x)
+        elif row["attack"] == "fgsm":
+            expected = right(attacks.fgsm(x, attacks.differentiate(model, x, y)[0], row["epsilon"]))
+        elif row["attack"] == "pgd_restarts":
+            expected = torch.stack([right(z) for start in starts for z in run(row["steps"], start)]).all(0)
+        elif row["attack"] != "transfer":
+            expected = right(run(row["steps"])[-1])
+        if row["attack"] != "transfer":
+            found = [p["prediction"] == p["label"] for p in _own(predictions, row)]
+            assert found == expected.tolist(), row
+    accuracies = {row["attack"]: row["correct"] for row in rows}
+    assert accuracies["pgd_restarts"] < accuracies["clean"]
 
 
-def test_intervals_are_wilsons(tiny: Experiment, images: Images) -> None:
-    (row,), _ = _evaluated(tiny, images, "benign", "pgd_adaptive")
-    n, p, z = 40, row["accuracy"], 1.959963984540054
-    centre, half = (p + z * z / (2 * n)), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    assert row["accuracy_low"] == pytest.approx((centre - half) / (1 + z * z / n), abs=1e-9)
-    assert row["accuracy_high"] == pytest.approx((centre + half) / (1 + z * z / n), abs=1e-9)
+def test_transfer_tests_the_images_of_one_model_on_each_other(everything: Experiment, images: Images) -> None:
+    rows, predictions = _evaluated(everything, images, "benign", "paper")
+    transferred = [row for row in rows if row["attack"] == "transfer"]
+    assert [(row["model"], row["source"]) for row in transferred] == [
+        (name, "benign") for name in ("fgsm-1", "pgd-1", MIXTURE)
+    ]
+    models = _models(everything, images)
+    x, y = to_float(torch.tensor(images.x_test)), torch.tensor(images.y_test)
+    ball = attacks.Ball("linf", everything.pgd.epsilon)
+    *_, made = attacks.pgd(models["benign"].eval(), x, y, ball, step_size=everything.pgd.step_size, steps=3)
+    for name in ("fgsm-1", "pgd-1"):
+        (row,) = (row for row in transferred if row["model"] == name)
+        with torch.no_grad():
+            assert [p["prediction"] for p in _own(predictions, row)] == models[name].eval()(made.x).argmax(1).tolist()
+
+
+def test_gradients_are_counted_where_they_are_spent(
+    everything: Experiment, images: Images, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, counted = torch.autograd.grad, []
+
+    def counting(total: torch.Tensor, leaf: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        counted.append(len(leaf))
+        return real(total, leaf)
+
+    monkeypatch.setattr(torch.autograd, "grad", counting)
+    for family in families(everything, MIXTURE)[:-1]:
+        counted.clear()
+        rows, _ = _evaluated(everything, images, MIXTURE, family)
+        assert sum(row["gradients"] for row in rows) == sum(counted), family
+        spent = [row["gradients"] for row in rows if row["attack"] != "transfer"]
+        if family == "paper":
+            # One gradient serves nine strengths and PGD-1; PGD-3 goes on from there; the adaptive run from PGD-3.
+            assert spent[:12] == [0, 40, *[0] * 8, 0, 80]
+            *_, restarts, adaptive = spent
+            assert adaptive == 40
+            assert restarts < 40 * 4  # another start of four steps, less what was fooled already
+
+
+def test_more_eot_samples_are_a_run_of_their_own(images: Images) -> None:
+    experiment = build("digits", 0, [*EVERYTHING, "evaluation.eot=2"])
+    rows, _ = _evaluated(experiment, images, "benign", "paper")
+    (row,) = (row for row in rows if row["attack"] == "pgd_adaptive")
+    assert row["gradients"] == 40 * 4 * 2
+    assert row["eot"] == 2
 
 
 def test_the_mixtures_predictions_carry_the_gates_weights_on_the_attacked_image(
     tiny: Experiment, images: Images
 ) -> None:
     mixture = joint.build(tiny, images)
-    data = DeviceImages(images, tiny.data, CPU)
-    _, predictions = evaluate(tiny, mixture, "mixture", "pgd", data)
+    _, predictions = evaluate(tiny, {MIXTURE: mixture}, MIXTURE, "paper", images.x_test, images.y_test, 0, CPU)
     view = attacks.frozen(mixture)
-    x, y = to_float(data.x_test), data.y_test
-    *_, attacked = attacks.pgd(view, x, y, epsilon=tiny.pgd.epsilon, step_size=tiny.pgd.step_size, steps=[2])
-    last = torch.tensor([p["gate"] for p in predictions if p["steps"] == 2])
+    x, y = to_float(torch.tensor(images.x_test)), torch.tensor(images.y_test)
+    ball = attacks.Ball("linf", tiny.pgd.epsilon)
+    *_, attacked = attacks.pgd(view, x, y, ball, step_size=tiny.pgd.step_size, steps=2)
+    last = torch.tensor([p["gate"] for p in predictions if p["attack"] == "pgd" and p["steps"] == 2])
     assert last.shape == (40, 3)
-    torch.testing.assert_close(last, mixture.gate(attacked))
+    torch.testing.assert_close(last, mixture.gate(attacked.x))
 
 
-def test_gradients_are_counted_where_they_are_spent(tiny: Experiment, images: Images) -> None:
-    spent = {family: [r["gradients"] for r in _evaluated(tiny, images, "benign", family)[0]] for family in FAMILIES}
-    assert spent["fgsm"] == [0, 40, *[0] * 8]  # one gradient serves nine strengths
-    assert spent["pgd"] == [40, 40]  # PGD-2 goes on from PGD-1
-    assert 80 <= spent["pgd_restarts"][0] <= 160  # 2 x 2 steps, less what was fooled already
-    assert spent["pgd_adaptive"] == [80]
+def test_slices_of_the_test_set_come_to_the_same_rows_as_the_whole(
+    everything: Experiment, images: Images, store: Store
+) -> None:
+    """Draws belong to an image's place in the test set, so neither slices nor batches change them."""
+    small = build("digits", 0, [*EVERYTHING, "evaluation.batch_size=8"])
+    for family in ("paper", "apgd", "square"):
+        slices = [slice(0, 16), slice(16, 32), slice(32, 40)]
+        predictions = []
+        for number, chosen in enumerate(slices):
+            rows, part = _evaluated(small, images, "fgsm-1", family, chosen)
+            tables.write(store, "shards", f"{family}-{number}", tables.rows_of(small, rows))
+            predictions += part
+        shards.merge(store, family, [f"{family}-{number}" for number in range(3)])
+        merged = tables.read(store, "evaluations", [family]).to_pylist()
+        whole, whole_predictions = _evaluated(everything, images, "fgsm-1", family)
+        for row, expected in zip(merged, whole, strict=True):
+            for key in ("model", "attack", "source", "epsilon", "steps", "examples", "correct", "gradients"):
+                assert row[key] == expected[key]
+            assert row["perturbation"] == pytest.approx(expected["perturbation"], abs=1e-7)
+        for row in whole:
+            ours, theirs = _own(predictions, row), _own(whole_predictions, row)
+            assert [p["example"] for p in ours] == list(range(40))
+            assert [p["margin"] for p in ours] == pytest.approx([p["margin"] for p in theirs], abs=1e-5)
 
 
-def test_the_size_of_the_attacked_batch_does_not_matter(tiny: Experiment, images: Images) -> None:
-    small = build("digits", 0, [*TINY, "evaluation.batch_size=7"])
-    model, data = InDouble(expert.build(tiny, images, "benign")), DeviceImages(images, tiny.data, CPU)
-    for family in ("fgsm", "pgd"):
-        (rows, whole), (cut_rows, cut) = (evaluate(e, model, "benign", family, data) for e in (tiny, small))
-        assert [r["correct"] for r in rows] == [r["correct"] for r in cut_rows]
-        assert [p["margin"] for p in whole] == pytest.approx([p["margin"] for p in cut], abs=1e-5)
+def test_a_merge_waits_for_every_slice_and_its_intervals_are_wilsons(
+    tiny: Experiment, images: Images, store: Store
+) -> None:
+    rows, _ = _evaluated(tiny, images, "benign", "paper")
+    tables.write(store, "shards", "first", tables.rows_of(tiny, rows))
+    shards.merge(store, "merged", ["first", "second"])
+    assert not tables.exists(store, "evaluations", "merged")
+    shards.merge(store, "merged", ["first"])
+    for row in tables.read(store, "evaluations", ["merged"]).to_pylist():
+        n, p, z = 40, row["accuracy"], 1.959963984540054
+        centre, half = (p + z * z / (2 * n)), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+        assert row["accuracy_low"] == pytest.approx((centre - half) / (1 + z * z / n), abs=1e-9)
+        assert row["accuracy_high"] == pytest.approx((centre + half) / (1 + z * z / n), abs=1e-9)
+
+
+def test_the_test_set_is_read_a_batch_at_a_time(images: Images, tmp_path: Path) -> None:
+    class Watched(np.ndarray):  # type: ignore[type-arg]
+        read: list[int] = []  # noqa: RUF012
+
+        def __getitem__(self, key: Any) -> Any:
+            found = super().__getitem__(key)
+            self.read.append(len(found) if found.ndim == 4 else 1)
+            return np.asarray(found)
+
+    np.save(tmp_path / "x.npy", images.x_test)
+    streamed = np.load(tmp_path / "x.npy", mmap_mode="r").view(Watched)
+    experiment = build("digits", 0, [*TINY, "evaluation.batch_size=16"])
+    model = expert.build(experiment, images, "benign")
+    rows, _ = evaluate(experiment, {"benign": model}, "benign", "paper", streamed, images.y_test, 0, CPU)
+    assert rows[0]["examples"] == 40
+    assert Watched.read == [16, 16, 8]
+
+
+def test_each_model_is_checked_for_masking(tiny: Experiment, images: Images) -> None:
+    model = expert.build(tiny, images, "benign")
+    rows = check(tiny, model, "benign", images.x_test[:8], images.y_test[:8], CPU)
+    assert {row["check"] for row in rows} >= {"nan", "probabilities", "black_box", "huge_epsilon"}
+    assert {(row["model"], row["examples"]) for row in rows} == {("benign", 8)}

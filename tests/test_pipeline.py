@@ -27,7 +27,13 @@ LOCAL = ["--local", "--cpus", "2", "--gpus", "0"]
 SLOWER = ["data.train_examples=700", "experts.epochs=3", "joint.epochs=3", "pgd.steps=6,8"]
 ARGUMENTS = [*LOCAL, "--set", *TINY, *SLOWER]
 """Epochs of a second or two: long enough to be interrupted in the middle."""
-TIMINGS = {"metrics": ["seconds", "images_per_second"], "evaluations": ["seconds"], "predictions": []}
+TIMINGS = {
+    "metrics": ["seconds", "images_per_second"],
+    "evaluations": ["seconds"],
+    "predictions": [],
+    "shards": ["seconds"],
+    "checks": [],
+}
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +51,8 @@ def _store(folder: Path) -> Store:
 
 def _frame(folder: Path, table: str) -> pd.DataFrame:
     frame = pd.read_parquet(folder / "results" / table)
-    columns = ["model", *(c for c in ("epoch", "attack", "epsilon", "steps", "example") if c in frame)]
+    keys = ("epoch", "attack", "source", "epsilon", "steps", "first", "example", "check")
+    columns = ["model", *(c for c in keys if c in frame)]
     return frame.sort_values(columns, ignore_index=True).drop(columns=TIMINGS[table])
 
 
@@ -59,6 +66,10 @@ def assert_same(one: Path, other: Path) -> None:
         assert first.tensors.keys() == second.tensors.keys()
         for name, tensor in first.tensors.items():
             assert torch.equal(tensor, second.tensors[name]), (model, name)
+    assert_same_tables(one, other)
+
+
+def assert_same_tables(one: Path, other: Path) -> None:
     for table in TIMINGS:
         pd.testing.assert_frame_equal(_frame(one, table), _frame(other, table))
 
@@ -77,7 +88,12 @@ def test_it_leaves_checkpoints_tables_and_the_experiment(
     metrics = pd.read_parquet(folder / "results" / "metrics")
     assert metrics.groupby("model").epoch.apply(list).to_dict() == {model: [1, 2, 3] for model in MODELS}
     evaluations = pd.read_parquet(folder / "results" / "evaluations")
-    assert len(evaluations) == 4 * (1 + 9 + 2 + 1 + 1)
+    single, mixture, transferred = 1 + 9 + 2 + 1 + 1 + 1, 2, 3
+    assert len(evaluations) == 4 * (single + transferred) + mixture
+    assert set(evaluations.examples) == {40}
+    shards = pd.read_parquet(folder / "results" / "shards")
+    assert len(shards) == 2 * len(evaluations)
+    assert set(shards["first"]) == {0, 24}
     assert (evaluations.accuracy_low <= evaluations.accuracy).all()
     predictions = pd.read_parquet(folder / "results" / "predictions")
     assert len(predictions) == 40 * len(evaluations)
@@ -91,8 +107,8 @@ def test_every_job_has_a_name_a_person_understands_and_a_row(
 ) -> None:
     folder, _ = undisturbed
     jobs = pd.read_parquet(folder / "results" / "jobs")
-    assert {"expert pgd-1", "joint", "evaluate mixture pgd"} <= set(jobs.task)
-    assert len(jobs) == 3 + 1 + 4 * 4
+    assert {"expert pgd-1", "joint", "evaluate mixture paper 0-23", "evaluate mixture checks 0-7"} <= set(jobs.task)
+    assert len(jobs) == 3 + 1 + 2 * (4 * 2 + 2) + 4
     assert set(jobs.state) == {"done"}
     assert set(jobs.attempts) == {1}
     assert (jobs.finished >= jobs.started).all()
@@ -192,6 +208,31 @@ def _title(process: psutil.Process) -> str:
         return " ".join(process.cmdline()).strip()  # Ray pads the title that it sets
     except psutil.Error:  # it has ended since
         return ""
+
+
+def test_one_worker_or_two_and_a_slice_again_come_to_the_same_rows(
+    launch: Launch, undisturbed: tuple[Path, subprocess.CompletedProcess[str]]
+) -> None:
+    copy = launch.folder / "runs" / undisturbed[0].name
+    evaluated = shutil.ignore_patterns("evaluations", "shards", "predictions", "checks", "evaluate-*")
+    shutil.copytree(undisturbed[0], copy, ignore=evaluated)
+    killed: list[str] = []
+
+    def kill_worker(driver: psutil.Process, line: str) -> None:
+        while not killed:
+            for process in driver.children(recursive=True):
+                if (title := _title(process)).startswith("ray::evaluate"):
+                    process.kill()
+                    killed.append(title.removeprefix("ray::"))
+
+    alone = ["--local", "--cpus", "1", "--gpus", "0", "--set", *TINY, *SLOWER]
+    status, stderr = launch.until(r"evaluate .* done", kill_worker, *alone)
+    assert status == 0, stderr
+    assert_same_tables(copy, undisturbed[0])
+    jobs = pd.read_parquet(copy / "results" / "jobs").set_index("task").attempts
+    again = set(jobs[jobs == 2].index)
+    assert len(again) <= len(killed)  # the others were not run again
+    assert set(jobs) <= {1, 2}
 
 
 def test_a_run_that_fails_says_which_expert_why_and_how_to_resume(launch: Launch) -> None:

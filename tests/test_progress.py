@@ -7,6 +7,7 @@ import io
 import pytest
 from rich.console import Console
 
+from dwf_cluster.data.sources import Sizes
 from dwf_cluster.experiment import Experiment
 from dwf_cluster.plan import Job, jobs
 from dwf_cluster.progress import Progress
@@ -26,7 +27,7 @@ def _epoch(store: Store, experiment: Experiment, job: Job, epoch: int) -> None:
 
 @pytest.fixture
 def experts(tiny: Experiment) -> list[Job]:
-    return jobs(tiny, "experts", 96, 40)
+    return jobs(tiny, "experts", Sizes(96, 40, (1, 8, 8)))
 
 
 def test_elsewhere_each_epoch_and_each_end_is_a_plain_line(store: Store, tiny: Experiment, experts: list[Job]) -> None:

@@ -1,51 +1,120 @@
-"""The gradient that every attack follows, and the two faults that would make it worthless."""
+"""The gradient that every attack follows, the losses that it can follow, and the faults that make it worthless."""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+Objective = Callable[[nn.Module, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+"""(view, images, labels) -> what an attack makes large, shape (n,), and the logits, shape (n, classes)."""
+
+_CHUNK_ELEMENTS = 3 * 2**15
+"""Input values that one pass takes on a CPU, 32 colour images of 32x32: larger activations leave the caches."""
 
 
 class NotLogits(ValueError):
     """The model returned NaN, infinity or probabilities: an accuracy under attack would mean nothing."""
 
 
-def input_gradient(
-    model: nn.Module, x: torch.Tensor, y: torch.Tensor, samples: int = 1, check: bool = True
-) -> torch.Tensor:
-    """Gradient of the cross-entropy with respect to the pixels.
+def cross_entropy(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The loss of equations (3) to (5)."""
+    logits: torch.Tensor = model(x)
+    return F.cross_entropy(logits, y, reduction="none"), logits
+
+
+def carlini_wagner(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Largest other logit less the true one (Carlini and Wagner 2017, f_6): it does not saturate with the softmax."""
+    logits: torch.Tensor = model(x)
+    return -margin(logits, y), logits
+
+
+def margin(logits: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Logit of the true label less the largest other, shape (n,): negative where the model is wrong."""
+    true = logits.gather(1, y[:, None]).squeeze(1)
+    return true - logits.scatter(1, y[:, None], -torch.inf).amax(1)
+
+
+def differentiate(
+    model: nn.Module,
+    x: torch.Tensor,
+    y: torch.Tensor,
+    objective: Objective = cross_entropy,
+    *,
+    samples: int = 1,
+    check: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradient of an objective with respect to the pixels, and what the forward pass gave on the way.
 
     Args:
         model: frozen view, pixels in, logits out.
-        x: float32 in [0, 1], shape (n, channels, height, width).
+        x: float in [0, 1], shape (n, channels, height, width).
         y: int64, shape (n,).
+        objective: what to make large.
         samples: forward-backward passes to average: expectation over transformation (Athalye et al. 2018) for
             a model that is random in itself; 1 for a deterministic one.
         check: look at the logits first.
 
     Returns:
-        Shape of x: the gradient of the sum over images, so each image's does not depend on the batch.
+        Gradient, shape of x: of the sum over images, so each image's does not depend on the batch. Loss of each
+        image, shape (n,), and logits, shape (n, classes), of the last pass.
 
     Raises:
         NotLogits: if the outputs are not finite, or each row looks like a probability distribution.
     """
-    x = x.detach().requires_grad_()
-    with torch.enable_grad():
-        total = torch.zeros((), device=x.device)
-        for _ in range(samples):
-            logits = model(x)
+    gradients, losses, outputs = [], [], []
+    for images, labels in _chunks(x, y):
+        leaf = images.detach().requires_grad_()
+        with torch.enable_grad():
+            total = torch.zeros((), device=x.device, dtype=x.dtype)
+            for _ in range(samples):
+                loss, logits = objective(model, leaf, labels)
+                total = total + loss.sum()
             if check:
                 check_logits(logits)
-            total = total + F.cross_entropy(logits, y, reduction="sum")
-        (gradient,) = torch.autograd.grad(total, x)
-    return gradient / samples if samples > 1 else gradient
+            (gradient,) = torch.autograd.grad(total, leaf)
+        gradients.append(gradient / samples if samples > 1 else gradient)
+        losses.append(loss.detach())
+        outputs.append(logits.detach())
+    return torch.cat(gradients), torch.cat(losses), torch.cat(outputs)
+
+
+def predict(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """Logits, shape (n, classes), without a gradient.
+
+    Raises:
+        NotLogits: if they are not finite, or each row looks like a probability distribution.
+    """
+    with torch.no_grad():
+        logits = torch.cat([model(images) for images, _ in _chunks(x, x)])
+    check_logits(logits)
+    return logits
 
 
 def check_logits(logits: torch.Tensor) -> None:
     """Raise `NotLogits` unless `logits`, shape (n, classes), are finite and no probabilities."""
-    logits = logits.detach()
-    if not bool(logits.isfinite().all()):
+    if not finite(logits):
         raise NotLogits("the model's outputs contain NaN or infinity")
-    if bool((logits >= 0).all()) and torch.allclose(logits.sum(1), torch.ones_like(logits[:, 0]), atol=1e-4):
+    if look_like_probabilities(logits):
         raise NotLogits("the model's outputs are probabilities; attacks need logits")
+
+
+def finite(logits: torch.Tensor) -> bool:
+    """Whether no output is NaN or infinite."""
+    return bool(logits.detach().isfinite().all())
+
+
+def look_like_probabilities(logits: torch.Tensor) -> bool:
+    """Whether every row, of more than one class, is non-negative and sums to one."""
+    logits = logits.detach()
+    sums = logits.sum(1)
+    return logits.shape[1] > 1 and bool((logits >= 0).all()) and torch.allclose(sums, torch.ones_like(sums), atol=1e-4)
+
+
+def _chunks(x: torch.Tensor, y: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """The batch, on a CPU cut into parts that it computes fastest; the cuts depend on shapes alone."""
+    size = max(1, _CHUNK_ELEMENTS // x[0].numel()) if x.device.type == "cpu" and len(x) else max(1, len(x))
+    for images, labels in zip(torch.split(x, size), torch.split(y, size), strict=True):
+        yield images.contiguous(memory_format=torch.channels_last), labels

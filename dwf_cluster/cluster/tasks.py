@@ -13,12 +13,14 @@ import ray
 import torch
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
+from torch import nn
 
 from dwf_cluster.cluster.placement import Placement
-from dwf_cluster.data.device import DeviceImages
+from dwf_cluster.data.sources import Images
 from dwf_cluster.determinism import make_deterministic
-from dwf_cluster.evaluation import evaluate
+from dwf_cluster.evaluation import check, evaluate
 from dwf_cluster.experiment import MIXTURE, Experiment
+from dwf_cluster.grid import CHECKS
 from dwf_cluster.plan import Job
 from dwf_cluster.store import Store, checkpoints, tables
 from dwf_cluster.store.jobs import recorded
@@ -76,18 +78,29 @@ def _train(job: Job, experiment: Experiment, store: Store, images: ray.ObjectRef
 def _evaluate(job: Job, experiment: Experiment, store: Store, images: ray.ObjectRef, place: Placement) -> None:
     make_deterministic(place.cpus)
     arrays, device = ray.get(images), _device()
-    mixture = job.model == MIXTURE
-    model = joint.build(experiment, arrays) if mixture else expert.build(experiment, arrays, job.model)
-    checkpoint = checkpoints.load_latest(store, job.model)
-    if checkpoint is None:
-        raise FileNotFoundError(f"{job.model} has no checkpoint that can be read")
-    model.load_state_dict(weights(checkpoint))
     assert job.family is not None
-    rows, predictions = evaluate(
-        experiment, model.to(device), job.model, job.family, DeviceImages(arrays, experiment.data, device)
-    )
-    tables.write(store, "evaluations", job.file, tables.rows_of(experiment, rows))
+    chosen = slice(job.first, job.stop)
+    x, y = arrays.x_test[chosen], arrays.y_test[chosen]
+    names = [job.model]
+    if job.family == "paper" and "transfer" in experiment.evaluation.beyond:
+        names = [*(regime.name for regime in experiment.regimes), MIXTURE]
+    models = {name: _trained(experiment, store, arrays, name).to(device) for name in names}
+    if job.family == CHECKS:
+        checks = check(experiment, models[job.model], job.model, x, y, device)
+        tables.write(store, CHECKS, job.file, tables.rows_of(experiment, checks))
+        return
+    rows, predictions = evaluate(experiment, models, job.model, job.family, x, y, job.first, device)
     tables.write(store, "predictions", job.file, tables.rows_of(experiment, predictions))
+    tables.write(store, "shards", job.file, tables.rows_of(experiment, rows))
+
+
+def _trained(experiment: Experiment, store: Store, images: Images, name: str) -> nn.Module:
+    model = joint.build(experiment, images) if name == MIXTURE else expert.build(experiment, images, name)
+    checkpoint = checkpoints.load_latest(store, name)
+    if checkpoint is None:
+        raise FileNotFoundError(f"{name} has no checkpoint that can be read")
+    model.load_state_dict(weights(checkpoint))
+    return model
 
 
 def _device() -> torch.device:

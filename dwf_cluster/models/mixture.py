@@ -40,6 +40,14 @@ class Gate(nn.Module):
         return weights
 
 
+class Experts(nn.ModuleList):
+    """Classifiers of equal output shape that see the same images."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Pixels in [0, 1], shape (n, channels, height, width), to logits, shape (n, experts, classes)."""
+        return torch.stack([expert(x) for expert in self], dim=1)
+
+
 class Mixture(nn.Module):
     """Equation (1): y(x) = sum_i g_i(x) f_i(x), over logits; every expert always runs.
 
@@ -50,11 +58,14 @@ class Mixture(nn.Module):
 
     def __init__(self, experts: Iterable[nn.Module], gate: nn.Module) -> None:
         super().__init__()
-        self.experts = nn.ModuleList(experts)
+        self.experts = Experts(experts)
         self.gate = gate
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Pixels in [0, 1], shape (n, channels, height, width), to logits, shape (n, classes)."""
-        logits = torch.stack([expert(x) for expert in self.experts], dim=1)
-        weights: torch.Tensor = self.gate(x)
-        return (weights.unsqueeze(2) * logits).sum(dim=1)
+        return mix(self.gate(x), self.experts(x))
+
+
+def mix(weights: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    """Equation (1): weights, shape (n, experts), and logits, shape (n, experts, classes), to shape (n, classes)."""
+    return (weights.unsqueeze(2) * logits).sum(dim=1)

@@ -48,8 +48,10 @@ class BasicBlock(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         # A slice and a 1x1 convolution of stride 1 are a 1x1 convolution of stride 2, whose weight gradient
         # oneDNN writes past its workspace for few channels in channels_last (its issue 6035).
-        skipped = x[:, :, :: self.stride, :: self.stride]
-        return F.relu(self.second(F.relu(self.first(x))) + self.shortcut(skipped))
+        skipped = x if self.stride == 1 else x[:, :, :: self.stride, :: self.stride]
+        out = self.second(F.relu(self.first(x), inplace=True))
+        out += self.shortcut(skipped)
+        return F.relu(out, inplace=True)
 
 
 class ResNet18(nn.Module):
@@ -77,7 +79,7 @@ class ResNet18(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Pixels in [0, 1], shape (n, channels, height, width), to logits, shape (n, classes)."""
-        features = self.blocks(F.relu(self.stem(self.normalize(x))))
+        features = self.blocks(F.relu(self.stem(self.normalize(x)), inplace=True))
         # A mean, not adaptive pooling: the latter has no deterministic gradient on CUDA.
         logits: torch.Tensor = self.classifier(features.mean(dim=(2, 3)))
         return logits

@@ -1,4 +1,4 @@
-"""The four Parquet tables: their schemas, and rows that are replaced and never doubled.
+"""The Parquet tables: their schemas, and rows that are replaced and never doubled.
 
 A table is the folder `results/<table>/` with one file for each writer, named after what it holds, so two
 tasks never write to the same file and `pandas.read_parquet(folder)` reads them all.
@@ -25,6 +25,22 @@ def _schema(*fields: tuple[str, pa.DataType]) -> pa.Schema:
     return pa.schema([*_EXPERIMENT, *fields])
 
 
+_COLUMN = [
+    ("model", pa.string()),
+    ("attack", pa.string()),
+    ("source", pa.string()),
+    ("epsilon", pa.float64()),
+    ("step_size", pa.float64()),
+    ("steps", pa.int64()),
+    ("restarts", pa.int64()),
+    ("eot", pa.int64()),
+]
+_COUNTED = [
+    ("perturbation", pa.float64()),
+    ("gradients", pa.int64()),
+    ("seconds", pa.float64()),
+]
+
 SCHEMAS: Mapping[str, pa.Schema] = {
     "metrics": _schema(
         ("stage", pa.string()),
@@ -40,24 +56,26 @@ SCHEMAS: Mapping[str, pa.Schema] = {
         ("device", pa.string()),
     ),
     "evaluations": _schema(
-        ("model", pa.string()),
-        ("attack", pa.string()),
-        ("epsilon", pa.float64()),
-        ("step_size", pa.float64()),
-        ("steps", pa.int64()),
-        ("restarts", pa.int64()),
-        ("eot", pa.int64()),
+        *_COLUMN,
         ("examples", pa.int64()),
         ("correct", pa.int64()),
         ("accuracy", pa.float64()),
         ("accuracy_low", pa.float64()),
         ("accuracy_high", pa.float64()),
-        ("gradients", pa.int64()),
-        ("seconds", pa.float64()),
+        *_COUNTED,
+    ),
+    "shards": _schema(
+        *_COLUMN,
+        ("family", pa.string()),
+        ("first", pa.int64()),
+        ("examples", pa.int64()),
+        ("correct", pa.int64()),
+        *_COUNTED,
     ),
     "predictions": _schema(
         ("model", pa.string()),
         ("attack", pa.string()),
+        ("source", pa.string()),
         ("epsilon", pa.float64()),
         ("steps", pa.int64()),
         ("example", pa.int64()),
@@ -65,6 +83,15 @@ SCHEMAS: Mapping[str, pa.Schema] = {
         ("prediction", pa.int64()),
         ("margin", pa.float32()),
         ("gate", pa.list_(pa.float32())),
+    ),
+    "checks": _schema(
+        ("model", pa.string()),
+        ("check", pa.string()),
+        ("value", pa.float64()),
+        ("limit", pa.float64()),
+        ("fired", pa.bool_()),
+        ("meaning", pa.string()),
+        ("examples", pa.int64()),
     ),
     "jobs": _schema(
         ("stage", pa.string()),

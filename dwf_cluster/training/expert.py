@@ -30,6 +30,7 @@ def adversary(regime: Regime, pgd: Pgd) -> Perturb:
     With `fraction` < 1 (the baselines) the first images of each part of the batch are attacked, at least
     that share of them; the order of images is random anyway.
     """
+    ball = attacks.Ball("linf", pgd.epsilon)
 
     def perturb(view: nn.Module, x: torch.Tensor, y: torch.Tensor, draws: Draws) -> tuple[torch.Tensor, torch.Tensor]:
         if regime.attack == "benign":
@@ -38,10 +39,12 @@ def adversary(regime: Regime, pgd: Pgd) -> Perturb:
         clean, labels = x[:count], y[:count]
         if regime.attack == "fgsm":
             epsilon = draws.choice("epsilon", regime.epsilons)
-            attacked = attacks.fgsm(clean, attacks.input_gradient(view, clean, labels), epsilon)
+            gradient, _, _ = attacks.differentiate(view, clean, labels)
+            attacked = attacks.fgsm(clean, gradient, epsilon)
         else:
-            steps = [draws.choice("steps", regime.steps)]
-            (attacked,) = attacks.pgd(view, clean, labels, epsilon=pgd.epsilon, step_size=pgd.step_size, steps=steps)
+            steps = draws.choice("steps", regime.steps)
+            *_, last = attacks.pgd(view, clean, labels, ball, step_size=pgd.step_size, steps=steps)
+            attacked = last.x
         return torch.cat([attacked, x[count:]]), y
 
     return perturb

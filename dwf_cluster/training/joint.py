@@ -29,15 +29,13 @@ def build(experiment: Experiment, images: Images) -> Mixture:
 def three_parts(experiment: Experiment) -> Perturb:
     """What algorithm 3 does to a batch: clean, FGSM and PGD versions against the whole mixture, side by side."""
     fgsm, pgd = experiment.fgsm, experiment.pgd
+    ball = attacks.Ball("linf", pgd.epsilon)
 
     def perturb(view: nn.Module, x: torch.Tensor, y: torch.Tensor, draws: Draws) -> tuple[torch.Tensor, torch.Tensor]:
-        gradient = attacks.input_gradient(view, x, y)  # FGSM's, and PGD's first
-        epsilon = draws.choice("epsilon", fgsm.epsilons)
-        steps = [draws.choice("steps", pgd.steps)]
-        (attacked,) = attacks.pgd(
-            view, x, y, epsilon=pgd.epsilon, step_size=pgd.step_size, steps=steps, gradient=gradient
-        )
-        return torch.cat([x, attacks.fgsm(x, gradient, epsilon), attacked]), torch.cat([y, y, y])
+        epsilon, steps = draws.choice("epsilon", fgsm.epsilons), draws.choice("steps", pgd.steps)
+        first, *_, last = attacks.pgd(view, x, y, ball, step_size=pgd.step_size, steps=steps)
+        assert first.gradient is not None  # FGSM's too
+        return torch.cat([x, attacks.fgsm(x, first.gradient, epsilon), last.x]), torch.cat([y, y, y])
 
     return perturb
 

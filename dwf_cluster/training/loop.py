@@ -139,12 +139,11 @@ def probe(model: nn.Module, images: DeviceImages, experiment: Experiment) -> tup
     """Accuracy (0..1) on the first test images, clean and under a short PGD: shows catastrophic overfitting."""
     view, count = attacks.frozen(model), experiment.evaluation.probe_examples
     x, y = to_float(images.x_test[:count]), images.y_test[:count]
-    pgd = experiment.pgd
-    (attacked,) = attacks.pgd(
-        view, x, y, epsilon=pgd.epsilon, step_size=pgd.step_size, steps=[experiment.evaluation.probe_steps]
-    )
-    with torch.no_grad():
-        clean, robust = (float((view(images).argmax(1) == y).double().mean()) for images in (x, attacked))
+    pgd, steps = experiment.pgd, experiment.evaluation.probe_steps
+    ball = attacks.Ball("linf", pgd.epsilon)
+    first, *_, last = attacks.pgd(view, x, y, ball, step_size=pgd.step_size, steps=steps)
+    assert first.logits is not None
+    clean, robust = (float((z.argmax(1) == y).double().mean()) for z in (first.logits, attacks.predict(view, last.x)))
     return clean, robust
 
 

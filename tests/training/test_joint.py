@@ -31,10 +31,10 @@ def test_the_batch_is_clean_fgsm_and_pgd_side_by_side(tiny: Experiment, images: 
     x, y = DeviceImages(images, tiny.data, CPU).train_batch(torch.arange(12), Draws((0,)))
     draws = Draws((0, "mixture", 0, 0))
     found, labels = joint.three_parts(tiny)(view, x, y, draws)
-    fgsm = attacks.fgsm(x, attacks.input_gradient(view, x, y), draws.choice("epsilon", tiny.fgsm.epsilons))
-    steps = [draws.choice("steps", tiny.pgd.steps)]
-    (pgd,) = attacks.pgd(view, x, y, epsilon=tiny.pgd.epsilon, step_size=tiny.pgd.step_size, steps=steps)
-    assert torch.equal(found, torch.cat([x, fgsm, pgd]))
+    fgsm = attacks.fgsm(x, attacks.differentiate(view, x, y)[0], draws.choice("epsilon", tiny.fgsm.epsilons))
+    steps, ball = draws.choice("steps", tiny.pgd.steps), attacks.Ball("linf", tiny.pgd.epsilon)
+    *_, last = attacks.pgd(view, x, y, ball, step_size=tiny.pgd.step_size, steps=steps)
+    assert torch.equal(found, torch.cat([x, fgsm, last.x]))
     assert torch.equal(labels, torch.cat([y, y, y]))
 
 

@@ -77,13 +77,13 @@ def test_it_equals_the_plain_pytorch_loop(images: Images, store: Store, regime: 
             if regime.attack != "benign":
                 target = copy.deepcopy(slow).eval()  # BatchNorm unfolded, in evaluation mode
                 if regime.attack == "fgsm":
-                    gradient = attacks.input_gradient(target, x, y)
+                    gradient, _, _ = attacks.differentiate(target, x, y)
                     x = attacks.fgsm(x, gradient, draws.choice("epsilon", regime.epsilons))
                 else:
                     count = draws.choice("steps", regime.steps)
-                    (x,) = attacks.pgd(
-                        target, x, y, epsilon=tiny.pgd.epsilon, step_size=tiny.pgd.step_size, steps=[count]
-                    )
+                    ball = attacks.Ball("linf", tiny.pgd.epsilon)
+                    *_, last = attacks.pgd(target, x, y, ball, step_size=tiny.pgd.step_size, steps=count)
+                    x = last.x
             slow.train()
             optimizer.zero_grad()
             F.cross_entropy(slow(x), y).backward()

@@ -1,0 +1,49 @@
+"""AutoAttack's standard set (Croce and Hein 2020), L-infinity."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+
+from torch import nn
+
+from dwf_cluster.attacks.apgd import apgd, targeted_dlr
+from dwf_cluster.attacks.ball import Ball
+from dwf_cluster.attacks.fab import fab_targeted
+from dwf_cluster.attacks.pgd import Iterate, Standing, WorstCase
+from dwf_cluster.attacks.square import square
+
+TARGETS = 9
+"""Classes that the targeted attacks try: the most likely ones beside the true class."""
+
+
+def autoattack(model: nn.Module, epsilon: float, worst: WorstCase, *, steps: int = 100, queries: int = 5000) -> None:
+    """APGD on cross-entropy, APGD on the targeted DLR, targeted FAB, Square; each on what stands yet.
+
+    Args:
+        model: frozen view, pixels in, logits of at least four classes out.
+        epsilon: radius of the L-infinity ball, pixels in [0, 1].
+        worst: begun with the clean images and generators; takes what is found.
+        steps, queries: the authors' standard by default.
+
+    Raises:
+        NotLogits: if the model returns NaN or probabilities.
+    """
+    ball = Ball("linf", epsilon)
+    targets = worst.logits.argsort(1, descending=True)[:, 1 : TARGETS + 1]  # of those that stand, the first is true
+
+    def apgd_targeted(some: Standing, rank: int) -> Iterator[Iterate]:
+        goal = targets[some.index, rank]
+        arguments = (model, some.x, some.y, ball, some.generators)
+        return apgd(*arguments, steps=steps, objective=targeted_dlr, target=goal)
+
+    worst.attack(lambda some: apgd(model, some.x, some.y, ball, some.generators, steps=steps))
+    for rank in range(targets.shape[1]):
+        worst.attack(functools.partial(apgd_targeted, rank=rank))
+    for rank in range(targets.shape[1]):
+        worst.attack(
+            lambda some, rank=rank: fab_targeted(  # type: ignore[misc]
+                model, some.x, some.y, epsilon, targets[some.index, rank], steps=steps
+            )
+        )
+    worst.attack(lambda some: square(model, some.x, some.y, epsilon, some.generators, queries=queries))

@@ -1,0 +1,24 @@
+"""What attacks on a mixture can make large beside its own loss."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from dwf_cluster.models.mixture import mix
+
+
+def gate_aimed(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cross-entropy of the mixture, and of an expert that the gate draws: sum_i g_i(x) * CE(f_i(x), y).
+
+    The second part grows when the gate trusts those experts that fail, though the sum of logits may still be right.
+
+    Args:
+        model: frozen view of a `Mixture`.
+        x, y: as for any objective.
+    """
+    weights, logits = model.gate(x), model.experts(x)  # type: ignore[operator]
+    mixed = mix(weights, logits)
+    each = F.cross_entropy(logits.transpose(1, 2), y[:, None].expand(-1, logits.shape[1]), reduction="none")
+    return F.cross_entropy(mixed, y, reduction="none") + (weights * each).sum(1), mixed
