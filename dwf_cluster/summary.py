@@ -56,7 +56,7 @@ def transfer_table(experiment: Experiment, store: Store) -> Table:
     """Accuracy in percent of each model (down) on the PGD images that were made on each other model (across)."""
     made_on = {transfer(experiment, name): name for name in _models(experiment)}
     steps = next(iter(made_on)).steps
-    return _accuracies(experiment, store, f"Accuracy in percent on PGD-{steps} images made on", made_on)
+    return _accuracies(experiment, store, f"On PGD-{steps} made on", made_on)
 
 
 def _accuracies(experiment: Experiment, store: Store, title: str, heads: Mapping[Column, str]) -> Table:

@@ -67,7 +67,7 @@ def test_a_slice_can_be_chosen() -> None:
 def test_what_is_done_is_left_out(store: Store, tiny: Experiment) -> None:
     before = unfinished(tiny, store, STAGES, TINY_SIZES)["evaluate"]
     for table, family in (("shards", "paper"), ("checks", "checks")):
-        (job,) = (job for job in before if (job.model, job.family) == ("benign", family))
+        job = next(job for job in before if (job.model, job.family) == ("benign", family))
         tables.write(store, table, job.file, [])
         assert job.is_done(tiny, store)
     assert len(unfinished(tiny, store, STAGES, TINY_SIZES)["evaluate"]) == len(before) - 2

@@ -1,0 +1,365 @@
+"""How fast the result table's columns are made, side by side with torchattacks, foolbox and ART.
+
+    OMP_WAIT_POLICY=PASSIVE python benchmarks/attacks.py [--images 512] [--mixture-images 24]
+
+Width-16 ResNet-18s, one trained on clean digits and one on PGD examples, on digits scaled to 32x32 with three
+channels. Every contestant attacks the same model, with both cores of the machine: ours as it runs, in slices of
+the test set on one-thread workers; the peers in one process with the number of threads that is fastest for them,
+once with all images as one batch and once with the batch size that is fastest for them. Batches of contestants
+take turns, and times are medians over them. (Threads that wait by
+spinning lose much time on a machine that others use, hence the variable.) The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from sklearn.datasets import load_digits
+from torch import nn
+
+from dwf_cluster import attacks
+from dwf_cluster.evaluation import evaluate
+from dwf_cluster.experiment import MIXTURE, Experiment, build
+from dwf_cluster.models import Mixture, ResNet18
+from dwf_cluster.models.mixture import Gate
+
+EPSILON, STEP_SIZE = 0.15, 0.03
+COLUMNS = [f"evaluation.fgsm_epsilons={','.join(f'{0.03 * i:.2f}' for i in range(1, 10))}"]
+FIFTEEN = [*COLUMNS, "evaluation.pgd_steps=10,20,30,40,50", "evaluation.restarts=1", "evaluation.restart_steps=1"]
+PAPER = [*COLUMNS, "evaluation.pgd_steps=10,20,30,40,50", "evaluation.restarts=3", "evaluation.restart_steps=100"]
+FGSM = [0.03 * i for i in range(1, 10)]
+PGD = [10, 20, 30, 40, 50]
+CORES = 2
+
+Columns = dict[str, torch.Tensor]
+"""Whether each image was classified correctly, by column."""
+
+
+# ------------------------------------------------------------------------------------------ models and images
+
+
+def images() -> tuple[torch.Tensor, torch.Tensor]:
+    """1,797 digits, float in [0, 1], shape (n, 3, 32, 32), multiples of 1/255; and their labels."""
+    digits = load_digits()
+    x = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 16
+    x = F.interpolate(x, scale_factor=4, mode="bilinear").expand(-1, 3, -1, -1)
+    return (x * 255).round() / 255, torch.tensor(digits.target)
+
+
+def trained(x: torch.Tensor, y: torch.Tensor, adversarial: bool) -> ResNet18:
+    """Two epochs on clean images, or on those of a short PGD."""
+    torch.manual_seed(0)
+    model = ResNet18(10, (0.3,) * 3, (0.35,) * 3, width=16).to(memory_format=torch.channels_last)
+    epochs, ball = (4 if adversarial else 2), attacks.Ball("linf", EPSILON)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, epochs * -(-len(x) // 64))
+    for _ in range(epochs):
+        for batch in torch.split(torch.randperm(len(x)), 64):
+            some = x[batch]
+            if adversarial:
+                *_, last = attacks.pgd(attacks.frozen(model), some, y[batch], ball, step_size=0.06, steps=4)
+                some = last.x
+            optimizer.zero_grad()
+            F.cross_entropy(model(some), y[batch]).backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            schedule.step()
+    # Peers that know nothing of frozen models would otherwise ask for gradients of the weights.
+    return model.to(memory_format=torch.contiguous_format).eval().requires_grad_(False)
+
+
+# ------------------------------------------------------------------------------------------------ contestants
+
+
+def _ours(experiment: Experiment, model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> tuple[Columns, int]:
+    torch.set_num_threads(1)
+    name = MIXTURE if isinstance(model, Mixture) else "model"
+    pixels = (x * 255).round().to(torch.uint8).numpy()
+    rows, predictions = evaluate(experiment, {name: model}, name, "paper", pixels, y.numpy(), 0, torch.device("cpu"))
+    columns = {}
+    for row in rows:
+        own = [p for p in predictions if all(p[k] == row[k] for k in ("attack", "epsilon", "steps"))]
+        columns[_name(row["attack"], row["epsilon"], row["steps"])] = torch.tensor(
+            [p["prediction"] == p["label"] for p in own]
+        )
+    return columns, sum(row["gradients"] for row in rows)
+
+
+def _name(attack: str, epsilon: float | None, steps: int | None) -> str:
+    return f"fgsm {epsilon:.2f}" if attack == "fgsm" else f"pgd {steps}" if attack == "pgd" else attack
+
+
+def ours(pool: ProcessPoolExecutor, experiment: Experiment, model: nn.Module) -> Callable[..., tuple[Columns, int]]:
+    """The product's evaluation: a slice of the images for each core."""
+
+    def run(x: torch.Tensor, y: torch.Tensor) -> tuple[Columns, int]:
+        parts = zip(x.tensor_split(CORES), y.tensor_split(CORES), strict=True)
+        found = [future.result() for future in [pool.submit(_ours, experiment, model, *part) for part in parts]]
+        return {name: torch.cat([part[name] for part, _ in found]) for name in found[0][0]}, sum(n for _, n in found)
+
+    return run
+
+
+def _right(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        right: torch.Tensor = model(x).argmax(1) == y
+        return right
+
+
+def torchattacks_columns(model: nn.Module, which: str) -> Callable[[torch.Tensor, torch.Tensor], Columns]:
+    """Column by column; `which`: the first 15, or the two others."""
+    import torchattacks
+
+    def fifteen(x: torch.Tensor, y: torch.Tensor) -> Columns:
+        found = {"clean": _right(model, x, y)}
+        for epsilon in FGSM:
+            found[f"fgsm {epsilon:.2f}"] = _right(model, torchattacks.FGSM(model, eps=epsilon)(x, y), y)
+        for steps in PGD:
+            attack = torchattacks.PGD(model, eps=EPSILON, alpha=STEP_SIZE, steps=steps, random_start=False)
+            found[f"pgd {steps}"] = _right(model, attack(x, y), y)
+        return found
+
+    def two(x: torch.Tensor, y: torch.Tensor) -> Columns:
+        starts = [
+            torchattacks.PGD(model, eps=EPSILON, alpha=STEP_SIZE, steps=100, random_start=i > 0) for i in range(3)
+        ]
+        restarts = torchattacks.MultiAttack(starts)  # leaves out what is fooled already
+        adaptive = torchattacks.EOTPGD(model, eps=EPSILON, alpha=STEP_SIZE, steps=100, eot_iter=1, random_start=False)
+        return {"pgd_restarts": _right(model, restarts(x, y), y), "pgd_adaptive": _right(model, adaptive(x, y), y)}
+
+    return fifteen if which == "15" else two
+
+
+def foolbox_columns(model: nn.Module) -> Callable[[torch.Tensor, torch.Tensor], Columns]:
+    """The first 15 columns."""
+    import foolbox
+
+    target = foolbox.PyTorchModel(model, bounds=(0, 1))
+
+    def run(x: torch.Tensor, y: torch.Tensor) -> Columns:
+        found = {"clean": _right(model, x, y)}
+        fgsm = foolbox.attacks.LinfFastGradientAttack(random_start=False)
+        for epsilon in FGSM:
+            found[f"fgsm {epsilon:.2f}"] = _right(model, fgsm(target, x, y, epsilons=epsilon)[1], y)
+        for steps in PGD:
+            pgd = foolbox.attacks.LinfPGD(abs_stepsize=STEP_SIZE, steps=steps, random_start=False)
+            found[f"pgd {steps}"] = _right(model, pgd(target, x, y, epsilons=EPSILON)[1], y)
+        return found
+
+    return run
+
+
+def art_columns(model: nn.Module, batch: int) -> Callable[[torch.Tensor, torch.Tensor], Columns]:
+    """The first 15 columns."""
+    from art.attacks.evasion import FastGradientMethod, ProjectedGradientDescentPyTorch
+    from art.estimators.classification import PyTorchClassifier
+
+    target = PyTorchClassifier(model, nn.CrossEntropyLoss(), (3, 32, 32), 10, clip_values=(0.0, 1.0), device_type="cpu")
+
+    def run(x: torch.Tensor, y: torch.Tensor) -> Columns:
+        found, one_hot = {"clean": _right(model, x, y)}, np.eye(10, dtype=np.float32)[y]
+        runs: list[tuple[str, Any]] = [
+            (f"fgsm {epsilon:.2f}", FastGradientMethod(target, eps=epsilon, batch_size=batch)) for epsilon in FGSM
+        ]
+        for steps in PGD:
+            pgd = ProjectedGradientDescentPyTorch(
+                target,
+                eps=EPSILON,
+                eps_step=STEP_SIZE,
+                max_iter=steps,
+                batch_size=batch,
+                verbose=False,
+            )
+            runs.append((f"pgd {steps}", pgd))
+        for name, attack in runs:
+            found[name] = _right(model, torch.tensor(attack.generate(x.numpy(), one_hot)), y)
+        return found
+
+    return run
+
+
+# ------------------------------------------------------------------------------------------------ measurement
+
+
+def median_seconds(run: Callable[[], object], times: int = 5) -> float:
+    """Median of a few runs, after one that warms up."""
+    run()
+    seconds = []
+    for _ in range(times):
+        clock = time.perf_counter()
+        run()
+        seconds.append(time.perf_counter() - clock)
+    return statistics.median(seconds)
+
+
+def bare(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> float:
+    """Seconds of a bare forward-backward on the input, for one image; of the frozen view, in parts of 32."""
+    view = attacks.frozen(model)
+
+    def run() -> None:
+        for some, labels in zip(torch.split(x, 32), torch.split(y, 32), strict=True):
+            leaf = some.contiguous(memory_format=torch.channels_last).requires_grad_()
+            torch.autograd.grad(F.cross_entropy(view(leaf), labels, reduction="sum"), leaf)
+
+    return median_seconds(run) / len(x)
+
+
+def plain(model: nn.Module, x: torch.Tensor, y: torch.Tensor, batch: int) -> float:
+    """The same of the model as it is, in parts of `batch`."""
+
+    def run() -> None:
+        for some, labels in zip(torch.split(x, batch), torch.split(y, batch), strict=True):
+            leaf = some.clone().requires_grad_()
+            torch.autograd.grad(F.cross_entropy(model(leaf), labels), leaf)
+
+    return median_seconds(run, 3) / len(x)
+
+
+def best_for_peers(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> tuple[int, int]:
+    """Number of threads and batch size at which a plain gradient is fastest."""
+    seconds = {}
+    for threads in range(1, CORES + 1):
+        torch.set_num_threads(threads)
+        for batch in (32, 64, 128, 256):
+            if batch <= len(x):
+                seconds[threads, batch] = plain(model, x[:256], y[:256], batch)
+    return min(seconds, key=lambda setting: seconds[setting])
+
+
+def in_batches(run: Callable[[torch.Tensor, torch.Tensor], Columns], size: int) -> Callable[..., Columns]:
+    """A contestant that takes `size` images at a time."""
+
+    def batched(x: torch.Tensor, y: torch.Tensor) -> Columns:
+        found = [run(*part) for part in zip(torch.split(x, size), torch.split(y, size), strict=True)]
+        return {name: torch.cat([part[name] for part in found]) for name in found[0]}
+
+    return batched
+
+
+def turns(contestants: dict[str, Callable[..., Any]], x: torch.Tensor, y: torch.Tensor, rounds: int) -> Iterator[Any]:
+    """Each contestant on each round's share of the images, by turns: (name, seconds, what it returned)."""
+    for part, labels in zip(x.tensor_split(rounds), y.tensor_split(rounds), strict=True):
+        for name, run in contestants.items():
+            clock = time.perf_counter()
+            found = run(part, labels)
+            yield name, time.perf_counter() - clock, found
+
+
+def compare(
+    pool: ProcessPoolExecutor, model: nn.Module, x: torch.Tensor, y: torch.Tensor, rounds: int, peers: bool, wide: bool
+) -> dict[str, Any]:
+    """Times, ratios and accuracies of one model: 15 columns and 17."""
+    threads, batch = best_for_peers(model, x, y)
+    torch.set_num_threads(threads)
+    fifteen, paper = (build("digits", 0, fields) for fields in (_as(FIFTEEN, 1), _as(PAPER, 100)))
+    contestants: dict[str, Callable[..., Any]] = {
+        "ours 15": ours(pool, fifteen, model),
+        "ours 17": ours(pool, paper, model),
+        "torchattacks 15": in_batches(torchattacks_columns(model, "15"), batch),
+        "torchattacks 2": in_batches(torchattacks_columns(model, "2"), batch),
+    }
+    if peers:
+        contestants["foolbox 15"] = in_batches(foolbox_columns(model), batch)
+        contestants["art 15"] = art_columns(model, batch)
+    ours(pool, fifteen, model)(x[:8], y[:8])  # imports
+    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    right: dict[str, dict[str, list[torch.Tensor]]] = {name: {} for name in contestants}
+    gradients = {"ours 15": 0, "ours 17": 0}
+    for name, took, found in turns(contestants, x, y, rounds):
+        seconds[name].append(took)
+        columns = found
+        if name in gradients:
+            columns, spent = found
+            gradients[name] += spent
+        for column, correct in columns.items():
+            right[name].setdefault(column, []).append(correct)
+    seconds["torchattacks 17"] = [
+        a + b for a, b in zip(seconds["torchattacks 15"], seconds.pop("torchattacks 2"), strict=True)
+    ]
+    right["torchattacks 17"] = right["torchattacks 15"] | right.pop("torchattacks 2")
+    accuracy = {
+        name: {column: 100 * float(torch.cat(parts).double().mean()) for column, parts in columns.items()}
+        for name, columns in right.items()
+    }
+    report: dict[str, Any] = {
+        "images": len(x),
+        "peers": {"threads": threads, "batch": batch},
+        "seconds": {name: round(rounds * statistics.median(times), 1) for name, times in seconds.items()},
+        "accuracy": {name: {c: round(a, 2) for c, a in columns.items()} for name, columns in accuracy.items()},
+    }
+    report["ratio"] = {
+        name: round(statistics.median(_over(seconds[name], seconds[f"ours {name.split()[1]}"])), 2)
+        for name in seconds
+        if not name.startswith("ours")
+    }
+    report["largest_difference_in_points"] = {
+        name: round(
+            max(
+                abs(accuracy["ours 15"][c] - accuracy[name][c])
+                for c in accuracy["ours 15"]
+                if c in accuracy[name] and c not in ("pgd_restarts", "pgd_adaptive")
+            ),
+            2,
+        )
+        for name in report["ratio"]
+    }
+    if wide:  # all images as one batch
+        clock = time.perf_counter()
+        torchattacks_columns(model, "15")(x, y)
+        took = time.perf_counter() - clock
+        report["seconds"]["torchattacks 15, one batch"] = round(took, 1)
+        report["ratio"]["torchattacks 15, one batch"] = round(took / report["seconds"]["ours 15"], 2)
+    torch.set_num_threads(1)
+    cost = bare(model, x[:128], y[:128])
+    report["gradients"] = gradients
+    report["times_the_limit"] = {
+        name: round(CORES * sum(seconds[name]) / (gradients[name] * cost), 2) for name in gradients
+    }
+    return report
+
+
+def _as(columns: list[str], adaptive: int) -> list[str]:
+    pgd = [f"pgd.epsilon={EPSILON}", f"pgd.step_size={STEP_SIZE}", "evaluation.batch_size=4096"]
+    return [*columns, *pgd, f"evaluation.adaptive_steps={adaptive}"]
+
+
+def _over(above: list[float], below: list[float]) -> list[float]:
+    return [a / b for a, b in zip(above, below, strict=True)]
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=int, default=512)
+    parser.add_argument("--mixture-images", type=int, default=24)
+    options = parser.parse_args()
+    x, y = images()
+    torch.set_num_threads(1)
+    undefended, robust = (trained(x[512:], y[512:], adversarial) for adversarial in (False, True))
+    gate = Gate(9, (3, 32, 32), (0.3,) * 3, (0.35,) * 3, 128)
+    mixture = Mixture((undefended, *[robust] * 8), gate).eval().requires_grad_(False)
+    few = slice(0, options.mixture_images)
+    report = {}
+    with ProcessPoolExecutor(CORES, multiprocessing.get_context("spawn")) as pool:
+        all_images = slice(0, options.images)
+        for name, model, which, rounds, peers, wide in (
+            ("adversarially trained", robust, all_images, 4, True, True),
+            ("undefended", undefended, all_images, 4, False, False),
+            ("mixture of nine", mixture, few, 2, False, False),
+        ):
+            report[name] = compare(pool, model, x[which], y[which], rounds, peers, wide)
+            print(name, json.dumps(report[name], indent=1), flush=True)
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()
