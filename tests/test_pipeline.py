@@ -126,12 +126,17 @@ def test_it_prints_progress_the_table_and_how_to_read_the_results(
     assert re.search(r"^expert pgd-1: epoch 3/3, loss \d+\.\d+, clean [\d.]+%, PGD probe", result.stdout, re.M)
     assert re.search(r"^Ray dashboard: http://127\.0\.0\.1:\d+ \(token authentication is on; ", result.stdout, re.M)
     rows = [line.split() for line in lines if line.strip() and line.split()[0] in MODELS]
-    assert [row[0] for row in rows] == MODELS
+    assert [row[0] for row in rows] == MODELS * 2  # the transfer matrix follows
+    assert {len(row) for row in rows[4:]} == {1 + 3}
+    assert re.search(
+        r"^signs of gradient masking: (\d+|none) in \d+ checks of 4 models on 8 images$", result.stdout, re.M
+    )
     evaluations = pd.read_parquet(folder / "results" / "evaluations").set_index(["model", "attack"])
-    for row in rows:
-        assert len(row) == 1 + 14
+    for row in rows[:4]:
+        assert len(row) == 1 + 15 + 2 * (row[0] == "mixture")
         assert row[1] == f"{100 * evaluations.loc[(row[0], 'clean')].accuracy.item():.1f}"
-        assert row[-1] == f"{100 * evaluations.loc[(row[0], 'pgd_adaptive')].accuracy.item():.1f}"
+        assert row[14] == f"{100 * evaluations.loc[(row[0], 'pgd_adaptive')].accuracy.item():.1f}"
+        assert row[-1] == f"{100 * evaluations.loc[(row[0], 'noise')].accuracy.item():.1f}"
     (how,) = (line for line in lines if line.startswith("read them: "))
     program = f"{how.removeprefix('read them: import pandas; ')}"
     assert len(eval(program, {"pandas": pd})) == len(evaluations)

@@ -27,6 +27,7 @@ def square(
     generators: Sequence[torch.Generator],
     *,
     queries: int = 5000,
+    planned: int | None = None,
 ) -> Iterator[Iterate]:
     """Change one random square of each image at a time, and keep what lowers its margin.
 
@@ -35,7 +36,8 @@ def square(
         x, y: as for `pgd`.
         epsilon: radius of the L-infinity ball, pixels in [0, 1].
         generators: one an image; no draw depends on the batch.
-        queries: number of forward passes; the squares' sizes are scheduled over them.
+        queries: number of forward passes.
+        planned: forward passes that the squares' sizes are scheduled over; by default those that there are.
 
     Yields:
         What each query tried, for the images not yet fooled.
@@ -62,7 +64,7 @@ def square(
             return
         if not bool(keep.all()):
             x, y, index, best, lowest, draws = (t[keep] for t in (x, y, index, best, lowest, draws))
-        share = _FIRST_SHARE / 2 ** bisect_left(_HALVINGS, query * 10_000 // queries)
+        share = _FIRST_SHARE / 2 ** bisect_left(_HALVINGS, query * 10_000 // (planned or queries))
         side = min(max(round((share * height * width) ** 0.5), 1), height, width)
         top, left = ((draws[:, query, i, None] * (size - side + 1)).long() for i, size in ((0, height), (1, width)))
         high, wide = (rows >= top) & (rows < top + side), (columns >= left) & (columns < left + side)
