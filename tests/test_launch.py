@@ -41,7 +41,7 @@ def test_dry_run_prints_the_plan_longest_first_and_starts_and_writes_nothing(lau
     lines = result.stdout.splitlines()
     tasks = [line.split()[1:3] for line in lines if line.split()[:1] in (["experts"], ["joint"])]
     assert tasks == [["expert", "pgd-1"], ["expert", "fgsm-1"], ["expert", "benign"], ["joint", "2"]]
-    assert sum("evaluate mixture" in line for line in lines) == 4
+    assert sum("evaluate mixture" in line for line in lines) == 4 * 2 + 1  # families in two slices, and the checks
     assert lines[-1].startswith(str(launch.folder / "runs" / "digits-seed0-"))
     assert list(launch.folder.iterdir()) == []
 
@@ -67,6 +67,7 @@ def test_dry_run_shows_what_each_task_gets(launch: Launch) -> None:
         (["--local", "--stages", ""], "--stages: '' cannot be used"),
         (["--local", "--stages", "joint"], "--stages: joint cannot be run: experts is not done"),
         (["--local", "--set", "experts.epochs=-1"], "experts.epochs: -1 cannot be used"),
+        (["--local", "--set", "evaluation.beyond=apgd,deepfool"], "evaluation.beyond.1: 'deepfool' cannot be used"),
         (["--local", "--set", "data.train_examples=2000"], "data.train_examples: 2000 cannot be used: allowed are 2"),
         (["--local", "--storage", "file/below"], "--storage: '"),
         (["--local", "--storage", "nosuch://bucket"], "--storage: 'nosuch://bucket' cannot be used"),
@@ -88,6 +89,16 @@ def test_own_images_of_the_wrong_kind_are_named(launch: Launch) -> None:
     result = launch("--local", "--preset", path)
     assert result.returncode == 2
     assert result.stderr == "error: x_train: dtype float32 cannot be used: images are uint8, 0..255\n"
+    assert [p.name for p in launch.folder.iterdir()] == ["own.npz"]
+
+
+def test_autoattack_needs_four_classes(launch: Launch) -> None:
+    path = write_npz(launch.folder / "own.npz")
+    result = launch("--local", "--preset", path, "--set", "evaluation.beyond=autoattack")
+    assert result.returncode == 2
+    assert result.stderr == (
+        "error: evaluation.beyond: 'autoattack' cannot be used: it needs 4 classes, the images have 3\n"
+    )
     assert [p.name for p in launch.folder.iterdir()] == ["own.npz"]
 
 
