@@ -59,7 +59,7 @@ def images() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def trained(x: torch.Tensor, y: torch.Tensor, adversarial: bool) -> ResNet18:
-    """Two epochs on clean images, or on those of a short PGD."""
+    """Two epochs on clean images, or four on those of a short PGD."""
     torch.manual_seed(0)
     model = ResNet18(10, (0.3,) * 3, (0.35,) * 3, width=16).to(memory_format=torch.channels_last)
     epochs, ball = (4 if adversarial else 2), attacks.Ball("linf", EPSILON)

@@ -14,9 +14,7 @@ from torch import nn
 
 from dwf_cluster import attacks
 from dwf_cluster.attacks.gradient import look_like_probabilities
-
-QUERIES = 300
-"""Forward passes of the black-box attack."""
+from dwf_cluster.grid import CHECK_QUERIES
 
 HUGE = 1.0
 """An L-infinity radius that lets an attack paint any image."""
@@ -135,7 +133,7 @@ def _attacks(
     yield Check("perturbation", max(moved - epsilon, outside), 1e-5, meaning)
 
     white = worst.standing.clone()
-    worst.attack(lambda some: attacks.square(model, some.x, some.y, epsilon, some.generators, queries=QUERIES))
+    worst.attack(lambda some: attacks.square(model, some.x, some.y, epsilon, some.generators, queries=CHECK_QUERIES))
     value = float((white & ~worst.standing).double().mean())
     meaning = f"a black-box attack fools {value:.1%} that resisted the white-box attacks"
     yield Check("black_box", value, NOISE, meaning)

@@ -10,6 +10,9 @@ from dwf_cluster.experiment import MIXTURE, Experiment
 CHECKS = "checks"
 """The family that looks for gradient masking; its rows are those of the `checks` table."""
 
+CHECK_QUERIES = 300
+"""Forward passes of the checks' black-box attack, for one image."""
+
 AUTOATTACK_CLASSES = 4
 """The fewest classes that `autoattack`'s targeted difference of logits ratio is defined for."""
 

@@ -8,7 +8,7 @@ from statistics import fmean
 
 from dwf_cluster.data.sources import Sizes
 from dwf_cluster.experiment import MIXTURE, STAGES, Experiment, InvalidInput, Regime
-from dwf_cluster.grid import CHECKS, families
+from dwf_cluster.grid import CHECK_QUERIES, CHECKS, families
 from dwf_cluster.store import Store, checkpoints, tables
 
 _SHARD_FLOP, _SHARD_EXAMPLES = 1e13, 8192
@@ -123,7 +123,7 @@ def _evaluation(experiment: Experiment, family: str) -> float:
         "square": (0, e.square_queries),
         "autoattack": (1900, 900 + 5000),  # APGD on one loss and nine targets, FAB on nine, Square
         "noise": (0, 1),
-        CHECKS: (7 * e.probe_steps, 300),
+        CHECKS: (7 * e.probe_steps, CHECK_QUERIES),
     }[family]
     return float(2 * gradients + queries)
 

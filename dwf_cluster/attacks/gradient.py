@@ -95,15 +95,10 @@ def predict(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 def check_logits(logits: torch.Tensor) -> None:
     """Raise `NotLogits` unless `logits`, shape (n, classes), are finite and no probabilities."""
-    if not finite(logits):
+    if not bool(logits.detach().isfinite().all()):
         raise NotLogits("the model's outputs contain NaN or infinity")
     if look_like_probabilities(logits):
         raise NotLogits("the model's outputs are probabilities; attacks need logits")
-
-
-def finite(logits: torch.Tensor) -> bool:
-    """Whether no output is NaN or infinite."""
-    return bool(logits.detach().isfinite().all())
 
 
 def look_like_probabilities(logits: torch.Tensor) -> bool:

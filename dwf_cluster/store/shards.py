@@ -8,8 +8,6 @@ from typing import Any
 from dwf_cluster.store import tables
 from dwf_cluster.store.files import Store
 
-_KEY = ("model", "attack", "source", "epsilon", "step_size", "steps", "restarts", "eot")
-
 
 def merge(store: Store, file: str, shards: Sequence[str]) -> None:
     """Write a family's rows of `evaluations`, in the order of the test set, if all its shards are there.
@@ -25,7 +23,7 @@ def merge(store: Store, file: str, shards: Sequence[str]) -> None:
 
     merged: dict[tuple[Any, ...], dict[str, Any]] = {}
     for row in tables.read(store, "shards", shards).to_pylist():
-        key = tuple(row[name] for name in _KEY)
+        key = tuple(row[name] for name, _ in tables.COLUMN)
         if key not in merged:
             merged[key] = {name: value for name, value in row.items() if name not in ("family", "first")}
             continue

@@ -25,7 +25,7 @@ def _schema(*fields: tuple[str, pa.DataType]) -> pa.Schema:
     return pa.schema([*_EXPERIMENT, *fields])
 
 
-_COLUMN = [
+COLUMN = [
     ("model", pa.string()),
     ("attack", pa.string()),
     ("source", pa.string()),
@@ -35,6 +35,8 @@ _COLUMN = [
     ("restarts", pa.int64()),
     ("eot", pa.int64()),
 ]
+"""What tells the rows of `evaluations` apart."""
+
 _COUNTED = [
     ("perturbation", pa.float64()),
     ("gradients", pa.int64()),
@@ -56,7 +58,7 @@ SCHEMAS: Mapping[str, pa.Schema] = {
         ("device", pa.string()),
     ),
     "evaluations": _schema(
-        *_COLUMN,
+        *COLUMN,
         ("examples", pa.int64()),
         ("correct", pa.int64()),
         ("accuracy", pa.float64()),
@@ -65,7 +67,7 @@ SCHEMAS: Mapping[str, pa.Schema] = {
         *_COUNTED,
     ),
     "shards": _schema(
-        *_COLUMN,
+        *COLUMN,
         ("family", pa.string()),
         ("first", pa.int64()),
         ("examples", pa.int64()),
