@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import shlex
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from dwf_cluster.experiment import PRESETS, STAGES, InvalidInput, build, describe
+
+if TYPE_CHECKING:
+    from dwf_cluster.cluster.ray import Cluster
 
 
 class _Parser(argparse.ArgumentParser):
@@ -30,9 +37,12 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--local", action="store_true", required=True, help="run on this machine")
+    where = parser.add_mutually_exclusive_group(required=True)
+    where.add_argument("--local", action="store_true", help="run on this machine")
+    where.add_argument("--address", help="run on a Ray that is there: auto, HOST:PORT or ray://HOST:PORT")
+    where.add_argument("--slurm", action="store_true", help="submit to SLURM, then follow the job")
     parser.add_argument("--preset", default="digits", help="a preset, or an .npz file (default: digits)")
-    parser.add_argument("--seed", help="seed of every random draw (default: 0)")
+    parser.add_argument("--seed", help="seed of every random draw, or several: 0,1,2 or 0..4 (default: 0)")
     parser.add_argument("--storage", default="./runs", metavar="URL", help="where results go (default: ./runs)")
     parser.add_argument(
         "--set", nargs="+", action="extend", default=[], metavar="FIELD=VALUE", help="change fields of the preset"
@@ -40,7 +50,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--stages", default=",".join(STAGES), help="comma-separated, of experts,joint,evaluate (default: all)"
     )
-    parser.add_argument("--dry-run", action="store_true", help="print the plan and start nothing")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the plan, or with --slurm the sbatch script; start nothing"
+    )
     parser.add_argument(
         "--data-folder",
         type=Path,
@@ -48,77 +60,176 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FOLDER",
         help="where data sets are looked for and downloaded to (default: ./data)",
     )
-    parser.add_argument("--cpus", help="CPUs to use (default: all that this process may use)")
-    parser.add_argument("--gpus", help="GPUs to use (default: all that this process may use)")
-    parser.add_argument("--joint-workers", help="processes of the joint stage's DDP run (default: one a GPU, or one)")
+    parser.add_argument("--cpus", help="with --local, CPUs to use (default: all that this process may use)")
+    parser.add_argument("--gpus", help="with --local, GPUs to use (default: all that this process may use)")
+    parser.add_argument(
+        "--joint-workers", help="processes of the joint stage's DDP run (default: one a GPU or, without, one a node)"
+    )
+    parser.add_argument(
+        "--expert-workers",
+        help="the most processes of one expert's DDP run, with GPUs (default: as many as have enough images of a "
+        "batch; more than one only where GPUs would wait)",
+    )
+    parser.add_argument("--gpus-per-expert", help="share of a GPU for each expert, 0.01 to 1 (default: 1)")
+    slurm = parser.add_argument_group("with --slurm")
+    slurm.add_argument("--nodes", help="nodes of the allocation (default: 1)")
+    slurm.add_argument("--gpus-per-node", help="GPUs of each node (default: none)")
+    slurm.add_argument("--cpus-per-node", help="CPUs of each node (default: the site's)")
+    slurm.add_argument("--time", help="time limit, as sbatch takes it; it goes on in the next (default: the site's)")
+    slurm.add_argument("--partition", help="partition (default: the site's)")
+    slurm.add_argument("--account", help="account (default: the site's)")
+    slurm.add_argument(
+        "--sbatch", nargs="+", action="extend", default=[], metavar="OPTION=VALUE", help="other options of sbatch"
+    )
+    slurm.add_argument("--throttle", help="with several seeds, how many of their jobs run at once (default: all)")
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status."""
+def main(argv: Sequence[str] | None = None, again: str | None = None) -> int:
+    """Run the command line; returns the exit status.
+
+    Args:
+        argv: the arguments; None: this process's.
+        again: the command that resumes a run; None: this one.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        return _run(_parser().parse_args(arguments), arguments)
+        return _run(_parser().parse_args(arguments), again or f"python -m dwf_cluster.launch {shlex.join(arguments)}")
     except InvalidInput as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
 
-def _run(options: argparse.Namespace, arguments: list[str]) -> int:
+def _run(options: argparse.Namespace, again: str) -> int:
     stages = options.stages.split(",")
     for stage in stages:
         if stage not in STAGES:
             raise InvalidInput(f"--stages: {stage!r} cannot be used: allowed are {','.join(STAGES)}")
-    seed = _integer("--seed", options.seed, 0, 2**31 - 1)
-    cpus = _integer("--cpus", options.cpus, 1, 4096)
-    gpus = _integer("--gpus", options.gpus, 0, 4096)
-    joint_workers = _integer("--joint-workers", options.joint_workers, 1, 4096)
-    experiment = build(options.preset, seed, options.set)
+    counts = {
+        name: _integer(f"--{name.replace('_', '-')}", getattr(options, name), low, 4096)
+        for name, low in (
+            ("cpus", 1),
+            ("gpus", 0),
+            ("joint_workers", 1),
+            ("expert_workers", 1),
+            ("nodes", 1),
+            ("gpus_per_node", 0),
+            ("cpus_per_node", 1),
+            ("throttle", 1),
+        )
+    }
+    share = _share(options.gpus_per_expert)
+    _refuse_misplaced(options)
+    experiments = [build(options.preset, seed, options.set) for seed in _seeds(options.seed)]
 
     # Not before the input is known to be good: a typing mistake must not wait for imports.
     from rich.console import Console
 
-    from dwf_cluster.cluster.placement import Resources
+    from dwf_cluster import summary
+    from dwf_cluster.cluster.placement import Limits, Resources, cpus_here, gpus_here
+    from dwf_cluster.cluster.ray import attached, local
     from dwf_cluster.data.sources import DataUnavailable, sizes
-    from dwf_cluster.pipeline import StageFailed, run
+    from dwf_cluster.pipeline import Interrupted, StageFailed, run
     from dwf_cluster.plan import unfinished
     from dwf_cluster.progress import Progress
     from dwf_cluster.store import Store
-    from dwf_cluster.store.tables import folder
-    from dwf_cluster.summary import plan_table, result_table, show, transfer_table, warnings
 
-    resources = Resources.here(cpus, gpus, joint_workers)
-    store = Store(options.storage, experiment.folder)
+    limits = Limits(counts["joint_workers"], counts["expert_workers"], share)
+    stores = {experiment: Store(options.storage, experiment.folder) for experiment in experiments}
     console = Console()
-    if options.dry_run:
-        size = sizes(experiment.data)
-        show(
-            console,
-            plan_table(experiment, unfinished(experiment, store, stages, size), size, resources),
-        )
+    if options.slurm:
+        raise NotImplementedError
+    if options.address and not options.dry_run:
+        connect = functools.partial(attached, options.address, limits)
     else:
-        again = f"python -m dwf_cluster.launch {shlex.join(arguments)}"
+        cpus, gpus = counts["cpus"], counts["gpus"]
+        here = cpus_here() if cpus is None else cpus, gpus_here() if gpus is None else gpus
+        resources = Resources(*here, limits=limits)
+        connect = functools.partial(local, resources)
+    if options.dry_run:
+        size = sizes(experiments[0].data)
+        todo = [job for e in experiments for jobs in unfinished(e, stores[e], stages, size).values() for job in jobs]
+        table, lines = summary.plan(experiments, todo, size, resources, options.storage)
+        summary.show(console, table)
+        print(*lines, sep="\n")
+    else:
         try:
-            progress = Progress(experiment, store, console)
-            run(experiment, store, resources, stages, options.data_folder, progress)
-        except KeyboardInterrupt:
+            stop = _Stop()
+            progress = Progress(experiments, options.storage, console)
+            run(experiments, options.storage, stop.heeded(connect), stages, options.data_folder, progress, stop.is_set)
+        except (KeyboardInterrupt, Interrupted):
             print(f"interrupted; what is done is kept\nresume: {again}", file=sys.stderr)
             return 130
         except (StageFailed, DataUnavailable) as error:
             print(f"failed: {error}\nresume: {again}", file=sys.stderr)
             return 1
-        if "evaluate" in stages:
-            show(console, result_table(experiment, store))
-            if "transfer" in experiment.evaluation.beyond:
-                show(console, transfer_table(experiment, store))
-            for line in warnings(experiment, store):
-                print(line)
-            evaluations, predictions = (store.path(folder(t)) for t in ("evaluations", "predictions"))
-            for line in (f"evaluations: {evaluations}", f"predictions: {predictions}"):
-                print(line)
-            print(f"read them: import pandas; pandas.read_parquet({evaluations!r})")
-    print(store.root)
+        for experiment in experiments if "evaluate" in stages else ():
+            summary.results(console, experiment, stores[experiment])
+    for store in stores.values():
+        print(store.root)
     return 0
+
+
+class _Stop(threading.Event):
+    """Set by the first Ctrl-C or SIGTERM of a run; the second ends it at once."""
+
+    def heeded(self, connect: Callable[[], AbstractContextManager[Cluster]]) -> Callable[[], Any]:
+        """The same connection, and signals heeded from its beginning to its end."""
+
+        @contextmanager
+        def connection() -> Iterator[Cluster]:
+            signal.signal(signal.SIGTERM, signal.default_int_handler)
+            with connect() as cluster:
+                for signum in (signal.SIGINT, signal.SIGTERM):  # Ray has set SIGTERM's while it started
+                    signal.signal(signum, self._ask)
+                yield cluster
+
+        return connection
+
+    def _ask(self, signum: int, frame: object) -> None:
+        if self.is_set():
+            raise KeyboardInterrupt
+        self.set()
+        print("stopping: trainings save what they have; again to stop at once", file=sys.stderr, flush=True)
+
+
+def _seeds(text: str | None) -> list[int | None]:
+    """`3`, `0,2,5` or `0..4`; None: the preset's."""
+    if text is None:
+        return [None]
+    first, dots, last = text.partition("..")
+    parts = [first, last] if dots else text.split(",")
+    allowed = "an integer from 0 to 2147483647, several with commas between, or first..last"
+    if not all(part.isascii() and part.isdigit() and int(part) < 2**31 for part in parts):
+        raise InvalidInput(f"--seed: {text!r} cannot be used: allowed is {allowed}")
+    seeds = [int(part) for part in parts]
+    if dots:
+        seeds = list(range(seeds[0], seeds[1] + 1))
+    if not 1 <= len(seeds) <= 1000 or len(set(seeds)) < len(seeds):
+        raise InvalidInput(f"--seed: {text!r} cannot be used: allowed are 1 to 1000 different seeds")
+    return list(seeds)
+
+
+def _share(text: str | None) -> float:
+    try:
+        share = 1.0 if text is None else float(text)
+    except ValueError:
+        share = 0.0
+    if not 0.01 <= share <= 1:
+        raise InvalidInput(f"--gpus-per-expert: {text!r} cannot be used: allowed is a number from 0.01 to 1")
+    return share
+
+
+def _refuse_misplaced(options: argparse.Namespace) -> None:
+    """An option that the chosen way to run would not look at is a mistake."""
+    only = {
+        "local": ("cpus", "gpus"),
+        "slurm": ("nodes", "gpus_per_node", "cpus_per_node", "time", "partition", "account", "sbatch", "throttle"),
+    }
+    for way, names in only.items():
+        for name in names:
+            if getattr(options, name) and not getattr(options, way):
+                raise InvalidInput(f"--{name.replace('_', '-')}: cannot be used without --{way}")
 
 
 def _integer(name: str, text: str | None, low: int, high: int) -> int | None:

@@ -1,19 +1,20 @@
 """The paper's section 4: pre-train the experts, train them jointly behind the gate, attack them all.
 
-What the store holds already is skipped; what was interrupted goes on from its last epoch.
+What the store holds already is skipped; what was interrupted goes on from its last checkpoint.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from dwf_cluster import plan
-from dwf_cluster.cluster.placement import Resources
-from dwf_cluster.cluster.ray import local
+from dwf_cluster.cluster.placement import place
+from dwf_cluster.cluster.ray import Cluster, Ended
 from dwf_cluster.data import sources
 from dwf_cluster.data.sources import Sizes
-from dwf_cluster.experiment import Experiment, InvalidInput
+from dwf_cluster.experiment import STAGES, Experiment, InvalidInput
 from dwf_cluster.grid import AUTOATTACK_CLASSES, CHECKS
 from dwf_cluster.progress import Progress
 from dwf_cluster.store import Store, shards
@@ -23,65 +24,81 @@ class StageFailed(RuntimeError):
     """A stage that did not end well. Its text has a line for each job that failed: stage, job, reason."""
 
 
+class Interrupted(RuntimeError):
+    """The run was asked to stop, and did; nothing is lost."""
+
+
 def run(
-    experiment: Experiment,
-    store: Store,
-    resources: Resources,
+    experiments: Sequence[Experiment],
+    storage: str,
+    connect: Callable[[], AbstractContextManager[Cluster]],
     stages: Sequence[str],
     data_folder: Path,
     progress: Progress,
+    stopping: Callable[[], bool],
 ) -> None:
-    """Run the given stages of an experiment, in the paper's order.
+    """Run the given stages of experiments that differ in their seeds only.
 
     Args:
-        experiment: decides the numbers.
-        store: holds what is done, takes what comes out.
-        resources: where it runs.
+        experiments: decide the numbers.
+        storage: URL below which each has its folder, that holds what is done and takes what comes out.
+        connect: gives the Ray to run on, while the body of its `with` runs.
         stages: some of `experiment.STAGES`.
         data_folder: where downloaded data sets lie.
         progress: is told what happens.
+        stopping: says whether the run is to stop.
 
     Raises:
         InvalidInput, DataUnavailable: before anything is written.
-        StageFailed: after the other jobs of the stage have ended.
+        StageFailed: after all has ended that did not need what failed.
+        Interrupted: if `stopping` became true before all was done.
     """
-    sizes = sources.sizes(experiment.data)
-    todo = plan.unfinished(experiment, store, stages, sizes)
-    progress.planned(todo)
-    if not any(todo.values()):
-        _merge(experiment, store, stages, sizes)  # killed before it came to that
-        return
-    images = sources.load(experiment.data, data_folder)
-    if "autoattack" in experiment.evaluation.beyond and images.classes < AUTOATTACK_CLASSES:
+    data = experiments[0].data
+    sizes = sources.sizes(data)
+    todo: list[plan.Job] = []
+    for stage in STAGES:
+        # Phase 1, algorithms 1 and 2: every expert on its own. Phase 2, algorithm 3: experts and gate, end to end.
+        # Table 3: every model under every attack. What a job needs (`Job.needs`) is what keeps this order.
+        for experiment in experiments:
+            todo += plan.unfinished(experiment, Store(storage, experiment.folder), stages, sizes).get(stage, [])
+    progress.planned(stages, todo)
+    try:
+        if not todo:
+            return
+        images = sources.load(data, data_folder)
+        _prepare(experiments, storage, images.classes)
+        with connect() as cluster:
+            progress.started(cluster)
+            everything = [job for e in experiments for stage in STAGES for job in plan.jobs(e, stage, sizes)]
+            places = place(everything, cluster.resources)
+            failures = []
+            with progress.watching(todo):
+                for event in cluster.run(todo, places, storage, cluster.share(images), progress.title, stopping):
+                    progress.update(event)
+                    if isinstance(event, Ended) and event.state == "failed":
+                        failures.append(f"stage {event.job.stage}, {progress.title(event.job)}: {event.reason}")
+        if failures:
+            raise StageFailed("\n".join(failures))
+        if stopping() and not all(job.is_done(Store(storage, job.folder)) for job in todo):
+            raise Interrupted
+    finally:
+        for experiment in experiments:
+            _merge(experiment, Store(storage, experiment.folder), stages, sizes)
+
+
+def _prepare(experiments: Sequence[Experiment], storage: str, classes: int) -> None:
+    """Refuse what cannot work, then write down what is run."""
+    if "autoattack" in experiments[0].evaluation.beyond and classes < AUTOATTACK_CLASSES:
         raise InvalidInput(
             f"evaluation.beyond: 'autoattack' cannot be used: it needs {AUTOATTACK_CLASSES} classes, "
-            f"the images have {images.classes}"
+            f"the images have {classes}"
         )
-    try:
-        store.write("experiment.json", experiment.to_json().encode())
-    except OSError as error:
-        raise InvalidInput(f"--storage: {store.url!r} cannot be written: {error.strerror or error}") from None
-    with local(resources) as cluster:
-        progress.started(cluster)
-        data = cluster.share(images)
-
-        def stage(name: str) -> None:
-            jobs = todo.get(name, [])
-            failures = []
-            with progress.watching(jobs):
-                for event in cluster.run(jobs, experiment, store, data):
-                    progress.update(event)
-                    if event and event[1]:
-                        failures.append(f"stage {name}, {event[0].name}: {event[1]}")
-            if failures:
-                raise StageFailed("\n".join(failures))
-
-        stage("experts")  # phase 1, algorithms 1 and 2: every expert on its own
-        stage("joint")  # phase 2, algorithm 3: experts and gate, end to end
+    for experiment in experiments:
+        store = Store(storage, experiment.folder)
         try:
-            stage("evaluate")  # table 3: every model under every attack
-        finally:
-            _merge(experiment, store, stages, sizes)
+            store.write("experiment.json", experiment.to_json().encode())
+        except OSError as error:
+            raise InvalidInput(f"--storage: {store.url!r} cannot be written: {error.strerror or error}") from None
 
 
 def _merge(experiment: Experiment, store: Store, stages: Sequence[str], sizes: Sizes) -> None:

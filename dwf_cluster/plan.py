@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import fmean
 
 from dwf_cluster.data.sources import Sizes
@@ -20,6 +21,8 @@ class Job:
     """One task of the pipeline.
 
     Attributes:
+        experiment: that it is a part of.
+        folder: of the experiment, which tells equal jobs of two experiments apart.
         stage: one of `STAGES`.
         model: name of the expert, the baseline, or `mixture`.
         family: for the evaluate stage, one of `grid.families`.
@@ -28,6 +31,8 @@ class Job:
             step as 3.
     """
 
+    experiment: Experiment = field(repr=False, compare=False)
+    folder: str
     stage: str
     model: str
     cost: float
@@ -56,11 +61,23 @@ class Job:
         """Name of the file that holds what all slices of an evaluation come to."""
         return f"evaluate-{self.model}-{self.family}"
 
-    def is_done(self, experiment: Experiment, store: Store) -> bool:
-        """Whether the store holds what this job makes."""
+    @property
+    def needs(self) -> frozenset[str]:
+        """Models of the same experiment that must be trained before."""
+        mixed = (regime.name for regime in self.experiment.mixture_regimes)
+        if self.stage == "experts":
+            return frozenset()
+        if self.stage == "joint":
+            return frozenset(mixed)
+        if self.family == "paper" and "transfer" in self.experiment.evaluation.beyond:
+            return frozenset((MIXTURE, *(regime.name for regime in self.experiment.regimes)))
+        return frozenset((self.model,))
+
+    def is_done(self, store: Store) -> bool:
+        """Whether the store of its experiment holds what this job makes."""
         if self.stage == "evaluate":
             return tables.exists(store, CHECKS if self.family == CHECKS else "shards", self.file)  # written last
-        return checkpoints.latest_epoch(store, self.model) >= experiment.training(self.stage).epochs
+        return checkpoints.latest_epoch(store, self.model) >= self.experiment.training(self.stage).epochs
 
 
 def jobs(experiment: Experiment, stage: str, sizes: Sizes) -> list[Job]:
@@ -74,12 +91,13 @@ def jobs(experiment: Experiment, stage: str, sizes: Sizes) -> list[Job]:
         sizes: number of images, and their shape.
     """
     networks = len(experiment.mixture_regimes)
+    job = functools.partial(Job, experiment, experiment.folder)
     if stage == "experts":
         passes = experiment.experts.epochs * sizes.train
-        found = [Job(stage, r.name, passes * _expert_step(r)) for r in experiment.regimes]
+        found = [job(stage, r.name, passes * _expert_step(r)) for r in experiment.regimes]
     elif stage == "joint":
         steps = fmean(experiment.pgd.steps)  # the first of them is FGSM's gradient too
-        found = [Job(stage, MIXTURE, experiment.joint.epochs * sizes.train * networks * (2 * steps + 9))]
+        found = [job(stage, MIXTURE, experiment.joint.epochs * sizes.train * networks * (2 * steps + 9))]
     else:
         found = []
         for model in (MIXTURE, *(regime.name for regime in experiment.regimes)):
@@ -89,7 +107,7 @@ def jobs(experiment: Experiment, stage: str, sizes: Sizes) -> list[Job]:
                 size = test if family == CHECKS else _slice(experiment, cost, sizes)
                 for first in range(0, test, size):
                     stop = min(first + size, test)
-                    found.append(Job(stage, model, cost * (stop - first), family, first, stop))
+                    found.append(job(stage, model, cost * (stop - first), family, first, stop))
     return sorted(found, key=lambda job: -job.cost)
 
 
@@ -134,9 +152,7 @@ def unfinished(experiment: Experiment, store: Store, stages: Iterable[str], size
     Raises:
         InvalidInput: if a given stage needs one that is neither given nor done.
     """
-    todo = {
-        stage: [job for job in jobs(experiment, stage, sizes) if not job.is_done(experiment, store)] for stage in STAGES
-    }
+    todo = {stage: [job for job in jobs(experiment, stage, sizes) if not job.is_done(store)] for stage in STAGES}
     wanted = set(stages)
     for stage in STAGES:
         needed = [earlier for earlier in STAGES[: STAGES.index(stage)] if earlier not in wanted and todo[earlier]]

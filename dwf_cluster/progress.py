@@ -10,7 +10,8 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from dwf_cluster.experiment import Experiment
+from dwf_cluster.cluster.ray import Claim, Ended, Started
+from dwf_cluster.experiment import STAGES, Experiment
 from dwf_cluster.plan import Job
 from dwf_cluster.store import Store, tables
 
@@ -18,32 +19,39 @@ if TYPE_CHECKING:
     from dwf_cluster.cluster.ray import Cluster
 
 _SHOWN_JOBS = 16
-"""A stage of more jobs than this shows only those that run."""
+"""Of more jobs than this only those are shown that run."""
 
 
 class Progress:
-    """Tells a person, or a log, how an experiment is getting on."""
+    """Tells a person, or a log, how a run is getting on."""
 
-    def __init__(self, experiment: Experiment, store: Store, console: Console) -> None:
-        self._experiment = experiment
-        self._store = store
+    def __init__(self, experiments: Sequence[Experiment], storage: str, console: Console) -> None:
+        self._several = len(experiments) > 1
+        self._storage = storage
         self._console = console
         self._states: dict[Job, str] = {}
         self._metrics: dict[Job, dict[str, Any]] = {}
-        self._attempts: dict[Job, int] = {}
         self._live: Live | None = None
 
     def say(self, line: str) -> None:
         """One line of its own."""
         self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
-    def planned(self, todo: dict[str, list[Job]]) -> None:
+    def title(self, job: Job) -> str:
+        """What a person calls a job: its name and, if there are several seeds, which."""
+        return f"seed {job.experiment.seed} {job.name}" if self._several else job.name
+
+    def planned(self, stages: Sequence[str], todo: Sequence[Job]) -> None:
         """Say what there is to do."""
-        for stage, jobs in todo.items():
-            self.say(f"{stage}: {f'{len(jobs)} to do' if jobs else 'done already, skipped'}")
+        for stage in STAGES:
+            count = sum(job.stage == stage for job in todo)
+            if stage in stages:
+                self.say(f"{stage}: {f'{count} to do' if count else 'done already, skipped'}")
 
     def started(self, cluster: Cluster) -> None:
         """Say where to look on."""
+        if not cluster.dashboard:
+            return
         self.say(
             f"Ray dashboard: {cluster.dashboard} (token authentication is on; paste what `cat "
             f"{cluster.token_file}` prints when it asks)"
@@ -52,51 +60,53 @@ class Progress:
     @contextmanager
     def watching(self, jobs: Sequence[Job]) -> Iterator[None]:
         """Show these jobs while the body runs."""
-        self._states, self._metrics, self._attempts = dict.fromkeys(jobs, "waiting"), {}, {}
+        self._states, self._metrics = dict.fromkeys(jobs, "waiting"), {}
         for job in jobs:  # what an interrupted run has left
-            self._attempts[job] = sum(row["attempts"] for row in self._rows("jobs", job.file))
-            for row in self._rows("metrics", job.model) if job.stage != "evaluate" else ():
+            for row in self._rows(job, "metrics", job.model) if job.stage != "evaluate" else ():
                 self._metrics[job] = row
-        if not jobs or not self._console.is_terminal:
+        if not self._console.is_terminal:
             yield
             return
         with Live(get_renderable=self._table, console=self._console, refresh_per_second=2) as self._live:
             yield
         self._live = None
 
-    def update(self, event: tuple[Job, str | None] | None) -> None:
-        """Take what `Cluster.run` yields: an ended job, or None to look at the store again."""
-        if event:
-            job, reason = event
+    def update(self, event: Started | Claim | Ended | None) -> None:
+        """Take what `Cluster.run` yields."""
+        if isinstance(event, Started):
+            self._states[event.job] = "running"
+        elif isinstance(event, Claim):
+            if event.share:
+                self._plain(f"{event.job[1]}: worker {event.worker} on {event}")
+        elif isinstance(event, Ended):
+            job = event.job
             self._look(job)
-            self._states[job] = "failed" if reason else "done"
-            ended = sum(state in ("done", "failed") for state in self._states.values())
-            took = "".join(f" in {row['seconds']:.1f} s" for row in self._rows("jobs", job.file) if row["seconds"])
-            self._plain(f"{job.name}: {reason or f'done{took}'} ({ended} of {len(self._states)})")
-            return
-        for job, state in self._states.items():
-            if state in ("waiting", "running"):
-                self._look(job)
+            self._states[job] = event.state
+            ended = sum(state in ("done", "failed", "stopped") for state in self._states.values())
+            took = [f" in {row['seconds']:.1f} s" for row in self._rows(job, "jobs", job.file) if row["seconds"]]
+            what = event.reason or event.state + "".join(took)
+            self._plain(f"{self.title(job)}: {what} ({ended} of {len(self._states)})")
+        else:
+            for job, state in self._states.items():
+                if state == "running":
+                    self._look(job)
 
     def _look(self, job: Job) -> None:
-        if self._states[job] == "waiting":
-            if not any(row["attempts"] > self._attempts[job] for row in self._rows("jobs", job.file)):
-                return
-            self._states[job] = "running"
+        """Tell of the epochs of a training that have ended since it was last looked at."""
         if job.stage == "evaluate":
             return
         seen = self._metrics.get(job, {}).get("epoch", 0)
-        for row in self._rows("metrics", job.model):
+        for row in self._rows(job, "metrics", job.model):
             if row["epoch"] > seen:
                 self._metrics[job] = row
                 epoch, loss, clean, robust, speed, left = self._cells(job)
                 self._plain(
-                    f"{job.name}: epoch {epoch}, loss {loss}, clean {clean}, PGD probe {robust}, {speed} images/s, "
-                    f"{left} left"
+                    f"{self.title(job)}: epoch {epoch}, loss {loss}, clean {clean}, PGD probe {robust}, "
+                    f"{speed} images/s, {left} left"
                 )
 
-    def _rows(self, table: str, file: str) -> list[dict[str, Any]]:
-        rows: list[dict[str, Any]] = tables.read(self._store, table, [file]).to_pylist()
+    def _rows(self, job: Job, table: str, file: str) -> list[dict[str, Any]]:
+        rows: list[dict[str, Any]] = tables.read(Store(self._storage, job.folder), table, [file]).to_pylist()
         return rows
 
     def _plain(self, line: str) -> None:
@@ -104,22 +114,21 @@ class Progress:
             self.say(line)
 
     def _table(self) -> Table:
-        ended = sum(state in ("done", "failed") for state in self._states.values())
+        ended = sum(state in ("done", "failed", "stopped") for state in self._states.values())
         table = Table(title=f"{ended} of {len(self._states)} done", title_justify="left", box=None, pad_edge=False)
         for heading in ("job", "state"):
             table.add_column(heading)
-        training = any(job.stage != "evaluate" for job in self._states)
-        for heading in ("epoch", "loss", "clean", "PGD probe", "images/s", "time left") if training else ():
+        for heading in ("epoch", "loss", "clean", "PGD probe", "images/s", "time left"):
             table.add_column(heading, justify="right")
+        trainings = sum(job.stage != "evaluate" for job in self._states)
         for job, state in self._states.items():
-            if len(self._states) > _SHOWN_JOBS and state != "running":
-                continue
-            table.add_row(job.name, state, *self._cells(job) if training else ())
+            if state == "running" or (job.stage != "evaluate" and trainings <= _SHOWN_JOBS):
+                table.add_row(self.title(job), state, *(self._cells(job) if job.stage != "evaluate" else ()))
         return table
 
     def _cells(self, job: Job) -> list[str]:
         """Epoch, loss, clean and robust accuracy, images/s and time left, as of the last epoch that was seen."""
-        row, epochs = self._metrics.get(job), self._experiment.training(job.stage).epochs
+        row, epochs = self._metrics.get(job), job.experiment.training(job.stage).epochs
         if row is None:
             return [f"0/{epochs}", "", "", "", "", ""]
         return [

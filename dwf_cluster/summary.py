@@ -2,48 +2,116 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from dwf_cluster.cluster.placement import Resources, placement
+from dwf_cluster.cluster.placement import Resources, most, place
+from dwf_cluster.cluster.schedule import Placement, lower_bound, timeline
 from dwf_cluster.data.sources import Sizes
-from dwf_cluster.experiment import MIXTURE, Experiment
+from dwf_cluster.experiment import MIXTURE, STAGES, Experiment
 from dwf_cluster.grid import Column, columns, families, transfer
 from dwf_cluster.plan import Job, forward_flops
+from dwf_cluster.plan import jobs as plan_jobs
 from dwf_cluster.store import Store, tables
 
+GPU_FLOPS = 5.8e12, "the paper's 240 GPU-hours on H100"
+CPU_FLOPS = 2.5e10, "a core at the demo's width"
+"""Floating-point operations a second of one of them, where nothing has been measured yet."""
 
-def plan_table(experiment: Experiment, todo: dict[str, list[Job]], sizes: Sizes, resources: Resources) -> Table:
-    """What a run would do: each job, what it gets, and its estimated cost.
+
+def plan(
+    experiments: Sequence[Experiment], todo: Sequence[Job], sizes: Sizes, resources: Resources, storage: str
+) -> tuple[Table, list[str]]:
+    """What a run would do: each job, what it gets, where and when, and its estimated cost.
 
     The cost counts forward passes of one image through one ResNet (a gradient is 2, a training step 3) and,
     with the operations of such a pass, floating-point operations.
+
+    Returns:
+        The table, and lines that say how long all of it takes, how long at least, and how that was estimated.
     """
+    jobs = [job for experiment in experiments for stage in STAGES for job in plan_jobs(experiment, stage, sizes)]
+    places = place(jobs, resources)
+    flops = forward_flops(experiments[0], sizes.shape)
+    passes, source = _speed(jobs, places, storage, flops)
+    device = "GPU" if resources.gpus else "CPU"
+    nodes = f"{resources.nodes} nodes of " if resources.nodes > 1 else ""
     table = _table(
-        f"Plan on {resources.cpus} CPU, {resources.gpus} GPU: {sizes.train} training images, {sizes.test} test "
+        f"Plan on {nodes}{resources.cpus} CPU, {resources.gpus} GPU: {sizes.train} training images, {sizes.test} test "
         f"images of {'x'.join(map(str, sizes.shape))}"
     )
-    for heading in ("stage", "task", "gets"):
+    for heading in (*(("seed",) if len(experiments) > 1 else ()), "stage", "task", "gets", device):
         table.add_column(heading, no_wrap=True)
-    for heading in ("million passes", "TFLOP"):
+    for heading in ("start", "end", "million passes", "TFLOP"):
         table.add_column(heading, justify="right", no_wrap=True)
-    flops = forward_flops(experiment, sizes.shape)
-    for stage, jobs in todo.items():
-        if not jobs:
-            table.add_row(stage, "done already, skipped")
-        for job in jobs:
-            table.add_row(stage, job.name, str(placement(job, resources)), *_cost(job.cost, flops))
+    planned = timeline(todo, places, resources.room)
+    for job, when in planned.items():
+        times = (_clock(when.start / passes), _clock(when.end / passes))
+        cells = (job.stage, job.name, str(places[job]), _ranges(when.devices), *times, *_cost(job.cost, flops))
+        table.add_row(*((str(job.experiment.seed),) if len(experiments) > 1 else ()), *cells)
     table.add_section()
-    total = sum(job.cost for jobs in todo.values() for job in jobs)
-    table.add_row("total", f"{sum(map(len, todo.values()))} tasks", "", *_cost(total, flops))
-    return table
+    total = sum(job.cost for job in todo)
+    blank = ("",) * (4 + (len(experiments) > 1))
+    table.add_row("total", f"{len(todo)} tasks", *blank, *_cost(total, flops))
+    makespan = max((when.end for when in planned.values()), default=0.0)
+    bound = lower_bound(todo, most(jobs, resources), resources.room)
+    return table, [
+        f"makespan: {_clock(makespan / passes)}",
+        f"lower bound: {_clock(bound / passes)} (all work shared evenly, or the longest chain of jobs)",
+        f"speed: {passes * flops / 1e12:.3g} TFLOP/s a {device}, {source}",
+    ]
+
+
+def _speed(jobs: Sequence[Job], places: Mapping[Job, Placement], storage: str, flops: float) -> tuple[float, str]:
+    """Passes a second of one GPU or CPU, and where the figure is from."""
+    cost = seconds = 0.0
+    for job in jobs:
+        for row in tables.read(Store(storage, job.folder), "jobs", [job.file]).to_pylist():
+            if row["state"] == "done" and row["attempts"] == 1:
+                cost, seconds = cost + job.cost, seconds + row["seconds"] * places[job].room
+    if seconds:
+        return cost / seconds, "measured on the jobs that are done"
+    on_gpu = any(place.gpus for place in places.values())
+    assumed, why = GPU_FLOPS if on_gpu else CPU_FLOPS
+    return assumed / flops, f"assumed: {why}"
+
+
+def _clock(seconds: float) -> str:
+    hours, rest = divmod(round(seconds), 3600)
+    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}"
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """`0-3,6` for 0, 1, 2, 3, 6."""
+    runs: list[list[int]] = []
+    for n in sorted(numbers):
+        if runs and n == runs[-1][-1] + 1:
+            runs[-1] = [runs[-1][0], n]
+        else:
+            runs.append([n])
+    return ",".join("-".join(map(str, run)) for run in runs)
 
 
 def _cost(passes: float, flops: float) -> tuple[str, str]:
     return f"{passes / 1e6:.3f}", f"{passes * flops / 1e12:,.3f}"
+
+
+def results(console: Console, experiment: Experiment, store: Store) -> None:
+    """Print what a run has come to: its tables, signs of masking, and how to read the rest."""
+    show(console, result_table(experiment, store))
+    if "transfer" in experiment.evaluation.beyond:
+        show(console, transfer_table(experiment, store))
+    evaluations, predictions = (store.path(tables.folder(table)) for table in ("evaluations", "predictions"))
+    for line in (
+        *warnings(experiment, store),
+        f"evaluations: {evaluations}",
+        f"predictions: {predictions}",
+        f"read them: import pandas; pandas.read_parquet({evaluations!r})",
+    ):
+        print(line)
 
 
 def result_table(experiment: Experiment, store: Store) -> Table:

@@ -1,4 +1,4 @@
-"""A Ray of our own on this machine: private, token-authenticated, loopback only, gone when we are."""
+"""A running Ray: one of our own on this machine, or one that is there already; and jobs on it."""
 
 from __future__ import annotations
 
@@ -7,25 +7,82 @@ import os
 import secrets
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
-from dwf_cluster.cluster.placement import Placement, Resources, placement
-from dwf_cluster.experiment import Experiment
+from dwf_cluster.cluster.placement import Limits, Resources
+from dwf_cluster.cluster.schedule import Placement, Schedule
+from dwf_cluster.experiment import InvalidInput
 from dwf_cluster.plan import Job
 from dwf_cluster.store import Store
 
+STOP_SECONDS = 60.0
+"""How long a run that is to stop waits for trainings to save what they have."""
+
+
+@dataclass(frozen=True)
+class Started:
+    """A job that was given to Ray."""
+
+    job: Job
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One worker's word on what it computes on.
+
+    Attributes:
+        job: folder of the experiment, and name of the job.
+        worker: its rank in the job, from 0.
+        node: host name.
+        device: `cpu`, or the GPU's name and UUID.
+        share: of a GPU, 0..1; 0 on a CPU.
+    """
+
+    job: tuple[str, str]
+    worker: int
+    node: str
+    device: str
+    share: float
+
+    def __str__(self) -> str:
+        return f"{self.node}: {self.device}"
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A job that came to its end.
+
+    Attributes:
+        job: which.
+        state: `done`, `stopped` (at the run's request; it goes on from there) or `failed`.
+        reason: one line that says why it failed.
+    """
+
+    job: Job
+    state: str
+    reason: str = ""
+
 
 class Cluster:
-    """A running Ray: shares the images, runs jobs."""
+    """Runs jobs on the Ray that this process is connected to."""
 
     def __init__(self, resources: Resources, dashboard: str, token_file: str) -> None:
         import ray
 
+        from dwf_cluster.cluster.control import Control
+
         self._ray = ray
-        # One remote function for all jobs: only then Ray starts them in the order of submission.
+        # One remote function for all jobs: Ray reuses its processes.
         self._task = ray.remote(max_retries=2)(_run_job)
+        # On this node: should another be lost, the run still has it.
+        here = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(
+            ray.get_runtime_context().get_node_id(), soft=True
+        )
+        self._control = ray.remote(Control).options(num_cpus=0, scheduling_strategy=here).remote()
         self.resources = resources
         self.dashboard = dashboard
         self.token_file = token_file
@@ -35,43 +92,79 @@ class Cluster:
         return self._ray.put(value)
 
     def run(
-        self, jobs: Sequence[Job], experiment: Experiment, store: Store, images: Any
-    ) -> Iterator[tuple[Job, str | None] | None]:
-        """Run jobs in parallel, started in the given order.
+        self,
+        jobs: Sequence[Job],
+        places: Mapping[Job, Placement],
+        storage: str,
+        images: Any,
+        title: Callable[[Job], str],
+        stopping: Callable[[], bool],
+    ) -> Iterator[Started | Claim | Ended | None]:
+        """Run jobs as `schedule` has them.
+
+        Args:
+            jobs: to run.
+            places: what each of them gets.
+            storage: URL below which each job's experiment has its folder.
+            images: reference to a `data.sources.Images`.
+            title: a job's name in the dashboard.
+            stopping: says whether the run is to stop: then no job is started, trainings save what they have, at
+                the same step on all their workers, and evaluations are given up.
 
         Yields:
-            (job, None) when one is done, (job, one line that says why) when one failed, None about once a
-            second otherwise. If the caller stops early, what still runs is cancelled.
+            What was started, who computes where, what ended, and None about once a second. If the caller stops
+            early, what still runs is cancelled.
         """
-        waiting = {self._submit(job, experiment, store, images): job for job in jobs}
+        schedule = Schedule(jobs, places, self.resources.room)
+        running: dict[Any, Job] = {}
+        deadline = float("inf")
         try:
-            while waiting:
-                ended, _ = self._ray.wait(list(waiting), timeout=1.0)
+            while time.monotonic() < deadline:
+                if stopping() and deadline == float("inf"):
+                    deadline = time.monotonic() + STOP_SECONDS
+                    self._stop(running)
+                while not stopping() and (job := schedule.start()):
+                    running[self._submit(job, title(job), places[job], storage, images)] = job
+                    yield Started(job)
+                if not running:
+                    return
+                ended, _ = self._ray.wait(list(running), timeout=1.0)
+                yield from self._ray.get(self._control.news.remote())
                 for reference in ended:
-                    job = waiting.pop(reference)
-                    try:
-                        self._ray.get(reference)
-                        yield job, None
-                    except Exception as error:  # of any class: Ray raises what the job raised
-                        yield job, _reason(error)
+                    job = running.pop(reference)
+                    outcome = self._outcome(reference, job, stopping())
+                    self._ray.get(self._control.release.remote((job.folder, job.name)))
+                    schedule.end(job, outcome.state == "done")
+                    yield outcome
                 yield None
         finally:
-            for reference in waiting:
+            for reference in running:
                 self._ray.cancel(reference, force=True)
 
-    def _submit(self, job: Job, experiment: Experiment, store: Store, images: Any) -> Any:
-        place = placement(job, self.resources)
+    def _submit(self, job: Job, title: str, place: Placement, storage: str, images: Any) -> Any:
         # With workers of its own, Train asks for what they need; the task that waits for them holds nothing.
         holds = {"num_cpus": 0} if place.workers else {"num_cpus": place.cpus, "num_gpus": place.gpus}
-        task = self._task.options(name=job.name, **holds)
-        return task.remote(job, experiment, store, [images], place)
+        task = self._task.options(name=title, **holds)
+        return task.remote(job, Store(storage, job.folder), [images], place, self._control)
+
+    def _outcome(self, reference: Any, job: Job, stopping: bool) -> Ended:
+        try:
+            return Ended(job, "done" if self._ray.get(reference) else "stopped")
+        except Exception as error:  # of any class: Ray raises what the job raised
+            return Ended(job, "stopped") if stopping else Ended(job, "failed", _reason(error))
+
+    def _stop(self, running: Mapping[Any, Job]) -> None:
+        self._ray.get(self._control.stop.remote())
+        for reference, job in running.items():
+            if job.stage == "evaluate":
+                self._ray.cancel(reference, force=True)
 
 
-def _run_job(job: Job, experiment: Experiment, store: Store, images: list[Any], place: Placement) -> None:
+def _run_job(job: Job, store: Store, images: list[Any], place: Placement, control: Any) -> bool:
     # Imports torch only in the worker. The reference comes in a list, so that Ray does not resolve it here.
     from dwf_cluster.cluster.tasks import run_job
 
-    run_job(job, experiment, store, images[0], place)
+    return run_job(job, store, images[0], place, control)
 
 
 def _reason(error: Exception) -> str:
@@ -83,6 +176,35 @@ def _reason(error: Exception) -> str:
     return f"{type(cause).__name__}: {text[0] if text else 'no message'}"
 
 
+def make_private(folder: str, token: str) -> None:
+    """Make a folder that only this user can read, with a file `token` that only this user can read.
+
+    One of that name is removed first.
+
+    Raises:
+        OSError: if it belongs to somebody else.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    os.mkdir(folder, 0o700)
+    with open(os.open(f"{folder}/token", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        file.write(token)
+
+
+def set_environment(folder: str) -> None:
+    """The environment of every Ray process that this one starts: token authentication, nobody is called home."""
+    os.environ.pop("RAY_AUTH_TOKEN", None)
+    # Threads that wait by spinning make the joint stage ten times slower where other programs want the CPUs too.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.update(
+        RAY_AUTH_MODE="token",
+        RAY_AUTH_TOKEN_PATH=f"{folder}/token",
+        RAY_TRAIN_V2_ENABLED="1",
+        RAY_USAGE_STATS_ENABLED="0",
+        RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0",
+        RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S="0",  # what is worth keeping is in the store
+    )
+
+
 @contextmanager
 def local(resources: Resources) -> Iterator[Cluster]:
     """Start Ray on this machine, for this process alone, and stop it again.
@@ -90,19 +212,8 @@ def local(resources: Resources) -> Iterator[Cluster]:
     Its files, and the token that its services ask for, lie in a temporary folder that only the user can read.
     """
     folder = tempfile.mkdtemp(prefix="dwf-", dir="/tmp")  # socket paths over 107 bytes fail
-    token_file = os.path.join(folder, "token")
-    with open(os.open(token_file, os.O_WRONLY | os.O_CREAT, 0o600), "w") as file:
-        file.write(secrets.token_hex(32))
-    os.environ.pop("RAY_AUTH_TOKEN", None)
-    # Threads that wait by spinning make the joint stage ten times slower where other programs want the CPUs too.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    os.environ.update(
-        RAY_AUTH_MODE="token",
-        RAY_AUTH_TOKEN_PATH=token_file,
-        RAY_TRAIN_V2_ENABLED="1",
-        RAY_USAGE_STATS_ENABLED="0",
-        RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0",
-    )
+    make_private(folder, secrets.token_hex(32))
+    set_environment(folder)
     import ray
 
     try:
@@ -112,11 +223,42 @@ def local(resources: Resources) -> Iterator[Cluster]:
             num_gpus=resources.gpus,
             include_dashboard=True,
             dashboard_host="127.0.0.1",
-            _temp_dir=os.path.join(folder, "ray"),  # Ray opens its own folder to everyone, ours stays closed
+            _temp_dir=f"{folder}/ray",  # Ray opens its own folder to everyone, ours stays closed
             log_to_driver=False,
             logging_level=logging.WARNING,
         )
-        yield Cluster(resources, f"http://{context.dashboard_url}", token_file)
+        yield Cluster(resources, f"http://{context.dashboard_url}", f"{folder}/token")
     finally:
         ray.shutdown()
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def attached(address: str, limits: Limits) -> Iterator[Cluster]:
+    """Connect to a Ray that is running, and leave it running.
+
+    What is used of it: all its nodes, each with as many CPUs and GPUs as the smallest has.
+
+    Args:
+        address: `auto`, `HOST:PORT` or `ray://HOST:PORT`.
+        limits: of what jobs get.
+
+    Raises:
+        InvalidInput: if there is no Ray at that address, or it has no room for the workers.
+    """
+    os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+    import ray
+
+    try:
+        context = ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, ignore_reinit_error=True)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InvalidInput(f"--address: {address!r} cannot be reached: {reason}") from None
+    try:
+        alive = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
+        cpus, gpus = (int(min(node.get(kind, 0) for node in alive)) for kind in ("CPU", "GPU"))
+        resources = Resources(cpus, gpus, len(alive), limits)
+        dashboard = f"http://{context.dashboard_url}" if context.dashboard_url else ""
+        yield Cluster(resources, dashboard, os.environ.get("RAY_AUTH_TOKEN_PATH", "~/.ray/auth_token"))
+    finally:
+        ray.shutdown()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import ray
 import torch
@@ -15,7 +16,8 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from torch import nn
 
-from dwf_cluster.cluster.placement import Placement
+from dwf_cluster.cluster.control import claim, stopping
+from dwf_cluster.cluster.schedule import Placement
 from dwf_cluster.data.sources import Images
 from dwf_cluster.determinism import make_deterministic
 from dwf_cluster.evaluation import check, evaluate
@@ -25,26 +27,33 @@ from dwf_cluster.plan import Job
 from dwf_cluster.store import Store, checkpoints, tables
 from dwf_cluster.store.jobs import recorded
 from dwf_cluster.training import expert, joint
-from dwf_cluster.training.loop import Task, weights
+from dwf_cluster.training.loop import Stopped, Task, weights
 
 
-def run_job(job: Job, experiment: Experiment, store: Store, images: ray.ObjectRef, place: Placement) -> None:
-    """Run one job to its end and record it.
+def run_job(job: Job, store: Store, images: ray.ObjectRef, place: Placement, control: Any) -> bool:
+    """Run one job and record it.
 
     Args:
         job: of the plan.
-        experiment: decides the numbers.
         store: takes what comes out.
         images: reference to a `data.sources.Images`.
         place: processes, and CPUs and GPUs of each.
+        control: the run's `Control` actor.
+
+    Returns:
+        Whether it came to its end; else the run is to stop, and it has saved what it has.
     """
     columns = {"stage": job.stage, "model": job.model, "task": job.name}
     gpus = place.gpus * max(1, place.workers)
-    with recorded(store, experiment, columns, job.file, gpus, _device_name(place)):
+    with recorded(store, job.experiment, columns, job.file, gpus, _device_name(place)) as row:
         if job.stage == "evaluate":
-            _evaluate(job, experiment, store, images, place)
+            _evaluate(job, store, images, place, control)
         else:
-            _fit(functools.partial(_train, job, experiment, store, images, place), job, store, place)
+            _fit(functools.partial(_train, job, store, images, place, control), job, store, place)
+        row["devices"] = ray.get(control.devices.remote((job.folder, job.name)))
+        if not job.is_done(store):
+            row["state"] = "stopped"
+    return bool(row["state"] == "done")
 
 
 def _fit(loop: Callable[[], None], job: Job, store: Store, place: Placement) -> None:
@@ -62,22 +71,27 @@ def _fit(loop: Callable[[], None], job: Job, store: Store, place: Placement) -> 
     ).fit()
 
 
-def _train(job: Job, experiment: Experiment, store: Store, images: ray.ObjectRef, place: Placement) -> None:
+def _train(job: Job, store: Store, images: ray.ObjectRef, place: Placement, control: Any) -> None:
     """One worker's part of a Train run."""
     make_deterministic(place.cpus)
+    claim(control, (job.folder, job.name), ray.train.get_context().get_world_rank(), place)
+    experiment, arrays = job.experiment, ray.get(images)
     training = experiment.training(job.stage)
-    task = Task(experiment, store, job.stage, job.model, training, report=ray.train.report)
-    arrays = ray.get(images)
-    if job.stage == "joint":
-        joint.train_joint(task, arrays, _device())
-    else:
-        regime = next(r for r in experiment.regimes if r.name == job.model)
-        expert.train_expert(task, arrays, regime, _device())
+    task = Task(experiment, store, job.stage, job.model, training, ray.train.report, stopping(control).is_set)
+    try:
+        if job.stage == "joint":
+            joint.train_joint(task, arrays, _device())
+        else:
+            regime = next(r for r in experiment.regimes if r.name == job.model)
+            expert.train_expert(task, arrays, regime, _device())
+    except Stopped:
+        return  # to Train, which would take an exception for a failure and try again
 
 
-def _evaluate(job: Job, experiment: Experiment, store: Store, images: ray.ObjectRef, place: Placement) -> None:
+def _evaluate(job: Job, store: Store, images: ray.ObjectRef, place: Placement, control: Any) -> None:
     make_deterministic(place.cpus)
-    arrays, device = ray.get(images), _device()
+    claim(control, (job.folder, job.name), 0, place)
+    experiment, arrays, device = job.experiment, ray.get(images), _device()
     assert job.family is not None
     chosen = slice(job.first, job.stop)
     x, y = arrays.x_test[chosen], arrays.y_test[chosen]

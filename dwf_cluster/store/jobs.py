@@ -22,8 +22,10 @@ from dwf_cluster.store.files import Store
 @contextmanager
 def recorded(
     store: Store, experiment: Experiment, job: Mapping[str, str], file: str, gpus: float, device: str
-) -> Iterator[None]:
+) -> Iterator[dict[str, Any]]:
     """Keep the row of a job while it runs in this process: `running`, then `done` or `failed`.
+
+    Yields the row: the body may add to it, and give another state than `done`.
 
     Args:
         store: takes the row.
@@ -55,8 +57,8 @@ def recorded(
 
     write()
     try:
-        yield
-        row["state"] = "done"
+        yield row
+        row["state"] = "done" if row["state"] == "running" else row["state"]
     except BaseException:
         row["state"] = "failed"
         raise

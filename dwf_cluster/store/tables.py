@@ -106,6 +106,7 @@ SCHEMAS: Mapping[str, pa.Schema] = {
         ("attempts", pa.int64()),
         ("host", pa.string()),
         ("device", pa.string()),
+        ("devices", pa.list_(pa.string())),
         ("gpus", pa.float64()),
         ("peak_memory_bytes", pa.int64()),
         ("python_version", pa.string()),

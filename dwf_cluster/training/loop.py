@@ -1,4 +1,7 @@
-"""The one epoch loop: SGD with momentum and weight decay, cosine annealing, a checkpoint after each epoch."""
+"""The one epoch loop: SGD with momentum and weight decay, cosine annealing, a checkpoint after each epoch.
+
+Asked to stop, it saves one in the middle of an epoch.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
@@ -29,6 +32,10 @@ class NonFiniteLoss(RuntimeError):
     """The loss became NaN or infinite. Its text is one line: model, epoch, step, last good checkpoint."""
 
 
+class Stopped(Exception):
+    """Training was asked to stop; everything up to its last step is saved."""
+
+
 @dataclass(frozen=True)
 class Task:
     """What is trained, and where what comes out goes.
@@ -40,6 +47,7 @@ class Task:
         name: of the model: `fgsm-2`, `mixture`.
         training: epochs, learning rate, ... of this stage.
         report: called after each epoch with the row of `metrics`, on every worker.
+        stopping: asked after each step; when it is true on any worker, all of them stop after that step.
     """
 
     experiment: Experiment
@@ -48,6 +56,17 @@ class Task:
     name: str
     training: Training
     report: Callable[[dict[str, Any]], None] = lambda row: None
+    stopping: Callable[[], bool] = lambda: False
+
+
+@dataclass
+class _Progress:
+    """How far training has come, and the sums of the epoch that it is in."""
+
+    epoch: int = 0
+    steps: int = 0
+    loss: float = 0.0
+    seconds: float = 0.0
 
 
 def train(task: Task, model: nn.Module, images: DeviceImages, perturb: Perturb) -> nn.Module:
@@ -70,49 +89,60 @@ def train(task: Task, model: nn.Module, images: DeviceImages, perturb: Perturb) 
 
     Raises:
         NonFiniteLoss: if the loss becomes NaN or infinite.
+        Stopped: if `task.stopping` became true on one of the workers.
     """
     rank, workers = _workers()
     model.to(memory_format=torch.channels_last)
     optimizer = _optimizer(model, task.training, task.experiment.gate)
-    done = _restore(task, model, optimizer)
+    progress = _restore(task, model, optimizer)
     parallel = DistributedDataParallel(model) if workers > 1 else model
-    for epoch in range(done, task.training.epochs):
-        row = _epoch(task, epoch, model, parallel, optimizer, images, perturb)
+    while progress.epoch < task.training.epochs:
+        row = _epoch(task, progress, model, parallel, optimizer, images, perturb)
+        if row is None:
+            if rank == 0:
+                _save(task, model, optimizer, progress)
+            raise Stopped
+        progress = _Progress(progress.epoch + 1)
         if rank == 0:
             # Metrics first: killed in between, the epoch is run again and its row replaced.
             tables.upsert(task.store, "metrics", task.name, tables.rows_of(task.experiment, [row])[0], key="epoch")
-            _save(task, model, optimizer, epoch + 1)
+            _save(task, model, optimizer, progress)
         task.report(row)
     return model
 
 
 def _epoch(
     task: Task,
-    epoch: int,
+    progress: _Progress,
     model: nn.Module,
     parallel: nn.Module,
     optimizer: torch.optim.SGD,
     images: DeviceImages,
     perturb: Perturb,
-) -> dict[str, Any]:
-    """Train for one epoch (from 0), then probe; returns the row of `metrics`."""
-    started, key = time.perf_counter(), (task.experiment.seed, task.name, epoch)
+) -> dict[str, Any] | None:
+    """Train to the end of an epoch, then probe; returns the row of `metrics`, or None if it was asked to stop."""
+    epoch = progress.epoch
+    started, key = time.perf_counter() - progress.seconds, (task.experiment.seed, task.name, epoch)
     batches = images.epoch(task.training.batch_size, Draws(key))
     first, last = epoch * len(batches), task.training.epochs * len(batches)
     model.train()
-    loss_sum, step = 0.0, first
+    step = first
     try:
-        for step, indices in enumerate(batches, start=first):
+        for step, indices in enumerate(batches[progress.steps :], start=first + progress.steps):
             factor = (1 + math.cos(math.pi * step / last)) / 2
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * factor
-            loss = _accumulate(task, parallel, images, indices, perturb, Draws((*key, step - first)))
+            loss, stopping = _accumulate(task, parallel, images, indices, perturb, Draws((*key, step - first)))
             if not math.isfinite(loss):
                 raise attacks.NotLogits(f"the loss became {loss}")
             optimizer.step()
             optimizer.zero_grad()
             _average_statistics(model)
-            loss_sum += loss * len(indices)
+            progress.loss += loss * len(indices)
+            progress.steps += 1
+            if stopping and progress.steps < len(batches):
+                progress.seconds = time.perf_counter() - started
+                return None
         seconds = time.perf_counter() - started
         clean, robust = probe(model, images, task.experiment)
     except attacks.NotLogits as error:
@@ -125,7 +155,7 @@ def _epoch(
         "model": task.name,
         "epoch": epoch + 1,
         "step": step + 1,
-        "loss": loss_sum / len(images.x_train),
+        "loss": progress.loss / len(images.x_train),
         "clean_accuracy": clean,
         "probe_pgd_accuracy": robust,
         "learning_rate": optimizer.param_groups[0]["lr"],
@@ -154,15 +184,16 @@ def _accumulate(
     indices: torch.Tensor,
     perturb: Perturb,
     draws: Draws,
-) -> float:
-    """Add up one batch's gradients on every worker; returns the batch's mean loss."""
+) -> tuple[float, bool]:
+    """Add up one batch's gradients on every worker; returns the batch's mean loss, and whether one is to stop."""
     rank, workers = _workers()
     start, stop = len(indices) * rank // workers, len(indices) * (rank + 1) // workers
     cuts = torch.arange(start, stop).tensor_split(task.training.accumulation)
     parts = [slice(int(cut[0]), int(cut[-1]) + 1) for cut in cuts if len(cut)]
     # The attack sees the model as it is before the step.
     view = attacks.frozen(parallel.module if isinstance(parallel, DistributedDataParallel) else parallel)
-    total = torch.zeros((), device=indices.device)
+    # The request to stop travels with the loss, so all workers hear it after the same step.
+    total = torch.tensor([0.0, task.stopping()], device=indices.device)
     for number, part in enumerate(parts, start=1):
         x, y = perturb(view, *images.train_batch(indices, draws, part), draws)
         copies = len(y) // (part.stop - part.start)
@@ -172,10 +203,11 @@ def _accumulate(
             # DDP averages over workers; times their number, the sum of parts is the whole batch's mean.
             loss = F.cross_entropy(logits, y, reduction="sum") * (workers / (copies * len(indices)))
             loss.backward()  # type: ignore[no-untyped-call]
-        total += loss.detach() / workers
+        total[0] += loss.detach() / workers
     if workers > 1:
         dist.all_reduce(total)
-    return float(total)
+    mean, stopping = total.tolist()
+    return mean, stopping > 0
 
 
 def _workers() -> tuple[int, int]:
@@ -210,27 +242,33 @@ def _average_statistics(model: nn.Module) -> None:
         buffer.copy_(part.view_as(buffer))
 
 
-def _save(task: Task, model: nn.Module, optimizer: torch.optim.SGD, epoch: int) -> None:
+def _save(task: Task, model: nn.Module, optimizer: torch.optim.SGD, progress: _Progress) -> None:
     tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     for name, parameter in model.named_parameters():
         momentum = optimizer.state[parameter].get("momentum_buffer")
         if momentum is not None:
             tensors[f"momentum.{name}"] = momentum
-    state = {"model": task.name, "stage": task.stage, "epoch": epoch, "epochs": task.training.epochs}
-    checkpoints.save(task.store, task.name, epoch, tensors, {**state, "experiment": task.experiment.signature})
+    state = {
+        "experiment": task.experiment.signature,
+        "stage": task.stage,
+        "model": task.name,
+        "epochs": task.training.epochs,
+        **asdict(progress),
+    }
+    checkpoints.save(task.store, task.name, progress.epoch, progress.steps, tensors, state)
 
 
-def _restore(task: Task, model: nn.Module, optimizer: torch.optim.SGD) -> int:
-    """Load the newest checkpoint, if there is one; returns the epochs done."""
+def _restore(task: Task, model: nn.Module, optimizer: torch.optim.SGD) -> _Progress:
+    """Load the newest checkpoint, if there is one; returns how far it had come."""
     checkpoint = checkpoints.load_latest(task.store, task.name)
     if checkpoint is None:
-        return 0
+        return _Progress()
     model.load_state_dict(weights(checkpoint))
     for name, parameter in model.named_parameters():
         momentum = checkpoint.tensors.get(f"momentum.{name}")
         if momentum is not None:
             optimizer.state[parameter]["momentum_buffer"] = momentum.to(parameter.device)
-    return checkpoint.epoch
+    return _Progress(**{field.name: checkpoint.state[field.name] for field in fields(_Progress)})
 
 
 def weights(checkpoint: checkpoints.Checkpoint) -> dict[str, torch.Tensor]:

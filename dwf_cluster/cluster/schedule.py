@@ -1,0 +1,158 @@
+"""Which job starts next: one rule, which the real run and the planned timeline both follow.
+
+First the experts of all experiments, longest first; then what their models are needed for: joint stages before
+evaluations. So with several seeds no GPU waits for one seed's slowest expert while another's could be trained, and
+evaluations of single experts fill the time until the joint stage has all GPUs.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections import deque
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from dwf_cluster.experiment import STAGES
+from dwf_cluster.plan import Job
+
+_ROUNDING = 1e-9
+"""Thirds of a GPU add up to one."""
+
+
+@dataclass(frozen=True)
+class Placement:
+    """What a job gets.
+
+    Attributes:
+        workers: processes that Ray Train starts; 0: the task's own process does the work.
+        cpus, gpus: of each process; on a CPU also its number of threads.
+    """
+
+    workers: int
+    cpus: int
+    gpus: float
+
+    @property
+    def room(self) -> float:
+        """GPUs that it takes in all or, without GPUs, CPUs."""
+        return max(1, self.workers) * (self.gpus or self.cpus)
+
+    def __str__(self) -> str:
+        what = f"{self.cpus} CPU" + (f", {self.gpus:g} GPU" if self.gpus else "")
+        return f"{self.workers} x ({what})" if self.workers > 1 else what
+
+
+def duration(job: Job, place: Placement) -> float:
+    """Planned length of a job, in passes of one GPU or CPU: what it gets is used to the full."""
+    return job.cost / place.room
+
+
+class Schedule:
+    """Jobs that wait, in the order in which they start when there is room."""
+
+    def __init__(self, jobs: Iterable[Job], places: Mapping[Job, Placement], room: float) -> None:
+        """
+        Args:
+            jobs: to run. What they need and is not among them is there already.
+            places: what each of them gets.
+            room: GPUs in all or, without GPUs, CPUs.
+        """
+        self._places, self._free, self._last_stage = places, room, len(STAGES) - 1
+        groups: dict[tuple[str, str, str], list[Job]] = {}
+        for job in jobs:
+            groups.setdefault((job.folder, job.stage, job.model), []).append(job)
+        # Of jobs of one model only the longest is looked at: there may be thousands of slices.
+        self._waiting = [deque(sorted(group, key=self._order)) for group in groups.values()]
+        self._untrained = {(folder, model) for folder, stage, model in groups if stage != "evaluate"}
+
+    def start(self) -> Job | None:
+        """Take the next job that may start and for which there is room; None if there is none now."""
+        for group in sorted(self._waiting, key=lambda group: self._order(group[0])):
+            job, room = group[0], self._places[group[0]].room
+            if STAGES.index(job.stage) > self._last_stage or not self._is_ready(job):
+                continue
+            if room <= self._free + _ROUNDING:
+                self._free -= room
+                group.popleft()
+                if not group:
+                    self._waiting.remove(group)
+                return job
+            if job.stage == "joint":
+                return None  # it wants all room there is: nothing small may get in before it
+        return None
+
+    def end(self, job: Job, done: bool = True) -> None:
+        """Give back what a job got. After one that failed, no job of a later stage starts."""
+        self._free += self._places[job].room
+        if not done:
+            self._last_stage = min(self._last_stage, STAGES.index(job.stage))
+        elif job.stage != "evaluate":
+            self._untrained.discard((job.folder, job.model))
+
+    def _is_ready(self, job: Job) -> bool:
+        return not any((job.folder, model) in self._untrained for model in job.needs)
+
+    def _order(self, job: Job) -> tuple[int, float, float]:
+        place = self._places[job]
+        return STAGES.index(job.stage), -duration(job, place), -place.room
+
+
+@dataclass(frozen=True)
+class Planned:
+    """When and where a job is to run.
+
+    Attributes:
+        start, end: in passes of one GPU or CPU from the start.
+        devices: numbers of its GPUs or CPUs, over all nodes.
+    """
+
+    start: float
+    end: float
+    devices: tuple[int, ...]
+
+
+def timeline(jobs: Iterable[Job], places: Mapping[Job, Placement], room: float) -> dict[Job, Planned]:
+    """When and where each job would run, if each took just as long as planned; in the order of their starts."""
+    schedule, now, running = Schedule(jobs, places, room), 0.0, list[tuple[float, int, Job]]()
+    free = [1.0] * math.ceil(room)
+    planned: dict[Job, Planned] = {}
+    while True:
+        while job := schedule.start():
+            place = places[job]
+            share = min(1.0, place.gpus or 1.0)
+            # A share of a GPU goes where another share is.
+            candidates = sorted((left, n) for n, left in enumerate(free) if left >= share - _ROUNDING)
+            devices = tuple(n for _, n in candidates[: round(place.room / share)])
+            for n in devices:
+                free[n] -= share
+            planned[job] = Planned(now, now + duration(job, place), devices)
+            heapq.heappush(running, (planned[job].end, len(planned), job))
+        if not running:
+            return planned
+        now = running[0][0]
+        while running and running[0][0] <= now * (1 + _ROUNDING):
+            job = heapq.heappop(running)[2]
+            schedule.end(job)
+            for n in planned[job].devices:
+                free[n] += min(1.0, places[job].gpus or 1.0)
+
+
+def lower_bound(jobs: Iterable[Job], places: Mapping[Job, Placement], room: float) -> float:
+    """No schedule ends earlier: all work shared evenly, or the longest chain of jobs that need one another.
+
+    Args:
+        jobs: to run.
+        places: the most that each of them can get.
+        room: GPUs in all or, without GPUs, CPUs.
+    """
+    jobs = list(jobs)
+    ended: dict[tuple[str, str], float] = {}
+    longest = 0.0
+    for job in sorted(jobs, key=lambda job: STAGES.index(job.stage)):
+        begin = max((ended.get((job.folder, model), 0.0) for model in job.needs), default=0.0)
+        end = begin + duration(job, places[job])
+        longest = max(longest, end)
+        if job.stage != "evaluate":
+            ended[job.folder, job.model] = end
+    return max(sum(job.cost for job in jobs) / room, longest)
