@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import argparse
 import functools
+import re
 import shlex
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from dwf_cluster.experiment import PRESETS, STAGES, InvalidInput, build, describe
+from dwf_cluster.experiment import PRESETS, STAGES, Experiment, InvalidInput, build, describe
 
 if TYPE_CHECKING:
     from dwf_cluster.cluster.ray import Cluster
@@ -75,11 +76,16 @@ def _parser() -> argparse.ArgumentParser:
     slurm.add_argument("--nodes", help="nodes of the allocation (default: 1)")
     slurm.add_argument("--gpus-per-node", help="GPUs of each node (default: none)")
     slurm.add_argument("--cpus-per-node", help="CPUs of each node (default: the site's)")
-    slurm.add_argument("--time", help="time limit, as sbatch takes it; it goes on in the next (default: the site's)")
+    slurm.add_argument(
+        "--time", default="24:00:00", help="time limit of the job, which is requeued and goes on (default: 24:00:00)"
+    )
     slurm.add_argument("--partition", help="partition (default: the site's)")
     slurm.add_argument("--account", help="account (default: the site's)")
     slurm.add_argument(
         "--sbatch", nargs="+", action="extend", default=[], metavar="OPTION=VALUE", help="other options of sbatch"
+    )
+    slurm.add_argument(
+        "--executor", default="slurm", help="slurm, or local: the same in processes of this machine (default: slurm)"
     )
     slurm.add_argument("--throttle", help="with several seeds, how many of their jobs run at once (default: all)")
     return parser
@@ -134,11 +140,11 @@ def _run(options: argparse.Namespace, again: str) -> int:
     from dwf_cluster.progress import Progress
     from dwf_cluster.store import Store
 
+    if options.slurm:
+        return _submit(options, counts, experiments, stages, again)
     limits = Limits(counts["joint_workers"], counts["expert_workers"], share)
     stores = {experiment: Store(options.storage, experiment.folder) for experiment in experiments}
     console = Console()
-    if options.slurm:
-        raise NotImplementedError
     if options.address and not options.dry_run:
         connect = functools.partial(attached, options.address, limits)
     else:
@@ -168,6 +174,101 @@ def _run(options: argparse.Namespace, again: str) -> int:
     for store in stores.values():
         print(store.root)
     return 0
+
+
+def _submit(
+    options: argparse.Namespace,
+    counts: Mapping[str, int | None],
+    experiments: Sequence[Experiment],
+    stages: Sequence[str],
+    again: str,
+) -> int:
+    """Submit a job for each experiment, follow them, and judge by the store what has come of it."""
+    request_options = {"partition": options.partition, "account": options.account}
+    for assignment in options.sbatch:
+        name, separator, value = assignment.partition("=")
+        if not (separator and re.fullmatch("[a-z][a-z-]*", name)):
+            raise InvalidInput(f"--sbatch: {assignment!r} cannot be used: allowed is option=value, such as qos=high")
+        request_options[name] = value
+    for name, value in request_options.items():
+        if value is not None and not re.fullmatch(r"[\w.,:@%+=/\[\]-]+", value):
+            raise InvalidInput(f"--{name}: {value!r} cannot be used: allowed are letters, digits and .,:@%+=/[]_-")
+    if options.executor not in ("slurm", "local"):
+        raise InvalidInput(f"--executor: {options.executor!r} cannot be used: allowed are slurm, local")
+
+    from dwf_cluster.cluster import slurm
+    from dwf_cluster.data.sources import sizes
+    from dwf_cluster.plan import unfinished
+    from dwf_cluster.store import Store
+
+    request = slurm.Request(
+        counts["nodes"] or 1,
+        counts["gpus_per_node"],
+        counts["cpus_per_node"],
+        _minutes(options.time),
+        {name: value for name, value in request_options.items() if value is not None},
+        counts["throttle"],
+        options.executor,
+    )
+    stores = {experiment.folder: Store(options.storage, experiment.folder) for experiment in experiments}
+    size = sizes(experiments[0].data)
+
+    def to_do(experiment: Experiment) -> bool:
+        return any(unfinished(experiment, stores[experiment.folder], stages, size).values())
+
+    runs = [
+        slurm.Run(experiment.folder, _arguments(options, experiment.seed), again)
+        for experiment in experiments
+        if options.dry_run or to_do(experiment)
+    ]
+    say = functools.partial(print, flush=True)
+    if options.dry_run:
+        print(slurm.script(runs, request))
+        return 0
+    jobs = slurm.submit(runs, request, say)
+    if jobs:
+        say(f"this only looks on; Ctrl-C ends it, not the job. Come back: {again}")
+    try:
+        slurm.follow(jobs, request, say)
+    except KeyboardInterrupt:
+        print(f"the job goes on. Come back: {again}", file=sys.stderr)
+        return 130
+    status = 0
+    for experiment in experiments:
+        if to_do(experiment):
+            job = next(job for run, job in jobs.items() if run.folder == experiment.folder)
+            word = slurm.last_word(job)
+            print(
+                f"failed: job {job.job_id} ended before all was done{f' ({word})' if word else ''}; "
+                f"log: {job.paths.stdout}\nresume: {again}",
+                file=sys.stderr,
+            )
+            status = 1
+    for store in stores.values() if status == 0 else ():
+        print(store.root)
+    return status
+
+
+def _arguments(options: argparse.Namespace, seed: int) -> tuple[str, ...]:
+    """What a job of one experiment gets; it runs in this folder."""
+    arguments = [f"--preset={options.preset}", f"--seed={seed}", f"--storage={options.storage}"]
+    arguments += [f"--stages={options.stages}", f"--data-folder={options.data_folder}"]
+    for name in ("joint_workers", "expert_workers", "gpus_per_expert"):
+        if value := getattr(options, name):
+            arguments.append(f"--{name.replace('_', '-')}={value}")
+    return (*arguments, *(("--set", *options.set) if options.set else ()))
+
+
+def _minutes(text: str) -> int:
+    """`90`, `HH:MM:SS`, `D-HH` or `D-HH:MM:SS`, as sbatch has it, in whole minutes, rounded up."""
+    found = re.fullmatch(r"(?:(\d+)-)?(\d{1,6})(?::(\d+))?(?::(\d+))?", text, re.ASCII)
+    if found:
+        days, first, second, third = (int(part or 0) for part in found.groups())
+        hours = days * 24 + first if found[1] or found[4] else 0
+        minutes = hours * 60 + second + (third > 0) if hours or found[1] or found[4] else first + (second > 0)
+        if minutes > 0:
+            return minutes
+    raise InvalidInput(f"--time: {text!r} cannot be used: allowed are minutes, HH:MM:SS, D-HH or D-HH:MM:SS")
 
 
 class _Stop(threading.Event):
@@ -224,7 +325,7 @@ def _refuse_misplaced(options: argparse.Namespace) -> None:
     """An option that the chosen way to run would not look at is a mistake."""
     only = {
         "local": ("cpus", "gpus"),
-        "slurm": ("nodes", "gpus_per_node", "cpus_per_node", "time", "partition", "account", "sbatch", "throttle"),
+        "slurm": ("nodes", "gpus_per_node", "cpus_per_node", "partition", "account", "sbatch", "throttle"),
     }
     for way, names in only.items():
         for name in names:

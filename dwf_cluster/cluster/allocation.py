@@ -159,5 +159,6 @@ def log_files() -> Iterator[str]:
 
 if __name__ == "__main__":
     if "SLURM_JOB_ID" not in os.environ:
-        sys.exit("error: no SLURM allocation; use sbatch slurm/full_pipeline.sh")
+        print("error: no SLURM allocation here; use sbatch slurm/full_pipeline.sh", file=sys.stderr)
+        sys.exit(2)
     sys.exit(run(sys.argv[1:], f"sbatch slurm/full_pipeline.sh {shlex.join(sys.argv[1:])}".rstrip()))

@@ -80,8 +80,8 @@ def _first(arguments: Sequence[str], head: str) -> int:
         else:
             dashboard, node = ports["DASHBOARD"], os.environ["SLURMD_NODENAME"]
             print(
-                f"Ray dashboard: http://127.0.0.1:{dashboard} after `ssh -N -L {dashboard}:127.0.0.1:{dashboard} {node}`"
-                f" (token: `ssh {node} cat {allocation.folder()}/token`)",
+                f"Ray dashboard: http://127.0.0.1:{dashboard} after `ssh -N -L {dashboard}:127.0.0.1:{dashboard} "
+                f"{node}` (token: `ssh {node} cat {allocation.folder()}/token`)",
                 flush=True,
             )
             from dwf_cluster.launch import main as launch

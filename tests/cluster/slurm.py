@@ -13,6 +13,7 @@ import shutil
 import socket
 import stat
 import subprocess
+import tempfile
 import time
 from pathlib import Path
 
@@ -74,7 +75,8 @@ def missing() -> str | None:
 class Slurm:
     """A running SLURM; `environment` makes its commands talk to it."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self) -> None:
+        folder = Path(tempfile.mkdtemp(prefix="slurm-", dir="/tmp"))
         folder.chmod(0o755)  # munge wants its socket to be within everyone's reach
         self.folder = folder
         self.environment = {**os.environ, "SLURM_CONF": str(folder / "slurm.conf")}
@@ -130,6 +132,7 @@ class Slurm:
                     psutil.wait_procs([process], timeout=30)
                 except psutil.NoSuchProcess:
                     continue
+        shutil.rmtree(self.folder)
 
     def __call__(self, *command: str | os.PathLike[str], cwd: Path | None = None, **variables: str) -> str:
         """Run a command of SLURM's; returns what it printed."""

@@ -1,0 +1,249 @@
+"""`sbatch slurm/full_pipeline.sh` on a real SLURM of two nodes, and every way in which SLURM takes them away."""
+
+from __future__ import annotations
+
+import re
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pandas as pd
+import psutil
+import pytest
+
+from dwf_cluster.cluster.allocation import Ports
+
+from ..conftest import TINY, Launch
+from ..test_pipeline import assert_same
+from . import slurm
+from .slurm import Slurm
+
+pytestmark = pytest.mark.skipif(slurm.missing() is not None, reason=str(slurm.missing()))
+
+SCRIPT = Path(__file__).parents[2] / "slurm" / "full_pipeline.sh"
+SMALL = ["data.train_examples=500", "experts.epochs=4", "pgd.steps=4,6", "evaluation.beyond=pgd_gate"]
+ARGUMENTS = ["--set", *TINY, *SMALL]
+ON_CPUS = ["--gpus-per-node=0", "--cpus-per-task=1", "--mem=3G"]
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Slurm]:
+    running = Slurm()
+    try:
+        running.start()
+        yield running
+    finally:
+        running.stop()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run on this machine that nothing disturbed, its joint stage on two workers."""
+    launch = Launch(tmp_path_factory.mktemp("undisturbed"))
+    result = launch("--local", "--cpus", "2", "--gpus", "0", "--joint-workers", "2", *ARGUMENTS)
+    assert result.returncode == 0, result.stderr
+    return Path(result.stdout.splitlines()[-1])
+
+
+class Job:
+    """A job of `slurm/full_pipeline.sh`, its log, its experiment's folder."""
+
+    def __init__(self, cluster: Slurm, folder: Path, options: list[str], arguments: list[str]) -> None:
+        self.cluster, self.folder = cluster, folder
+        self.number = cluster.submit(*options, SCRIPT, *arguments, cwd=folder, DWF_PYTHON=sys.executable)
+
+    @property
+    def log(self) -> str:
+        file = self.folder / f"slurm-{self.number}.out"
+        return file.read_text() if file.exists() else ""
+
+    @property
+    def results(self) -> Path:
+        (results,) = (self.folder / "runs").iterdir()
+        return results
+
+    def wait_for(self, line: str, times: int = 1) -> None:
+        """Wait until so many lines of the log match."""
+
+        def found() -> bool:
+            assert self.cluster.state(self.number) not in ("COMPLETED", "FAILED", "CANCELLED"), self.log
+            return len(re.findall(line, self.log, re.M)) >= times
+
+        self.cluster.wait_for(found, f"line like {line!r}")
+
+    def end(self, state: str = "COMPLETED") -> None:
+        """Wait for the end; nothing of the job may outlive it."""
+        assert self.cluster.wait(self.number) == state, self.log
+        self.cluster.wait_for(lambda: not self.cluster.processes(self.number), "end of all processes", 30)
+
+    def process(self, title: str) -> psutil.Process:
+        """The process of this job whose command line matches."""
+
+        def found() -> list[psutil.Process]:
+            return [p for p in self.cluster.processes(self.number) if re.search(title, " ".join(p.cmdline()))]
+
+        self.cluster.wait_for(found, f"process like {title!r}")
+        return found()[0]
+
+
+@pytest.fixture
+def submit(cluster: Slurm, tmp_path: Path) -> Callable[..., Job]:
+    def submit(*options: str, arguments: list[str] = ARGUMENTS) -> Job:
+        return Job(cluster, tmp_path, [*ON_CPUS, *options], arguments)
+
+    return submit
+
+
+EXPERTS = ["--stages", "experts", *ARGUMENTS]
+ONE_NODE = ["--nodes=1", "--cpus-per-task=2"]
+
+
+def assert_same_experts(one: Path, other: Path) -> None:
+    assert_same(one, other, models=["benign", "fgsm-1", "pgd-1"], tables=["metrics"])
+
+
+def partial(folder: Path) -> list[str]:
+    """Checkpoints that were saved in the middle of an epoch."""
+    return [path.name for path in folder.glob("checkpoints/*/*-step-*")]
+
+
+def test_requeued_in_the_middle_two_nodes_come_to_the_tables_of_one_machine(
+    submit: Callable[..., Job], cluster: Slurm, undisturbed: Path
+) -> None:
+    """Two nodes of one worker each train the mixture bit for bit as two workers of one node do."""
+    job = submit("--nodes=2")
+    job.wait_for("^joint: epoch 1/")
+    cluster("scontrol", "requeue", job.number)
+    job.end()
+    assert cluster.field(job.number, "Restarts") == "1"
+    assert_same(job.results, undisturbed)
+    jobs = pd.read_parquet(job.results / "results" / "jobs").set_index("task")
+    assert jobs.loc["joint", "devices"].tolist() == ["n1: cpu", "n2: cpu"]
+    assert jobs.loc["joint", "attempts"] == 2
+    assert not list(Path("/tmp").glob(f"dwf-{job.number}*"))
+
+
+def test_preempted_with_a_warning_it_saves_the_step_it_is_at_and_goes_on_from_there(
+    submit: Callable[..., Job], cluster: Slurm, undisturbed: Path, tmp_path: Path
+) -> None:
+    job = submit(*ONE_NODE, arguments=EXPERTS)
+    job.wait_for("^expert pgd-1: epoch 1/")
+    other = cluster.submit("--partition=high", "--nodes=2", "--exclusive", "--wrap=sleep 2", cwd=tmp_path)
+    job.wait_for("^requeued: it goes on")
+    saved = partial(job.results)
+    assert saved
+    assert re.search(r"^expert pgd-1: stopped in ", job.log, re.M)
+    assert cluster.wait(other) == "COMPLETED"
+    job.end()
+    assert_same_experts(job.results, undisturbed)
+
+
+def test_preempted_without_a_warning_it_goes_on_from_the_last_epoch(
+    submit: Callable[..., Job], cluster: Slurm, undisturbed: Path, tmp_path: Path
+) -> None:
+    job = submit("--partition=scavenge", *ONE_NODE, arguments=EXPERTS)
+    job.wait_for("^expert pgd-1: epoch 1/")
+    other = cluster.submit("--partition=high", "--nodes=2", "--exclusive", "--wrap=sleep 2", cwd=tmp_path)
+    assert cluster.wait(other) == "COMPLETED"
+    job.end()
+    assert cluster.field(job.number, "Restarts") == "1"
+    assert_same_experts(job.results, undisturbed)
+
+
+def test_cancelled_it_stops_for_good_says_how_to_resume_and_is_resumed(
+    submit: Callable[..., Job], cluster: Slurm, undisturbed: Path
+) -> None:
+    job = submit(*ONE_NODE, arguments=EXPERTS)
+    job.wait_for("^expert pgd-1: epoch 1/")
+    cluster("scancel", job.number)
+    job.end("CANCELLED")
+    assert f"\nresume: sbatch slurm/full_pipeline.sh --stages experts --set {TINY[0]} " in job.log
+    again = submit(*ONE_NODE, arguments=EXPERTS)
+    again.end()
+    assert_same_experts(again.results, undisturbed)
+
+
+def test_a_node_that_goes_down_costs_the_allocation_but_no_result(
+    submit: Callable[..., Job], cluster: Slurm, undisturbed: Path
+) -> None:
+    job = submit("--nodes=2", arguments=EXPERTS)
+    job.wait_for("^expert pgd-1: epoch 1/")
+    cluster("scontrol", "update", "nodename=n2", "state=down", "reason=test")
+    cluster.wait_for(lambda: cluster.state(job.number) == "PENDING", "requeue")
+    cluster("scontrol", "update", "nodename=n2", "state=resume")
+    job.end()
+    assert cluster.field(job.number, "Restarts") == "1"
+    assert_same_experts(job.results, undisturbed)
+
+
+def test_a_killed_worker_and_a_killed_head_are_replaced_within_the_allocation(
+    submit: Callable[..., Job], cluster: Slurm, undisturbed: Path
+) -> None:
+    job = submit(*ONE_NODE, arguments=EXPERTS)
+    job.process("ray::expert pgd-1").kill()
+    job.wait_for("^expert pgd-1: epoch 1/")
+    job.process("gcs_server").kill()
+    job.end()
+    assert "the Ray cluster was lost; see " in job.log
+    assert cluster.field(job.number, "Restarts") == "0"
+    assert_same_experts(job.results, undisturbed)
+
+
+def test_out_of_time_it_is_requeued(submit: Callable[..., Job], cluster: Slurm) -> None:
+    """SLURM looks at time limits every half minute only, and they are whole minutes."""
+    endless = [*EXPERTS, "experts.epochs=9999"]
+    job = submit("--time=1", "--signal=USR2@40", *ONE_NODE, arguments=endless)
+    job.wait_for("^requeued: it goes on")
+    cluster.wait_for(lambda: cluster.state(job.number) == "PENDING", "requeue")
+    assert partial(job.results)
+    cluster("scancel", job.number)
+    job.end("CANCELLED")
+
+
+def test_a_node_that_does_not_come_is_named_with_its_log(cluster: Slurm, submit: Callable[..., Job]) -> None:
+    job = submit("--nodes=2", "--export=ALL,DWF_JOIN_SECONDS=15", arguments=EXPERTS)
+
+    def second() -> list[psutil.Process]:
+        return [
+            process
+            for process in cluster.processes(job.number)
+            if process.environ().get("SLURM_PROCID") == "1" and "dwf_cluster.cluster.node" in process.cmdline()
+        ]
+
+    cluster.wait_for(second, "second node's process")
+    second()[0].suspend()
+    job.end("FAILED")
+    assert f"failed: node n2 has not joined within 15 s; its log: {job.folder}/slurm-{job.number}-n2.log" in job.log
+    assert "\nresume: sbatch " in job.log
+
+
+def test_two_jobs_on_one_node_do_not_meet_and_use_their_own_gpus(submit: Callable[..., Job]) -> None:
+    """Ray is told of fake H100s; nothing but the computing is not as it would be with real ones."""
+    one = [*EXPERTS, "experts.fgsm=0", "experts.pgd=0", "experts.epochs=1"]
+    jobs = [submit("--nodes=1", "--gpus-per-node=h100:1", "--nodelist=n1", arguments=one) for _ in range(2)]
+    for job in jobs:
+        job.end()
+    ports = [re.search(r"^Ray dashboard: http://127.0.0.1:(\d+) ", job.log, re.M) for job in jobs]
+    assert len({port[1] for port in ports if port}) == 2
+    devices = [re.search("worker 0 on n1: GPU (.)$", job.log, re.M) for job in jobs]
+    assert {device[1] for device in devices if device} == {"0", "1"}
+
+
+def test_ports_of_neighbouring_jobs_are_disjoint_and_free() -> None:
+    with socket.socket() as taken:
+        mine = Ports.free(7)
+        taken.bind(("", mine.head))
+        others = [Ports.free(7), Ports.free(8), Ports.free(7 + 4000)]
+    used = [port for ports in others for port in (ports.head, ports.dashboard, ports.client)]
+    assert mine.head not in used
+    assert all(20_000 <= port < 32_000 for port in used)
+
+
+def test_outside_an_allocation_it_says_what_to_do() -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "dwf_cluster.cluster.allocation"], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 2
+    assert result.stderr == "error: no SLURM allocation here; use sbatch slurm/full_pipeline.sh\n"
