@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import os
 import re
 import shlex
 import signal
@@ -18,6 +19,9 @@ from dwf_cluster.experiment import PRESETS, STAGES, Experiment, InvalidInput, bu
 
 if TYPE_CHECKING:
     from dwf_cluster.cluster.ray import Cluster
+
+_RAY_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+"""Ray sets it in the process that `ray job submit` starts."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -106,6 +110,15 @@ def main(argv: Sequence[str] | None = None, again: str | None = None) -> int:
         return 2
 
 
+def stage(name: str) -> int:
+    """Run one stage with this process's arguments: on the Ray whose job this is, else on this machine."""
+    in_job = _RAY_JOB in os.environ
+    arguments = ["--stages", name, *sys.argv[1:]]
+    submit = "ray job submit --working-dir . -- " if in_job else ""
+    again = f"{submit}python jobs/{name}.py {shlex.join(sys.argv[1:])}".rstrip()
+    return main([*(("--address", "auto") if in_job else ("--local",)), *arguments], again)
+
+
 def _run(options: argparse.Namespace, again: str) -> int:
     stages = options.stages.split(",")
     for stage in stages:
@@ -125,6 +138,11 @@ def _run(options: argparse.Namespace, again: str) -> int:
         )
     }
     share = _share(options.gpus_per_expert)
+    if _RAY_JOB in os.environ and "://" not in options.storage and not os.path.isabs(options.storage):
+        raise InvalidInput(
+            f"--storage: {options.storage!r} cannot be used in a Ray job, whose folder is temporary: "
+            "allowed is an absolute path or a URL"
+        )
     _refuse_misplaced(options)
     experiments = [build(options.preset, seed, options.set) for seed in _seeds(options.seed)]
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import psutil
 import pytest
 import torch
@@ -18,7 +20,7 @@ from torch import nn
 
 from dwf_cluster.data import sources
 from dwf_cluster.experiment import Experiment, build
-from dwf_cluster.store import Store
+from dwf_cluster.store import Store, checkpoints
 
 TINY = [
     "data.train_examples=96",
@@ -139,3 +141,65 @@ class Launch:
 @pytest.fixture
 def launch(tmp_path: Path) -> Launch:
     return Launch(tmp_path)
+
+
+MODELS = ["benign", "fgsm-1", "pgd-1", "mixture"]
+LOCAL = ["--local", "--cpus", "2", "--gpus", "0"]
+SLOWER = ["data.train_examples=700", "experts.epochs=3", "joint.epochs=3", "pgd.steps=6,8"]
+ARGUMENTS = [*LOCAL, "--set", *TINY, *SLOWER]
+"""Epochs of a second or two: long enough to be interrupted in the middle."""
+TIMINGS = {
+    "metrics": ["seconds", "images_per_second"],
+    "evaluations": ["seconds"],
+    "predictions": [],
+    "shards": ["seconds"],
+    "checks": [],
+}
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    """The experiment's folder and what a run printed that nothing disturbed."""
+    launch = Launch(tmp_path_factory.mktemp("undisturbed"))
+    result = launch(*ARGUMENTS)
+    assert result.returncode == 0, result.stderr
+    return Path(result.stdout.splitlines()[-1]), result
+
+
+def store_of(folder: Path) -> Store:
+    return Store(str(folder.parent), folder.name)
+
+
+def _frame(folder: Path, table: str) -> pd.DataFrame:
+    frame = pd.read_parquet(folder / "results" / table)
+    keys = ("epoch", "attack", "source", "epsilon", "steps", "first", "example", "check")
+    columns = ["model", *(c for c in keys if c in frame)]
+    return frame.sort_values(columns, ignore_index=True).drop(columns=TIMINGS[table])
+
+
+def assert_same(one: Path, other: Path, models: Sequence[str] = MODELS, tables: Iterable[str] = TIMINGS) -> None:
+    """Two experiments' folders hold the same weights and, timings aside, the same rows."""
+    for model in models:
+        first, second = (checkpoints.load_latest(store_of(folder), model) for folder in (one, other))
+        assert first is not None
+        assert second is not None
+        assert first.epoch == second.epoch
+        assert first.tensors.keys() == second.tensors.keys()
+        for name, tensor in first.tensors.items():
+            assert torch.equal(tensor, second.tensors[name]), (model, name)
+    for table in tables:
+        left, right = (frame[frame.model.isin(models)] for frame in (_frame(one, table), _frame(other, table)))
+        pd.testing.assert_frame_equal(left.reset_index(drop=True), right.reset_index(drop=True))
+
+
+@pytest.fixture(scope="session")
+def two_workers(
+    undisturbed: tuple[Path, subprocess.CompletedProcess[str]], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The folder of a run with the same experts, whose joint stage ran on two workers."""
+    launch = Launch(tmp_path_factory.mktemp("two_workers"))
+    mixtures = shutil.ignore_patterns("joint*", "mixture*", "*evaluate-*")
+    shutil.copytree(undisturbed[0], launch.folder / "runs" / undisturbed[0].name, ignore=mixtures)
+    result = launch("--stages", "joint,evaluate", "--joint-workers", "2", *ARGUMENTS)
+    assert result.returncode == 0, result.stderr
+    return Path(result.stdout.splitlines()[-1])

@@ -8,67 +8,18 @@ import signal
 import subprocess
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
 import psutil
 import pyarrow.parquet as pq
 import pytest
-import torch
 
 from dwf_cluster.experiment import Experiment, build
-from dwf_cluster.store import Store, checkpoints, tables
+from dwf_cluster.store import checkpoints, tables
 
-from .conftest import TINY, Launch
-
-MODELS = ["benign", "fgsm-1", "pgd-1", "mixture"]
-LOCAL = ["--local", "--cpus", "2", "--gpus", "0"]
-SLOWER = ["data.train_examples=700", "experts.epochs=3", "joint.epochs=3", "pgd.steps=6,8"]
-ARGUMENTS = [*LOCAL, "--set", *TINY, *SLOWER]
-"""Epochs of a second or two: long enough to be interrupted in the middle."""
-TIMINGS = {
-    "metrics": ["seconds", "images_per_second"],
-    "evaluations": ["seconds"],
-    "predictions": [],
-    "shards": ["seconds"],
-    "checks": [],
-}
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
-    """The experiment's folder and what a run printed that nothing disturbed."""
-    launch = Launch(tmp_path_factory.mktemp("undisturbed"))
-    result = launch(*ARGUMENTS)
-    assert result.returncode == 0, result.stderr
-    return Path(result.stdout.splitlines()[-1]), result
-
-
-def store_of(folder: Path) -> Store:
-    return Store(str(folder.parent), folder.name)
-
-
-def _frame(folder: Path, table: str) -> pd.DataFrame:
-    frame = pd.read_parquet(folder / "results" / table)
-    keys = ("epoch", "attack", "source", "epsilon", "steps", "first", "example", "check")
-    columns = ["model", *(c for c in keys if c in frame)]
-    return frame.sort_values(columns, ignore_index=True).drop(columns=TIMINGS[table])
-
-
-def assert_same(one: Path, other: Path, models: Sequence[str] = MODELS, tables: Iterable[str] = TIMINGS) -> None:
-    """Two experiments' folders hold the same weights and, timings aside, the same rows."""
-    for model in models:
-        first, second = (checkpoints.load_latest(store_of(folder), model) for folder in (one, other))
-        assert first is not None
-        assert second is not None
-        assert first.epoch == second.epoch
-        assert first.tensors.keys() == second.tensors.keys()
-        for name, tensor in first.tensors.items():
-            assert torch.equal(tensor, second.tensors[name]), (model, name)
-    for table in tables:
-        left, right = (frame[frame.model.isin(models)] for frame in (_frame(one, table), _frame(other, table)))
-        pd.testing.assert_frame_equal(left.reset_index(drop=True), right.reset_index(drop=True))
+from .conftest import ARGUMENTS, LOCAL, MODELS, SLOWER, TINY, Launch, assert_same, store_of
 
 
 def test_it_leaves_checkpoints_tables_and_the_experiment(
@@ -168,8 +119,9 @@ def test_interrupted_and_killed_it_goes_on_and_ends_with_the_same_bits(
 
     status, stderr = launch.until(r"expert pgd-1: epoch 1/3", once_saved("pgd-1", signal.SIGINT), *ARGUMENTS)
     assert status == 130
-    assert stderr.splitlines()[0] == "interrupted; what is done is kept"
-    assert stderr.splitlines()[1].startswith("resume: python -m dwf_cluster.launch --local")
+    assert stderr.splitlines()[0] == "stopping: trainings save what they have; again to stop at once"
+    assert stderr.splitlines()[1] == "interrupted; what is done is kept"
+    assert stderr.splitlines()[2].startswith("resume: python -m dwf_cluster.launch --local")
     (folder,) = (launch.folder / "runs").iterdir()
     assert checkpoints.latest_epoch(store_of(folder), "pgd-1") in (1, 2)
 
@@ -250,26 +202,13 @@ def test_a_run_that_fails_says_which_expert_why_and_how_to_resume(launch: Launch
     assert "failed" in set(pd.read_parquet(folder / "results" / "jobs").state)
 
 
-def test_stages_can_be_run_one_by_one_with_the_same_result(
-    launch: Launch, undisturbed: tuple[Path, subprocess.CompletedProcess[str]]
-) -> None:
-    for stages in ("experts", "joint,evaluate"):
-        result = launch("--stages", stages, *ARGUMENTS)
-        assert result.returncode == 0, result.stderr
-    assert_same(Path(result.stdout.splitlines()[-1]), undisturbed[0])
-
-
 def test_two_gloo_workers_train_the_mixture_nearly_as_one_does(
-    launch: Launch, undisturbed: tuple[Path, subprocess.CompletedProcess[str]]
+    undisturbed: tuple[Path, subprocess.CompletedProcess[str]], two_workers: Path
 ) -> None:
     """What differs is BatchNorm, which sees half of each batch."""
-    copy = launch.folder / "runs" / undisturbed[0].name
-    shutil.copytree(undisturbed[0], copy, ignore=shutil.ignore_patterns("joint", "results"))
-    result = launch("--joint-workers", "2", "--stages", "joint", *ARGUMENTS)
-    assert result.returncode == 0, result.stderr
     one, two = (
         pd.read_parquet(folder / "results" / "metrics", filters=[("model", "==", "mixture")]).sort_values("epoch")
-        for folder in (undisturbed[0], copy)
+        for folder in (undisturbed[0], two_workers)
     )
     assert two.epoch.tolist() == one.epoch.tolist() == [1, 2, 3]
     assert two.step.tolist() == one.step.tolist()

@@ -69,7 +69,7 @@ def test_what_is_done_is_left_out(store: Store, tiny: Experiment) -> None:
     for table, family in (("shards", "paper"), ("checks", "checks")):
         job = next(job for job in before if (job.model, job.family) == ("benign", family))
         tables.write(store, table, job.file, [])
-        assert job.is_done(tiny, store)
+        assert job.is_done(store)
     assert len(unfinished(tiny, store, STAGES, TINY_SIZES)["evaluate"]) == len(before) - 2
 
 

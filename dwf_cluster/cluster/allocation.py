@@ -22,6 +22,8 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from dwf_cluster.cluster.ray import make_private
+
 RESTARTS = 2
 """How often a lost Ray cluster is started again within one allocation."""
 
@@ -112,9 +114,11 @@ def run(arguments: Sequence[str], again: str) -> int:
 def _step(arguments: Sequence[str], again: str) -> int | None:
     """One life of the cluster; returns its driver's exit status, None if it had no time to leave one."""
     ports = Ports.free(int(os.environ["SLURM_JOB_ID"]))
+    token = secrets.token_hex(32)
+    make_private(str(folder()), token)
     environment = {
         **os.environ,
-        "DWF_TOKEN": secrets.token_hex(32),
+        "DWF_TOKEN": token,
         "DWF_AGAIN": again,
         **{f"DWF_{name.upper()}_PORT": str(port) for name, port in asdict(ports).items()},
     }

@@ -43,7 +43,7 @@ class Control:
         if sum(c.share for c in sharing) <= 1 + 1e-9:
             return None
         others = ", ".join(sorted({f"{c.job[1]} of {c.job[0]}" for c in sharing if c.job != claim.job}))
-        return f"{claim.device} on {claim.node} is not free: {others or 'another worker of the same job'} has it"
+        return f"{claim.device} on {claim.node} is not free: taken by {others or 'another worker of this job'}"
 
     async def release(self, job: tuple[str, str]) -> None:
         """Forget the claims of a job that has ended."""

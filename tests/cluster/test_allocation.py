@@ -15,16 +15,14 @@ import pytest
 
 from dwf_cluster.cluster.allocation import Ports
 
-from ..conftest import TINY, Launch
-from ..test_pipeline import assert_same
+from ..conftest import SLOWER, TINY, assert_same
 from . import slurm
 from .slurm import Slurm
 
 pytestmark = pytest.mark.skipif(slurm.missing() is not None, reason=str(slurm.missing()))
 
 SCRIPT = Path(__file__).parents[2] / "slurm" / "full_pipeline.sh"
-SMALL = ["data.train_examples=500", "experts.epochs=4", "pgd.steps=4,6", "evaluation.beyond=pgd_gate"]
-ARGUMENTS = ["--set", *TINY, *SMALL]
+ARGUMENTS = ["--set", *TINY, *SLOWER]
 ON_CPUS = ["--gpus-per-node=0", "--cpus-per-task=1", "--mem=3G"]
 
 
@@ -36,15 +34,6 @@ def cluster() -> Iterator[Slurm]:
         yield running
     finally:
         running.stop()
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run on this machine that nothing disturbed, its joint stage on two workers."""
-    launch = Launch(tmp_path_factory.mktemp("undisturbed"))
-    result = launch("--local", "--cpus", "2", "--gpus", "0", "--joint-workers", "2", *ARGUMENTS)
-    assert result.returncode == 0, result.stderr
-    return Path(result.stdout.splitlines()[-1])
 
 
 class Job:
@@ -110,7 +99,7 @@ def partial(folder: Path) -> list[str]:
 
 
 def test_requeued_in_the_middle_two_nodes_come_to_the_tables_of_one_machine(
-    submit: Callable[..., Job], cluster: Slurm, undisturbed: Path
+    submit: Callable[..., Job], cluster: Slurm, two_workers: Path
 ) -> None:
     """Two nodes of one worker each train the mixture bit for bit as two workers of one node do."""
     job = submit("--nodes=2")
@@ -118,15 +107,15 @@ def test_requeued_in_the_middle_two_nodes_come_to_the_tables_of_one_machine(
     cluster("scontrol", "requeue", job.number)
     job.end()
     assert cluster.field(job.number, "Restarts") == "1"
-    assert_same(job.results, undisturbed)
+    assert_same(job.results, two_workers)
     jobs = pd.read_parquet(job.results / "results" / "jobs").set_index("task")
-    assert jobs.loc["joint", "devices"].tolist() == ["n1: cpu", "n2: cpu"]
+    assert sorted(jobs.loc["joint", "devices"]) == ["n1: cpu", "n2: cpu"]
     assert jobs.loc["joint", "attempts"] == 2
     assert not list(Path("/tmp").glob(f"dwf-{job.number}*"))
 
 
 def test_preempted_with_a_warning_it_saves_the_step_it_is_at_and_goes_on_from_there(
-    submit: Callable[..., Job], cluster: Slurm, undisturbed: Path, tmp_path: Path
+    submit: Callable[..., Job], cluster: Slurm, two_workers: Path, tmp_path: Path
 ) -> None:
     job = submit(*ONE_NODE, arguments=EXPERTS)
     job.wait_for("^expert pgd-1: epoch 1/")
@@ -137,11 +126,11 @@ def test_preempted_with_a_warning_it_saves_the_step_it_is_at_and_goes_on_from_th
     assert re.search(r"^expert pgd-1: stopped in ", job.log, re.M)
     assert cluster.wait(other) == "COMPLETED"
     job.end()
-    assert_same_experts(job.results, undisturbed)
+    assert_same_experts(job.results, two_workers)
 
 
 def test_preempted_without_a_warning_it_goes_on_from_the_last_epoch(
-    submit: Callable[..., Job], cluster: Slurm, undisturbed: Path, tmp_path: Path
+    submit: Callable[..., Job], cluster: Slurm, two_workers: Path, tmp_path: Path
 ) -> None:
     job = submit("--partition=scavenge", *ONE_NODE, arguments=EXPERTS)
     job.wait_for("^expert pgd-1: epoch 1/")
@@ -149,11 +138,11 @@ def test_preempted_without_a_warning_it_goes_on_from_the_last_epoch(
     assert cluster.wait(other) == "COMPLETED"
     job.end()
     assert cluster.field(job.number, "Restarts") == "1"
-    assert_same_experts(job.results, undisturbed)
+    assert_same_experts(job.results, two_workers)
 
 
 def test_cancelled_it_stops_for_good_says_how_to_resume_and_is_resumed(
-    submit: Callable[..., Job], cluster: Slurm, undisturbed: Path
+    submit: Callable[..., Job], cluster: Slurm, two_workers: Path
 ) -> None:
     job = submit(*ONE_NODE, arguments=EXPERTS)
     job.wait_for("^expert pgd-1: epoch 1/")
@@ -162,11 +151,11 @@ def test_cancelled_it_stops_for_good_says_how_to_resume_and_is_resumed(
     assert f"\nresume: sbatch slurm/full_pipeline.sh --stages experts --set {TINY[0]} " in job.log
     again = submit(*ONE_NODE, arguments=EXPERTS)
     again.end()
-    assert_same_experts(again.results, undisturbed)
+    assert_same_experts(again.results, two_workers)
 
 
 def test_a_node_that_goes_down_costs_the_allocation_but_no_result(
-    submit: Callable[..., Job], cluster: Slurm, undisturbed: Path
+    submit: Callable[..., Job], cluster: Slurm, two_workers: Path
 ) -> None:
     job = submit("--nodes=2", arguments=EXPERTS)
     job.wait_for("^expert pgd-1: epoch 1/")
@@ -175,11 +164,11 @@ def test_a_node_that_goes_down_costs_the_allocation_but_no_result(
     cluster("scontrol", "update", "nodename=n2", "state=resume")
     job.end()
     assert cluster.field(job.number, "Restarts") == "1"
-    assert_same_experts(job.results, undisturbed)
+    assert_same_experts(job.results, two_workers)
 
 
 def test_a_killed_worker_and_a_killed_head_are_replaced_within_the_allocation(
-    submit: Callable[..., Job], cluster: Slurm, undisturbed: Path
+    submit: Callable[..., Job], cluster: Slurm, two_workers: Path
 ) -> None:
     job = submit(*ONE_NODE, arguments=EXPERTS)
     job.process("ray::expert pgd-1").kill()
@@ -188,7 +177,7 @@ def test_a_killed_worker_and_a_killed_head_are_replaced_within_the_allocation(
     job.end()
     assert "the Ray cluster was lost; see " in job.log
     assert cluster.field(job.number, "Restarts") == "0"
-    assert_same_experts(job.results, undisturbed)
+    assert_same_experts(job.results, two_workers)
 
 
 def test_out_of_time_it_is_requeued(submit: Callable[..., Job], cluster: Slurm) -> None:
@@ -219,16 +208,20 @@ def test_a_node_that_does_not_come_is_named_with_its_log(cluster: Slurm, submit:
     assert "\nresume: sbatch " in job.log
 
 
-def test_two_jobs_on_one_node_do_not_meet_and_use_their_own_gpus(submit: Callable[..., Job]) -> None:
-    """Ray is told of fake H100s; nothing but the computing is not as it would be with real ones."""
-    one = [*EXPERTS, "experts.fgsm=0", "experts.pgd=0", "experts.epochs=1"]
-    jobs = [submit("--nodes=1", "--gpus-per-node=h100:1", "--nodelist=n1", arguments=one) for _ in range(2)]
+def test_two_jobs_on_one_node_do_not_meet_and_have_what_is_theirs(submit: Callable[..., Job]) -> None:
+    jobs = [submit("--nodes=1", "--gpus-per-node=h100:1", "--nodelist=n1", arguments=EXPERTS) for _ in range(2)]
+    ports = set()
     for job in jobs:
-        job.end()
-    ports = [re.search(r"^Ray dashboard: http://127.0.0.1:(\d+) ", job.log, re.M) for job in jobs]
-    assert len({port[1] for port in ports if port}) == 2
-    devices = [re.search("worker 0 on n1: GPU (.)$", job.log, re.M) for job in jobs]
-    assert {device[1] for device in devices if device} == {"0", "1"}
+        job.wait_for("^experts: 3 to do")
+        told = job.process("ray.scripts.scripts").cmdline()
+        assert {"--num-cpus=1", "--num-gpus=1", f"--memory={(3 << 30) * 4 // 5 + 1}"} <= set(told), told
+        ports |= {re.findall(r"^Ray dashboard: http://127.0.0.1:(\d+) ", job.log, re.M)[0]}
+        token = Path(f"/tmp/dwf-{job.number}/token")
+        assert (token.stat().st_mode & 0o777, token.parent.stat().st_mode & 0o777) == (0o600, 0o700)
+    assert len(ports) == 2
+    for job in jobs:
+        job.cluster("scancel", job.number)
+        job.end("CANCELLED")
 
 
 def test_ports_of_neighbouring_jobs_are_disjoint_and_free() -> None:

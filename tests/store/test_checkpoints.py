@@ -14,7 +14,7 @@ from dwf_cluster.store import Store, checkpoints
 
 def _save(store: Store, epoch: int, model: str = "pgd-1") -> None:
     tensors = {"model.weight": torch.full((3, 2), float(epoch)), "model.count": torch.tensor(epoch)}
-    checkpoints.save(store, model, epoch, tensors, {"epoch": epoch})
+    checkpoints.save(store, model, epoch, 0, tensors, {"epoch": epoch})
 
 
 def _folder(store: Store, epoch: int, model: str = "pgd-1") -> Path:
@@ -29,6 +29,19 @@ def test_what_was_saved_comes_back(store: Store) -> None:
     assert (checkpoint.epoch, checkpoint.state) == (1, {"epoch": 1})
     assert torch.equal(checkpoint.tensors["model.weight"], torch.ones(3, 2))
     assert checkpoint.tensors["model.count"].dtype == torch.int64
+
+
+def test_one_from_the_middle_of_an_epoch_lies_between_its_neighbours(store: Store) -> None:
+    for epoch, steps in ((3, 0), (3, 17), (3, 105)):
+        checkpoints.save(store, "pgd-1", epoch, steps, {"x": torch.tensor(steps)}, {"steps": steps})
+    assert store.names("checkpoints/pgd-1") == ["epoch-00003-step-000017", "epoch-00003-step-000105"]
+    assert checkpoints.latest_epoch(store, "pgd-1") == 3
+    _save(store, 4)
+    assert store.names("checkpoints/pgd-1") == ["epoch-00003-step-000105", "epoch-00004"]
+    (_folder(store, 4) / "manifest.json").unlink()
+    latest = checkpoints.load_latest(store, "pgd-1")
+    assert latest is not None
+    assert (latest.epoch, latest.state) == (3, {"steps": 105})
 
 
 def test_the_mixture_lies_in_the_folder_joint(store: Store) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import multiprocessing
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -21,7 +23,7 @@ from dwf_cluster.determinism import Draws
 from dwf_cluster.experiment import Experiment, Regime, build
 from dwf_cluster.store import Store, checkpoints, tables
 from dwf_cluster.training import expert
-from dwf_cluster.training.loop import NonFiniteLoss, Task, train, weights
+from dwf_cluster.training.loop import NonFiniteLoss, Stopped, Task, train, weights
 
 from ..conftest import TINY, InDouble
 
@@ -51,8 +53,15 @@ def _seeded(model: type[nn.Module]) -> nn.Module:
         return model()
 
 
-def _train(experiment: Experiment, images: Images, store: Store, regime: Regime, model: nn.Module) -> nn.Module:
-    task = Task(experiment, store, "experts", regime.name, experiment.experts)
+def _train(
+    experiment: Experiment,
+    images: Images,
+    store: Store,
+    regime: Regime,
+    model: nn.Module,
+    stopping: Callable[[], bool] = lambda: False,
+) -> nn.Module:
+    task = Task(experiment, store, "experts", regime.name, experiment.experts, stopping=stopping)
     return train(task, model, DeviceImages(images, experiment.data, CPU), expert.adversary(regime, experiment.pgd))
 
 
@@ -115,6 +124,27 @@ def test_a_resumed_run_ends_with_the_bits_of_an_uninterrupted_one(
     for name, tensor in whole.state_dict().items():
         assert torch.equal(resumed.state_dict()[name], tensor), name
     assert [row["epoch"] for row in tables.read(store, "metrics").to_pylist()] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("steps", [[1], [2, 3, 2], [8]], ids=str)
+def test_asked_to_stop_it_saves_the_step_it_is_at_and_goes_on_from_there(
+    tiny: Experiment, images: Images, tmp_path: Path, steps: list[int]
+) -> None:
+    """Three epochs of three steps."""
+    whole = _train(tiny, images, Store(str(tmp_path), "whole"), PGD, expert.build(tiny, images, "pgd-1"))
+    store = Store(str(tmp_path), "stopped")
+    for last, done in zip(steps, itertools.accumulate(steps), strict=True):
+        asked = itertools.count(1)
+        with pytest.raises(Stopped):
+            _train(tiny, images, store, PGD, expert.build(tiny, images, "pgd-1"), lambda n=asked, m=last: next(n) >= m)
+        epoch, step = divmod(done, 3)
+        assert store.names("checkpoints/pgd-1")[-1] == f"epoch-{epoch:05d}-step-{step:06d}"
+    resumed = _train(tiny, images, store, PGD, expert.build(tiny, images, "pgd-1"))
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(resumed.state_dict()[name], tensor), name
+    one, other = (tables.read(Store(str(tmp_path), name), "metrics") for name in ("whole", "stopped"))
+    timings = ["seconds", "images_per_second"]
+    assert one.drop_columns(timings) == other.drop_columns(timings)
 
 
 def _other(model: nn.Module) -> nn.Module:
@@ -188,14 +218,20 @@ def _worker(rank: int, folder: str, norm: bool) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     experiment = build("digits", 0, TINY)
+    asked = itertools.count(1)
+    with pytest.raises(Stopped):  # on both, though only the second worker is asked
+        _run(experiment, Path(folder), "two", norm, lambda: rank == 1 and next(asked) == 2)
+    assert Store(folder, "two").names(f"checkpoints/{'benign' if norm else 'pgd-1'}") == ["epoch-00000-step-000002"]
     _run(experiment, Path(folder), "two", norm)
     dist.destroy_process_group()
 
 
-def _run(experiment: Experiment, folder: Path, name: str, norm: bool) -> None:
+def _run(
+    experiment: Experiment, folder: Path, name: str, norm: bool, stopping: Callable[[], bool] = lambda: False
+) -> None:
     images = load(experiment.data, folder)
     model = expert.build(experiment, images, "benign") if norm else _seeded(NoNorm)
-    _train(experiment, images, Store(str(folder), name), BENIGN if norm else PGD, model)
+    _train(experiment, images, Store(str(folder), name), BENIGN if norm else PGD, model, stopping)
 
 
 @pytest.mark.parametrize("norm", [False, True], ids=["without BatchNorm", "with BatchNorm"])

@@ -1,0 +1,13 @@
+"""Joint training of experts and gate, algorithm 3.
+
+    ray job submit --working-dir . -- python jobs/joint.py --storage /shared/runs [options of dwf_cluster.launch]
+
+Without a Ray job around it, it runs on this machine.
+"""
+
+import sys
+
+from dwf_cluster.launch import stage
+
+if __name__ == "__main__":
+    sys.exit(stage("joint"))

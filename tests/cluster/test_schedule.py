@@ -1,0 +1,125 @@
+"""Which job starts when: the rule, the planned timeline, its lower bound."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from dwf_cluster.cluster.placement import CLOSE, Limits, Resources, most, place
+from dwf_cluster.cluster.schedule import Planned, Schedule, lower_bound, timeline
+from dwf_cluster.data.sources import Sizes, sizes
+from dwf_cluster.experiment import STAGES, build
+from dwf_cluster.plan import Job, jobs
+
+from ..conftest import TINY
+
+
+def _jobs(seeds: int = 1, stages: tuple[str, ...] = STAGES, *assignments: str) -> list[Job]:
+    experiments = [build("digits", seed, [*TINY, *assignments]) for seed in range(seeds)]
+    size = Sizes(96, 40, (1, 8, 8))
+    return [job for experiment in experiments for stage in stages for job in jobs(experiment, stage, size)]
+
+
+def _schedule(found: list[Job], resources: Resources) -> Schedule:
+    return Schedule(found, place(found, resources), resources.room)
+
+
+def _startable(schedule: Schedule) -> list[Job]:
+    return list(iter(schedule.start, None))
+
+
+def test_the_longest_expert_starts_first_and_as_many_as_there_is_room_for() -> None:
+    schedule = _schedule(_jobs(), Resources(cpus=2, gpus=0))
+    first = _startable(schedule)
+    assert [job.name for job in first] == ["expert pgd-1", "expert fgsm-1"]
+    schedule.end(first[1])
+    assert [job.name for job in _startable(schedule)] == ["expert benign"]
+
+
+def test_what_a_trained_expert_is_needed_for_fills_the_time_until_the_joint_stage_has_all_room() -> None:
+    schedule = _schedule(_jobs(1, STAGES, "evaluation.beyond=noise"), Resources(cpus=3, gpus=0))
+    experts = {job.model: job for job in _startable(schedule)}
+    assert set(experts) == {"benign", "fgsm-1", "pgd-1"}
+    schedule.end(experts["benign"])
+    (evaluation,) = _startable(schedule)
+    assert evaluation.name.startswith("evaluate benign ")
+    schedule.end(experts["fgsm-1"])
+    (other,) = _startable(schedule)
+    schedule.end(experts["pgd-1"])
+    assert _startable(schedule) == []  # the joint stage may start, and nothing small gets in before it
+    schedule.end(evaluation)
+    assert _startable(schedule) == []
+    schedule.end(other)
+    (joint,) = _startable(schedule)
+    assert joint.stage == "joint"
+
+
+def test_the_joint_stage_does_not_wait_for_baselines() -> None:
+    found = _jobs(1, ("experts", "joint"), "baselines=fgsm-at")
+    assert next(job for job in found if job.stage == "joint").needs == {"benign", "fgsm-1", "pgd-1"}
+
+
+def test_a_transfer_column_needs_every_model() -> None:
+    paper = [job for job in _jobs() if job.family == "paper"]
+    assert {job.needs for job in paper} == {frozenset({"benign", "fgsm-1", "pgd-1", "mixture"})}
+
+
+def test_after_a_failure_nothing_of_a_later_stage_starts() -> None:
+    schedule = _schedule(_jobs(1, STAGES, "evaluation.beyond=noise"), Resources(cpus=1, gpus=0))
+    (failed,) = _startable(schedule)
+    schedule.end(failed, done=False)
+    left = []
+    while started := schedule.start():
+        left.append(started.name)
+        schedule.end(started)
+    assert left == ["expert fgsm-1", "expert benign"]
+
+
+def test_several_seeds_share_the_room_experts_of_all_first() -> None:
+    found = _jobs(3, ("experts", "joint"))
+    order = list(timeline(found, place(found, Resources(cpus=4, gpus=0)), 4))
+    assert [job.stage for job in order] == ["experts"] * 9 + ["joint"] * 3
+    assert [job.model for job in order[:3]] == ["pgd-1"] * 3
+    assert len({job.folder for job in order[:3]}) == 3
+
+
+def _use(planned: dict[Job, Planned], shares: dict[Job, float]) -> list[float]:
+    """The most that is taken of any device at each start."""
+    used = []
+    for now in {when.start for when in planned.values()}:
+        busy = [(n, shares[job]) for job, w in planned.items() if w.start <= now < w.end for n in w.devices]
+        used += [sum(share for n, share in busy if n == device) for device, _ in busy]
+    return used
+
+
+@pytest.mark.parametrize(("gpus", "share"), [(0, 1.0), (1, 0.5), (4, 1.0), (4, 0.25), (7, 1.0)])
+def test_the_timeline_gives_no_device_away_twice_and_keeps_every_order(gpus: int, share: float) -> None:
+    found, resources = _jobs(2), Resources(cpus=3, gpus=gpus, limits=Limits(gpus_per_expert=share))
+    places = place(found, resources)
+    planned = timeline(found, places, resources.room)
+    assert set(planned) == set(found)
+    assert max(_use(planned, {job: min(1.0, places[job].gpus or 1.0) for job in found})) <= 1 + 1e-9
+    for job, other in itertools.permutations(found, 2):
+        if job.folder == other.folder and other.stage != "evaluate" and other.model in job.needs:
+            assert planned[job].start >= planned[other].end * (1 - 1e-9)
+
+
+def test_the_lower_bound_is_all_work_shared_or_the_longest_chain() -> None:
+    found = _jobs(1, ("experts", "joint"))
+    costs = {job.name: job.cost for job in found}
+    one, many = Resources(cpus=1, gpus=0), Resources(cpus=100, gpus=0)
+    assert lower_bound(found, most(found, one), 1) == sum(costs.values())
+    assert lower_bound(found, most(found, many), 100) == costs["expert pgd-1"] + costs["joint"] / 100
+
+
+@pytest.mark.parametrize("seeds", [1, 5])
+@pytest.mark.parametrize("gpus", [1, 2, 4, 8, 9, 16, 32, 64])
+def test_at_the_papers_scale_the_makespan_is_within_5_percent_of_the_lower_bound(gpus: int, seeds: int) -> None:
+    experiments = [build("cifar10", seed) for seed in range(seeds)]
+    resources = Resources(cpus=8, gpus=gpus)
+    for stages in (("experts",), STAGES):
+        found = [j for e in experiments for stage in stages for j in jobs(e, stage, sizes(e.data))]
+        planned = timeline(found, place(found, resources), resources.room)
+        bound = lower_bound(found, most(found, resources), resources.room)
+        assert bound * (1 - 1e-9) <= max(when.end for when in planned.values()) <= CLOSE * bound
