@@ -17,8 +17,8 @@ from dwf_cluster.plan import Job, forward_flops
 from dwf_cluster.plan import jobs as plan_jobs
 from dwf_cluster.store import Store, tables
 
-GPU_FLOPS = 5.8e12, "the paper's 240 GPU-hours on H100"
-CPU_FLOPS = 2.5e10, "a core at the demo's width"
+GPU_FLOPS = 5.8e12, "assumed: the paper's 240 GPU-hours on H100"
+CPU_FLOPS = 2.5e10, "assumed: a core at the demo's width"
 """Floating-point operations a second of one of them, where nothing has been measured yet."""
 
 
@@ -36,8 +36,10 @@ def plan(
     jobs = [job for experiment in experiments for stage in STAGES for job in plan_jobs(experiment, stage, sizes)]
     places = place(jobs, resources)
     flops = forward_flops(experiments[0], sizes.shape)
-    passes, source = _speed(jobs, places, storage, flops)
     device = "GPU" if resources.gpus else "CPU"
+    measured = measured_speed(jobs, places, storage)
+    assumed, why = GPU_FLOPS if resources.gpus else CPU_FLOPS
+    passes, source = (measured, "measured on the jobs that are done") if measured else (assumed / flops, why)
     nodes = f"{resources.nodes} nodes of " if resources.nodes > 1 else ""
     table = _table(
         f"Plan on {nodes}{resources.cpus} CPU, {resources.gpus} GPU: {sizes.train} training images, {sizes.test} test "
@@ -65,18 +67,14 @@ def plan(
     ]
 
 
-def _speed(jobs: Sequence[Job], places: Mapping[Job, Placement], storage: str, flops: float) -> tuple[float, str]:
-    """Passes a second of one GPU or CPU, and where the figure is from."""
+def measured_speed(jobs: Sequence[Job], places: Mapping[Job, Placement], storage: str) -> float | None:
+    """Passes a second of one GPU or CPU, over those of the jobs that are done; None if there are none."""
     cost = seconds = 0.0
     for job in jobs:
         for row in tables.read(Store(storage, job.folder), "jobs", [job.file]).to_pylist():
             if row["state"] == "done" and row["attempts"] == 1:
                 cost, seconds = cost + job.cost, seconds + row["seconds"] * places[job].room
-    if seconds:
-        return cost / seconds, "measured on the jobs that are done"
-    on_gpu = any(place.gpus for place in places.values())
-    assumed, why = GPU_FLOPS if on_gpu else CPU_FLOPS
-    return assumed / flops, f"assumed: {why}"
+    return cost / seconds if seconds else None
 
 
 def _clock(seconds: float) -> str:

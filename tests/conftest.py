@@ -116,9 +116,16 @@ class Launch:
         )
 
     def until(
-        self, line: str, then: Callable[[psutil.Process, str], None], *arguments: str | os.PathLike[str]
+        self,
+        line: str,
+        then: Callable[[psutil.Process, str], None],
+        *arguments: str | os.PathLike[str],
+        rest: list[str] | None = None,
     ) -> tuple[int, str]:
-        """Run until a line of the output matches, do something, read on; returns the exit status and stderr."""
+        """Run until a line of the output matches, do something, read on; returns the exit status and stderr.
+
+        `rest` is given the lines that follow.
+        """
         with subprocess.Popen(
             self._command(arguments),
             cwd=self.folder,
@@ -134,7 +141,7 @@ class Launch:
                     break
             else:
                 raise AssertionError(f"no line matched {line!r}: {process.stderr.read()}")
-            process.stdout.read()
+            (rest if rest is not None else []).extend(process.stdout.read().splitlines())
             return process.wait(), process.stderr.read()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -49,13 +50,48 @@ def test_dry_run_prints_the_plan_longest_first_and_starts_and_writes_nothing(lau
 def test_dry_run_shows_what_each_task_gets(launch: Launch) -> None:
     with_gpus = launch("--local", "--dry-run", "--cpus", "8", "--gpus", "4", "--set", *TINY).stdout
     (joint,) = (line for line in with_gpus.splitlines() if line.startswith(" joint"))
-    assert "4 x (2 CPU, 1 GPU)" in joint
+    assert re.search(r" 4 x \(2 CPU, 1 GPU\) +0-3 ", joint)
+
+
+def test_dry_run_shows_when_and_where_how_long_all_takes_and_how_long_at_least(launch: Launch) -> None:
+    result = launch("--local", "--dry-run", "--gpus", "16", "--preset", "cifar10", "--stages", "experts")
+    lines = result.stdout.splitlines()
+    (longest,) = (line for line in lines if "expert pgd-3" in line)
+    assert re.search(r" 4 x \(1 CPU, 1 GPU\) +8-11 +0:00:00 +\d:\d\d:\d\d ", longest)
+    makespan, bound, speed, _ = lines[-4:]
+    hours = [int(h) * 60 + int(m) for h, m in re.findall(r": (\d+):(\d+):\d+", f"{makespan}\n{bound}")]
+    assert hours[1] <= hours[0] <= 1.05 * hours[1]
+    assert speed == "speed: 5.8 TFLOP/s a GPU, assumed: the paper's 240 GPU-hours on H100"
+
+
+def test_dry_run_of_several_seeds_shows_them_in_one_plan(launch: Launch) -> None:
+    result = launch("--local", "--dry-run", "--gpus", "0", "--seed", "3,5", "--stages", "experts", "--set", *TINY)
+    rows = [line.split() for line in result.stdout.splitlines() if " expert " in line]
+    assert [(row[0], row[3]) for row in rows][:3] == [("3", "pgd-1"), ("5", "pgd-1"), ("3", "fgsm-1")]
+    assert len(rows) == 6
+    assert [line.split("/")[-1][:13] for line in result.stdout.splitlines()[-2:]] == ["digits-seed3-", "digits-seed5-"]
+
+
+def test_in_a_ray_job_results_must_not_go_to_its_temporary_folder(
+    launch: Launch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    result = launch("--address", "auto")
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: --storage: './runs' cannot be used in a Ray job, whose folder is temporary")
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "the following arguments are required: --local"),
+        ([], "one of the arguments --local --address --slurm is required"),
+        (["--local", "--slurm"], "--slurm: not allowed with argument --local"),
+        (["--local", "--nodes", "2"], "--nodes: cannot be used without --slurm"),
+        (["--address", "auto", "--cpus", "2"], "--cpus: cannot be used without --local"),
+        (["--address", "127.0.0.1:1"], "--address: '127.0.0.1:1' cannot be reached: "),
+        (["--local", "--seed", "3..1"], "--seed: '3..1' cannot be used: allowed are 1 to 1000 different seeds"),
+        (["--local", "--seed", "1,1"], "--seed: '1,1' cannot be used: allowed are 1 to 1000 different seeds"),
+        (["--local", "--gpus-per-expert", "2"], "--gpus-per-expert: '2' cannot be used: allowed is a number from 0.01"),
         (["--local", "--colour"], "unrecognized arguments: --colour"),
         (["--local", "--preset", "mnist"], "preset: 'mnist' is none of digits, fashion-mnist, cifar10, svhn"),
         (["--local", "--preset", "gone.npz"], "data.source: 'gone.npz' cannot be read: No such file or directory"),

@@ -6,6 +6,7 @@ import logging
 import os
 import secrets
 import shutil
+import socket
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -117,7 +118,7 @@ class Cluster:
         """
         schedule = Schedule(jobs, places, self.resources.room)
         running: dict[Any, Job] = {}
-        deadline = float("inf")
+        deadline, looked = float("inf"), time.monotonic()
         try:
             while time.monotonic() < deadline:
                 if stopping() and deadline == float("inf"):
@@ -128,7 +129,7 @@ class Cluster:
                     yield Started(job)
                 if not running:
                     return
-                ended, _ = self._ray.wait(list(running), timeout=1.0)
+                ended, _ = self._ray.wait(list(running), timeout=0.2)
                 yield from self._ray.get(self._control.news.remote())
                 for reference in ended:
                     job = running.pop(reference)
@@ -136,7 +137,9 @@ class Cluster:
                     self._ray.get(self._control.release.remote((job.folder, job.name)))
                     schedule.end(job, outcome.state == "done")
                     yield outcome
-                yield None
+                if time.monotonic() > looked + 1:
+                    looked = time.monotonic()
+                    yield None
         finally:
             for reference in running:
                 self._ray.cancel(reference, force=True)
@@ -250,8 +253,11 @@ def attached(address: str, limits: Limits) -> Iterator[Cluster]:
     import ray
 
     try:
+        if ":" in address:  # Ray itself would try for minutes
+            host, _, port = address.rpartition("/")[2].rpartition(":")
+            socket.create_connection((host, int(port)), timeout=10).close()
         context = ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, ignore_reinit_error=True)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise InvalidInput(f"--address: {address!r} cannot be reached: {reason}") from None
     try:

@@ -124,6 +124,8 @@ def submit(runs: Sequence[Run], request: Request, say: Callable[[str], None]) ->
     for run, job in jobs.items():
         say(f"{run.folder}: job {job.job_id} is there already")
     new = [run for run in runs if run not in jobs]
+    if new and request.executor == "slurm":
+        _refuse_what_sbatch_refuses(script(new, request))
     with executor.batch() if len(new) > 1 else nullcontext():
         submitted = {run: executor.submit(run) for run in new}
     for run, job in submitted.items():
@@ -191,6 +193,12 @@ def _executor(request: Request) -> Any:
         **{name: value for name, value in asked.items() if value is not None},
     )
     return executor
+
+
+def _refuse_what_sbatch_refuses(script: str) -> None:
+    tried = subprocess.run(["sbatch", "--test-only"], input=script, capture_output=True, text=True, check=False)
+    if tried.returncode:
+        raise InvalidInput(f"--slurm: {tried.stderr.strip().splitlines()[-1]}")
 
 
 def _record(run: Run) -> Path:

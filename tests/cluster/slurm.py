@@ -59,7 +59,6 @@ GresTypes=gpu
 NodeName=n[1-{nodes}] NodeHostname={host} NodeAddr=127.0.0.1 Port=[{first}-{last}] CPUs={cpus} RealMemory={memory} \
 Gres=gpu:h100:{gpus} State=UNKNOWN
 PartitionName=main Nodes=ALL Default=YES DefaultTime=10 PriorityTier=1 PreemptMode=REQUEUE GraceTime=60 State=UP
-PartitionName=scavenge Nodes=ALL DefaultTime=10 PriorityTier=1 PreemptMode=REQUEUE GraceTime=0 State=UP
 PartitionName=high Nodes=ALL DefaultTime=10 PriorityTier=10 PreemptMode=OFF State=UP
 """
 

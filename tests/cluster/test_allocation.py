@@ -6,7 +6,7 @@ import re
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
@@ -24,16 +24,6 @@ pytestmark = pytest.mark.skipif(slurm.missing() is not None, reason=str(slurm.mi
 SCRIPT = Path(__file__).parents[2] / "slurm" / "full_pipeline.sh"
 ARGUMENTS = ["--set", *TINY, *SLOWER]
 ON_CPUS = ["--gpus-per-node=0", "--cpus-per-task=1", "--mem=3G"]
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[Slurm]:
-    running = Slurm()
-    try:
-        running.start()
-        yield running
-    finally:
-        running.stop()
 
 
 class Job:
@@ -114,44 +104,27 @@ def test_requeued_in_the_middle_two_nodes_come_to_the_tables_of_one_machine(
     assert not list(Path("/tmp").glob(f"dwf-{job.number}*"))
 
 
-def test_preempted_with_a_warning_it_saves_the_step_it_is_at_and_goes_on_from_there(
+def test_preempted_with_a_warning_it_saves_the_step_it_is_at_without_one_it_has_the_last_epoch(
     submit: Callable[..., Job], cluster: Slurm, two_workers: Path, tmp_path: Path
 ) -> None:
+    preempt = ("--partition=high", "--nodes=2", "--exclusive", "--wrap=true")
     job = submit(*ONE_NODE, arguments=EXPERTS)
     job.wait_for("^expert pgd-1: epoch 1/")
-    other = cluster.submit("--partition=high", "--nodes=2", "--exclusive", "--wrap=sleep 2", cwd=tmp_path)
+    other = cluster.submit(*preempt, cwd=tmp_path)
     job.wait_for("^requeued: it goes on")
-    saved = partial(job.results)
-    assert saved
     assert re.search(r"^expert pgd-1: stopped in ", job.log, re.M)
+    assert partial(job.results)
     assert cluster.wait(other) == "COMPLETED"
-    job.end()
-    assert_same_experts(job.results, two_workers)
 
-
-def test_preempted_without_a_warning_it_goes_on_from_the_last_epoch(
-    submit: Callable[..., Job], cluster: Slurm, two_workers: Path, tmp_path: Path
-) -> None:
-    job = submit("--partition=scavenge", *ONE_NODE, arguments=EXPERTS)
-    job.wait_for("^expert pgd-1: epoch 1/")
-    other = cluster.submit("--partition=high", "--nodes=2", "--exclusive", "--wrap=sleep 2", cwd=tmp_path)
+    cluster("scontrol", "update", "partition=main", "GraceTime=0")
+    job.wait_for("^expert pgd-1: epoch [23]/")
+    other = cluster.submit(*preempt, cwd=tmp_path)
     assert cluster.wait(other) == "COMPLETED"
+    cluster("scontrol", "update", "partition=main", "GraceTime=60")
     job.end()
-    assert cluster.field(job.number, "Restarts") == "1"
+    assert cluster.field(job.number, "Restarts") == "2"
+    assert job.log.count("requeued: it goes on") == 1
     assert_same_experts(job.results, two_workers)
-
-
-def test_cancelled_it_stops_for_good_says_how_to_resume_and_is_resumed(
-    submit: Callable[..., Job], cluster: Slurm, two_workers: Path
-) -> None:
-    job = submit(*ONE_NODE, arguments=EXPERTS)
-    job.wait_for("^expert pgd-1: epoch 1/")
-    cluster("scancel", job.number)
-    job.end("CANCELLED")
-    assert f"\nresume: sbatch slurm/full_pipeline.sh --stages experts --set {TINY[0]} " in job.log
-    again = submit(*ONE_NODE, arguments=EXPERTS)
-    again.end()
-    assert_same_experts(again.results, two_workers)
 
 
 def test_a_node_that_goes_down_costs_the_allocation_but_no_result(
@@ -180,6 +153,19 @@ def test_a_killed_worker_and_a_killed_head_are_replaced_within_the_allocation(
     assert_same_experts(job.results, two_workers)
 
 
+def test_cancelled_it_stops_for_good_says_how_to_resume_and_is_resumed(
+    submit: Callable[..., Job], cluster: Slurm, two_workers: Path
+) -> None:
+    job = submit(*ONE_NODE, arguments=EXPERTS)
+    job.wait_for("^expert pgd-1: epoch 1/")
+    cluster("scancel", job.number)
+    job.end("CANCELLED")
+    assert f"\nresume: sbatch slurm/full_pipeline.sh --stages experts --set {TINY[0]} " in job.log
+    again = submit(*ONE_NODE, arguments=EXPERTS)
+    again.end()
+    assert_same_experts(again.results, two_workers)
+
+
 def test_out_of_time_it_is_requeued(submit: Callable[..., Job], cluster: Slurm) -> None:
     """SLURM looks at time limits every half minute only, and they are whole minutes."""
     endless = [*EXPERTS, "experts.epochs=9999"]
@@ -192,7 +178,7 @@ def test_out_of_time_it_is_requeued(submit: Callable[..., Job], cluster: Slurm) 
 
 
 def test_a_node_that_does_not_come_is_named_with_its_log(cluster: Slurm, submit: Callable[..., Job]) -> None:
-    job = submit("--nodes=2", "--export=ALL,DWF_JOIN_SECONDS=15", arguments=EXPERTS)
+    job = submit("--nodes=2", "--export=ALL,DWF_JOIN_SECONDS=10", arguments=EXPERTS)
 
     def second() -> list[psutil.Process]:
         return [
@@ -204,7 +190,7 @@ def test_a_node_that_does_not_come_is_named_with_its_log(cluster: Slurm, submit:
     cluster.wait_for(second, "second node's process")
     second()[0].suspend()
     job.end("FAILED")
-    assert f"failed: node n2 has not joined within 15 s; its log: {job.folder}/slurm-{job.number}-n2.log" in job.log
+    assert f"failed: node n2 has not joined within 10 s; its log: {job.folder}/slurm-{job.number}-n2.log" in job.log
     assert "\nresume: sbatch " in job.log
 
 

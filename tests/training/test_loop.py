@@ -221,6 +221,7 @@ def _worker(rank: int, folder: str, norm: bool) -> None:
     asked = itertools.count(1)
     with pytest.raises(Stopped):  # on both, though only the second worker is asked
         _run(experiment, Path(folder), "two", norm, lambda: rank == 1 and next(asked) == 2)
+    dist.barrier()  # the first worker has saved
     assert Store(folder, "two").names(f"checkpoints/{'benign' if norm else 'pgd-1'}") == ["epoch-00000-step-000002"]
     _run(experiment, Path(folder), "two", norm)
     dist.destroy_process_group()

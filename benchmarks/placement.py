@@ -1,0 +1,98 @@
+"""How good the plan is: makespan against its lower bound, and against what really happened on this machine.
+
+    python benchmarks/placement.py [--run]
+
+The first table is the planned timeline of the paper's experiment on 1 to 64 GPUs. With `--run`, the digits preset is
+run twice in a temporary folder: the speed measured on seed 0 gives the plan for seed 1, and that is what it is
+compared with.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+
+import pandas as pd
+
+from dwf_cluster.cluster.placement import Limits, Resources, cpus_here, most, place
+from dwf_cluster.cluster.schedule import Planned, lower_bound, timeline
+from dwf_cluster.data.sources import sizes
+from dwf_cluster.experiment import STAGES, Experiment, build
+from dwf_cluster.plan import Job, forward_flops, jobs
+from dwf_cluster.store import Store, tables
+from dwf_cluster.summary import GPU_FLOPS, measured_speed
+
+GPUS = (1, 2, 4, 8, 9, 16, 32, 64)
+
+
+def planned(
+    experiments: Sequence[Experiment], stages: Sequence[str], resources: Resources
+) -> tuple[dict[Job, Planned], float]:
+    """The timeline, and its lower bound, in passes."""
+    found = [job for e in experiments for stage in stages for job in jobs(e, stage, sizes(e.data))]
+    when = timeline(found, place(found, resources), resources.room)
+    return when, lower_bound(found, most(found, resources), resources.room)
+
+
+def simulate() -> None:
+    """Print makespan and lower bound at the paper's scale."""
+    print(
+        "| GPUs | seeds | experts: hours | over the bound | one worker each: hours | all stages: hours | over the bound |"
+    )
+    print("|---:|---:|---:|---:|---:|---:|---:|")
+    for seeds in (1, 5):
+        experiments = [build("cifar10", seed) for seed in range(seeds)]
+        hour = 3600 * GPU_FLOPS[0] / forward_flops(experiments[0], (3, 32, 32))
+        for gpus in GPUS:
+            cells = []
+            for stages in (("experts",), STAGES):
+                when, bound = planned(experiments, stages, Resources(8, gpus))
+                makespan = max(planned.end for planned in when.values())
+                cells += [f"{makespan / hour:.1f}", f"{100 * (makespan / bound - 1):.1f} %"]
+            alone, _ = planned(experiments, ("experts",), Resources(8, gpus, limits=Limits(expert_workers=1)))
+            cells.insert(2, f"{max(planned.end for planned in alone.values()) / hour:.1f}")
+            print(f"| {gpus} | {seeds} | {' | '.join(cells)} |")
+
+
+def run() -> None:
+    """Run the demo for two seeds; print the plan of the second beside what happened."""
+    with tempfile.TemporaryDirectory() as storage:
+        for seed in ("0", "1"):
+            command = [sys.executable, "-m", "dwf_cluster.launch", "--local", "--gpus", "0", "--storage", storage]
+            subprocess.run([*command, "--seed", seed], stdout=subprocess.DEVNULL, check=True)
+        first, second = build("digits", 0), build("digits", 1)
+        resources = Resources(cpus_here(), 0)
+        found = [job for stage in STAGES for job in jobs(first, stage, sizes(first.data))]
+        speed = measured_speed(found, place(found, resources), storage)
+        assert speed is not None
+        rows = pd.DataFrame(tables.read(Store(storage, second.folder), "jobs").to_pylist()).set_index("task")
+    when, _ = planned([second], STAGES, resources)
+    began = rows.started.min()
+    print("| task | planned start | end | real start | end |\n|---|---:|---:|---:|---:|")
+    for job, plan in when.items():
+        real = [(rows.loc[job.name, column] - began).total_seconds() for column in ("started", "finished")]
+        cells = [f"{seconds:.1f}" for seconds in (plan.start / speed, plan.end / speed, *real)]
+        if job.stage != "evaluate":
+            print(f"| {job.name} | {' | '.join(cells)} |")
+    makespan = max(plan.end for plan in when.values()) / speed
+    print(
+        f"| all of {len(when)} tasks | 0.0 | {makespan:.1f} | 0.0 | {(rows.finished.max() - began).total_seconds():.1f} |"
+    )
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--run", action="store_true", help="compare with a real run too: minutes")
+    options = parser.parse_args()
+    simulate()
+    if options.run:
+        print()
+        run()
+
+
+if __name__ == "__main__":
+    main()
