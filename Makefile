@@ -8,6 +8,9 @@ demo: .venv/demo
 test: .venv/test
 	$(BIN)/python -m pytest
 
+interruptions: .venv/test
+	$(BIN)/python -m pytest -m interruptions
+
 lint: .venv/lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -21,4 +24,4 @@ lint: .venv/lint
 	$(BIN)/pip install --quiet --editable '.$(EXTRA)'
 	touch $@
 
-.PHONY: demo test lint
+.PHONY: demo test interruptions lint

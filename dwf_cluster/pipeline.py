@@ -66,8 +66,9 @@ def run(
         if not todo:
             return
         images = sources.load(data, data_folder)
-        _prepare(experiments, storage, images.classes)
+        _refuse_too_few_classes(experiments[0], images.classes)
         with connect() as cluster:
+            _write_down(experiments, storage)
             progress.started(cluster)
             everything = [job for e in experiments for stage in STAGES for job in plan.jobs(e, stage, sizes)]
             places = place(everything, cluster.resources)
@@ -86,13 +87,16 @@ def run(
             _merge(experiment, Store(storage, experiment.folder), stages, sizes)
 
 
-def _prepare(experiments: Sequence[Experiment], storage: str, classes: int) -> None:
-    """Refuse what cannot work, then write down what is run."""
-    if "autoattack" in experiments[0].evaluation.beyond and classes < AUTOATTACK_CLASSES:
+def _refuse_too_few_classes(experiment: Experiment, classes: int) -> None:
+    if "autoattack" in experiment.evaluation.beyond and classes < AUTOATTACK_CLASSES:
         raise InvalidInput(
             f"evaluation.beyond: 'autoattack' cannot be used: it needs {AUTOATTACK_CLASSES} classes, "
             f"the images have {classes}"
         )
+
+
+def _write_down(experiments: Sequence[Experiment], storage: str) -> None:
+    """Say beside the results what they are results of."""
     for experiment in experiments:
         store = Store(storage, experiment.folder)
         try:

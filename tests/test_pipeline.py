@@ -216,16 +216,6 @@ def test_two_gloo_workers_train_the_mixture_nearly_as_one_does(
     assert two.loss.tolist() != one.loss.tolist()
 
 
-def test_with_gpus_train_starts_a_worker_for_each_expert(launch: Launch) -> None:
-    """Ray is told of two GPUs that are not there: placement is real, the computing is on the CPU."""
-    small = [*TINY, "experts.fgsm=0", "experts.epochs=1", "joint.epochs=1"]
-    result = launch("--local", "--cpus", "2", "--gpus", "2", "--stages", "experts", "--set", *small)
-    assert result.returncode == 0, result.stderr
-    jobs = pd.read_parquet(Path(result.stdout.splitlines()[-1]) / "results" / "jobs")
-    assert jobs.gpus.tolist() == [1, 1]
-    assert set(jobs.state) == {"done"}
-
-
 def test_the_dashboard_refuses_whoever_has_no_token(launch: Launch) -> None:
     files: list[Path] = []
 

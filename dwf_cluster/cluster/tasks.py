@@ -7,6 +7,8 @@ starts the worker that holds the GPU. Both ways are one call with another `Scali
 from __future__ import annotations
 
 import functools
+import platform
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +18,7 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from torch import nn
 
-from dwf_cluster.cluster.control import claim, stopping
+from dwf_cluster.cluster.ray import Claim
 from dwf_cluster.cluster.schedule import Placement
 from dwf_cluster.data.sources import Images
 from dwf_cluster.determinism import make_deterministic
@@ -28,6 +30,10 @@ from dwf_cluster.store import Store, checkpoints, tables
 from dwf_cluster.store.jobs import recorded
 from dwf_cluster.training import expert, joint
 from dwf_cluster.training.loop import Stopped, Task, weights
+
+
+class DeviceShared(RuntimeError):
+    """A worker was given a device that others have already. Its text names device, node and both."""
 
 
 def run_job(job: Job, store: Store, images: ray.ObjectRef, place: Placement, control: Any) -> bool:
@@ -74,10 +80,10 @@ def _fit(loop: Callable[[], None], job: Job, store: Store, place: Placement) -> 
 def _train(job: Job, store: Store, images: ray.ObjectRef, place: Placement, control: Any) -> None:
     """One worker's part of a Train run."""
     make_deterministic(place.cpus)
-    claim(control, (job.folder, job.name), ray.train.get_context().get_world_rank(), place)
+    _claim(control, job, ray.train.get_context().get_world_rank(), place)
     experiment, arrays = job.experiment, ray.get(images)
     training = experiment.training(job.stage)
-    task = Task(experiment, store, job.stage, job.model, training, ray.train.report, stopping(control).is_set)
+    task = Task(experiment, store, job.stage, job.model, training, ray.train.report, _stopping(control).is_set)
     try:
         if job.stage == "joint":
             joint.train_joint(task, arrays, _device())
@@ -90,7 +96,7 @@ def _train(job: Job, store: Store, images: ray.ObjectRef, place: Placement, cont
 
 def _evaluate(job: Job, store: Store, images: ray.ObjectRef, place: Placement, control: Any) -> None:
     make_deterministic(place.cpus)
-    claim(control, (job.folder, job.name), 0, place)
+    _claim(control, job, 0, place)
     experiment, arrays, device = job.experiment, ray.get(images), _device()
     assert job.family is not None
     chosen = slice(job.first, job.stop)
@@ -115,6 +121,40 @@ def _trained(experiment: Experiment, store: Store, images: Images, name: str) ->
         raise FileNotFoundError(f"{name} has no checkpoint that can be read")
     model.load_state_dict(weights(checkpoint))
     return model
+
+
+def _claim(control: Any, job: Job, worker: int, place: Placement) -> None:
+    """Say which device this process got.
+
+    Raises:
+        DeviceShared: if it is not free.
+    """
+    if not place.gpus:
+        device = "cpu"
+    elif torch.cuda.is_available():
+        device = f"{torch.cuda.get_device_name(0)} GPU-{torch.cuda.get_device_properties(0).uuid}"
+    else:  # Ray was told of GPUs that this machine does not have
+        device = "GPU " + ",".join(ray.get_runtime_context().get_accelerator_ids()["GPU"])
+    claim = Claim((job.folder, job.name), worker, platform.node(), device, place.gpus)
+    complaint = ray.get(control.claim.remote(claim))
+    if complaint:
+        raise DeviceShared(complaint)
+
+
+@functools.cache
+def _stopping(control: Any) -> threading.Event:
+    """An event that is set in this process as soon as the run is to stop."""
+    event = threading.Event()
+
+    def wait() -> None:
+        try:
+            ray.get(control.stopped.remote())
+        except ray.exceptions.RayError:  # the run is over
+            return
+        event.set()
+
+    threading.Thread(target=wait, daemon=True).start()
+    return event
 
 
 def _device() -> torch.device:

@@ -104,6 +104,7 @@ def test_requeued_in_the_middle_two_nodes_come_to_the_tables_of_one_machine(
     assert not list(Path("/tmp").glob(f"dwf-{job.number}*"))
 
 
+@pytest.mark.interruptions
 def test_preempted_with_a_warning_it_saves_the_step_it_is_at_without_one_it_has_the_last_epoch(
     submit: Callable[..., Job], cluster: Slurm, two_workers: Path, tmp_path: Path
 ) -> None:
@@ -127,6 +128,7 @@ def test_preempted_with_a_warning_it_saves_the_step_it_is_at_without_one_it_has_
     assert_same_experts(job.results, two_workers)
 
 
+@pytest.mark.interruptions
 def test_a_node_that_goes_down_costs_the_allocation_but_no_result(
     submit: Callable[..., Job], cluster: Slurm, two_workers: Path
 ) -> None:
@@ -140,6 +142,7 @@ def test_a_node_that_goes_down_costs_the_allocation_but_no_result(
     assert_same_experts(job.results, two_workers)
 
 
+@pytest.mark.interruptions
 def test_a_killed_worker_and_a_killed_head_are_replaced_within_the_allocation(
     submit: Callable[..., Job], cluster: Slurm, two_workers: Path
 ) -> None:
@@ -153,6 +156,7 @@ def test_a_killed_worker_and_a_killed_head_are_replaced_within_the_allocation(
     assert_same_experts(job.results, two_workers)
 
 
+@pytest.mark.interruptions
 def test_cancelled_it_stops_for_good_says_how_to_resume_and_is_resumed(
     submit: Callable[..., Job], cluster: Slurm, two_workers: Path
 ) -> None:
@@ -166,6 +170,7 @@ def test_cancelled_it_stops_for_good_says_how_to_resume_and_is_resumed(
     assert_same_experts(again.results, two_workers)
 
 
+@pytest.mark.interruptions
 def test_out_of_time_it_is_requeued(submit: Callable[..., Job], cluster: Slurm) -> None:
     """SLURM looks at time limits every half minute only, and they are whole minutes."""
     endless = [*EXPERTS, "experts.epochs=9999"]

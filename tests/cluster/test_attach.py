@@ -35,6 +35,7 @@ def ray() -> Iterator[tuple[str, str]]:
         environment.setenv("RAY_AUTH_MODE", "token")
         environment.setenv("RAY_AUTH_TOKEN_PATH", f"{folder}/token")
         environment.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        environment.setenv("RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S", "0")
         Path(folder, "token").write_text("c0ffee" * 10)
         command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--num-cpus=2"]
         command += ["--num-gpus=1", f"--port={ports[0]}", f"--dashboard-port={ports[1]}", f"--temp-dir={folder}/ray"]

@@ -84,7 +84,7 @@ def test_dry_run_prints_a_script_that_sbatch_takes(on_slurm: Launch, cluster: Sl
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--partition", "nosuch"], "--slurm: sbatch: error: "),
+        (["--partition", "nosuch"], "--slurm: allocation failure: Invalid partition name"),
         (["--partition", "high\nrm -rf ."], "--partition: 'high\\nrm -rf .' cannot be used: allowed are letters"),
         (["--account", "$(reboot)"], "--account: '$(reboot)' cannot be used"),
         (["--sbatch", "qos"], "--sbatch: 'qos' cannot be used: allowed is option=value, such as qos=high"),
