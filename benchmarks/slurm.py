@@ -1,4 +1,4 @@
-"""How long a job takes to its first training step, and what an interruption costs, on a SLURM of two nodes started here.
+"""How long a job takes to its first training step, and what an interruption costs, on a SLURM of two nodes.
 
     python -m benchmarks.slurm
 

@@ -23,4 +23,25 @@ class Control:
         """Return when `stop` has been called."""
         await self._stop.wait()
 
-    async
+    async def claim(self, claim: Claim) -> str | None:
+        """Note who computes where; returns the complaint if the device has no room for it. A retry claims anew."""
+        self._claims[claim.job, claim.worker] = claim
+        self._news.append(claim)
+        sharing = [c for c in self._claims.values() if (c.node, c.device) == (claim.node, claim.device)]
+        if sum(c.share for c in sharing) <= 1 + 1e-9:
+            return None
+        others = ", ".join(sorted({f"{c.job[1]} of {c.job[0]}" for c in sharing if c.job != claim.job}))
+        return f"{claim.device} on {claim.node} is not free: taken by {others or 'another worker of this job'}"
+
+    async def release(self, job: tuple[str, str]) -> None:
+        """Forget the claims of a job that has ended."""
+        self._claims = {key: claim for key, claim in self._claims.items() if claim.job != job}
+
+    async def devices(self, job: tuple[str, str]) -> list[str]:
+        """What a job's workers compute on, in the order of their ranks."""
+        return [str(claim) for _, claim in sorted(self._claims.items()) if claim.job == job]
+
+    async def news(self) -> list[Claim]:
+        """The claims since this was last asked."""
+        news, self._news = self._news, []
+        return news
