@@ -64,12 +64,13 @@ def to_first_step(slurm: Slurm, folder: Path) -> dict[str, float]:
 
 def lost(slurm: Slurm, folder: Path) -> dict[str, dict[str, float]]:
     """Seconds of training that each kind of interruption undoes, beside the seconds of the epoch it falls into."""
-    job, log = submit(slurm, folder, ["--nodes=1", "--cpus-per-task=2"], ["experts.fgsm=0", "experts.pgd=1"])
+    two_experts = ["experts.fgsm=0", "experts.pgd=1", "experts.epochs=12"]
+    job, log = submit(slurm, folder, ["--nodes=1", "--cpus-per-task=2"], two_experts)
     costs: dict[str, dict[str, float]] = {}
     for number, (name, command) in enumerate(
         {"warned": ["scancel", "--signal=USR2"], "requeued": ["scontrol", "requeue"]}.items(), start=1
     ):
-        slurm.wait_for(lambda n=number: len(re.findall(r"pgd-1: epoch \d", log())) >= n, "epoch")
+        slurm.wait_for(lambda: re.search(r"pgd-1: epoch \d", log().rpartition("experts: ")[2]), "epoch of this life")
         time.sleep(1)
         told = time.time()
         slurm(*command, job)

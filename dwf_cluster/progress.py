@@ -10,7 +10,8 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from dwf_cluster.cluster.ray import Claim, Ended, Started
+from dwf_cluster.cluster.control import Claim
+from dwf_cluster.cluster.ray import Ended, Started
 from dwf_cluster.experiment import STAGES, Experiment
 from dwf_cluster.plan import Job
 from dwf_cluster.store import Store, tables

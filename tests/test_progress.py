@@ -7,7 +7,8 @@ import io
 import pytest
 from rich.console import Console
 
-from dwf_cluster.cluster.ray import Claim, Ended, Started
+from dwf_cluster.cluster.control import Claim
+from dwf_cluster.cluster.ray import Ended, Started
 from dwf_cluster.data.sources import Sizes
 from dwf_cluster.experiment import Experiment
 from dwf_cluster.plan import Job, jobs

@@ -3,8 +3,29 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import dataclass
 
-from dwf_cluster.cluster.ray import Claim
+
+@dataclass(frozen=True)
+class Claim:
+    """One worker's word on what it computes on.
+
+    Attributes:
+        job: folder of the experiment, and name of the job.
+        worker: its rank in the job, from 0.
+        node: host name.
+        device: `cpu`, or the GPU's name and UUID.
+        share: of a GPU, 0..1; 0 on a CPU.
+    """
+
+    job: tuple[str, str]
+    worker: int
+    node: str
+    device: str
+    share: float
+
+    def __str__(self) -> str:
+        return f"{self.node}: {self.device}"
 
 
 class Control:

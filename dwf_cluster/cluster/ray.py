@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from dwf_cluster.cluster.control import Claim, Control
 from dwf_cluster.cluster.placement import Limits, Resources
 from dwf_cluster.cluster.schedule import Placement, Schedule
 from dwf_cluster.experiment import InvalidInput
@@ -29,28 +30,6 @@ class Started:
     """A job that was given to Ray."""
 
     job: Job
-
-
-@dataclass(frozen=True)
-class Claim:
-    """One worker's word on what it computes on.
-
-    Attributes:
-        job: folder of the experiment, and name of the job.
-        worker: its rank in the job, from 0.
-        node: host name.
-        device: `cpu`, or the GPU's name and UUID.
-        share: of a GPU, 0..1; 0 on a CPU.
-    """
-
-    job: tuple[str, str]
-    worker: int
-    node: str
-    device: str
-    share: float
-
-    def __str__(self) -> str:
-        return f"{self.node}: {self.device}"
 
 
 @dataclass(frozen=True)
@@ -73,8 +52,6 @@ class Cluster:
 
     def __init__(self, resources: Resources, dashboard: str, token_file: str) -> None:
         import ray
-
-        from dwf_cluster.cluster.control import Control
 
         self._ray = ray
         # One remote function for all jobs: Ray reuses its processes.

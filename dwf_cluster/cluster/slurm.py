@@ -91,16 +91,15 @@ class Run:
         return status
 
     def _here(self) -> int:
-        from dwf_cluster.launch import main
-
+        process = subprocess.Popen([sys.executable, "-m", "dwf_cluster.launch", "--local", *self.arguments])
         requeue, told = signal.getsignal(signal.SIGUSR2), list[int]()
 
         def tell(signum: int, frame: object) -> None:
             told.append(signum)
-            signal.raise_signal(signal.SIGINT)
+            process.send_signal(signal.SIGINT)
 
         signal.signal(signal.SIGUSR2, tell)
-        status = main(["--local", *self.arguments], self.again)
+        status = process.wait()
         if told and status == 130:
             assert callable(requeue)
             requeue(signal.SIGUSR2, None)  # submitit's own, once the run has stopped

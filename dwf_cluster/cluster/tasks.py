@@ -18,7 +18,7 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from torch import nn
 
-from dwf_cluster.cluster.ray import Claim
+from dwf_cluster.cluster.control import Claim
 from dwf_cluster.cluster.schedule import Placement
 from dwf_cluster.data.sources import Images
 from dwf_cluster.determinism import make_deterministic

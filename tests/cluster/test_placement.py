@@ -6,9 +6,8 @@ import asyncio
 
 import pytest
 
-from dwf_cluster.cluster.control import Control
+from dwf_cluster.cluster.control import Claim, Control
 from dwf_cluster.cluster.placement import Limits, Resources, cpus_here, gpus_here, place
-from dwf_cluster.cluster.ray import Claim
 from dwf_cluster.cluster.schedule import Placement
 from dwf_cluster.data.sources import Sizes
 from dwf_cluster.experiment import STAGES, InvalidInput, build
