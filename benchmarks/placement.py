@@ -3,8 +3,8 @@
     python benchmarks/placement.py [--run]
 
 The first table is the planned timeline of the paper's experiment on 1 to 64 GPUs. With `--run`, the digits preset is
-run twice in a temporary folder: the speed measured on seed 0 gives the plan for seed 1, and that is what it is
-compared with.
+run twice in a temporary folder: the speeds of its stages on seed 0 give the plan for seed 1, and that is compared
+with what happened.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from dwf_cluster.data.sources import sizes
 from dwf_cluster.experiment import STAGES, Experiment, build
 from dwf_cluster.plan import Job, forward_flops, jobs
 from dwf_cluster.store import Store, tables
-from dwf_cluster.summary import GPU_FLOPS, measured_speed
+from dwf_cluster.summary import GPU_FLOPS, measured_speeds
 
 GPUS = (1, 2, 4, 8, 9, 16, 32, 64)
 
@@ -65,18 +65,18 @@ def run() -> None:
         first, second = build("digits", 0), build("digits", 1)
         resources = Resources(cpus_here(), 0)
         found = [job for stage in STAGES for job in jobs(first, stage, sizes(first.data))]
-        speed = measured_speed(found, place(found, resources), storage)
-        assert speed is not None
+        speeds = measured_speeds(found, place(found, resources), storage)
         rows = pd.DataFrame(tables.read(Store(storage, second.folder), "jobs").to_pylist()).set_index("task")
-    when, _ = planned([second], STAGES, resources)
+    found = [job for stage in STAGES for job in jobs(second, stage, sizes(second.data))]
+    when = timeline(found, place(found, resources), resources.room, speeds)
     began = rows.started.min()
     print("| task | planned start | end | real start | end |\n|---|---:|---:|---:|---:|")
     for job, plan in when.items():
         real = [(rows.loc[job.name, column] - began).total_seconds() for column in ("started", "finished")]
-        cells = [f"{seconds:.1f}" for seconds in (plan.start / speed, plan.end / speed, *real)]
+        cells = [f"{seconds:.1f}" for seconds in (plan.start, plan.end, *real)]
         if job.stage != "evaluate":
             print(f"| {job.name} | {' | '.join(cells)} |")
-    makespan = max(plan.end for plan in when.values()) / speed
+    makespan = max(plan.end for plan in when.values())
     real_makespan = (rows.finished.max() - began).total_seconds()
     print(f"| all of {len(when)} tasks | 0.0 | {makespan:.1f} | 0.0 | {real_makespan:.1f} |")
 

@@ -37,9 +37,9 @@ def plan(
     places = place(jobs, resources)
     flops = forward_flops(experiments[0], sizes.shape)
     device = "GPU" if resources.gpus else "CPU"
-    measured = measured_speed(jobs, places, storage)
     assumed, why = GPU_FLOPS if resources.gpus else CPU_FLOPS
-    passes, source = (measured, "measured on the jobs that are done") if measured else (assumed / flops, why)
+    measured = measured_speeds(jobs, places, storage)
+    speeds = {stage: measured.get(stage, assumed / flops) for stage in STAGES}
     nodes = f"{resources.nodes} nodes of " if resources.nodes > 1 else ""
     table = _table(
         f"Plan on {nodes}{resources.cpus} CPU, {resources.gpus} GPU: {sizes.train} training images, {sizes.test} test "
@@ -49,9 +49,9 @@ def plan(
         table.add_column(heading, no_wrap=True)
     for heading in ("start", "end", "million passes", "TFLOP"):
         table.add_column(heading, justify="right", no_wrap=True)
-    planned = timeline(todo, places, resources.room)
+    planned = timeline(todo, places, resources.room, speeds)
     for job, when in planned.items():
-        times = (_clock(when.start / passes), _clock(when.end / passes))
+        times = (_clock(when.start), _clock(when.end))
         cells = (job.stage, job.name, str(places[job]), _ranges(when.devices), *times, *_cost(job.cost, flops))
         table.add_row(*((str(job.experiment.seed),) if len(experiments) > 1 else ()), *cells)
     table.add_section()
@@ -59,22 +59,27 @@ def plan(
     blank = ("",) * (4 + (len(experiments) > 1))
     table.add_row("total", f"{len(todo)} tasks", *blank, *_cost(total, flops))
     makespan = max((when.end for when in planned.values()), default=0.0)
-    bound = lower_bound(todo, most(jobs, resources), resources.room)
+    bound = lower_bound(todo, most(jobs, resources), resources.room, speeds)
     return table, [
-        f"makespan: {_clock(makespan / passes)}",
-        f"lower bound: {_clock(bound / passes)} (all work shared evenly, or the longest chain of jobs)",
-        f"speed: {passes * flops / 1e12:.3g} TFLOP/s a {device}, {source}",
+        f"makespan: {_clock(makespan)}",
+        f"lower bound: {_clock(bound)} (all work shared evenly, or the longest chain of jobs)",
+        *(
+            f"speed of {stage}: {speeds[stage] * flops / 1e12:.3g} TFLOP/s a {device}, "
+            f"{'measured on the jobs that are done' if stage in measured else why}"
+            for stage in sorted({job.stage for job in todo}, key=STAGES.index)
+        ),
     ]
 
 
-def measured_speed(jobs: Sequence[Job], places: Mapping[Job, Placement], storage: str) -> float | None:
-    """Passes a second of one GPU or CPU, over those of the jobs that are done; None if there are none."""
-    cost = seconds = 0.0
+def measured_speeds(jobs: Sequence[Job], places: Mapping[Job, Placement], storage: str) -> dict[str, float]:
+    """Passes a second of one GPU or CPU, of each stage that has jobs that are done."""
+    work: dict[str, tuple[float, float]] = {}
     for job in jobs:
         for row in tables.read(Store(storage, job.folder), "jobs", [job.file]).to_pylist():
             if row["state"] == "done" and row["attempts"] == 1:
-                cost, seconds = cost + job.cost, seconds + row["seconds"] * places[job].room
-    return cost / seconds if seconds else None
+                cost, seconds = work.get(job.stage, (0.0, 0.0))
+                work[job.stage] = cost + job.cost, seconds + row["seconds"] * places[job].room
+    return {stage: cost / seconds for stage, (cost, seconds) in work.items() if seconds}
 
 
 def _clock(seconds: float) -> str:

@@ -61,7 +61,7 @@ def test_dry_run_shows_when_and_where_how_long_all_takes_and_how_long_at_least(l
     makespan, bound, speed, _ = lines[-4:]
     hours = [int(h) * 60 + int(m) for h, m in re.findall(r": (\d+):(\d+):\d+", f"{makespan}\n{bound}")]
     assert hours[1] <= hours[0] <= 1.05 * hours[1]
-    assert speed == "speed: 5.8 TFLOP/s a GPU, assumed: the paper's 240 GPU-hours on H100"
+    assert speed == "speed of experts: 5.8 TFLOP/s a GPU, assumed: the paper's 240 GPU-hours on H100"
 
 
 def test_dry_run_of_several_seeds_shows_them_in_one_plan(launch: Launch) -> None:

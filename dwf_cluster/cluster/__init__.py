@@ -1,1 +1,1 @@
-"""Where it runs: Ray on this machine."""
+"""Where it runs: this machine, a Ray that is there, a SLURM allocation."""

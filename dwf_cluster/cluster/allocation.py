@@ -129,7 +129,8 @@ def _step(arguments: Sequence[str], again: str) -> int | None:
     cpus = os.environ.get("SLURM_JOB_CPUS_PER_NODE", "").partition("(")[0]
     if cpus.isdigit():  # equal on all nodes: the one process is bound to all CPUs of the allocation
         command.append(f"--cpus-per-task={cpus}")
-    node = [sys.executable, "-m", "dwf_cluster.cluster.node", *arguments]
+    python = os.environ.get("DWF_PYTHON", sys.executable)  # a container's start script, say
+    node = [python, "-m", "dwf_cluster.cluster.node", *arguments]
     # Not its exit status: srun's own is the highest of all processes, killed ones included.
     with tempfile.NamedTemporaryFile("r", prefix="dwf-status-") as status:
         subprocess.run([*command, *node], env=environment | {"DWF_STATUS": status.name}, check=False)

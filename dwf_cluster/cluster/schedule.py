@@ -103,7 +103,7 @@ class Planned:
     """When and where a job is to run.
 
     Attributes:
-        start, end: in passes of one GPU or CPU from the start.
+        start, end: from the start of the first; passes of one GPU or CPU or, with `speeds`, seconds.
         devices: numbers of its GPUs or CPUs, over all nodes.
     """
 
@@ -112,8 +112,15 @@ class Planned:
     devices: tuple[int, ...]
 
 
-def timeline(jobs: Iterable[Job], places: Mapping[Job, Placement], room: float) -> dict[Job, Planned]:
-    """When and where each job would run, if each took just as long as planned; in the order of their starts."""
+def timeline(
+    jobs: Iterable[Job], places: Mapping[Job, Placement], room: float, speeds: Mapping[str, float] | None = None
+) -> dict[Job, Planned]:
+    """When and where each job would run, if each took just as long as planned; in the order of their starts.
+
+    Args:
+        jobs, places, room: as in `Schedule`.
+        speeds: of each stage, passes a second of one GPU or CPU.
+    """
     schedule, now, running = Schedule(jobs, places, room), 0.0, list[tuple[float, int, Job]]()
     free = [1.0] * math.ceil(room)
     planned: dict[Job, Planned] = {}
@@ -126,7 +133,7 @@ def timeline(jobs: Iterable[Job], places: Mapping[Job, Placement], room: float) 
             devices = tuple(n for _, n in candidates[: round(place.room / share)])
             for n in devices:
                 free[n] -= share
-            planned[job] = Planned(now, now + duration(job, place), devices)
+            planned[job] = Planned(now, now + _length(job, place, speeds), devices)
             heapq.heappush(running, (planned[job].end, len(planned), job))
         if not running:
             return planned
@@ -138,21 +145,28 @@ def timeline(jobs: Iterable[Job], places: Mapping[Job, Placement], room: float) 
                 free[n] += min(1.0, places[job].gpus or 1.0)
 
 
-def lower_bound(jobs: Iterable[Job], places: Mapping[Job, Placement], room: float) -> float:
+def _length(job: Job, place: Placement, speeds: Mapping[str, float] | None) -> float:
+    return duration(job, place) / (speeds[job.stage] if speeds else 1.0)
+
+
+def lower_bound(
+    jobs: Iterable[Job], places: Mapping[Job, Placement], room: float, speeds: Mapping[str, float] | None = None
+) -> float:
     """No schedule ends earlier: all work shared evenly, or the longest chain of jobs that need one another.
 
     Args:
         jobs: to run.
         places: the most that each of them can get.
         room: GPUs in all or, without GPUs, CPUs.
+        speeds: as in `timeline`.
     """
     jobs = list(jobs)
     ended: dict[tuple[str, str], float] = {}
     longest = 0.0
     for job in sorted(jobs, key=lambda job: STAGES.index(job.stage)):
         begin = max((ended.get((job.folder, model), 0.0) for model in job.needs), default=0.0)
-        end = begin + duration(job, places[job])
+        end = begin + _length(job, places[job], speeds)
         longest = max(longest, end)
         if job.stage != "evaluate":
             ended[job.folder, job.model] = end
-    return max(sum(job.cost for job in jobs) / room, longest)
+    return max(sum(_length(job, places[job], speeds) * places[job].room for job in jobs) / room, longest)
