@@ -291,6 +291,8 @@ class Experiment(_Part):
     """Name of the preset it started from; part of the folder's name."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """Seed of every random draw."""
+    checkpoint_minutes: Annotated[float, Field(gt=0, le=1_000_000)] = 10.0
+    """Minutes between checkpoints within an epoch that takes longer. Changes no number, and no signature."""
     baselines: Baselines = ()
     """Models beside the mixture: `fgsm-at` and `pgd-at`, ResNet-18 with half of each batch adversarial at a
     fixed strength (FGSM at `pgd.epsilon`: our assumption; PGD with 10 iterations)."""
@@ -333,9 +335,9 @@ class Experiment(_Part):
     def signature(self) -> str:
         """Ten hexadecimal digits of the SHA-256 of the canonical JSON.
 
-        An `.npz` source counts with its content, not with its path.
+        An `.npz` source counts with its content, not with its path; `checkpoint_minutes` does not count.
         """
-        fields = self.model_dump(mode="json")
+        fields = self.model_dump(mode="json", exclude={"checkpoint_minutes"})
         if self.data.sha256:
             fields["data"]["source"] = "npz"
         canonical = json.dumps(fields, sort_keys=True, separators=(",", ":"))
@@ -424,8 +426,8 @@ def build(preset: str, seed: int | None = None, assignments: Sequence[str] = ())
     """The Experiment that a command line asks for.
 
     Args:
-        preset: a name of `PRESETS`, or the path of an `.npz` file (then with the paper's values, the
-            images' own size, and mean and std measured).
+        preset: a name of `PRESETS`, the path of an `.npz` file (then with the paper's values, the images' own size,
+            and mean and std measured), or the path of an `experiment.json`.
         seed: replaces the preset's seed.
         assignments: `dotted.field=value`, value as JSON, a bare word, or numbers with commas between.
 
@@ -437,8 +439,10 @@ def build(preset: str, seed: int | None = None, assignments: Sequence[str] = ())
     elif preset.endswith(".npz"):
         name = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(preset).stem).strip("-._")[:64] or "images"
         fields = Experiment(preset=name, data=Data(source=preset)).model_dump(mode="json")
+    elif preset.endswith(".json"):
+        fields = _read_json(preset)
     else:
-        raise InvalidInput(f"preset: {preset!r} is none of {', '.join(PRESETS)}, nor the path of an .npz file")
+        raise InvalidInput(f"preset: {preset!r} is none of {', '.join(PRESETS)}, nor the path of an .npz or .json file")
     for assignment in assignments:
         name, separator, text = assignment.partition("=")
         if not separator:
@@ -459,6 +463,15 @@ def build(preset: str, seed: int | None = None, assignments: Sequence[str] = ())
         raise InvalidInput(f"data.source: {experiment.data.source!r} cannot be read: {error.strerror}") from None
     data = experiment.data.model_copy(update={"sha256": sha256.hexdigest()})
     return experiment.model_copy(update={"data": data})
+
+
+def _read_json(path: str) -> dict[str, Any]:
+    try:
+        return Experiment.from_json(Path(path).read_text()).model_dump(mode="json")
+    except OSError as error:
+        raise InvalidInput(f"preset: {path!r} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise InvalidInput(f"preset: {path!r} cannot be used: it is not text") from None
 
 
 def _assign(fields: dict[str, Any], name: str, text: str) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import itertools
 import os
 import re
 import shlex
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from dwf_cluster.experiment import PRESETS, STAGES, Experiment, InvalidInput, build, describe
+from dwf_cluster.store import StorageFailed, check_url
 
 if TYPE_CHECKING:
     from dwf_cluster.cluster.placement import Limits, Resources
@@ -109,7 +109,8 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m dwf_cluster.launch",
         description="Train nine experts and their mixture, attack them all, and write Parquet tables. "
         "The same command again skips what is done and resumes what was interrupted.",
-        epilog=f"presets:\n{presets}\n  path/to/file.npz       your own images: x_train, y_train, x_test, y_test\n\n"
+        epilog=f"presets:\n{presets}\n  path/to/file.npz       your own images: x_train, y_train, x_test, y_test\n"
+        "  path/to/experiment.json  an experiment as a run has written it\n\n"
         f"fields for --set (type; default before the preset):\n{fields}\n\n"
         "exit status: 0 all stages done; 1 a run that failed; 2 bad input; 130 interrupted, nothing lost",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -119,7 +120,7 @@ def _parser() -> argparse.ArgumentParser:
     where.add_argument("--local", action="store_true", help="run on this machine")
     where.add_argument("--address", help="run on a Ray that is there: auto, HOST:PORT or ray://HOST:PORT")
     where.add_argument("--slurm", action="store_true", help="submit to SLURM, then follow the job")
-    parser.add_argument("--preset", default="digits", help="a preset, or an .npz file (default: digits)")
+    parser.add_argument("--preset", default="digits", help="a preset, an .npz or a .json file (default: digits)")
     parser.add_argument("--seed", type=_seeds, help="seed of every random draw, or several: 0,1,2 or 0..4 (default: 0)")
     parser.add_argument("--storage", default="./runs", metavar="URL", help="where results go (default: ./runs)")
     parser.add_argument(
@@ -196,11 +197,15 @@ def main(argv: Sequence[str] | None = None, again: str | None = None) -> int:
         again: the command that resumes a run; None: this one.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    again = again or f"python -m dwf_cluster.launch {shlex.join(arguments)}"
     try:
-        return _run(_parser().parse_args(arguments), again or f"python -m dwf_cluster.launch {shlex.join(arguments)}")
+        return _run(_parser().parse_args(arguments), again)
     except InvalidInput as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except StorageFailed as error:
+        print(f"failed: {error}\nresume: {again}", file=sys.stderr)
+        return 1
 
 
 def stage(name: str) -> int:
@@ -222,6 +227,7 @@ def _run(options: argparse.Namespace, again: str) -> int:
             f"--storage: {options.storage!r} cannot be used in a Ray job, whose folder is temporary: "
             "allowed is an absolute path or a URL"
         )
+    check_url(options.storage)
     experiments = [build(options.preset, seed, options.set) for seed in options.seed or [None]]
     # Not before the input is known to be good: a typing mistake must not wait for imports.
     if options.slurm:
@@ -234,14 +240,13 @@ def _plan(options: argparse.Namespace, experiments: Sequence[Experiment]) -> int
 
     from dwf_cluster import summary
     from dwf_cluster.data.sources import sizes
-    from dwf_cluster.plan import unfinished
+    from dwf_cluster.plan import select, unfinished
     from dwf_cluster.store import Store
 
     size = sizes(experiments[0].data)
     todo: list[Job] = []
     for experiment in experiments:
-        stages = unfinished(experiment, Store(options.storage, experiment.folder), options.stages, size)
-        todo += itertools.chain(*stages.values())
+        todo += select(unfinished(experiment, Store(options.storage, experiment.folder), size), options.stages)
     table, lines = summary.plan(experiments, todo, size, _here(options), options.storage)
     summary.show(Console(), table)
     print(*lines, *_roots(options, experiments), sep="\n")
@@ -257,6 +262,7 @@ def _go(options: argparse.Namespace, experiments: Sequence[Experiment], again: s
     from dwf_cluster.pipeline import Interrupted, StageFailed, run
     from dwf_cluster.progress import Progress
     from dwf_cluster.store import Store
+    from dwf_cluster.store.lease import Held
 
     if options.address:
         connect = functools.partial(attached, options.address, _limits(options))
@@ -266,11 +272,11 @@ def _go(options: argparse.Namespace, experiments: Sequence[Experiment], again: s
     progress = Progress(experiments, options.storage, console)
     try:
         connection = stop.heeded(connect)
-        run(experiments, options.storage, connection, options.stages, options.data_folder, progress, stop.is_set)
+        run(experiments, options.storage, connection, options.stages, options.data_folder, progress, stop.is_set, again)
     except (KeyboardInterrupt, Interrupted):
         print(f"interrupted; what is done is kept\nresume: {again}", file=sys.stderr)
         return 130
-    except (StageFailed, DataUnavailable) as error:
+    except (StageFailed, DataUnavailable, Held) as error:
         print(f"failed: {error}\nresume: {again}", file=sys.stderr)
         return 1
     for experiment in experiments if "evaluate" in options.stages else ():

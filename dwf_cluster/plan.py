@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from statistics import fmean
 
@@ -70,14 +70,13 @@ class Job:
         if self.stage == "joint":
             return frozenset(mixed)
         if self.family == "paper" and "transfer" in self.experiment.evaluation.beyond:
-            return frozenset((MIXTURE, *(regime.name for regime in self.experiment.regimes)))
+            return frozenset(models(self.experiment))
         return frozenset((self.model,))
 
-    def is_done(self, store: Store) -> bool:
-        """Whether the store of its experiment holds what this job makes."""
-        if self.stage == "evaluate":
-            return tables.exists(store, CHECKS if self.family == CHECKS else "shards", self.file)  # written last
-        return checkpoints.latest_epoch(store, self.model) >= self.experiment.training(self.stage).epochs
+    @property
+    def product(self) -> tuple[str, str] | None:
+        """For the evaluate stage, table and file that are written last: when they are there, the job is done."""
+        return (CHECKS if self.family == CHECKS else "shards", self.file) if self.stage == "evaluate" else None
 
 
 def jobs(experiment: Experiment, stage: str, sizes: Sizes) -> list[Job]:
@@ -146,13 +145,35 @@ def _evaluation(experiment: Experiment, family: str) -> float:
     return float(2 * gradients + queries)
 
 
-def unfinished(experiment: Experiment, store: Store, stages: Iterable[str], sizes: Sizes) -> dict[str, list[Job]]:
-    """The jobs of the given stages that the store does not hold yet, by stage, in the order of `STAGES`.
+def unfinished(experiment: Experiment, store: Store, sizes: Sizes) -> dict[str, list[Job]]:
+    """The jobs that the store does not hold yet, by stage, in the order of `STAGES`."""
+    products = {(table, file) for table in ("shards", CHECKS) for file in tables.files(store, table)}
+    return {
+        stage: [
+            job
+            for job in jobs(experiment, stage, sizes)
+            if (job.product not in products if job.product else not is_trained(experiment, store, stage, job.model))
+        ]
+        for stage in STAGES
+    }
+
+
+def models(experiment: Experiment) -> tuple[str, ...]:
+    """Everything that is trained: experts, baselines, the mixture."""
+    return (*(regime.name for regime in experiment.regimes), MIXTURE)
+
+
+def is_trained(experiment: Experiment, store: Store, stage: str, model: str) -> bool:
+    """Whether a model has come to the end of a stage."""
+    return checkpoints.latest_epoch(store, model) >= experiment.training(stage).epochs
+
+
+def select(todo: Mapping[str, list[Job]], stages: Iterable[str]) -> list[Job]:
+    """Of the unfinished jobs of an experiment those of some stages.
 
     Raises:
         InvalidInput: if a given stage needs one that is neither given nor done.
     """
-    todo = {stage: [job for job in jobs(experiment, stage, sizes) if not job.is_done(store)] for stage in STAGES}
     wanted = set(stages)
     for stage in STAGES:
         needed = [earlier for earlier in STAGES[: STAGES.index(stage)] if earlier not in wanted and todo[earlier]]
@@ -161,7 +182,7 @@ def unfinished(experiment: Experiment, store: Store, stages: Iterable[str], size
                 f"--stages: {stage} cannot be run: {needed[0]} is not done ({todo[needed[0]][0].name}); "
                 f"allowed is --stages {','.join((*needed, stage))}"
             )
-    return {stage: todo[stage] for stage in STAGES if stage in wanted}
+    return [job for stage in STAGES if stage in wanted for job in todo[stage]]
 
 
 def forward_flops(experiment: Experiment, shape: tuple[int, int, int]) -> float:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dwf_cluster.cluster import slurm
 from dwf_cluster.data import sources
 from dwf_cluster.experiment import Experiment
-from dwf_cluster.plan import unfinished
+from dwf_cluster.plan import select, unfinished
 from dwf_cluster.store import Store
 
 
@@ -38,7 +38,7 @@ def run(
     sizes = sources.sizes(experiments[0].data)
 
     def is_done(experiment: Experiment) -> bool:
-        return not any(unfinished(experiment, stores[experiment], stages, sizes).values())
+        return not select(unfinished(experiment, stores[experiment], sizes), stages)
 
     runs = {e: slurm.Run(e.folder, arguments(e), again) for e in experiments if not is_done(e)}
     say = functools.partial(print, flush=True)

@@ -13,7 +13,7 @@ from dwf_cluster.cluster.schedule import Placement, lower_bound, timeline
 from dwf_cluster.data.sources import Sizes
 from dwf_cluster.experiment import MIXTURE, STAGES, Experiment
 from dwf_cluster.grid import Column, columns, families, transfer
-from dwf_cluster.plan import Job, forward_flops
+from dwf_cluster.plan import Job, forward_flops, models
 from dwf_cluster.plan import jobs as plan_jobs
 from dwf_cluster.store import Store, tables
 
@@ -125,7 +125,7 @@ def result_table(experiment: Experiment, store: Store) -> Table:
 
 def transfer_table(experiment: Experiment, store: Store) -> Table:
     """Accuracy in percent of each model (down) on the PGD images that were made on each other model (across)."""
-    made_on = {transfer(experiment, name): name for name in _models(experiment)}
+    made_on = {transfer(experiment, name): name for name in models(experiment)}
     steps = next(iter(made_on)).steps
     return _accuracies(experiment, store, f"On PGD-{steps} made on", made_on)
 
@@ -138,7 +138,7 @@ def _accuracies(experiment: Experiment, store: Store, title: str, heads: Mapping
     table.add_column("model", no_wrap=True)
     for head in heads.values():
         table.add_column(head, justify="right", no_wrap=True)
-    for model in _models(experiment):
+    for model in models(experiment):
         cells = [accuracy.get((model, *column.settings.values())) for column in heads]
         table.add_row(model, *("" if cell is None else f"{100 * cell:.1f}" for cell in cells))
     return table
@@ -147,15 +147,11 @@ def _accuracies(experiment: Experiment, store: Store, title: str, heads: Mapping
 def warnings(experiment: Experiment, store: Store) -> list[str]:
     """A line for each sign of gradient masking, from the `checks` table, or one that says there is none."""
     rows = tables.read(store, "checks").to_pylist()
-    order = {model: place for place, model in enumerate(_models(experiment))}
+    order = {model: place for place, model in enumerate(models(experiment))}
     fired = sorted((row for row in rows if row["fired"]), key=lambda row: order[row["model"]])
     lines = [f"warning: {row['model']}, {row['check']}: {row['meaning']}" for row in fired]
     looked = f"{len(rows)} checks of {len(order)} models on {rows[0]['examples']} images"
     return [*lines, f"signs of gradient masking: {len(lines) or 'none'} in {looked}"]
-
-
-def _models(experiment: Experiment) -> tuple[str, ...]:
-    return (*(regime.name for regime in experiment.regimes), MIXTURE)
 
 
 def _table(title: str) -> Table:

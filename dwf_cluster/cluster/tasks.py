@@ -14,6 +14,7 @@ from typing import Any
 
 import ray
 import torch
+from pyarrow.fs import FSSpecHandler, PyFileSystem
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from torch import nn
@@ -25,7 +26,7 @@ from dwf_cluster.determinism import make_deterministic
 from dwf_cluster.evaluation import check, evaluate
 from dwf_cluster.experiment import MIXTURE, Experiment
 from dwf_cluster.grid import CHECKS
-from dwf_cluster.plan import Job
+from dwf_cluster.plan import Job, is_trained
 from dwf_cluster.store import Store, checkpoints, tables
 from dwf_cluster.store.jobs import recorded
 from dwf_cluster.training import expert, joint
@@ -57,7 +58,7 @@ def run_job(job: Job, store: Store, images: ray.ObjectRef, place: Placement, con
         else:
             _fit(functools.partial(_train, job, store, images, place, control), job, store, place)
         row["devices"] = ray.get(control.devices.remote((job.folder, job.name)))
-        if not job.is_done(store):
+        if job.stage != "evaluate" and not is_trained(job.experiment, store, job.stage, job.model):
             row["state"] = "stopped"
     return bool(row["state"] == "done")
 
@@ -72,7 +73,11 @@ def _fit(loop: Callable[[], None], job: Job, store: Store, place: Placement) -> 
         # For workers that die; an error of the loop's own is met again after the last checkpoint, then ends the run.
         # No time stamp in the name: the same run again is the same run.
         run_config=RunConfig(
-            name=job.file, storage_path=store.path("train"), failure_config=FailureConfig(max_failures=2)
+            name=job.file,
+            # Arrow's own S3 would look for credentials and endpoint in other places than the store does.
+            storage_filesystem=None if store.is_local else PyFileSystem(FSSpecHandler(store.files)),
+            storage_path=store.path("train") if store.is_local else store.path("train").partition("://")[2],
+            failure_config=FailureConfig(max_failures=2),
         ),
     ).fit()
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,8 +20,6 @@ from dwf_cluster.store.files import Store
 
 if TYPE_CHECKING:
     import torch
-
-logger = logging.getLogger(__name__)
 
 _NAME = re.compile(r"epoch-(\d+)(?:-step-(\d+))?$")
 
@@ -50,14 +47,19 @@ class Checkpoint:
 def save(
     store: Store, model: str, epoch: int, steps: int, tensors: Mapping[str, torch.Tensor], state: Mapping[str, Any]
 ) -> None:
-    """Save a checkpoint after `epoch` epochs and `steps` steps, then remove all but the newest `KEPT`."""
+    """Save a checkpoint after `epoch` epochs and `steps` steps, then remove all but the newest `KEPT`.
+
+    `state.json` says which experiment, model, epoch and step it belongs to, and what `state` has.
+    """
     from safetensors.torch import save as serialize
+
+    place = {"experiment": store.folder.rpartition("-")[2], "model": model, "epoch": epoch, "steps": steps}
 
     name = f"epoch-{epoch:05d}" + (f"-step-{steps:06d}" if steps else "")
     folder = f"{_model_folder(model)}/{name}"
     contents = {
         "tensors.safetensors": serialize({n: t.detach().cpu().contiguous() for n, t in tensors.items()}),
-        "state.json": (json.dumps(state, indent=2) + "\n").encode(),
+        "state.json": (json.dumps({**place, **state}, indent=2) + "\n").encode(),
     }
     for file, content in contents.items():
         store.write(f"{folder}/{file}", content)
@@ -88,29 +90,33 @@ def _latest(store: Store, model: str) -> str | None:
 
 
 def load_latest(store: Store, model: str) -> Checkpoint | None:
-    """The newest checkpoint whose content has the SHA-256 of its manifest; None without one.
-
-    One that does not is passed over with a warning that names it and the one that is used instead.
-    """
+    """The newest checkpoint that is what its manifest and its place say; None without one. Others are passed over."""
     from safetensors.torch import load as deserialize
 
-    damaged: list[str] = []
     for folder in reversed(_folders(store, model)):
-        contents = _verified(store, folder)
-        if contents is None:
-            damaged.append(store.path(folder))
-            continue
-        if damaged:
-            logger.warning("damaged checkpoint %s: using %s", ", ".join(damaged), store.path(folder))
-        return Checkpoint(
-            path=store.path(folder),
-            epoch=_done(folder)[0],
-            tensors=deserialize(contents["tensors.safetensors"]),
-            state=json.loads(contents["state.json"]),
-        )
-    if damaged:
-        logger.warning("damaged checkpoint %s: starting over", ", ".join(damaged))
+        found = _verified(store, model, folder)
+        if found:
+            tensors, state = found
+            return Checkpoint(store.path(folder), _done(folder)[0], deserialize(tensors), state)
     return None
+
+
+def discard_damaged(store: Store, model: str) -> str | None:
+    """Remove the newest checkpoints that are not what their manifests and places say. Needs no torch.
+
+    Returns:
+        A line that names them and the one that is used instead; None if there was nothing to do.
+    """
+    damaged: list[str] = []
+    good = "none: it starts over"
+    for folder in reversed(_folders(store, model)):
+        if _verified(store, model, folder):
+            good = store.path(folder)
+            break
+        damaged.append(folder)
+    for folder in damaged:
+        store.remove(folder)
+    return f"damaged checkpoint {', '.join(map(store.path, damaged))} removed; used is {good}" if damaged else None
 
 
 def _model_folder(model: str) -> str:
@@ -131,20 +137,30 @@ def _done(folder: str) -> tuple[int, int]:
 
 
 def _manifest(store: Store, folder: str) -> dict[str, dict[str, Any]] | None:
-    content = store.read(f"{folder}/manifest.json")
     try:
-        manifest = json.loads(content) if content else None
-    except ValueError:
+        manifest = json.loads(store.read(f"{folder}/manifest.json") or b"")
+    except (ValueError, RecursionError):
         return None
-    whole = isinstance(manifest, dict) and set(manifest) == {"tensors.safetensors", "state.json"}
+    if not isinstance(manifest, dict) or set(manifest) != {"tensors.safetensors", "state.json"}:
+        return None
+    whole = all(isinstance(entry, dict) and {"bytes", "sha256"} <= set(entry) for entry in manifest.values())
     return manifest if whole else None
 
 
-def _verified(store: Store, folder: str) -> dict[str, bytes] | None:
+def _verified(store: Store, model: str, folder: str) -> tuple[bytes, dict[str, Any]] | None:
+    """Tensors, serialized, and state of a checkpoint; None if it is damaged, or another than its place says."""
+    from safetensors import SafetensorError, deserialize
+
     contents = {}
     for name, entry in (_manifest(store, folder) or {}).items():
         content = store.read(f"{folder}/{name}")
         if content is None or hashlib.sha256(content).hexdigest() != entry["sha256"]:
             return None
         contents[name] = content
-    return contents or None
+    try:
+        tensors, state = contents["tensors.safetensors"], json.loads(contents["state.json"])
+        deserialize(tensors)  # type: ignore[no-untyped-call]
+        told = state["experiment"], state["model"], (state["epoch"], state["steps"])
+    except (KeyError, TypeError, ValueError, RecursionError, SafetensorError):
+        return None
+    return (tensors, state) if told == (store.folder.rpartition("-")[2], model, _done(folder)) else None

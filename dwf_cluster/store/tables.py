@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from dwf_cluster.experiment import Experiment
-from dwf_cluster.store.files import Store
+from dwf_cluster.store.files import StorageFailed, Store
 
 _EXPERIMENT = [("experiment", pa.string()), ("preset", pa.string()), ("dataset", pa.string()), ("seed", pa.int64())]
 _time = pa.timestamp("us", tz="UTC")
@@ -157,22 +157,49 @@ def upsert(store: Store, table: str, file: str, row: Mapping[str, Any], key: str
     _write(store, table, file, pa.concat_tables([kept, new]).sort_by(key))
 
 
-def read(store: Store, table: str, files: Sequence[str] | None = None) -> pa.Table:
+def read(store: Store, table: str, only: Sequence[str] | None = None) -> pa.Table:
     """A whole table, or those of its files that are there; empty if there are none."""
-    if files is None:
-        files = [name.removesuffix(".parquet") for name in store.names(folder(table))]
-    return pa.concat_tables([SCHEMAS[table].empty_table(), *(_read_file(store, table, f) for f in files)])
+    names = sorted(files(store, table)) if only is None else only
+    return pa.concat_tables([SCHEMAS[table].empty_table(), *(_read_file(store, table, name) for name in names)])
 
 
-def exists(store: Store, table: str, file: str) -> bool:
-    """Whether that file of the table has been written."""
-    return store.size(f"{folder(table)}/{file}.parquet") is not None
+def files(store: Store, table: str) -> frozenset[str]:
+    """Which files of the table have been written."""
+    return frozenset(name.removesuffix(".parquet") for name in store.names(folder(table)))
+
+
+def count(store: Store) -> dict[str, int]:
+    """How many rows each table has."""
+    found = {table: [_parquet(store, table, file) for file in files(store, table)] for table in SCHEMAS}
+    return {table: sum(file.metadata.num_rows for file in parts if file) for table, parts in found.items()}
 
 
 def _read_file(store: Store, table: str, file: str) -> pa.Table:
-    content = store.read(f"{folder(table)}/{file}.parquet")
     schema = SCHEMAS[table]
-    return schema.empty_table() if content is None else pq.read_table(io.BytesIO(content), schema=schema)
+    parquet = _parquet(store, table, file)
+    if parquet is None:
+        return schema.empty_table()
+    try:
+        # Not with Arrow's threads: one that outlives the interpreter takes the process down with it.
+        rows = parquet.read(use_threads=False)
+        # Columns that an older version did not have are null.
+        return pa.concat_tables([schema.empty_table(), rows], promote_options="default").select(schema.names)
+    except pa.ArrowException as error:
+        raise _damaged(store, table, file, error) from None
+
+
+def _parquet(store: Store, table: str, file: str) -> pq.ParquetFile | None:
+    content = store.read(f"{folder(table)}/{file}.parquet")
+    try:
+        return None if content is None else pq.ParquetFile(pa.BufferReader(content), pre_buffer=False)
+    except pa.ArrowException as error:
+        raise _damaged(store, table, file, error) from None
+
+
+def _damaged(store: Store, table: str, file: str, error: Exception) -> StorageFailed:
+    path = store.path(f"{folder(table)}/{file}.parquet")
+    reason = str(error).strip().splitlines()[0]
+    return StorageFailed(f"{path}: not the Parquet file that was written ({reason}); remove it, and it is made anew")
 
 
 def _write(store: Store, table: str, file: str, rows: pa.Table) -> None:

@@ -1,6 +1,6 @@
 """The one epoch loop: SGD with momentum and weight decay, cosine annealing, a checkpoint after each epoch.
 
-Asked to stop, it saves one in the middle of an epoch.
+Within an epoch it saves one every `checkpoint_minutes`, and when it is asked to stop.
 """
 
 from __future__ import annotations
@@ -99,14 +99,13 @@ def train(task: Task, model: nn.Module, images: DeviceImages, perturb: Perturb) 
     while progress.epoch < task.training.epochs:
         row = _epoch(task, progress, model, parallel, optimizer, images, perturb)
         if row is None:
-            if rank == 0:
-                _save(task, model, optimizer, progress)
+            _save(task, model, optimizer, progress)
             raise Stopped
         progress = _Progress(progress.epoch + 1)
         if rank == 0:
             # Metrics first: killed in between, the epoch is run again and its row replaced.
             tables.upsert(task.store, "metrics", task.name, tables.rows_of(task.experiment, [row])[0], key="epoch")
-            _save(task, model, optimizer, progress)
+        _save(task, model, optimizer, progress)
         task.report(row)
     return model
 
@@ -125,6 +124,8 @@ def _epoch(
     started, key = time.perf_counter() - progress.seconds, (task.experiment.seed, task.name, epoch)
     batches = images.epoch(task.training.batch_size, Draws(key))
     first, last = epoch * len(batches), task.training.epochs * len(batches)
+    pause = 60 * task.experiment.checkpoint_minutes
+    due = time.perf_counter() + pause
     model.train()
     step = first
     try:
@@ -140,9 +141,15 @@ def _epoch(
             _average_statistics(model)
             progress.loss += loss * len(indices)
             progress.steps += 1
-            if stopping and progress.steps < len(batches):
-                progress.seconds = time.perf_counter() - started
-                return None
+            progress.seconds = time.perf_counter() - started
+            if progress.steps < len(batches):
+                if stopping:
+                    return None
+                if time.perf_counter() > due:
+                    saving = time.perf_counter()
+                    _save(task, model, optimizer, progress)
+                    started += time.perf_counter() - saving
+                    due = time.perf_counter() + pause
         seconds = time.perf_counter() - started
         clean, robust = probe(model, images, task.experiment)
     except attacks.NotLogits as error:
@@ -243,18 +250,15 @@ def _average_statistics(model: nn.Module) -> None:
 
 
 def _save(task: Task, model: nn.Module, optimizer: torch.optim.SGD, progress: _Progress) -> None:
+    """Save a checkpoint, if this is the first worker: all hold the same model."""
+    if _workers()[0] > 0:
+        return
     tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     for name, parameter in model.named_parameters():
         momentum = optimizer.state[parameter].get("momentum_buffer")
         if momentum is not None:
             tensors[f"momentum.{name}"] = momentum
-    state = {
-        "experiment": task.experiment.signature,
-        "stage": task.stage,
-        "model": task.name,
-        "epochs": task.training.epochs,
-        **asdict(progress),
-    }
+    state = {"stage": task.stage, "epochs": task.training.epochs, **asdict(progress)}
     checkpoints.save(task.store, task.name, progress.epoch, progress.steps, tensors, state)
 
 
