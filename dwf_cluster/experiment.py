@@ -22,6 +22,10 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 class InvalidInput(ValueError):
     """A value that cannot be used. Its text is one line: the field, the value, and what is allowed."""
 
+    def __init__(self, text: str) -> None:
+        # Names and values are a stranger's: they must neither break the line nor reach the terminal.
+        super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in text))
+
 
 # --------------------------------------------------------------------------------------- field types
 
@@ -31,7 +35,7 @@ def _as_tuple(value: Any) -> Any:
     if isinstance(value, str):
         try:
             return tuple(json.loads(part) for part in value.split(","))
-        except json.JSONDecodeError:
+        except (json.JSONDecodeError, RecursionError):
             return tuple(part.strip() for part in value.split(",") if part.strip())
     if isinstance(value, list):
         return tuple(value)
@@ -479,13 +483,13 @@ def _assign(fields: dict[str, Any], name: str, text: str) -> None:
     if name not in known:
         close = difflib.get_close_matches(name, sorted(known), n=1)
         hint = f"did you mean {close[0]}?" if close else "--help lists them all"
-        raise InvalidInput(f"{name}: no such field; {hint}")
+        raise InvalidInput(f"{name[:80]}: no such field; {hint}")
     *parents, leaf = name.split(".")
     for parent in parents:
         fields = fields[parent]
     try:
         fields[leaf] = json.loads(text)
-    except ValueError:  # a bare word, such as a file's name
+    except (ValueError, RecursionError):  # a bare word, such as a file's name
         fields[leaf] = text
 
 

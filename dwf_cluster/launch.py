@@ -51,10 +51,10 @@ def _seeds(text: str) -> list[int]:
     parts = [first, last] if dots else text.split(",")
     if not all(part.isascii() and part.isdigit() and int(part) < 2**31 for part in parts):
         _refuse(text, "is an integer from 0 to 2147483647, or several with commas between, or first..last")
-    seeds = list(range(int(first), int(last) + 1)) if dots else [int(part) for part in parts]
+    seeds = range(int(first), int(last) + 1) if dots else [int(part) for part in parts]
     if not 1 <= len(seeds) <= 1000 or len(set(seeds)) < len(seeds):
         _refuse(text, "are 1 to 1000 different seeds")
-    return seeds
+    return list(seeds)
 
 
 def _stages(text: str) -> list[str]:

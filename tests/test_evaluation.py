@@ -201,7 +201,7 @@ def test_slices_of_the_test_set_come_to_the_same_rows_as_the_whole(
             rows, part = _evaluated(small, images, "fgsm-1", family, chosen)
             tables.write(store, "shards", f"{family}-{number}", tables.rows_of(small, rows))
             predictions += part
-        shards.merge(store, family, [f"{family}-{number}" for number in range(3)])
+        shards.merge(store, {family: [f"{family}-{number}" for number in range(3)]})
         merged = tables.read(store, "evaluations", [family]).to_pylist()
         whole, whole_predictions = _evaluated(everything, images, "fgsm-1", family)
         for row, expected in zip(merged, whole, strict=True):
@@ -219,9 +219,9 @@ def test_a_merge_waits_for_every_slice_and_its_intervals_are_wilsons(
 ) -> None:
     rows, _ = _evaluated(tiny, images, "benign", "paper")
     tables.write(store, "shards", "first", tables.rows_of(tiny, rows))
-    shards.merge(store, "merged", ["first", "second"])
-    assert not tables.exists(store, "evaluations", "merged")
-    shards.merge(store, "merged", ["first"])
+    shards.merge(store, {"merged": ["first", "second"]})
+    assert not tables.files(store, "evaluations")
+    shards.merge(store, {"merged": ["first"]})
     for row in tables.read(store, "evaluations", ["merged"]).to_pylist():
         n, p, z = 40, row["accuracy"], 1.959963984540054
         centre, half = (p + z * z / (2 * n)), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))

@@ -194,6 +194,8 @@ def local(resources: Resources) -> Iterator[Cluster]:
     folder = tempfile.mkdtemp(prefix="dwf-", dir="/tmp")  # socket paths over 107 bytes fail
     make_private(folder, secrets.token_hex(32))
     set_environment(folder)
+    # Off, as on laptops by default: no Ray across machines, so all that Ray starts listens on 127.0.0.1.
+    os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     import ray
 
     try:

@@ -183,7 +183,8 @@ def _read_file(store: Store, table: str, file: str) -> pa.Table:
         # Not with Arrow's threads: one that outlives the interpreter takes the process down with it.
         rows = parquet.read(use_threads=False)
         # Columns that an older version did not have are null.
-        return pa.concat_tables([schema.empty_table(), rows], promote_options="default").select(schema.names)
+        whole = pa.concat_tables([schema.empty_table(), rows], promote_options="permissive")
+        return whole.select(schema.names).cast(schema)
     except pa.ArrowException as error:
         raise _damaged(store, table, file, error) from None
 

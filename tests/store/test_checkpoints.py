@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
-import logging
+import pickle
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,7 +18,7 @@ from dwf_cluster.store import Store, checkpoints
 
 def _save(store: Store, epoch: int, model: str = "pgd-1") -> None:
     tensors = {"model.weight": torch.full((3, 2), float(epoch)), "model.count": torch.tensor(epoch)}
-    checkpoints.save(store, model, epoch, 0, tensors, {"epoch": epoch})
+    checkpoints.save(store, model, epoch, 0, tensors, {"loss": 0.5})
 
 
 def _folder(store: Store, epoch: int, model: str = "pgd-1") -> Path:
@@ -26,14 +30,16 @@ def test_what_was_saved_comes_back(store: Store) -> None:
     _save(store, 1)
     checkpoint = checkpoints.load_latest(store, "pgd-1")
     assert checkpoint is not None
-    assert (checkpoint.epoch, checkpoint.state) == (1, {"epoch": 1})
+    assert checkpoint.epoch == 1
+    experiment = store.folder.rpartition("-")[2]
+    assert checkpoint.state == {"experiment": experiment, "model": "pgd-1", "epoch": 1, "steps": 0, "loss": 0.5}
     assert torch.equal(checkpoint.tensors["model.weight"], torch.ones(3, 2))
     assert checkpoint.tensors["model.count"].dtype == torch.int64
 
 
 def test_one_from_the_middle_of_an_epoch_lies_between_its_neighbours(store: Store) -> None:
     for epoch, steps in ((3, 0), (3, 17), (3, 105)):
-        checkpoints.save(store, "pgd-1", epoch, steps, {"x": torch.tensor(steps)}, {"steps": steps})
+        checkpoints.save(store, "pgd-1", epoch, steps, {"x": torch.tensor(steps)}, {})
     assert store.names("checkpoints/pgd-1") == ["epoch-00003-step-000017", "epoch-00003-step-000105"]
     assert checkpoints.latest_epoch(store, "pgd-1") == 3
     _save(store, 4)
@@ -41,7 +47,7 @@ def test_one_from_the_middle_of_an_epoch_lies_between_its_neighbours(store: Stor
     (_folder(store, 4) / "manifest.json").unlink()
     latest = checkpoints.load_latest(store, "pgd-1")
     assert latest is not None
-    assert (latest.epoch, latest.state) == (3, {"steps": 105})
+    assert (latest.epoch, latest.state["steps"]) == (3, 105)
 
 
 def test_the_mixture_lies_in_the_folder_joint(store: Store) -> None:
@@ -52,7 +58,7 @@ def test_the_mixture_lies_in_the_folder_joint(store: Store) -> None:
 
 def test_state_and_manifest_are_readable_json(store: Store) -> None:
     _save(store, 1)
-    assert json.loads((_folder(store, 1) / "state.json").read_text()) == {"epoch": 1}
+    assert json.loads((_folder(store, 1) / "state.json").read_text())["loss"] == 0.5
     manifest = json.loads((_folder(store, 1) / "manifest.json").read_text())
     assert {name: len(entry["sha256"]) for name, entry in manifest.items()} == {
         "tensors.safetensors": 64,
@@ -77,16 +83,135 @@ def test_a_checkpoint_that_lacks_a_file_does_not_exist(store: Store, file: str) 
     assert checkpoints.latest_epoch(store, "pgd-1") == 1
 
 
-def test_a_damaged_checkpoint_is_passed_over_with_both_named(store: Store, caplog: pytest.LogCaptureFixture) -> None:
+def _flip_a_bit(folder: Path) -> None:
+    content = bytearray((folder / "tensors.safetensors").read_bytes())
+    content[-1] ^= 1
+    (folder / "tensors.safetensors").write_bytes(content)
+
+
+def _truncate(folder: Path) -> None:
+    content = (folder / "tensors.safetensors").read_bytes()
+    (folder / "tensors.safetensors").write_bytes(content[:-1])
+
+
+def _vanish(folder: Path) -> None:
+    (folder / "state.json").unlink()
+
+
+def _swap_a_file(folder: Path) -> None:
+    shutil.copy(folder.parent / "epoch-00001" / "tensors.safetensors", folder)
+
+
+def _swap_with_another_epoch(folder: Path) -> None:
+    shutil.copytree(folder.parent / "epoch-00001", folder, dirs_exist_ok=True)
+
+
+def _swap_with_another_model(folder: Path) -> None:
+    shutil.copytree(folder.parent.parent / "pgd-2" / folder.name, folder, dirs_exist_ok=True)
+
+
+def _swap_with_another_experiment(folder: Path) -> None:
+    other = Store(str(folder.parents[3]), "digits-seed1-0123456789")
+    _save(other, 2)
+    shutil.copytree(_folder(other, 2), folder, dirs_exist_ok=True)
+
+
+def _signed(folder: Path, name: str, content: bytes) -> None:
+    """Put a file in, and a manifest that vouches for it."""
+    (folder / name).write_bytes(content)
+    manifest = {
+        path.name: {"bytes": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+        for path in folder.iterdir()
+        if path.name != "manifest.json"
+    }
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+class _Malicious:
+    def __reduce__(self) -> tuple[object, ...]:
+        return (Path.touch, (Path("pwned"),))
+
+
+def _pickle_instead_of_tensors(folder: Path) -> None:
+    _signed(folder, "tensors.safetensors", pickle.dumps(_Malicious()))
+
+
+def _torch_pickle_instead_of_tensors(folder: Path) -> None:
+    buffer = io.BytesIO()
+    torch.save({"model.weight": _Malicious()}, buffer)
+    _signed(folder, "tensors.safetensors", buffer.getvalue())
+
+
+def _state_without_a_place(folder: Path) -> None:
+    _signed(folder, "state.json", b"{}")
+
+
+def _state_of_another_kind(folder: Path) -> None:
+    _signed(folder, "state.json", b"[1, 2]")
+
+
+def _bottomless_state(folder: Path) -> None:
+    _signed(folder, "state.json", b"[" * 200_000)
+
+
+def _bottomless_manifest(folder: Path) -> None:
+    (folder / "manifest.json").write_bytes(b"[" * 200_000)
+
+
+def _manifest_of_another_kind(folder: Path) -> None:
+    (folder / "manifest.json").write_text('{"tensors.safetensors": 1, "state.json": null}')
+
+
+def _manifest_that_is_no_text(folder: Path) -> None:
+    (folder / "manifest.json").write_bytes(b"\xff\xfe\x00")
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        _flip_a_bit,
+        _truncate,
+        _vanish,
+        _swap_a_file,
+        _swap_with_another_epoch,
+        _swap_with_another_model,
+        _swap_with_another_experiment,
+        _pickle_instead_of_tensors,
+        _torch_pickle_instead_of_tensors,
+        _state_without_a_place,
+        _state_of_another_kind,
+        _bottomless_state,
+        _bottomless_manifest,
+        _manifest_of_another_kind,
+        _manifest_that_is_no_text,
+    ],
+    ids=lambda damage: damage.__name__.strip("_"),
+)
+def test_a_checkpoint_that_is_not_what_was_saved_is_removed_and_both_are_named(
+    store: Store, damage: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for epoch in (1, 2):
+        _save(store, epoch)
+        _save(store, epoch, "pgd-2")
+    damage(_folder(store, 2))
+    checkpoint = checkpoints.load_latest(store, "pgd-1")
+    assert checkpoint is not None
+    assert (checkpoint.epoch, checkpoint.tensors["model.count"]) == (1, 1)
+    told = checkpoints.discard_damaged(store, "pgd-1")
+    assert told == f"damaged checkpoint {_folder(store, 2)} removed; used is {_folder(store, 1)}"
+    assert store.names("checkpoints/pgd-1") == ["epoch-00001"]
+    assert not Path("pwned").exists()
+
+
+def test_good_ones_are_left_alone_and_without_any_it_starts_over(store: Store) -> None:
     _save(store, 1)
     _save(store, 2)
-    path = _folder(store, 2) / "tensors.safetensors"
-    content = bytearray(path.read_bytes())
-    content[-1] ^= 1
-    path.write_bytes(content)
-    with caplog.at_level(logging.WARNING):
-        checkpoint = checkpoints.load_latest(store, "pgd-1")
-    assert checkpoint is not None
-    assert checkpoint.epoch == 1
-    assert str(_folder(store, 2)) in caplog.text
-    assert str(_folder(store, 1)) in caplog.text
+    assert checkpoints.discard_damaged(store, "pgd-1") is None
+    _flip_a_bit(_folder(store, 1))
+    assert checkpoints.discard_damaged(store, "pgd-1") is None  # nobody needs it
+    _flip_a_bit(_folder(store, 2))
+    told = checkpoints.discard_damaged(store, "pgd-1")
+    assert told is not None
+    assert told.endswith("removed; used is none: it starts over")
+    assert checkpoints.load_latest(store, "pgd-1") is None

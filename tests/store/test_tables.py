@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import io
+import pickle
+import re
 from pathlib import Path
 
 import pandas as pd
 import pytest
 
 from dwf_cluster.experiment import Experiment
-from dwf_cluster.store import Store, tables
+from dwf_cluster.store import StorageFailed, Store, tables
 
 
 def _row(experiment: Experiment, epoch: int, loss: float) -> dict[str, object]:
@@ -57,3 +60,37 @@ def test_an_unfinished_file_is_not_read(store: Store, tiny: Experiment) -> None:
     Path(store.path("results/metrics/.pgd-2.parquet.1.unfinished")).write_bytes(b"PAR1half")
     assert len(pd.read_parquet(store.path("results/metrics"))) == 1
     assert tables.read(store, "metrics").num_rows == 1
+
+
+def test_a_file_that_is_not_what_was_written_is_named(store: Store, tiny: Experiment) -> None:
+    tables.write(store, "metrics", "pgd-1", [_row(tiny, 1, 1.0)])
+    whole = store.read("results/metrics/pgd-1.parquet")
+    assert whole is not None
+    other = io.BytesIO()
+    pd.DataFrame({"loss": ["high"]}).to_parquet(other)
+    for content in (whole[:-9], b"", pickle.dumps({}), other.getvalue()):
+        store.write("results/metrics/pgd-1.parquet", content)
+        with pytest.raises(StorageFailed) as failed:
+            tables.read(store, "metrics")
+        assert re.fullmatch(
+            r"/\S+/results/metrics/pgd-1\.parquet: not the Parquet file that was written \(.+\); "
+            "remove it, and it is made anew",
+            str(failed.value),
+        )
+
+
+def test_rows_of_an_older_version_lack_what_it_did_not_know(store: Store, tiny: Experiment) -> None:
+    tables.write(store, "jobs", "joint", tables.rows_of(tiny, [{"task": "joint", "devices": ["n1: cpu"]}]))
+    old = pd.read_parquet(store.path("results/jobs/joint.parquet")).drop(columns="devices")
+    old.to_parquet(store.path("results/jobs/joint.parquet"))
+    (row,) = tables.read(store, "jobs").to_pylist()
+    assert (row["task"], row["devices"]) == ("joint", None)
+
+
+def test_rows_are_counted_and_other_experiments_are_not_looked_at(store: Store, tiny: Experiment) -> None:
+    for model in ("pgd-1", "pgd-2"):
+        tables.write(store, "metrics", model, [_row(tiny, epoch, 1.0) for epoch in (1, 2, 3)])
+    other = Store(store.url, "digits-seed1-0123456789")
+    other.write("results/metrics/pgd-1.parquet", b"not to be opened")
+    assert tables.count(store) == {**dict.fromkeys(tables.SCHEMAS, 0), "metrics": 6}
+    assert tables.read(store, "metrics").num_rows == 6

@@ -1,0 +1,328 @@
+"""Whatever a user gets wrong: one line that says what and what is allowed, exit status 2, and nothing is written."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import os
+import pickle
+import shlex
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from dwf_cluster import status
+from dwf_cluster.experiment import Experiment, InvalidInput, build, describe
+from dwf_cluster.launch import main
+
+from .conftest import TINY, write_npz
+
+
+class Malicious:
+    def __reduce__(self) -> tuple[object, ...]:
+        return (Path.touch, (Path("pwned"),))
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder that commands run in, with files of many kinds."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("not a folder")
+    (tmp_path / "folder").mkdir()
+    x, y = np.zeros((64, 8, 8, 3), np.uint8), np.arange(64) % 3
+    write_npz(tmp_path / "good.npz")
+    for name, changed in {
+        "float": {"x_train": x.astype(np.float32)},
+        "flat": {"x_train": x.reshape(64, -1)},
+        "channels": {"x_train": np.zeros((64, 8, 8, 7), np.uint8)},
+        "empty": {"x_train": x[:0], "y_train": y[:0]},
+        "sizes": {"x_test": np.zeros((16, 9, 9, 3), np.uint8)},
+        "labels": {"y_train": y[:5]},
+        "fractions": {"y_train": y.astype(float)},
+        "negative": {"y_train": y - 1},
+        "one-class": {"y_train": y * 0, "y_test": np.zeros(16, int)},
+        "new-class": {"y_test": np.arange(16)},
+        "missing": {"x_test": None},
+        "objects": {"y_train": np.array([Malicious()] * 64, dtype=object)},
+    }.items():
+        write_npz(tmp_path / f"{name}.npz", **changed)
+    (tmp_path / "text.npz").write_text("hello")
+    (tmp_path / "nothing.npz").write_bytes(b"")
+    (tmp_path / "cut.npz").write_bytes((tmp_path / "good.npz").read_bytes()[:-200])
+    (tmp_path / "pickle.npz").write_bytes(pickle.dumps(Malicious()))
+    with zipfile.ZipFile(tmp_path / "zip.npz", "w") as archive:
+        for name in ("x_train", "y_train", "x_test", "y_test"):
+            archive.writestr(f"{name}.npy", b"no array")
+    good = json.loads(build("digits").to_json())
+    for name, content in {
+        "good": json.dumps(good),
+        "no-json": "{",
+        "list": "[]",
+        "number": "7",
+        "bottomless": "[" * 100_000,
+        "unknown": json.dumps({**good, "colour": "red"}),
+        "outside": json.dumps({**good, "preset": "../../etc"}),
+        "shell": json.dumps({**good, "preset": "$(touch pwned)"}),
+        "newline": json.dumps({**good, "preset": "digits\nrm"}),
+        "seed": json.dumps({**good, "seed": "0; touch pwned"}),
+        "deep": json.dumps({**good, "experts": {**good["experts"], "epochs": {"a": [1]}}}),
+    }.items():
+        (tmp_path / f"{name}.json").write_text(content)
+    (tmp_path / "binary.json").write_bytes(b"\xff\xfe\x00\x01")
+    return tmp_path
+
+
+def _local(*arguments: str) -> list[str]:
+    return ["--local", *arguments]
+
+
+def _set(*assignments: str) -> list[str]:
+    return ["--local", "--set", *assignments]
+
+
+CASES: list[tuple[list[str], str]] = [
+    # the command line
+    ([], "one of the arguments --local --address --slurm is required"),
+    (["--local", "--slurm"], "--slurm: not allowed with argument --local"),
+    (["--local", "--nodes", "2"], "--nodes: cannot be used without --slurm"),
+    (["--address", "auto", "--cpus", "2"], "--cpus: cannot be used without --local"),
+    (["--address", "127.0.0.1:1"], "--address: '127.0.0.1:1' cannot be reached: "),
+    (["--address", "127.0.0.1:port"], "--address: '127.0.0.1:port' cannot be reached: "),
+    (_local("--seed", "3..1"), "--seed: '3..1' cannot be used: allowed are 1 to 1000 different seeds"),
+    (_local("--seed", "1,1"), "--seed: '1,1' cannot be used: allowed are 1 to 1000 different seeds"),
+    (_local("--seed", "0..9999999"), "--seed: '0..9999999' cannot be used: allowed are 1 to 1000 different seeds"),
+    (_local("--seed", "0..2147483647"), "--seed: '0..2147483647' cannot be used: allowed are 1 to 1000"),
+    (_local("--seed", "-1"), "--seed: '-1' cannot be used: allowed is an integer from 0"),
+    (_local("--seed", "one"), "--seed: 'one' cannot be used"),
+    (_local("--seed", "٣"), "--seed: '٣' cannot be used"),
+    (_local("--gpus-per-expert", "2"), "--gpus-per-expert: '2' cannot be used: allowed is a number from 0.01"),
+    (_local("--gpus-per-expert", "nan"), "--gpus-per-expert: 'nan' cannot be used"),
+    (_local("--colour"), "unrecognized arguments: --colour"),
+    (_local("--cpus", "0"), "--cpus: '0' cannot be used: allowed is an integer from 1"),
+    (_local("--cpus", "1e3"), "--cpus: '1e3' cannot be used"),
+    (_local("--stages", "train"), "--stages: 'train' cannot be used: allowed are experts,joint,evaluate"),
+    (_local("--stages", ""), "--stages: '' cannot be used"),
+    (_local("--stages", "joint"), "--stages: joint cannot be run: experts is not done"),
+    (["--slurm", "--time", "soon"], "--time: 'soon' cannot be used"),
+    (["--slurm", "--partition", "a b"], "--partition: 'a b' cannot be used: allowed are letters"),
+    (["--slurm", "--account", "$(id)"], "--account: '$(id)' cannot be used"),
+    (["--slurm", "--sbatch", "qos=a\nb"], "--sbatch: 'a\\nb' cannot be used"),
+    (["--slurm", "--sbatch", "wrap"], "--sbatch: 'wrap' cannot be used: allowed is option=value"),
+    # the store
+    (_local("--storage", "nosuch://bucket"), "--storage: 'nosuch://bucket' cannot be used: "),
+    (_local("--storage", "s3://key:secret@bucket/x"), "--storage: 's3://bucket/x' with a password"),
+    (_local("--storage", "s3://bucket/x?secret=1"), "--storage: 's3://bucket/x' with a password"),
+    # presets and experiment files
+    (_local("--preset", "mnist"), "preset: 'mnist' is none of digits, fashion-mnist, cifar10, svhn"),
+    (_local("--preset", ""), "preset: '' is none of"),
+    (_local("--preset", "../digits"), "preset: '../digits' is none of"),
+    (_local("--preset", "gone.json"), "preset: 'gone.json' cannot be read: No such file or directory"),
+    (_local("--preset", "no-json.json"), "experiment: "),
+    (_local("--preset", "list.json"), "experiment: "),
+    (_local("--preset", "number.json"), "experiment: "),
+    (_local("--preset", "bottomless.json"), "experiment: "),
+    (_local("--preset", "binary.json"), "preset: 'binary.json' cannot be used: it is not text"),
+    (_local("--preset", "unknown.json"), "colour: no such field"),
+    (_local("--preset", "outside.json"), "preset: '../../etc' cannot be used"),
+    (_local("--preset", "shell.json"), "preset: '$(touch pwned)' cannot be used"),
+    (_local("--preset", "newline.json"), "preset: 'digits\\nrm' cannot be used"),
+    (_local("--preset", "seed.json"), "seed: '0; touch pwned' cannot be used"),
+    (_local("--preset", "deep.json"), "experts.epochs: "),
+    # --set
+    (_set("experts.epoch=5"), "experts.epoch: no such field; did you mean experts.epochs?"),
+    (_set("experts=3"), "experts: no such field"),
+    (_set("experts.epochs"), "--set: 'experts.epochs' is not of the form"),
+    (_set("=1"), ": no such field"),
+    (_set("experts.epochs=-1"), "experts.epochs: -1 cannot be used"),
+    (_set("experts.epochs=1.5"), "experts.epochs: 1.5 cannot be used"),
+    (_set("experts.epochs=1e400"), "experts.epochs: inf cannot be used"),
+    (_set("experts.epochs=" + "9" * 5000), "experts.epochs: "),
+    (_set("pgd.epsilon=NaN"), "pgd.epsilon: nan cannot be used"),
+    (_set("pgd.epsilon=0"), "pgd.epsilon: 0 cannot be used"),
+    (_set("pgd.steps=" + "[" * 5000), "pgd.steps"),
+    (_set("fgsm.epsilons="), "fgsm.epsilons: "),
+    (_set("checkpoint_minutes=0"), "checkpoint_minutes: 0 cannot be used"),
+    (_set("preset=../../etc"), "preset: '../../etc' cannot be used"),
+    (_set("preset=a/b"), "preset: 'a/b' cannot be used"),
+    (_set("preset=-rf"), "preset: '-rf' cannot be used"),
+    (_set("preset=;touch pwned;"), "preset: ';touch pwned;' cannot be used"),
+    (_set("evaluation.beyond=apgd,deepfool"), "evaluation.beyond.1: 'deepfool' cannot be used"),
+    (_set("evaluation.beyond=autoattack", "data.source=good.npz"), "evaluation.beyond: 'autoattack' cannot be used"),
+    (_set("data.train_examples=2000"), "data.train_examples: 2000 cannot be used: allowed are 2"),
+    (_set("data.train_examples=1"), "data.train_examples: 1 cannot be used: allowed are 2"),
+    (_set("data.mean=0.1,0.2", "data.std=1,1"), "data.mean: 2 values cannot be used: the images have 1"),
+    (_set("data.source=/etc/passwd"), "data.source: '/etc/passwd' cannot be used: one of digits"),
+    # images
+    (_local("--preset", "gone.npz"), "data.source: 'gone.npz' cannot be read: No such file or directory"),
+    (_local("--preset", "float.npz"), "x_train: dtype float32 cannot be used: images are uint8"),
+    (_local("--preset", "flat.npz"), "x_train: shape (64, 192) cannot be used"),
+    (_local("--preset", "channels.npz"), "x_train: shape (64, 8, 8, 7) cannot be used"),
+    (_local("--preset", "empty.npz"), "x_train: shape (0, 8, 8, 3) cannot be used"),
+    (_local("--preset", "sizes.npz"), "x_test: images of shape (9, 9, 3) cannot be used"),
+    (_local("--preset", "labels.npz"), "y_train: shape (5,) cannot be used"),
+    (_local("--preset", "fractions.npz"), "y_train: dtype float64 cannot be used: labels are integers"),
+    (_local("--preset", "negative.npz"), "y_train: label -1 cannot be used"),
+    (_local("--preset", "one-class.npz"), "y_train: all labels are 0"),
+    (_local("--preset", "new-class.npz"), "y_test: label 15 cannot be used: y_train has 0..2"),
+    (_local("--preset", "missing.npz"), "missing.npz: no array x_test"),
+    (_local("--preset", "objects.npz"), "objects.npz: not an .npz file of plain arrays"),
+    (_local("--preset", "text.npz"), "text.npz: not an .npz file of plain arrays"),
+    (_local("--preset", "nothing.npz"), "nothing.npz: not an .npz file of plain arrays"),
+    (_local("--preset", "cut.npz"), "cut.npz: not an .npz file of plain arrays"),
+    (_local("--preset", "pickle.npz"), "pickle.npz: not an .npz file of plain arrays"),
+    (_local("--preset", "zip.npz"), "zip.npz: not an .npz file of plain arrays"),
+]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"), CASES, ids=lambda value: shlex.join(value)[:60] if isinstance(value, list) else ""
+)
+def test_bad_input_is_one_line_and_exit_status_2_and_nothing_is_written(
+    here: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    before = sorted(os.listdir(here))
+    assert main(arguments) == 2
+    told = capsys.readouterr()
+    assert told.err.startswith(f"error: {message}")
+    assert told.err.count("\n") == 1
+    assert len(told.err) < 400
+    assert "secret" not in told.err
+    assert sorted(os.listdir(here)) == before
+
+
+def _plan(folder: Path) -> list[str]:
+    return ["--local", "--dry-run", "--cpus", "2", "--gpus", "0", "--storage", str(folder), "--set", *TINY]
+
+
+def _table(content: bytes) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        (folder / "results" / "jobs").mkdir(parents=True)
+        (folder / "results" / "jobs" / "expert-pgd-1.parquet").write_bytes(content)
+
+    return damage
+
+
+def _other_columns() -> bytes:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    content = io.BytesIO()
+    pq.write_table(pa.table({"state": [[1]], "attempts": ["many"]}), content)
+    return content.getvalue()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        _table(b""),
+        _table(b"PAR1"),
+        _table(gzip.compress(b"x")),
+        _table(pickle.dumps(Malicious())),
+        _table(_other_columns()),
+    ],
+    ids=["empty", "header", "gzip", "pickle", "columns"],
+)
+def test_a_table_that_cannot_be_read_is_a_fault_of_the_store(
+    here: Path, capsys: pytest.CaptureFixture[str], damage: Callable[[Path], None]
+) -> None:
+    folder = here / "runs" / build("digits", None, TINY).folder
+    damage(folder)
+    assert main(_plan(here / "runs")) == 1
+    told = capsys.readouterr().err.splitlines()
+    assert told[0].startswith(
+        f"failed: {folder}/results/jobs/expert-pgd-1.parquet: not the Parquet file that was written"
+    )
+    assert told[1].startswith("resume: python -m dwf_cluster.launch --local")
+    assert len(told) == 2
+    assert not (here / "pwned").exists()
+
+
+def test_a_folder_of_a_checkpoint_that_is_none_is_no_checkpoint(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = here / "runs" / build("digits", None, TINY).folder / "checkpoints" / "pgd-1"
+    for name in ("epoch-00003", "epoch-99999-step-1", "epoch-../../x".replace("/", "_"), "notes"):
+        (folder / name).mkdir(parents=True)
+    (folder / "epoch-00004").write_text("a file")
+    (folder / "epoch-00003" / "manifest.json").write_text('{"tensors.safetensors": {"bytes": "3"}, "state.json": []}')
+    assert main(_plan(here / "runs")) == 0
+    assert "expert pgd-1" in capsys.readouterr().out
+
+
+def test_an_experiment_that_a_run_has_written_is_a_preset(here: Path) -> None:
+    experiment = build("digits", 3, ["experts.epochs=7", "checkpoint_minutes=2"])
+    (here / "experiment.json").write_text(experiment.to_json())
+    assert build("experiment.json") == experiment
+    assert build("experiment.json", 4, ["experts.epochs=7"]).folder.startswith("digits-seed4-")
+
+
+def test_minutes_between_checkpoints_are_no_part_of_the_signature() -> None:
+    assert build("digits", 0, ["checkpoint_minutes=2"]).signature == build("digits").signature
+
+
+def test_status_of_what_is_no_store(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert status.main(["file"]) == 2
+    assert capsys.readouterr().err == "error: storage: 'file' cannot be used: no experiments there\n"
+
+
+# ------------------------------------------------------------------------------------------------- fuzz
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=12), inner, max_size=4),
+    max_leaves=12,
+)
+FIELDS = st.sampled_from([field.name for field in describe()])
+NAMES = FIELDS | st.text(max_size=30)
+VALUES = (
+    st.text(max_size=40)
+    | JSON.map(lambda value: json.dumps(value))
+    | st.sampled_from(["1", "0.5", "1,2", "true", "null"])
+)
+
+
+def _answers(make: Callable[[], Experiment]) -> None:
+    """It is an experiment that survives a round trip, or one line."""
+    try:
+        experiment = make()
+    except InvalidInput as error:
+        assert str(error)
+        assert len(str(error).splitlines()) == 1
+    else:
+        assert Experiment.from_json(experiment.to_json()) == experiment
+        assert "/" not in experiment.folder
+
+
+FUZZ = settings(max_examples=1000, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+
+
+@FUZZ
+@given(st.lists(st.tuples(NAMES, VALUES).map("=".join) | st.text(max_size=30), max_size=4))
+def test_whatever_is_set_is_answered(assignments: list[str]) -> None:
+    _answers(lambda: build("digits", 0, assignments))
+
+
+@st.composite
+def _damaged(draw: st.DrawFn) -> str:
+    fields: Any = json.loads(build("digits").to_json())
+    for name in draw(st.lists(FIELDS, max_size=3)):
+        *parents, leaf = name.split(".")
+        part = fields
+        for parent in parents:
+            part = part[parent] if isinstance(part.get(parent), dict) else {}
+        part[leaf] = draw(JSON)
+    if draw(st.booleans()):
+        fields[draw(st.text(max_size=12) | st.sampled_from(list(fields)))] = draw(JSON)
+    text = json.dumps(fields)
+    return text[: draw(st.integers(0, len(text)))] if draw(st.booleans()) else text
+
+
+@FUZZ
+@given(_damaged() | JSON.map(json.dumps) | st.text(max_size=60))
+def test_whatever_an_experiments_file_says_is_answered(text: str) -> None:
+    _answers(lambda: Experiment.from_json(text))
