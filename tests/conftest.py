@@ -173,21 +173,26 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subproc
     return Path(result.stdout.splitlines()[-1]), result
 
 
-def store_of(folder: Path) -> Store:
-    return Store(str(folder.parent), folder.name)
+def store_of(folder: Path | str) -> Store:
+    """The store of an experiment's folder or URL."""
+    url, _, name = str(folder).rpartition("/")
+    return Store(url, name)
 
 
-def _frame(folder: Path, table: str) -> pd.DataFrame:
-    frame = pd.read_parquet(folder / "results" / table)
+def _frame(store: Store, table: str) -> pd.DataFrame:
+    frame = pd.read_parquet(store.path(f"results/{table}"))
     keys = ("epoch", "attack", "source", "epsilon", "steps", "first", "example", "check")
     columns = ["model", *(c for c in keys if c in frame)]
     return frame.sort_values(columns, ignore_index=True).drop(columns=TIMINGS[table])
 
 
-def assert_same(one: Path, other: Path, models: Sequence[str] = MODELS, tables: Iterable[str] = TIMINGS) -> None:
+def assert_same(
+    one: Path | str, other: Path | str, models: Sequence[str] = MODELS, tables: Iterable[str] = TIMINGS
+) -> None:
     """Two experiments' folders hold the same weights and, timings aside, the same rows."""
+    stores = [store_of(one), store_of(other)]
     for model in models:
-        first, second = (checkpoints.load_latest(store_of(folder), model) for folder in (one, other))
+        first, second = (checkpoints.load_latest(store, model) for store in stores)
         assert first is not None
         assert second is not None
         assert first.epoch == second.epoch
@@ -195,7 +200,7 @@ def assert_same(one: Path, other: Path, models: Sequence[str] = MODELS, tables: 
         for name, tensor in first.tensors.items():
             assert torch.equal(tensor, second.tensors[name]), (model, name)
     for table in tables:
-        left, right = (frame[frame.model.isin(models)] for frame in (_frame(one, table), _frame(other, table)))
+        left, right = (frame[frame.model.isin(models)] for frame in (_frame(store, table) for store in stores))
         pd.testing.assert_frame_equal(left.reset_index(drop=True), right.reset_index(drop=True))
 
 
@@ -205,7 +210,7 @@ def two_workers(
 ) -> Path:
     """The folder of a run with the same experts, whose joint stage ran on two workers."""
     launch = Launch(tmp_path_factory.mktemp("two_workers"))
-    mixtures = shutil.ignore_patterns("joint*", "mixture*", "*evaluate-*")
+    mixtures = shutil.ignore_patterns("joint*", "mixture*", "*evaluate-*", "lease", "status.json")
     shutil.copytree(undisturbed[0], launch.folder / "runs" / undisturbed[0].name, ignore=mixtures)
     result = launch("--stages", "joint,evaluate", "--joint-workers", "2", *ARGUMENTS)
     assert result.returncode == 0, result.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import re
 import shutil
 import signal
@@ -16,6 +17,7 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 
+from dwf_cluster import status
 from dwf_cluster.experiment import Experiment, build
 from dwf_cluster.store import checkpoints, tables
 
@@ -106,6 +108,8 @@ def test_the_same_command_again_skips_what_is_done(
 def test_interrupted_and_killed_it_goes_on_and_ends_with_the_same_bits(
     launch: Launch, undisturbed: tuple[Path, subprocess.CompletedProcess[str]]
 ) -> None:
+    refused: list[str] = []
+
     def once_saved(model: str, send: signal.Signals) -> Callable[[psutil.Process, str], None]:
         """Metrics come before the checkpoint: wait for it, then send the signal."""
 
@@ -113,29 +117,46 @@ def test_interrupted_and_killed_it_goes_on_and_ends_with_the_same_bits(
             (folder,) = (launch.folder / "runs").iterdir()
             while checkpoints.latest_epoch(store_of(folder), model) == 0:
                 assert driver.is_running()
+            if send == signal.SIGKILL:
+                second = launch(*ARGUMENTS)
+                assert second.returncode == 1
+                refused.append(second.stderr.splitlines()[0])
+                assert refused[0].startswith(
+                    f"failed: {folder.name} is being run by {platform.node()} (process {driver.pid}) since 20"
+                )
             driver.send_signal(send)
 
         return then
 
-    status, stderr = launch.until(r"expert pgd-1: epoch 1/3", once_saved("pgd-1", signal.SIGINT), *ARGUMENTS)
-    assert status == 130
+    code, stderr = launch.until(r"expert pgd-1: epoch 1/3", once_saved("pgd-1", signal.SIGINT), *ARGUMENTS)
+    assert code == 130
     assert stderr.splitlines()[0] == "stopping: trainings save what they have; again to stop at once"
     assert stderr.splitlines()[1] == "interrupted; what is done is kept"
     assert stderr.splitlines()[2].startswith("resume: python -m dwf_cluster.launch --local")
     (folder,) = (launch.folder / "runs").iterdir()
     assert checkpoints.latest_epoch(store_of(folder), "pgd-1") in (1, 2)
 
-    status, _ = launch.until(r"joint: epoch 1/3", once_saved("mixture", signal.SIGKILL), *ARGUMENTS)
-    assert status == -signal.SIGKILL
+    (told,) = _status(launch)
+    assert told.split()[1] == "stopped"
+    code, _ = launch.until(r"joint: epoch 1/3", once_saved("mixture", signal.SIGKILL), *ARGUMENTS)
+    assert code == -signal.SIGKILL
+    assert refused
     assert checkpoints.latest_epoch(store_of(folder), "mixture") in (1, 2)
 
-    result = launch(*ARGUMENTS)
+    result = launch(*ARGUMENTS)  # takes over at once: it sees that the process is gone
     assert result.returncode == 0, result.stderr
     assert "experts: done already, skipped" in result.stdout
     assert_same(folder, undisturbed[0])
     jobs = pd.read_parquet(folder / "results" / "jobs").set_index("task")
     assert jobs.loc[["expert pgd-1", "joint"], "attempts"].tolist() == [2, 2]
     assert set(jobs.state) == {"done"}
+    (told,) = _status(launch)
+    assert told.split()[1:5] == ["done", "3/3", "1/1", "24/24"]
+
+
+def _status(launch: Launch) -> list[str]:
+    """The lines of experiments that `python -m dwf_cluster.status` prints."""
+    return [line for line in status.lines(str(launch.folder / "runs")) if line.startswith("digits-")]
 
 
 def test_a_killed_worker_is_replaced_and_changes_no_number(
@@ -145,8 +166,8 @@ def test_a_killed_worker_is_replaced_and_changes_no_number(
         (worker,) = (process for process in driver.children(recursive=True) if _title(process) == "ray::joint")
         worker.kill()
 
-    status, stderr = launch.until(r"joint: epoch 1/3", kill_worker, *ARGUMENTS)
-    assert status == 0, stderr
+    code, stderr = launch.until(r"joint: epoch 1/3", kill_worker, *ARGUMENTS)
+    assert code == 0, stderr
     (folder,) = (launch.folder / "runs").iterdir()
     assert_same(folder, undisturbed[0])
     jobs = pd.read_parquet(folder / "results" / "jobs").set_index("task")
@@ -180,8 +201,14 @@ def test_one_worker_or_two_and_a_slice_again_come_to_the_same_rows(
                     killed.append(title.removeprefix("ray::"))
 
     alone = ["--local", "--cpus", "1", "--gpus", "0", "--set", *TINY, *SLOWER]
-    status, stderr = launch.until(r"evaluate .* done", kill_worker, *alone)
-    assert status == 0, stderr
+    last = Path(store_of(copy).path("checkpoints/joint/epoch-00003"))
+    (last / "tensors.safetensors").write_bytes(b"not what was saved")
+    printed: list[str] = []
+    code, stderr = launch.until(r"^joint: epoch 3/3", lambda _, __: None, *alone, "--stages", "joint", rest=printed)
+    assert code == 0, stderr
+    assert_same(copy, undisturbed[0], tables=["metrics"])
+    code, stderr = launch.until(r"evaluate .* done", kill_worker, *alone)
+    assert code == 0, stderr
     assert_same(copy, undisturbed[0])
     jobs = pd.read_parquet(copy / "results" / "jobs").set_index("task").attempts
     again = set(jobs[jobs == 2].index)
@@ -216,10 +243,17 @@ def test_two_gloo_workers_train_the_mixture_nearly_as_one_does(
     assert two.loss.tolist() != one.loss.tolist()
 
 
-def test_the_dashboard_refuses_whoever_has_no_token(launch: Launch) -> None:
+def test_all_listens_on_loopback_and_the_dashboard_refuses_whoever_has_no_token(launch: Launch) -> None:
     files: list[Path] = []
 
     def knock(driver: psutil.Process, line: str) -> None:
+        addresses = {
+            connection.laddr.ip
+            for process in (driver, *driver.children(recursive=True))
+            for connection in process.net_connections("tcp")
+            if connection.status == psutil.CONN_LISTEN
+        }
+        assert addresses == {"127.0.0.1", "::ffff:127.0.0.1"}
         found = re.match(r"Ray dashboard: (\S+) .* `cat (\S+)`", line)
         assert found is not None
         token_file = Path(found[2])
@@ -234,7 +268,7 @@ def test_the_dashboard_refuses_whoever_has_no_token(launch: Launch) -> None:
         assert urllib.request.urlopen(request, timeout=30).status == 200
         _interrupt(driver, line)
 
-    status, _ = launch.until("^Ray dashboard", knock, *ARGUMENTS)
-    assert status == 130
+    code, _ = launch.until("^Ray dashboard", knock, *ARGUMENTS)
+    assert code == 130
     assert not files[0].parent.exists()
     assert not [process for process in psutil.process_iter() if str(files[0].parent) in _title(process)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from dwf_cluster.data.sources import Sizes
-from dwf_cluster.experiment import STAGES, Experiment, InvalidInput, build
+from dwf_cluster.experiment import Experiment, InvalidInput, build
 from dwf_cluster.plan import forward_flops, jobs, select, unfinished
 from dwf_cluster.store import Store, tables
 

@@ -260,13 +260,17 @@ def _npz(path: Path) -> _Raw:
             missing = [name for name in names if name not in file.files]
             if missing:
                 raise InvalidInput(f"{path}: no array {missing[0]}: {', '.join(names)} are needed")
-            return _Raw(*(file[name] for name in names))
+            raw = [file[name] for name in names]
     except OSError as error:
         raise InvalidInput(f"data.source: {str(path)!r} cannot be read: {error.strerror}") from None
-    except (ValueError, zipfile.BadZipFile, zlib.error, EOFError, AttributeError) as error:
+    except (ValueError, zipfile.BadZipFile, zlib.error, EOFError, AttributeError, MemoryError) as error:
         if isinstance(error, InvalidInput):
             raise
         raise InvalidInput(f"{path}: not an .npz file of plain arrays ({error})") from None
+    for name, array in zip(names, raw, strict=True):
+        if not isinstance(array, np.ndarray):
+            raise InvalidInput(f"{path}: not an .npz file of plain arrays ({name} is none)")
+    return _Raw(*raw)
 
 
 _READERS: dict[str, Callable[[Path], _Raw]] = {

@@ -96,8 +96,13 @@ class Store:
         """The file system, with endpoint and credentials from where its library looks for them."""
         import fsspec
 
-        # What another machine has written must be seen at once.
-        return fsspec.core.url_to_fs(self.url, use_listings_cache=False)[0]
+        options: dict[str, object] = {"use_listings_cache": False}  # what others have written must be seen at once
+        if self.url.startswith("s3://"):
+            # botocore tries five times, s3fs five times that: `_ask` is patient enough.
+            options["config_kwargs"] = {"retries": {"total_max_attempts": 1}}
+        files = fsspec.core.url_to_fs(self.url, **options)[0]
+        files.retries = 1
+        return files
 
     @cached_property
     def is_local(self) -> bool:

@@ -53,6 +53,24 @@ def ray() -> Iterator[tuple[str, str]]:
     shutil.rmtree(folder, ignore_errors=True)
 
 
+@pytest.mark.parametrize("token", [None, "0ddba11" * 8])
+def test_a_client_without_the_token_is_refused(
+    ray: tuple[str, str], token: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RAY_AUTH_TOKEN_PATH")
+    monkeypatch.setenv("RAY_NUM_REDIS_GET_RETRIES", "1")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    if token:
+        monkeypatch.setenv("RAY_AUTH_TOKEN", token)
+    else:
+        monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    program = f"import ray; ray.init(address={ray[0]!r}); print('let in')"
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert result.returncode != 0
+    assert "InvalidAuthToken" in result.stderr
+    assert "let in" not in result.stdout
+
+
 def test_a_stage_as_a_ray_job_and_another_run_from_outside(ray: tuple[str, str], launch: Launch) -> None:
     address, dashboard = ray
     storage = str(launch.folder / "runs")

@@ -1,0 +1,184 @@
+"""A store in S3 behaves as a folder does: on a real server with real authentication, also when it goes away."""
+
+from __future__ import annotations
+
+import os
+import re
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import fsspec
+import pandas as pd
+import psutil
+import pytest
+
+from dwf_cluster import status
+from dwf_cluster.store import StorageFailed, Store, files, lease
+
+from .conftest import ARGUMENTS, Launch, assert_same
+from .s3 import S3
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[S3]:
+    server = S3()
+    server.start()
+    yield server
+    server.remove()
+
+
+@pytest.fixture
+def s3(server: S3, monkeypatch: pytest.MonkeyPatch) -> str:
+    """URL of a store on the server, whose credentials and endpoint are in the environment, as a user has them."""
+    for name, value in server.environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    fsspec.filesystem("s3").clear_instance_cache()
+    return f"s3://{server.BUCKET}/some/prefix"
+
+
+def test_a_run_whose_store_goes_away_for_a_while_ends_with_the_rows_of_a_folder(
+    s3: str, server: S3, launch: Launch, two_workers: Path
+) -> None:
+    """Two workers in the joint stage: Ray Train has its notes in the store too."""
+    other = Store(s3, "digits-seed9-0123456789")
+    other.write("results/metrics/pgd-1.parquet", b"another experiment's")
+
+    def go_away(driver: psutil.Process, line: str) -> None:
+        processes = [driver, *driver.children(recursive=True)]
+        _assert_no_secret(server, processes)
+        server.stop()
+        server.start()
+
+    arguments = ["--storage", s3, "--joint-workers", "2", *ARGUMENTS]
+    printed: list[str] = []
+    code, stderr = launch.until("^expert pgd-1: epoch 1/3", go_away, *arguments, rest=printed)
+    assert code == 0, stderr
+    assert os.listdir(launch.folder) == []
+    root = printed[-1]
+    assert re.fullmatch(rf"{s3}/digits-seed0-[0-9a-f]{{10}}", root)
+    assert_same(root, str(two_workers))
+    (how,) = (line for line in printed if line.startswith("read them: "))
+    frame = eval(how.removeprefix("read them: import pandas; "), {"pandas": pd})
+    assert len(frame) == len(pd.read_parquet(two_workers / "results" / "evaluations"))
+    again = launch(*arguments)
+    assert again.returncode == 0, again.stderr
+    assert again.stdout.splitlines()[:3] == [f"{s}: done already, skipped" for s in ("experts", "joint", "evaluate")]
+    (told,) = (line for line in status.lines(s3) if line.startswith("digits-seed0"))
+    assert told.split()[1:5] == ["done", "3/3", "1/1", "24/24"]
+    assert other.names("") == ["results"]
+    for path in fsspec.filesystem("s3").find(s3):
+        content = fsspec.filesystem("s3").cat_file(path)
+        assert server.secret.encode() not in content
+        assert server.key.encode() not in content
+
+
+def _assert_no_secret(server: S3, processes: list[psutil.Process]) -> None:
+    """Neither in a command line nor in a file of Ray's: logs, the dashboard's, runtime environments."""
+    folders = set()
+    for process in processes:
+        words = process.cmdline()
+        assert server.secret not in " ".join(words)
+        folders |= {match[0] for word in words if (match := re.search(r"/tmp/dwf-\w+", word))}
+    (folder,) = folders
+    for path in Path(folder).rglob("*"):
+        if path.is_file():
+            assert server.secret.encode() not in path.read_bytes(), path
+
+
+def test_wrong_credentials_end_a_run_before_it_begins(s3: str, launch: Launch, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    result = launch("--storage", s3, *ARGUMENTS)
+    assert result.returncode == 1
+    first, second = result.stderr.splitlines()
+    assert first.startswith(f"failed: {s3}/digits-seed0-")
+    assert "cannot be listed: The request signature we calculated does not match" in first
+    assert second.startswith("resume: python -m dwf_cluster.launch --storage s3://")
+    assert "wrong" not in result.stderr
+
+
+def test_without_credentials_too(s3: str, launch: Launch, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(launch.folder))
+    result = launch("--storage", s3, *ARGUMENTS)
+    assert result.returncode == 1
+    assert re.match(r"failed: s3://\S+: cannot be listed: Unable to locate credentials\nresume: ", result.stderr)
+
+
+def test_a_server_that_does_not_come_back_is_said(
+    s3: str, server: S3, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(files, "PATIENCE", 1.0)
+    store = Store(s3, "digits-seed8-0123456789")
+    store.write("file", b"before")
+    server.stop()
+    try:
+        with pytest.raises(StorageFailed, match=r"/file: cannot be written: Could not connect to the endpoint"):
+            store.write("file", b"after")
+    finally:
+        server.start()
+    assert store.read("file") == b"before"
+
+
+def test_the_store_has_a_folders_manners(s3: str) -> None:
+    store = Store(s3, "digits-seed7-0123456789")
+    store.check()
+    assert store.names("") == []
+    assert (store.read("gone"), store.size("gone"), store.names("gone")) == (None, None, [])
+    store.write("a/b/file", b"content")
+    assert (store.names("a"), store.names("a/b"), store.size("a/b/file")) == (["b"], ["file"], 7)
+    assert store.create("lease/00001.json", b"one")
+    assert store.create("lease/00001.json", b"one")  # the answer to the first was lost, say
+    assert not store.create("lease/00001.json", b"two")
+    assert store.read_all(["a/b/file", "gone"]) == [b"content", None]
+    store.remove("a")
+    store.remove("a")
+    assert (store.read("a/b/file"), store.names("a/b")) == (None, [])
+    taken = lease.take(Store(s3, "digits-seed6-0123456789"))
+    assert lease.is_held(taken.store)
+
+
+class _Answers(BaseHTTPRequestHandler):
+    """Answers every request with one status and error code of S3."""
+
+    protocol_version = "HTTP/1.1"  # clients wait to be told to go on
+    status, code = 503, "SlowDown"
+
+    def _answer(self) -> None:
+        self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        body = f"<Error><Code>{self.code}</Code><Message>as the server has it</Message></Error>".encode()
+        self.send_response(self.status)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    do_GET = do_PUT = do_HEAD = _answer  # noqa: N815, its parent's names
+
+    def log_message(self, *arguments: object) -> None:
+        """Say nothing."""
+
+
+@pytest.mark.parametrize(
+    ("code", "name", "waits"),
+    [(503, "SlowDown", True), (500, "InternalError", True), (403, "ExpiredToken", False), (403, "AccessDenied", False)],
+)
+def test_what_servers_answer_is_understood(
+    s3: str, monkeypatch: pytest.MonkeyPatch, code: int, name: str, waits: bool
+) -> None:
+    pauses: list[float] = []
+    monkeypatch.setattr(files, "PATIENCE", 1.0)
+    monkeypatch.setattr(files.random, "uniform", lambda low, high: pauses.append(high) or high)
+    monkeypatch.setattr(_Answers, "status", code)
+    monkeypatch.setattr(_Answers, "code", name)
+    with ThreadingHTTPServer(("127.0.0.1", 0), _Answers) as faulty:
+        threading.Thread(target=faulty.serve_forever, daemon=True).start()
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{faulty.server_port}")
+        fsspec.filesystem("s3").clear_instance_cache()
+        with pytest.raises(StorageFailed, match="experiment/file: cannot be written: as the server has it"):
+            Store("s3://bucket", "experiment").write("file", b"content")
+        faulty.shutdown()
+    assert bool(pauses) is waits
