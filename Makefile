@@ -9,19 +9,26 @@ test: .venv/test
 	$(BIN)/python -m pytest
 
 interruptions: .venv/test
-	$(BIN)/python -m pytest -m interruptions
+	$(BIN)/python -m pytest -m interruptions -s
+
+soak: .venv/test
+	$(BIN)/python -m pytest -m soak -s
 
 lint: .venv/lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+audit: .venv/audit
+	$(BIN)/pip-audit --local --skip-editable
+
 # A stamp for each set of extras that is installed.
 .venv/test: EXTRA := [test]
 .venv/lint: EXTRA := [lint]
-.venv/demo .venv/test .venv/lint: pyproject.toml
+.venv/audit: EXTRA := [audit]
+.venv/demo .venv/test .venv/lint .venv/audit: pyproject.toml
 	test -d .venv || $(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --editable '.$(EXTRA)'
 	touch $@
 
-.PHONY: demo test interruptions lint
+.PHONY: demo test interruptions soak lint audit

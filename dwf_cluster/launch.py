@@ -259,7 +259,7 @@ def _go(options: argparse.Namespace, experiments: Sequence[Experiment], again: s
     from dwf_cluster import summary
     from dwf_cluster.cluster.ray import attached, local
     from dwf_cluster.data.sources import DataUnavailable
-    from dwf_cluster.pipeline import Interrupted, StageFailed, run
+    from dwf_cluster.pipeline import StageFailed, run
     from dwf_cluster.progress import Progress
     from dwf_cluster.store import Store
     from dwf_cluster.store.lease import Held
@@ -273,7 +273,7 @@ def _go(options: argparse.Namespace, experiments: Sequence[Experiment], again: s
     try:
         connection = stop.heeded(connect)
         run(experiments, options.storage, connection, options.stages, options.data_folder, progress, stop.is_set, again)
-    except (KeyboardInterrupt, Interrupted):
+    except KeyboardInterrupt:
         print(f"interrupted; what is done is kept\nresume: {again}", file=sys.stderr)
         return 130
     except (StageFailed, DataUnavailable, Held) as error:

@@ -26,7 +26,7 @@ class StageFailed(RuntimeError):
     """A stage that did not end well. Its text has a line for each job that failed: stage, job, reason."""
 
 
-class Interrupted(RuntimeError):
+class Interrupted(KeyboardInterrupt):
     """The run was asked to stop, and did; nothing is lost."""
 
 

@@ -11,7 +11,7 @@ import pandas as pd
 import psutil
 import pytest
 
-from ..conftest import SLOWER, TINY, Launch, assert_same
+from ..conftest import SLOWER, TINY, Launch, assert_same, write_npz
 from . import slurm
 from .slurm import Slurm
 
@@ -64,6 +64,18 @@ def test_a_job_that_ends_too_early_is_a_failure_with_its_log_and_the_command_tha
     assert re.fullmatch(rf"failed: job \d+ ended before all was done; log: {on_slurm.folder}/slurm-jobs/\S+", first)
     assert second.startswith("resume: python -m dwf_cluster.launch --slurm --gpus-per-node 0 ")
     assert "NonFiniteLoss" in result.stdout
+
+
+@needs_slurm
+def test_names_do_not_reach_a_shell(on_slurm: Launch) -> None:
+    hostile = write_npz(on_slurm.folder / "x$(touch pwned);touch pwned #`touch pwned`.npz").name
+    small = ["model.width=4", "experts.fgsm=0", "experts.pgd=0", "experts.epochs=1", "evaluation.probe_examples=8"]
+    result = on_slurm(*ASK, "--preset", hostile, "--stages", "experts", "--set", *small, "pgd.steps=1")
+    assert result.returncode == 0, result.stderr
+    assert re.fullmatch(
+        r"x-touch-pwned-touch-pwned-touch-pwned-seed0-[0-9a-f]{10}", result.stdout.split("/")[-1].strip()
+    )
+    assert not list(on_slurm.folder.rglob("pwned"))
 
 
 @needs_slurm

@@ -147,6 +147,32 @@ def test_asked_to_stop_it_saves_the_step_it_is_at_and_goes_on_from_there(
     assert one.drop_columns(timings) == other.drop_columns(timings)
 
 
+@pytest.mark.parametrize("steps", [2, 4, 8])
+def test_killed_in_the_middle_of_a_long_epoch_it_goes_on_from_the_last_minutes_checkpoint(
+    tiny: Experiment, images: Images, tmp_path: Path, steps: int
+) -> None:
+    """Three epochs of three steps, each of them longer than `checkpoint_minutes`."""
+    whole = _train(tiny, images, Store(str(tmp_path), "whole"), PGD, expert.build(tiny, images, "pgd-1"))
+    often = build("digits", 0, [*TINY, "checkpoint_minutes=1e-6"])
+    store, asked = Store(str(tmp_path), "killed"), itertools.count(1)
+
+    class Killed(BaseException):
+        pass
+
+    def kill() -> bool:
+        if next(asked) > steps:
+            raise Killed
+        return False
+
+    with pytest.raises(Killed):
+        _train(often, images, store, PGD, expert.build(tiny, images, "pgd-1"), kill)
+    epoch, step = divmod(steps, 3)
+    assert store.names("checkpoints/pgd-1")[-1] == f"epoch-{epoch:05d}-step-{step:06d}"
+    resumed = _train(often, images, store, PGD, expert.build(tiny, images, "another name"))
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(resumed.state_dict()[name], tensor), name
+
+
 def _other(model: nn.Module) -> nn.Module:
     for parameter in model.parameters():
         nn.init.constant_(parameter, 3.0)

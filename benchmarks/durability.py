@@ -1,0 +1,125 @@
+"""What durability costs: a checkpoint beside the training it keeps, and a look at a store of ten thousand experiments.
+
+    python benchmarks/durability.py [--images 512] [--experiments 10000]
+
+A benign epoch, the cheapest that there is, of ResNet-18 at width 64 on random images of 32x32, with the checkpoint that
+the product saves after it; then the same checkpoint written with one `torch.save`, as a peer would, in turns. Seconds
+are medians. The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+
+from dwf_cluster.data.sources import Images
+from dwf_cluster.determinism import make_deterministic
+from dwf_cluster.experiment import build
+from dwf_cluster.store import Store, checkpoints, tables
+from dwf_cluster.store.status import HEARTBEAT, Status, now
+from dwf_cluster.training import expert
+from dwf_cluster.training.loop import Task
+
+EPOCH = 50_000
+"""Images of CIFAR-10's training set: what an epoch's checkpoint is set against."""
+
+
+def checkpointing(images: int, epochs: int) -> dict[str, Any]:
+    """Seconds of an epoch and of its checkpoint, and the checkpoint's bytes."""
+    make_deterministic(os.cpu_count() or 1)
+    assignments = [f"experts.epochs={epochs}", f"data.train_examples={images}"]
+    experiment = build("cifar10", 0, [*assignments, "evaluation.probe_examples=1", "evaluation.probe_steps=1"])
+    random = np.random.default_rng(0)
+    x = random.integers(0, 256, (images, 3, 32, 32)).astype(np.uint8)
+    data = Images(x, np.arange(images) % 10, x[:1], np.zeros(1, np.int64), 10, (0.5,) * 3, (0.25,) * 3)
+    saving: list[float] = []
+    pickled: list[float] = []
+    save = checkpoints.save
+
+    def timed(store: Store, *arguments: Any) -> None:
+        begun = time.perf_counter()
+        save(store, *arguments)
+        saving.append(time.perf_counter() - begun)
+        begun = time.perf_counter()
+        with open(Path(store.url) / "pickle", "wb") as file:
+            torch.save(arguments[3], file)
+            os.fsync(file.fileno())
+        pickled.append(time.perf_counter() - begun)
+
+    with tempfile.TemporaryDirectory() as folder, mock.patch.object(checkpoints, "save", timed):
+        store = Store(folder, experiment.folder)
+        task = Task(experiment, store, "experts", "benign", experiment.experts)
+        expert.train_expert(task, data, experiment.regimes[0], torch.device("cpu"))
+        seconds = [row["seconds"] for row in tables.read(store, "metrics").to_pylist()]
+        (*_, newest) = store.names("checkpoints/benign")
+        size = store.size(f"checkpoints/benign/{newest}/tensors.safetensors")
+    epoch, cost = statistics.median(seconds), statistics.median(saving)
+    return {
+        "bytes": size,
+        "seconds": cost,
+        "torch_save_seconds": statistics.median(pickled),
+        "images_per_second": images / epoch,
+        "share_of_these_epochs": cost / epoch,
+        "share_of_an_epoch_of_50000": cost / (epoch * EPOCH / images),
+    }
+
+
+def looking(experiments: int, times: int) -> dict[str, Any]:
+    """Seconds of `python -m dwf_cluster.status` on a store of so many experiments."""
+    with tempfile.TemporaryDirectory() as folder:
+        for seed in range(experiments):
+            Status(
+                run=1,
+                state="done",
+                host="n1",
+                job="",
+                started=now(),
+                heartbeat=now(),
+                seconds=HEARTBEAT,
+                stages={"experts": (11, 11), "joint": (1, 1), "evaluate": (140, 140)},
+                reason="",
+                resume="python -m dwf_cluster.launch --local",
+                rows={"predictions": 1_000_000},
+            ).write(Store(folder, f"cifar10-seed{seed}-0123456789"))
+        seconds = []
+        for _ in range(times):
+            begun = time.perf_counter()
+            subprocess.run([sys.executable, "-m", "dwf_cluster.status", folder], stdout=subprocess.DEVNULL, check=True)
+            seconds.append(time.perf_counter() - begun)
+    return {"experiments": experiments, "status_seconds": statistics.median(seconds)}
+
+
+def main() -> None:
+    """Measure, print, and print as JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=int, default=512)
+    parser.add_argument("--epochs", type=int, default=5)
+    parser.add_argument("--experiments", type=int, default=10_000)
+    options = parser.parse_args()
+    found = checkpointing(options.images, options.epochs) | looking(options.experiments, 3)
+    print(
+        f"checkpoint at width 64: {found['bytes']:,} bytes, {found['seconds']:.2f} s "
+        f"(torch.save: {found['torch_save_seconds']:.2f} s, ratio {found['seconds'] / found['torch_save_seconds']:.1f})"
+    )
+    print(
+        f"training at {found['images_per_second']:.0f} images/s: {found['share_of_these_epochs']:.2%} of epochs of "
+        f"{options.images} images, {found['share_of_an_epoch_of_50000']:.3%} of an epoch of {EPOCH:,}"
+    )
+    print(f"status of {found['experiments']:,} experiments: {found['status_seconds']:.2f} s")
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

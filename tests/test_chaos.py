@@ -1,0 +1,145 @@
+"""Whatever is killed, whenever: the job is begun again until it is done, and its numbers are those of a quiet run."""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from dwf_cluster.store.status import Status
+
+from .conftest import ARGUMENTS, assert_same, store_of
+
+VICTIMS = ("driver", "checkpoint write", "worker", "table write", "raylet", "whole tree")
+
+
+class Chaos:
+    """A run that is begun again and again, and killed at random instants in between."""
+
+    def __init__(self, folder: Path, chance: random.Random, victims: list[str]) -> None:
+        self.folder, self.random, self.victims = folder, chance, victims
+        self.killed: list[str] = []
+        self.starts = 0
+
+    def run(self) -> None:
+        """Kill one victim after the other, as long as the job is not done; then let it end."""
+        with open(self.folder / "log", "wb") as log:
+            while True:
+                self.starts += 1
+                assert self.starts < 100, (self.folder / "log").read_text()
+                command = [sys.executable, "-m", "dwf_cluster.launch", *ARGUMENTS]
+                self._driver = psutil.Popen(command, cwd=self.folder, stdout=log, stderr=log)
+                while self.victims and self._kill(self.victims[0]):
+                    self.killed.append(self.victims.pop(0))
+                if self._driver.wait() == 0:
+                    return
+
+    def _kill(self, victim: str) -> bool:
+        """Wait for the instant, then kill; returns whether it came before the driver's end."""
+        if victim.endswith("write"):
+            return self._kill_in_the_middle_of(f"{victim.partition(' ')[0]}")
+        at = time.monotonic() + self.random.uniform(1, 14)
+        find: dict[str, Callable[[], list[psutil.Process]]] = {
+            "driver": lambda: [self._driver],
+            "worker": lambda: self._one("ray::"),
+            "raylet": lambda: self._one("raylet"),
+            "whole tree": self._tree,
+        }
+        while self._driver.poll() is None:
+            if time.monotonic() > at and (found := find[victim]()):
+                return bool(_send(found))
+            time.sleep(0.01)  # there is no event: the instant is drawn
+        return False
+
+    def _kill_in_the_middle_of(self, kind: str) -> bool:
+        """The writer's process is in the name of the unfinished file: it is held, then all are killed."""
+        pattern = {"checkpoint": "checkpoints/*/*/.*.unfinished", "table": "results/*/.*.unfinished"}[kind]
+        skipped = self.random.randrange(6)
+        while self._driver.poll() is None:
+            for path in self.folder.glob(f"runs/*/{pattern}"):
+                found = re.search(r"\.(\d+)-\w+\.unfinished$", path.name)
+                assert found is not None
+                writer = [process for process in self._tree() if process.pid == int(found[1])]
+                if not _send(writer, signal.SIGSTOP):
+                    continue
+                if path.exists() and (skipped := skipped - 1) < 0:
+                    _send(self._tree())
+                    assert path.exists()
+                    return True
+                _send(writer, signal.SIGCONT)
+        return False
+
+    def _tree(self) -> list[psutil.Process]:
+        try:
+            return [self._driver, *self._driver.children(recursive=True)]
+        except psutil.NoSuchProcess:
+            return []
+
+    def _one(self, title: str) -> list[psutil.Process]:
+        found = []
+        for process in self._tree()[1:]:
+            try:
+                name = process.cmdline()[0]
+            except (psutil.Error, IndexError):  # it has ended since
+                continue
+            if name.startswith(title) or name.endswith(f"/{title}"):
+                found.append(process)
+        return [self.random.choice(found)] if found else []
+
+
+def _send(processes: list[psutil.Process], signum: signal.Signals = signal.SIGKILL) -> int:
+    """Send a signal; returns how many processes got it."""
+    sent = 0
+    for process in processes:
+        try:
+            process.send_signal(signum)
+        except psutil.NoSuchProcess:
+            continue
+        sent += 1
+    return sent
+
+
+@pytest.mark.parametrize(
+    "kills",
+    [pytest.param(8, marks=pytest.mark.interruptions), pytest.param(50, marks=pytest.mark.soak)],
+)
+def test_no_kill_changes_a_number(
+    kills: int, undisturbed: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path
+) -> None:
+    """Prints what it did; `DWF_CHAOS_SEED` draws the same instants again."""
+    seed = int(os.environ.get("DWF_CHAOS_SEED", time.time_ns() % 10**6))
+    print(f"\nDWF_CHAOS_SEED={seed}")
+    chance = random.Random(seed)
+    quiet = Status.read(store_of(undisturbed[0]))
+    assert quiet is not None
+    victims = (list(VICTIMS) * kills)[:kills]
+    killed: Counter[str] = Counter()
+    rounds = starts = 0
+    began = time.monotonic()
+    while victims:  # one job after the other, until all are killed
+        folder = tmp_path / str(rounds)
+        folder.mkdir()
+        chaos = Chaos(folder, chance, victims)
+        chaos.run()
+        (results,) = (folder / "runs").iterdir()
+        assert_same(results, undisturbed[0])
+        assert not list(results.rglob("*.unfinished"))
+        killed.update(chaos.killed)
+        rounds, starts = rounds + 1, starts + chaos.starts
+    lost = (time.monotonic() - began - rounds * quiet.seconds) / kills
+    kinds = ", ".join(f"{count} {victim}" for victim, count in killed.items())
+    print(
+        f"{kills} kills survived ({kinds}) in {rounds} jobs, {starts - rounds} restarts, "
+        f"{lost:.1f} s lost per kill (a quiet job takes {quiet.seconds:.0f} s), 0 differences"
+    )
+    assert killed.total() == kills
