@@ -11,6 +11,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
+from glob import glob
 from pathlib import Path
 
 import psutil
@@ -39,16 +40,19 @@ class Chaos:
                 assert self.starts < 100, (self.folder / "log").read_text()
                 command = [sys.executable, "-m", "dwf_cluster.launch", *ARGUMENTS]
                 self._driver = psutil.Popen(command, cwd=self.folder, stdout=log, stderr=log)
-                while self.victims and self._kill(self.victims[0]):
-                    self.killed.append(self.victims.pop(0))
-                if self._driver.wait() == 0:
-                    return
+                try:
+                    while self.victims and self._kill(self.victims[0]):
+                        self.killed.append(self.victims.pop(0))
+                    if self._driver.wait() == 0:
+                        return
+                finally:
+                    _send(self._tree())
 
     def _kill(self, victim: str) -> bool:
         """Wait for the instant, then kill; returns whether it came before the driver's end."""
         if victim.endswith("write"):
             return self._kill_in_the_middle_of(f"{victim.partition(' ')[0]}")
-        at = time.monotonic() + self.random.uniform(1, 14)
+        at = time.monotonic() + self.random.uniform(1, 10)
         find: dict[str, Callable[[], list[psutil.Process]]] = {
             "driver": lambda: [self._driver],
             "worker": lambda: self._one("ray::"),
@@ -66,8 +70,8 @@ class Chaos:
         pattern = {"checkpoint": "checkpoints/*/*/.*.unfinished", "table": "results/*/.*.unfinished"}[kind]
         skipped = self.random.randrange(6)
         while self._driver.poll() is None:
-            for path in self.folder.glob(f"runs/*/{pattern}"):
-                found = re.search(r"\.(\d+)-\w+\.unfinished$", path.name)
+            for name in glob(f"{self.folder}/runs/*/{pattern}"):  # pathlib's stumbles over folders that vanish
+                path, found = Path(name), re.search(r"\.(\d+)-\w+\.unfinished$", name)
                 assert found is not None
                 writer = [process for process in self._tree() if process.pid == int(found[1])]
                 if not _send(writer, signal.SIGSTOP):

@@ -139,10 +139,11 @@ def last_word(store: Store) -> str | None:
 
 def _last(store: Store) -> tuple[int, Holder | None]:
     """The newest lease: its number, 0 without one, and whose it is; None if that cannot be read."""
-    numbers = [int(name[:5]) for name in store.names(FOLDER) if name[:5].isdigit()]
-    if not numbers:
+    number = max((int(name[:5]) for name in store.names(FOLDER) if name[:5].isdigit()), default=0)
+    while store.size(_file(number + 1)) is not None:  # a listing may be older than what is there
+        number += 1
+    if number == 0:
         return 0, None
-    number = max(numbers)
     try:
         return number, Holder.model_validate_json(store.read(_file(number)) or b"")
     except ValidationError:

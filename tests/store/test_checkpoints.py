@@ -215,3 +215,16 @@ def test_good_ones_are_left_alone_and_without_any_it_starts_over(store: Store) -
     assert told is not None
     assert told.endswith("removed; used is none: it starts over")
     assert checkpoints.load_latest(store, "pgd-1") is None
+
+
+def test_a_listing_that_is_behind_costs_an_epoch_and_nothing_else(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _save(store, 1)
+    _save(store, 2)
+    _save(store, 3)
+    monkeypatch.setattr(Store, "names", lambda store, folder: ["epoch-00001", "epoch-00002"])
+    checkpoint = checkpoints.load_latest(store, "pgd-1")
+    assert checkpoint is not None
+    assert checkpoint.epoch == 2  # and the folder of the first, which is gone, is no checkpoint
+    assert checkpoints.latest_epoch(store, "pgd-1") == 2

@@ -139,6 +139,16 @@ def test_a_lease_that_nobody_can_read_is_nobodys(store: Store) -> None:
     assert store.names("lease") == ["00005.json", "00006.json"]
 
 
+def test_a_listing_that_is_behind_hides_nobody(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    _write(store, 1, began="long ago")
+    behind = store.names("lease")
+    _write(store, 2, **ELSEWHERE)
+    monkeypatch.setattr(Store, "names", lambda store, folder: behind)
+    assert lease.is_held(store)
+    with pytest.raises(Held, match="n7"):
+        lease.take(store, _unreachable)
+
+
 def _take(store: Store, go: object, answers: object) -> None:
     go.wait()  # type: ignore[attr-defined]
     try:
