@@ -70,6 +70,7 @@ class Chaos:
         pattern = {"checkpoint": "checkpoints/*/*/.*.unfinished", "table": "results/*/.*.unfinished"}[kind]
         skipped = self.random.randrange(6)
         while self._driver.poll() is None:
+            time.sleep(0.001)  # nothing tells of another process's unfinished file
             for name in glob(f"{self.folder}/runs/*/{pattern}"):  # pathlib's stumbles over folders that vanish
                 path, found = Path(name), re.search(r"\.(\d+)-\w+\.unfinished$", name)
                 assert found is not None

@@ -159,6 +159,7 @@ def _status(launch: Launch) -> list[str]:
     return [line for line in status.lines(str(launch.folder / "runs")) if line.startswith("digits-")]
 
 
+@pytest.mark.interruptions
 def test_a_killed_worker_is_replaced_and_changes_no_number(
     launch: Launch, undisturbed: tuple[Path, subprocess.CompletedProcess[str]]
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import subprocess
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -86,6 +87,23 @@ def _assert_no_secret(server: S3, processes: list[psutil.Process]) -> None:
     for path in Path(folder).rglob("*"):
         if path.is_file():
             assert server.secret.encode() not in path.read_bytes(), path
+
+
+@pytest.mark.interruptions
+def test_a_disk_that_is_full_ends_the_run_and_with_more_room_it_goes_on(
+    small_disk: Path, launch: Launch, undisturbed: tuple[Path, subprocess.CompletedProcess[str]]
+) -> None:
+    arguments = ["--storage", str(small_disk), *ARGUMENTS]
+    full = launch(*arguments)
+    assert full.returncode == 1
+    lines = full.stderr.splitlines()
+    assert re.match(rf"failed: .*{small_disk}/\S+: cannot be written: No space left on device$", lines[0])
+    assert lines[-1].startswith(f"resume: python -m dwf_cluster.launch --storage {small_disk}")
+    assert "Traceback" not in full.stderr
+    subprocess.run(["mount", "-o", "remount,size=64m", small_disk], check=True)
+    again = launch(*arguments)
+    assert again.returncode == 0, again.stderr
+    assert_same(again.stdout.splitlines()[-1], str(undisturbed[0]))
 
 
 def test_wrong_credentials_end_a_run_before_it_begins(s3: str, launch: Launch, monkeypatch: pytest.MonkeyPatch) -> None:

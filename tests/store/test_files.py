@@ -11,10 +11,11 @@ from pathlib import Path
 
 import fsspec
 import pytest
+import torch
 from fsspec.implementations.memory import MemoryFileSystem
 
 from dwf_cluster.experiment import InvalidInput
-from dwf_cluster.store import StorageFailed, Store, files
+from dwf_cluster.store import StorageFailed, Store, checkpoints, files
 
 
 class Faulty(MemoryFileSystem):
@@ -25,6 +26,7 @@ class Faulty(MemoryFileSystem):
     pseudo_dirs = [""]  # noqa: RUF012
     faults: list[Exception] = []  # noqa: RUF012
     asked = 0
+    half = False  # whether a fault in writing leaves half of it
 
     @classmethod
     def _fault(cls) -> None:
@@ -37,15 +39,17 @@ class Faulty(MemoryFileSystem):
         content: bytes = super().cat_file(*arguments, **options)
         return content
 
-    def pipe_file(self, *arguments: object, **options: object) -> None:
+    def pipe_file(self, path: str, value: bytes, mode: str = "overwrite", **options: object) -> None:
+        if self.half and self.faults:
+            super().pipe_file(path, value[: len(value) // 2], mode, **options)
         self._fault()
-        super().pipe_file(*arguments, **options)
+        super().pipe_file(path, value, mode, **options)
 
 
 @pytest.fixture
 def faulty(monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
     fsspec.register_implementation("faulty", Faulty, clobber=True)
-    Faulty.faults, Faulty.asked, Faulty.store = [], 0, {}
+    Faulty.faults, Faulty.asked, Faulty.store, Faulty.half = [], 0, {}, False
     monkeypatch.setattr(files, "PATIENCE", 0.5)
     store = Store("faulty://root", "experiment")
     store.write("file", b"before")
@@ -102,6 +106,21 @@ def test_what_does_not_pass_is_said_at_once(faulty: Store, fault: OSError) -> No
     assert faulty.read("file") == b"before"
 
 
+def test_half_a_write_is_written_whole_in_the_end_or_is_no_checkpoint(faulty: Store) -> None:
+    Faulty.half, Faulty.faults = True, [ConnectionResetError("reset")] * 2
+    checkpoints.save(faulty, "pgd-1", 1, 0, {"x": torch.ones(3)}, {})
+    good = checkpoints.load_latest(faulty, "pgd-1")
+    assert good is not None
+    assert torch.equal(good.tensors["x"], torch.ones(3))
+    Faulty.faults = [ConnectionResetError("reset")] * 1000
+    with pytest.raises(StorageFailed):
+        checkpoints.save(faulty, "pgd-1", 2, 0, {"x": torch.zeros(3)}, {})
+    Faulty.faults = []
+    latest = checkpoints.load_latest(faulty, "pgd-1")
+    assert latest is not None
+    assert latest.epoch == 1
+
+
 def test_a_fault_of_our_own_is_not_hidden(faulty: Store) -> None:
     Faulty.faults = [TypeError("a mistake")]
     with pytest.raises(TypeError):
@@ -124,18 +143,6 @@ def test_pauses_grow_and_are_random(faulty: Store, monkeypatch: pytest.MonkeyPat
 def test_a_folder_that_vanishes_while_it_is_looked_at_is_empty(store: Store) -> None:
     assert (store.names("checkpoints"), store.read("gone"), store.size("gone")) == ([], None, None)
     store.remove("gone")
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of its own of 1 MiB."""
-    if os.geteuid() != 0:
-        pytest.skip("mounting a small file system needs root")
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], check=True)
-    yield folder
-    subprocess.run(["umount", folder], check=True)
 
 
 def test_a_full_disk_keeps_what_was_there_and_leaves_no_halves(small_disk: Path) -> None:
