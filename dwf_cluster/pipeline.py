@@ -120,10 +120,12 @@ def _held(stores: Mapping[Experiment, Store], sizes: Sizes, progress: Progress, 
         leases[experiment] = lease.take(store)
         store.sweep()
         store.write("experiment.json", experiment.to_json().encode())  # what the results are results of
-        for model in plan.models(experiment):
-            if line := checkpoints.discard_damaged(store, model):
-                progress.say(f"warning: {line}")
     with Standing(leases, sizes, again).told() as standing:
+        for experiment, store in stores.items():
+            for model in plan.models(experiment):
+                if line := checkpoints.discard_damaged(store, model):
+                    progress.say(f"warning: {line}")
+        standing.count()
         try:
             yield standing
         except (StageFailed, Interrupted):

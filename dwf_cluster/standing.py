@@ -30,16 +30,20 @@ class Standing:
     def __init__(self, leases: Mapping[Experiment, Lease], sizes: Sizes, again: str) -> None:
         self.failures: list[tuple[plan.Job, str]] = []
         self.ended = 0
-        self._leases, self._again = leases, again
+        self._leases, self._sizes, self._again = leases, sizes, again
         self._all = {e: Counter({s: len(plan.jobs(e, s, sizes)) for s in STAGES}) for e in leases}
-        self._left = {
-            e: Counter({s: len(jobs) for s, jobs in plan.unfinished(e, lease.store, sizes).items()})
-            for e, lease in leases.items()
-        }
+        self.count()
         self._before = {e: Status.read(lease.store) for e, lease in leases.items()}
         self._started, self._clock = now(), time.monotonic()
         self._over = threading.Event()
         self._lost = ""
+
+    def count(self) -> None:
+        """See what the store does not hold yet."""
+        self._left = {
+            e: Counter({s: len(jobs) for s, jobs in plan.unfinished(e, lease.store, self._sizes).items()})
+            for e, lease in self._leases.items()
+        }
 
     @property
     def is_lost(self) -> bool:
