@@ -174,7 +174,7 @@ def test_cancelled_it_stops_for_good_says_how_to_resume_and_is_resumed(
 def test_out_of_time_it_is_requeued(submit: Callable[..., Job], cluster: Slurm) -> None:
     """SLURM looks at time limits every half minute only, and they are whole minutes."""
     endless = [*EXPERTS, "experts.epochs=9999"]
-    job = submit("--time=1", "--signal=USR2@40", *ONE_NODE, arguments=endless)
+    job = submit("--time=2", "--signal=USR2@20", *ONE_NODE, arguments=endless)
     job.wait_for("^requeued: it goes on")
     cluster.wait_for(lambda: cluster.state(job.number) == "PENDING", "requeue")
     assert partial(job.results)
