@@ -32,6 +32,7 @@ SLICE = 8192
 WORK = """
 import sys
 from analysis import figures, load, outcomes, tables
+
 for group in load(sys.argv[1]).groups:
     measured, _, made, _ = tables.of_group(group, outcomes.outcomes(group))
     for table in made:
