@@ -290,13 +290,13 @@ CAPTIONS = {
     "experts_and_mixture": "Each expert and the mixture, in every column of the paper's table.",
     "clean_and_robust": "Clean accuracy against accuracy under PGD with restarts. Bars: one standard deviation over "
     "seeds.",
-    "gate_by_attack": "What the gate trusts under each attack: mean weight of each expert on the attacked images, and "
-    "the mean entropy of the weights.",
-    "gate_by_class": "What the gate trusts for each true class, on clean images and under the longest PGD.",
-    "transfer": "Accuracy on PGD images that were made on another model; on the diagonal, on the model itself.",
     "training": "Loss, clean accuracy and the PGD probe over epochs, mean over seeds. A probe that falls while the "
     "loss falls is catastrophic overfitting.",
     "cost": "What training took (steps only; the mixture with its experts) against accuracy under PGD with restarts.",
+    "gate_by_attack": "What the gate trusts under each attack: mean weight of each expert on the attacked images, and "
+    "the mean entropy of the weights.",
+    "transfer": "Accuracy on PGD images that were made on another model; on the diagonal, on the model itself.",
+    "gate_by_class": "What the gate trusts for each true class, on clean images and under the longest PGD.",
 }
 """What each figure shows, by its name."""
 
@@ -308,11 +308,11 @@ def of_group(group: Group, measured: pd.DataFrame, found: Outcomes) -> dict[str,
         "pgd": pgd(group, measured),
         "experts_and_mixture": experts_and_mixture(group, measured),
         "clean_and_robust": clean_and_robust(group, measured),
-        "gate_by_attack": gate_by_attack(group, found),
-        "gate_by_class": gate_by_class(group, found),
-        "transfer": transfer(group, measured),
         "training": training(group),
         "cost": cost(group, measured),
+        "gate_by_attack": gate_by_attack(group, found),
+        "transfer": transfer(group, measured),
+        "gate_by_class": gate_by_class(group, found),
     }
     return {name: figure for name, figure in made.items() if figure}
 

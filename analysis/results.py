@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.dataset as ds
 from pydantic import BaseModel
 
-from dwf_cluster.experiment import MIXTURE, PRESETS, Experiment, InvalidInput
+from dwf_cluster.experiment import MIXTURE, PRESETS, Data, Experiment, InvalidInput
 from dwf_cluster.grid import CHECKS, Column, columns, families
 from dwf_cluster.store import tables
 
@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
 Place = tuple[str, str | None, float | None, int | None]
 """Attack, source, epsilon, steps: what tells the columns of one experiment apart in every table."""
+
+_NAMED = 4
+"""Settings that a title names; the report lists them all."""
 
 
 @dataclass(frozen=True)
@@ -77,10 +80,12 @@ class Group:
 
     @property
     def changed(self) -> Mapping[str, Any]:
-        """The settings that are not the preset's own; all of them for images of the user's."""
-        known = PRESETS.get(self.experiment.preset)
-        own = _flat("", known[0].model_dump(mode="json")) if known else {}
-        return {name: value for name, value in self.settings.items() if name not in own or own[name] != value}
+        """The settings that `--set` must be given beside `--preset`."""
+        experiment = self.experiment
+        own_images = Experiment(preset=experiment.preset, data=Data(source=experiment.data.source))
+        base = PRESETS[experiment.preset][0] if experiment.preset in PRESETS else own_images
+        known = _flat("", base.model_dump(mode="json")) | {"data.sha256": self.settings.get("data.sha256")}
+        return {name: value for name, value in self.settings.items() if name not in known or known[name] != value}
 
     @property
     def name(self) -> str:
@@ -281,7 +286,10 @@ def _title(run: Run, all_of_them: Sequence[Run]) -> str:
     preset = run.experiment.preset
     siblings = [other.settings for other in all_of_them if other.experiment.preset == preset]
     differ = [name for name, value in run.settings.items() if any(other.get(name) != value for other in siblings)]
-    return ", ".join([preset, *(f"{name}={written(run.settings[name])}" for name in differ)])
+    named = [f"{name}={written(run.settings[name])}" for name in differ]
+    if len(named) > _NAMED:  # the signature tells it from groups that share these
+        named = [*named[:_NAMED], f"{len(named) - _NAMED} more ({run.experiment.signature})"]
+    return ", ".join([preset, *named])
 
 
 def _line(error: BaseException) -> str:

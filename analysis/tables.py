@@ -134,7 +134,8 @@ def table3(group: Group, measured: pd.DataFrame, tests: pd.DataFrame) -> Table:
         measured: of `accuracies`.
         tests: of `statistics.comparisons`; decide what is bold.
     """
-    return _accuracy_table("Accuracy in percent (the paper's table 3)", group, group.paper_columns, measured, tests)
+    title = "accuracy in percent, the paper's table 3"
+    return _accuracy_table(title, group, group.paper_columns, measured, tests, _notes(group, measured, tests))
 
 
 def beyond(group: Group, measured: pd.DataFrame, tests: pd.DataFrame) -> Table | None:
@@ -142,11 +143,16 @@ def beyond(group: Group, measured: pd.DataFrame, tests: pd.DataFrame) -> Table |
     columns = [column for column in group.columns if column not in group.paper_columns]
     if not columns:
         return None
-    return _accuracy_table("Accuracy in percent (beyond the paper)", group, columns, measured, tests)
+    return _accuracy_table("accuracy in percent, beyond the paper", group, columns, measured, tests, [])
 
 
 def _accuracy_table(
-    title: str, group: Group, columns: Sequence[Column], measured: pd.DataFrame, tests: pd.DataFrame
+    title: str,
+    group: Group,
+    columns: Sequence[Column],
+    measured: pd.DataFrame,
+    tests: pd.DataFrame,
+    notes: Sequence[str],
 ) -> Table:
     cells = _cells(measured)
     proven = best(tests)
@@ -155,14 +161,14 @@ def _accuracy_table(
     return Table(
         f"{group.title}: {title}",
         [_head(column) for column in columns],
-        [(model, [_percent(cells.get((model, place(column)))) for column in columns]) for model in models],
+        [(model, [percent(cells.get((model, place(column)))) for column in columns]) for model in models],
         frozenset(bold),
-        _notes(group, measured, tests, bool(bold)),
+        notes,
         frozenset({len(models) - 1}),
     )
 
 
-def _notes(group: Group, measured: pd.DataFrame, tests: pd.DataFrame, bold: bool) -> list[str]:
+def _notes(group: Group, measured: pd.DataFrame, tests: pd.DataFrame) -> list[str]:
     images = " or ".join(map(str, sorted(set(measured.examples))))
     seeds = ", ".join(map(str, group.seeds))
     proof = f"p < {ALPHA:.2g} in every paired test (McNemar, Holm over {len(tests)} comparisons)"
@@ -172,7 +178,7 @@ def _notes(group: Group, measured: pd.DataFrame, tests: pd.DataFrame, bold: bool
         f"epsilon, below the others their iterations (restarts: times starts), all in pixels of [0, 1]; PGD's epsilon "
         f"is {group.experiment.pgd.epsilon:.4g}.",
         f"Bold: ahead of every other model of the column, {proof}."
-        if bold
+        if best(tests)
         else f"No cell is bold: no model is ahead of every other one of its column with {proof}.",
         *([f"Not of all seeds yet: {', '.join(few[:6])}{', ...' if len(few) > 6 else ''}."] if few else []),
     ]
@@ -193,7 +199,8 @@ def _seeds(group: Group) -> str:
     return f"mean ± std over seeds {', '.join(map(str, group.seeds))}"
 
 
-def _percent(row: Any) -> str:
+def percent(row: Any) -> str:
+    """A row of `accuracies` as `97.5 ± 0.4`; blank for None."""
     if row is None:
         return ""
     return f"{100 * row.mean:.1f}" + ("" if math.isnan(row.std) else f" ± {100 * row.std:.1f}")
@@ -210,7 +217,7 @@ def beside_paper(group: Group, measured: pd.DataFrame) -> Table | None:
     for model in models:
         of = [cells.get((model, place(column))) for column in columns]
         rows += [
-            (model, [_percent(row) for row in of]),
+            (model, [percent(row) for row in of]),
             (f"paper: {PAPER_MODELS[model]}", ["" if row is None else _published_percent(row) for row in of]),
             ("difference", ["" if row is None else _signed(100 * (row.mean - row.paper)) for row in of]),
         ]
