@@ -94,7 +94,8 @@ class Section:
         )
         return [
             f"{where} the best other model is {rival}. The mixture is {place} (95 % interval {low:+.1f} to "
-            f"{high:+.1f}), which is {verdict}: McNemar, p = {row.p_holm:.2g} after Holm over {len(self.tests)} comparisons. {seeds}"
+            f"{high:+.1f}), which is {verdict}: McNemar, p = {row.p_holm:.2g} after Holm over {len(self.tests)} "
+            f"comparisons. {seeds}"
         ]
 
     @cached_property

@@ -184,8 +184,9 @@ class Results:
     ) -> pd.DataFrame:
         """A table of all groups, as `Group.frame` has it."""
         frame = pd.concat([group.frame(table, columns, where) for group in self.groups], ignore_index=True)
-        strings = frame.select_dtypes("object").columns.difference(["gate", "devices"])
-        return frame.astype(dict.fromkeys(strings, "category"))  # groups with other categories fell back to objects
+        strings = [field.name for field in tables.SCHEMAS[table] if pa.types.is_string(field.type)]
+        kept = [name for name in (*strings, "group") if name in frame]
+        return frame.astype(dict.fromkeys(kept, "category"))  # groups' categories differ
 
 
 def load(*storages: str) -> Results:
@@ -256,7 +257,7 @@ def _find(storage: str) -> list[Run]:
         try:
             fields = json.loads(files.cat_file(file))
             experiment = Experiment.from_json(json.dumps(_known(Experiment, fields)))
-        except (ValueError, AttributeError) as error:  # no JSON, no object, or a value out of range
+        except (ValueError, TypeError, AttributeError) as error:  # no JSON, no object, or a value out of range
             raise InvalidInput(f"{url}/experiment.json: {_line(error)}") from None
         settings = {name: value for name, value in _flat("", fields).items() if name != "seed"}
         runs.append(Run(url, path, files, settings, experiment))
@@ -265,6 +266,8 @@ def _find(storage: str) -> list[Run]:
 
 def _known(part: type[BaseModel], fields: Mapping[str, Any]) -> dict[str, Any]:
     """The fields that this version knows: results may be of another."""
+    if not isinstance(fields, Mapping):
+        raise TypeError(f"{str(fields)[:80]!r} is no object with the fields of an experiment")
     inner = {name: info.annotation for name, info in part.model_fields.items() if name in fields}
     return {
         name: _known(kind, fields[name]) if isinstance(kind, type) and issubclass(kind, BaseModel) else fields[name]
