@@ -60,12 +60,13 @@ _STYLE: dict[Any, Any] = {
 
 
 @contextmanager
-def _style() -> Iterator[None]:
+def styled() -> Iterator[None]:
+    """Draw in this package's style; also decorates a function that draws."""
     with rc_context(_STYLE):
         yield
 
 
-@_style()
+@styled()
 def fgsm(group: Group, measured: pd.DataFrame) -> Figure | None:
     """The paper's figure 6: accuracy over FGSM's epsilon, clean images at 0, bands of one std over seeds.
 
@@ -82,7 +83,7 @@ def fgsm(group: Group, measured: pd.DataFrame) -> Figure | None:
     )
 
 
-@_style()
+@styled()
 def pgd(group: Group, measured: pd.DataFrame) -> Figure | None:
     """The paper's figure 7: accuracy over PGD's iterations, bands of one std over seeds; arguments as for `fgsm`."""
     rows = measured[measured.attack == "pgd"]
@@ -112,7 +113,7 @@ def _curves(group: Group, rows: pd.DataFrame, x_label: str, title: str) -> Figur
     return figure
 
 
-@_style()
+@styled()
 def gate_by_attack(group: Group, found: Outcomes) -> Figure | None:
     """What the gate trusts in each column, mean weight of each expert over images and seeds, and its mean entropy."""
     columns = [column for column in group.columns if place(column) in found.gates]
@@ -133,7 +134,7 @@ def gate_by_attack(group: Group, found: Outcomes) -> Figure | None:
     return figure
 
 
-@_style()
+@styled()
 def gate_by_class(group: Group, found: Outcomes) -> Figure | None:
     """Mean gate weights for each true class: on clean images, and under the longest PGD of the columns."""
     columns = [column for column in group.columns if place(column) in found.gates]
@@ -153,7 +154,7 @@ def gate_by_class(group: Group, found: Outcomes) -> Figure | None:
     return figure
 
 
-@_style()
+@styled()
 def transfer(group: Group, measured: pd.DataFrame) -> Figure | None:
     """Accuracy of each model on the PGD images that were made on each other one; its own PGD on the diagonal."""
     rows = measured[measured.attack == "transfer"]
@@ -174,7 +175,7 @@ def transfer(group: Group, measured: pd.DataFrame) -> Figure | None:
     return figure
 
 
-@_style()
+@styled()
 def experts_and_mixture(group: Group, measured: pd.DataFrame) -> Figure | None:
     """Accuracy of each expert beside the mixture's, in each column of the paper's table."""
     rows = measured[measured.model.isin([*group.experts, MIXTURE])]
@@ -198,7 +199,7 @@ def experts_and_mixture(group: Group, measured: pd.DataFrame) -> Figure | None:
     return figure
 
 
-@_style()
+@styled()
 def clean_and_robust(group: Group, measured: pd.DataFrame) -> Figure | None:
     """Accuracy on clean images against that under PGD with restarts, bars of one std over seeds."""
     clean, robust = _of(measured, "clean"), _of(measured, "pgd_restarts")
@@ -215,7 +216,7 @@ def clean_and_robust(group: Group, measured: pd.DataFrame) -> Figure | None:
     return figure
 
 
-@_style()
+@styled()
 def training(group: Group) -> Figure | None:
     """Loss, clean accuracy and the PGD probe after each epoch, mean over seeds; a probe that falls while the loss falls
     is catastrophic overfitting."""
@@ -235,7 +236,7 @@ def training(group: Group) -> Figure | None:
     return figure
 
 
-@_style()
+@styled()
 def cost(group: Group, measured: pd.DataFrame) -> Figure | None:
     """GPU-hours of a model's training, mean over seeds, against accuracy under PGD with restarts.
 
@@ -335,7 +336,7 @@ def save(figures: Mapping[str, Figure | None], folder: str | Path) -> list[Path]
     return paths
 
 
-@_style()
+@styled()
 def write(figure: Figure | None, file: Any, kind: str) -> None:
     """Write one figure to a path or an open file, as `pdf`, `svg` or `png`; the same figure gives the same bytes."""
     undated = {"pdf": {"CreationDate": None}, "svg": {"Date": None}}.get(kind)

@@ -6,6 +6,7 @@ nothing of further seeds: that is what the standard deviation and the t-test ove
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 
@@ -83,15 +84,17 @@ def bootstrap(differences: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.f
         Lower and upper ends, shape (comparisons,).
     """
     values = np.asarray(differences, dtype=np.float32)
-    examples = len(values)
-    random = np.random.default_rng(0)
-    means = np.empty((RESAMPLES, values.shape[1]), np.float32)
-    for i in range(0, RESAMPLES, 100):  # so many at once that their counts stay small
-        draws = random.integers(examples, size=(100, examples))
-        counts = np.stack([np.bincount(draw, minlength=examples) for draw in draws]).astype(np.float32)
-        means[i : i + 100] = counts @ values / examples
+    means = _draws(len(values)) @ values / len(values)
     low, high = np.quantile(means.astype(np.float64), [ALPHA / 2, 1 - ALPHA / 2], axis=0)
     return low, high
+
+
+@functools.lru_cache(maxsize=1)  # columns share the test set
+def _draws(examples: int) -> NDArray[np.float32]:
+    """How often each image is drawn in each resample, shape (resamples, examples)."""
+    random = np.random.default_rng(0)
+    draws = (random.integers(examples, size=examples) for _ in range(RESAMPLES))
+    return np.stack([np.bincount(draw, minlength=examples).astype(np.float32) for draw in draws])
 
 
 def _paired_t(differences: NDArray[np.int64]) -> NDArray[np.float64]:
