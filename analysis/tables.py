@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
+from statistics import fmean, stdev
 from typing import Any
 
 import pandas as pd
@@ -86,11 +87,11 @@ def accuracies(group: Group) -> pd.DataFrame:
     for model in group.models:
         for where, title in (titles | transfers).items():
             if found := measured.get((model, where)):
-                of = pd.DataFrame(found, columns=["accuracy", "examples"])
-                mean, examples = of.accuracy.mean(), int(of.examples.min())
+                values, examples = [accuracy for accuracy, _ in found], min(n for _, n in found)
+                mean, std = fmean(values), stdev(values) if len(values) > 1 else math.nan
                 interval = wilson(round(mean * examples), examples)
                 theirs = published.get((model, where), (math.nan, math.nan))
-                rows.append((model, *where, title, len(of), mean, of.accuracy.std(), *interval, examples, *theirs))
+                rows.append((model, *where, title, len(found), mean, std, *interval, examples, *theirs))
     names = [*_COLUMN, "title", "seeds", "mean", "std", "low", "high", "examples", "paper", "paper_std"]
     return pd.DataFrame(rows, columns=names)
 
@@ -134,8 +135,9 @@ def table3(group: Group, measured: pd.DataFrame, tests: pd.DataFrame) -> Table:
         measured: of `accuracies`.
         tests: of `statistics.comparisons`; decide what is bold.
     """
-    title = "accuracy in percent, the paper's table 3"
-    return _accuracy_table(title, group, group.paper_columns, measured, tests, _notes(group, measured, tests))
+    title, proven = "accuracy in percent, the paper's table 3", best(tests)
+    notes = _notes(group, measured, len(tests), bool(proven))
+    return _accuracy_table(title, group, group.paper_columns, measured, proven, notes)
 
 
 def beyond(group: Group, measured: pd.DataFrame, tests: pd.DataFrame) -> Table | None:
@@ -143,7 +145,7 @@ def beyond(group: Group, measured: pd.DataFrame, tests: pd.DataFrame) -> Table |
     columns = [column for column in group.columns if column not in group.paper_columns]
     if not columns:
         return None
-    return _accuracy_table("accuracy in percent, beyond the paper", group, columns, measured, tests, [])
+    return _accuracy_table("accuracy in percent, beyond the paper", group, columns, measured, best(tests), [])
 
 
 def _accuracy_table(
@@ -151,11 +153,10 @@ def _accuracy_table(
     group: Group,
     columns: Sequence[Column],
     measured: pd.DataFrame,
-    tests: pd.DataFrame,
+    proven: set[tuple[str, Place]],
     notes: Sequence[str],
 ) -> Table:
     cells = _cells(measured)
-    proven = best(tests)
     models = [model for model in group.models if model in set(measured.model)]
     bold = {(i, j) for i, model in enumerate(models) for j, c in enumerate(columns) if (model, place(c)) in proven}
     return Table(
@@ -168,17 +169,17 @@ def _accuracy_table(
     )
 
 
-def _notes(group: Group, measured: pd.DataFrame, tests: pd.DataFrame) -> list[str]:
+def _notes(group: Group, measured: pd.DataFrame, tests: int, bold: bool) -> list[str]:
     images = " or ".join(map(str, sorted(set(measured.examples))))
     seeds = ", ".join(map(str, group.seeds))
-    proof = f"p < {ALPHA:.2g} in every paired test (McNemar, Holm over {len(tests)} comparisons)"
+    proof = f"p < {ALPHA:.2g} in every paired test (McNemar, Holm over {tests} comparisons)"
     few = [f"{row.model} {row.title}" for row in each(measured) if row.seeds < len(group.seeds)]
     return [
         f"{images} test images; {'mean ± std over seeds' if len(group.seeds) > 1 else 'seed'} {seeds}. Below fgsm its "
         f"epsilon, below the others their iterations (restarts: times starts), all in pixels of [0, 1]; PGD's epsilon "
         f"is {group.experiment.pgd.epsilon:.4g}.",
         f"Bold: ahead of every other model of the column, {proof}."
-        if best(tests)
+        if bold
         else f"No cell is bold: no model is ahead of every other one of its column with {proof}.",
         *([f"Not of all seeds yet: {', '.join(few[:6])}{', ...' if len(few) > 6 else ''}."] if few else []),
     ]

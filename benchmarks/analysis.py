@@ -230,7 +230,11 @@ def measure(storage: Path, out: Path) -> dict[str, float]:
         process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         raise SystemExit(process.returncode)
-    return {"seconds": round(time.perf_counter() - clock, 1), "peak_memory_gib": round(usage.ru_maxrss / 2**20, 2)}
+    return {
+        "seconds": round(time.perf_counter() - clock, 1),
+        "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 1),
+        "peak_memory_gib": round(usage.ru_maxrss / 2**20, 2),
+    }
 
 
 def main() -> None:
@@ -244,7 +248,7 @@ def main() -> None:
             rows = pq.ParquetDataset([str(f) for f in storage.glob("*/results/predictions/*")]).read(["seed"]).num_rows
             size = sum(f.stat().st_size for f in storage.glob("*/results/predictions/*")) / 2**20
             found[f"{rows:,} predictions"] = cost = measure(storage, out)
-            print(f"{rows:,} rows, {size:.0f} MiB: {cost['seconds']} s, {cost['peak_memory_gib']} GiB at most")
+            print(f"{rows:,} rows, {size:.0f} MiB: {cost}")
     print(json.dumps(found))
 
 
