@@ -1,6 +1,8 @@
 """Figures of a group of experiments, vector and PNG, readable in print and by the colour-blind.
 
-python -m analysis.figures ./runs --out figures
+    python -m analysis.figures ./runs --out figures
+
+A folder for each group of experiments that differ only in their seed.
 """
 
 from __future__ import annotations

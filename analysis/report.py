@@ -1,6 +1,8 @@
 """One page that shows what experiments came to, says where each number came from, and needs no network.
 
-python -m analysis.report ./runs --out report.html
+    python -m analysis.report ./runs --out report.html
+
+A section for each group of experiments that differ only in their seed.
 """
 
 from __future__ import annotations
@@ -20,12 +22,12 @@ import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 import dwf_cluster
-from analysis import figures, tables
-from analysis.command import Parser, run
+from analysis import command, figures, tables
 from analysis.outcomes import Outcomes, outcomes
-from analysis.results import Group, as_place, each, load, written
+from analysis.results import Group, Run, as_place, each, load, written
 from analysis.statistics import ALPHA
-from dwf_cluster.experiment import MIXTURE, InvalidInput
+from dwf_cluster.experiment import MIXTURE, PRESETS, InvalidInput
+from dwf_cluster.store.tables import SCHEMAS
 
 _TABLES = ("evaluations", "predictions", "metrics", "checks", "jobs")
 
@@ -112,7 +114,12 @@ class Section:
         if self.checks.empty:
             return "Nobody looked for signs of gradient masking: no checks are stored."
         looked = f"{len(self.checks)} checks of {self.checks.model.nunique()} models"
-        return f"Signs of gradient masking: {int(self.checks.fired.sum()) or 'none'} in {looked}."
+        fired = [f"{row.model} {row.check} (seed {row.seed})" for row in each(self.checks[self.checks.fired])]
+        if not fired:
+            return f"Signs of gradient masking: none in {looked}."
+        return (
+            f"Signs of gradient masking: {len(fired)} in {looked}: {', '.join(fired[:8])}{', ...' * (len(fired) > 8)}."
+        )
 
     @property
     def recount(self) -> str:
@@ -136,7 +143,7 @@ class Section:
         return [(run.url, [self._read(run, table) for table in _TABLES]) for run in self.group.runs]
 
     @staticmethod
-    def _read(run: Any, table: str) -> str:
+    def _read(run: Run, table: str) -> str:
         files = run.parquet(table)
         return f"{len(files)} files, {Group('', (run,)).dataset(table).count_rows():,} rows" if files else "none"
 
@@ -144,12 +151,7 @@ class Section:
     def software(self) -> list[tuple[str, str]]:
         """What ran: every value that the jobs name."""
         jobs = self.group.frame("jobs")
-        names = [
-            *(c for c in jobs.columns if c.endswith("_version")),
-            "git_commit",
-            "host",
-            "device",
-        ]
+        names = [*(name for name in SCHEMAS["jobs"].names if name.endswith("_version")), "git_commit", "host", "device"]
         return [(name, ", ".join(map(str, jobs[name].dropna().unique())) or "not recorded") for name in names]
 
     @property
@@ -161,9 +163,7 @@ class Section:
     def command(self) -> str:
         """What measures it again."""
         experiment = self.group.experiment
-        preset = experiment.preset if "data.source" not in self.group.changed else experiment.data.source
-        if experiment.data.source.endswith(".npz"):
-            preset = experiment.data.source
+        preset = experiment.preset if experiment.preset in PRESETS else experiment.data.source
         seeds = ",".join(map(str, self.group.seeds))
         changed = [shlex.quote(f"{name}={written(value)}") for name, value in self.group.changed.items()]
         sets = " \\\n    --set " + " ".join(changed) if changed else ""
@@ -214,7 +214,7 @@ def page(storages: Sequence[str]) -> str:
 
 def main(arguments: Sequence[str]) -> None:
     """Write the page and print its path."""
-    parser = Parser(prog="python -m analysis.report", description="One self-contained HTML page.")
+    parser = command.Parser(prog="python -m analysis.report", description="One self-contained HTML page.")
     parser.add_argument("storage", nargs="+", help="storage or experiment's folder, a path or an fsspec URL")
     parser.add_argument("--out", default="report.html", help="the file, default: report.html")
     options = parser.parse_args(arguments)
@@ -227,4 +227,4 @@ def main(arguments: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run(main))
+    sys.exit(command.run(main))

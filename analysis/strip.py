@@ -1,6 +1,8 @@
 """Test images, what PGD adds to them, what comes of it, and what the gate trusts. Needs torch and the checkpoints.
 
-python -m analysis.strip ./runs/digits-seed0-0123456789 --out strip.png
+    python -m analysis.strip ./runs/digits-seed0-0123456789 --out strip.png
+
+The first images of the test set: nobody chose them.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 IMAGES = 6
-"""The first of the test set: nobody chose them."""
+"""Columns of the strip."""
 
 
 @dataclass(frozen=True)

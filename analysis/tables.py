@@ -1,7 +1,9 @@
 """Table 3: models down, attacks across, mean ± std over seeds; beside the paper's cells; with tests behind bold face.
 
-python -m analysis.tables ./runs
-python -m analysis.tables ./runs --format latex > table3.tex
+    python -m analysis.tables ./runs
+    python -m analysis.tables ./runs --format latex > table3.tex
+
+A table for each group of experiments that differ only in their seed.
 """
 
 from __future__ import annotations
@@ -35,6 +37,7 @@ PAPER_MODELS = {
 
 PAPER_DATASETS = {"cifar10": "CIFAR-10", "svhn": "SVHN"}
 
+_COLUMN = ["model", "attack", "source", "epsilon", "steps"]
 _DEFENDED = r"-AT\)|SoE|ADVMoE|DWF"
 
 
@@ -96,9 +99,6 @@ def accuracies(group: Group) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=names)
 
 
-_COLUMN = ["model", "attack", "source", "epsilon", "steps"]
-
-
 def _published(group: Group) -> dict[tuple[str, Place], tuple[float, float]]:
     """The paper's cells (0..1) that are of the same data set, model, attack and strength as ours."""
     rows = paper()[paper().dataset == PAPER_DATASETS.get(group.experiment.data.source)]
@@ -106,6 +106,8 @@ def _published(group: Group) -> dict[tuple[str, Place], tuple[float, float]]:
     found = {}
     for model, name in PAPER_MODELS.items():
         for column in group.paper_columns:
+            if (column.restarts or 3) != 3 or (column.eot or 1) != 1:  # the paper's
+                continue
             value = {"clean": 0, "fgsm": column.epsilon}.get(column.attack, column.steps)
             if row := of.get((name, column.attack, value)):
                 found[model, place(column)] = (row.accuracy_percent / 100, row.std_percent / 100)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
-from analysis import Group, load
+from analysis import Group, command, load
 from analysis.outcomes import Outcomes, outcomes
+from analysis.statistics import comparisons
+from analysis.tables import accuracies
 from benchmarks.analysis import make_up
 from dwf_cluster.experiment import build
 
@@ -44,6 +47,32 @@ def digits(storage: Path) -> Group:
 @pytest.fixture(scope="session")
 def found(cifar10: Group) -> Outcomes:
     return outcomes(cifar10)
+
+
+@pytest.fixture(scope="session")
+def measured(cifar10: Group) -> pd.DataFrame:
+    return accuracies(cifar10)
+
+
+@pytest.fixture(scope="session")
+def tests(cifar10: Group, found: Outcomes) -> pd.DataFrame:
+    return comparisons(cifar10, found)
+
+
+Call = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
+    """A command line's `main` in this process, which has imported everything: exit status, stdout, stderr."""
+
+    def main(do: Callable[[Sequence[str]], None], *arguments: str | Path) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["", *map(str, arguments)])
+        status = command.run(do)
+        out, err = capsys.readouterr()
+        return status, out, err
+
+    return main
 
 
 @pytest.fixture

@@ -14,12 +14,7 @@ from analysis import Group, figures
 from analysis.outcomes import Outcomes
 from analysis.results import place
 from analysis.tables import accuracies
-from tests.analysis.conftest import Run
-
-
-@pytest.fixture(scope="session")
-def measured(cifar10: Group) -> pd.DataFrame:
-    return accuracies(cifar10)
+from tests.analysis.conftest import Call
 
 
 def test_every_figure_is_drawn_and_has_a_caption(cifar10: Group, measured: pd.DataFrame, found: Outcomes) -> None:
@@ -114,10 +109,10 @@ def test_the_same_figure_is_the_same_file(cifar10: Group, measured: pd.DataFrame
         assert files[0].getvalue() == files[1].getvalue()
 
 
-def test_the_command_writes_vector_and_png_of_each_group(storage: Path, tmp_path: Path, run: Run) -> None:
-    done = run("analysis.figures", next(storage.glob("digits-*")), "--out", "drawn")
-    assert (done.returncode, done.stderr) == (0, "")
-    paths = [tmp_path / line for line in done.stdout.splitlines()]
+def test_the_command_writes_vector_and_png_of_each_group(storage: Path, tmp_path: Path, call: Call) -> None:
+    status, printed, _ = call(figures.main, next(storage.glob("digits-*")), "--out", tmp_path / "drawn")
+    assert status == 0
+    paths = [Path(line) for line in printed.splitlines()]
     assert {path.suffix for path in paths} == {".pdf", ".svg", ".png"}
     assert {path.parent.name for path in paths} == {"digits"}
     assert all(path.stat().st_size > 5000 for path in paths)

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -20,6 +21,8 @@ from selenium.webdriver.remote.webelement import WebElement
 from analysis import Group, load, outcomes
 from analysis.report import Section, page
 from analysis.tables import of_group
+from benchmarks.analysis import make_up
+from dwf_cluster.experiment import build
 from dwf_cluster.store.tables import SCHEMAS
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
@@ -64,8 +67,7 @@ def browser(html: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[web
 
 
 @pytest.fixture(scope="module")
-def section(cifar10: Group) -> Section:
-    found = outcomes.outcomes(cifar10)
+def section(cifar10: Group, found: outcomes.Outcomes) -> Section:
     return Section(cifar10, found, *of_group(cifar10, found))
 
 
@@ -184,6 +186,18 @@ def test_it_says_where_the_numbers_came_from_and_how_to_get_them_again(html: str
     assert "made-up" in html  # the host
 
 
+def test_own_images_are_measured_again_from_their_file(tmp_path: Path) -> None:
+    images = {name: np.zeros(size, np.uint8) for name, size in {"x_train": (8, 8, 8), "x_test": (4, 8, 8)}.items()}
+    np.savez(tmp_path / "mine.npz", **images, y_train=np.arange(8), y_test=np.arange(4))
+    experiment = build(str(tmp_path / "mine.npz"), 3, ["model.width=4"])
+    make_up(tmp_path / "runs", experiment, 50)
+    (group,) = load(str(tmp_path / "runs")).groups
+    found = outcomes.outcomes(group)
+    again = Section(group, found, *of_group(group, found)).command
+    preset, assignments = re.fullmatch(r".*--preset (\S+) --seed 3 \\\n    --set (.*)", again, re.S).groups()  # type: ignore[union-attr]
+    assert build(preset, 3, assignments.split()) == experiment
+
+
 def test_evaluations_that_their_predictions_do_not_add_up_to_are_found(storage: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(next(storage.glob("digits-*")), tmp_path / "digits"))
     file = folder / "results" / "evaluations" / "evaluate-mixture-paper.parquet"
@@ -196,20 +210,16 @@ def test_evaluations_that_their_predictions_do_not_add_up_to_are_found(storage: 
     assert section.recount == "Warning: counted again from the predictions, 1 cells differ: mixture clean (seed 0)."
 
 
-def test_signs_of_masking_are_a_warning(storage: Path, tmp_path: Path) -> None:
+def test_signs_of_masking_are_a_warning_and_what_the_experiment_says_is_text(storage: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(next(storage.glob("digits-*")), tmp_path / "digits"))
     file = folder / "results" / "checks" / "evaluate-benign-checks-000000000.parquet"
     rows = pd.read_parquet(file).assign(fired=[True, False])
     pq.write_table(pa.Table.from_pandas(rows, SCHEMAS["checks"], preserve_index=False), file)
-    html = page([str(folder)])
-    assert '<p class="warning">Signs of gradient masking: 1 in 8 checks of 4 models.</p>' in html
-    assert "<details open><summary>All checks" in html
-
-
-def test_what_the_experiment_says_is_text_and_not_markup(storage: Path, tmp_path: Path) -> None:
-    folder = Path(shutil.copytree(next(storage.glob("digits-*")), tmp_path / "digits"))
     text = (folder / "experiment.json").read_text().replace('"source": "digits"', '"source": "<script>x.npz"')
     (folder / "experiment.json").write_text(text)
     html = page([str(folder)])
+    warning = "Signs of gradient masking: 1 in 8 checks of 4 models: benign more_steps (seed 0)."
+    assert f'<p class="warning">{warning}</p>' in html
+    assert "<details open><summary>All checks" in html
     assert "<script>x" not in html
     assert "&lt;script&gt;x.npz" in html

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import fsspec
 import pyarrow.dataset as ds
 import pytest
 
-from analysis import Group, command, figures, load, report, tables
+from analysis import Group, figures, load, report, tables
 from dwf_cluster.experiment import InvalidInput, build
 from dwf_cluster.store.tables import SCHEMAS
-from tests.analysis.conftest import EXAMPLES, Run
+from tests.analysis.conftest import EXAMPLES, Call, Run
 
 
 def test_experiments_that_differ_in_their_seed_are_one_group(storage: Path) -> None:
@@ -147,9 +146,7 @@ def test_bad_input_is_one_line_and_exit_status_2(run: Run) -> None:
     )
 
 
-def test_every_bad_input_is_one_line(
-    storage: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_every_bad_input_is_one_line(storage: Path, tmp_path: Path, call: Call) -> None:
     broken = Path(shutil.copytree(next(storage.glob("digits-*")), tmp_path / "broken"))
     next((broken / "results" / "predictions").iterdir()).write_bytes(b"no Parquet")
     empty = Path(shutil.copytree(next(storage.glob("digits-*")), tmp_path / "empty"))
@@ -164,9 +161,9 @@ def test_every_bad_input_is_one_line(
         (report.main, [one, "--out", "/dev/null/report.html"], "--out: '/dev/null/report.html' cannot be used"),
         (figures.main, [one, "--out", "/dev/null/x"], "--out"),
     ):
-        monkeypatch.setattr(sys, "argv", ["", *map(str, arguments)])
-        assert command.run(main) == 2
-        (line,) = capsys.readouterr().err.splitlines()
+        status, _, err = call(main, *arguments)
+        assert status == 2
+        (line,) = err.splitlines()
         assert line.startswith("error: ")
         assert expected in line
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
@@ -19,6 +19,7 @@ def test_wilson_is_that_of_the_literature() -> None:
     assert wilson(0, 20) == pytest.approx((0.0, 0.1611), abs=5e-5)
 
 
+@settings(deadline=None)  # a busy machine is no fault
 @given(st.integers(0, 60), st.integers(0, 60), st.integers(0, 50))
 def test_with_one_seed_it_is_the_exact_binomial_test_of_the_images_that_differ(b: int, c: int, alike: int) -> None:
     first = np.array([[1] * b + [0] * c + [1] * alike], np.int8)
@@ -50,6 +51,7 @@ def test_holm_is_that_of_the_textbook() -> None:
     assert holm([0.6, 0.7]).tolist() == [1, 1]
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=30))
 def test_holm_is_between_nothing_and_bonferroni_and_keeps_the_order(p: list[float]) -> None:
     corrected = holm(p)

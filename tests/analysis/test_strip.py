@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from analysis import command, load, strip
+from analysis import load, strip
 from dwf_cluster.experiment import MIXTURE, Experiment, build
+from tests.analysis.conftest import Call
 
 torch = pytest.importorskip("torch")
 
@@ -53,24 +54,18 @@ def test_it_is_what_the_evaluation_measures(folder: Path, experiment: Experiment
     assert np.abs(shown.x[1] - shown.x[0]).max() == pytest.approx(3 * experiment.pgd.step_size, abs=1e-6)
 
 
-def test_the_command_draws_it(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_command_draws_it(folder: Path, tmp_path: Path, call: Call) -> None:
     out = tmp_path / "strip.png"
-    monkeypatch.setattr("sys.argv", ["strip", str(folder), "--out", str(out)])
-    assert command.run(strip.main) == 0
-    assert capsys.readouterr().out == f"{out}\n"
+    assert call(strip.main, folder, "--out", out) == (0, f"{out}\n", "")
     assert imread(out).std() > 0.1
 
 
-def test_without_a_checkpoint_or_with_another_ending_it_says_so(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_without_a_checkpoint_or_with_another_ending_it_says_so(folder: Path, call: Call) -> None:
     for checkpoint in folder.glob("checkpoints/*/*/manifest.json"):
         checkpoint.unlink()
-    for arguments, expected in ([str(folder)], "no checkpoint"), ([str(folder), "--out", "strip.gif"], "strip.gif"):
-        monkeypatch.setattr("sys.argv", ["strip", *arguments])
-        assert command.run(strip.main) == 2
-        (line,) = capsys.readouterr().err.splitlines()
+    for arguments, expected in ([folder], "no checkpoint"), ([folder, "--out", "strip.gif"], "strip.gif"):
+        status, _, err = call(strip.main, *arguments)
+        assert status == 2
+        (line,) = err.splitlines()
         assert line.startswith("error: ")
         assert expected in line

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import io
 import re
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 
 from analysis import Group
-from analysis.outcomes import Outcomes
 from analysis.results import place
-from analysis.statistics import comparisons
 from analysis.tables import (
     FORMATS,
     PAPER_MODELS,
@@ -23,23 +22,14 @@ from analysis.tables import (
     best,
     beyond,
     latex,
+    main,
     markdown,
     no_paper,
     paper,
     table3,
     text,
 )
-from tests.analysis.conftest import EXAMPLES, Run
-
-
-@pytest.fixture(scope="session")
-def measured(cifar10: Group) -> pd.DataFrame:
-    return accuracies(cifar10)
-
-
-@pytest.fixture(scope="session")
-def tests(cifar10: Group, found: Outcomes) -> pd.DataFrame:
-    return comparisons(cifar10, found)
+from tests.analysis.conftest import EXAMPLES, Call
 
 
 @pytest.fixture(scope="session")
@@ -182,15 +172,15 @@ def test_latex_is_booktabs_with_a_cell_for_each_column(table: Table) -> None:
 
 
 @pytest.mark.parametrize("form", [*FORMATS, "csv"])
-def test_the_command_prints_every_group_in_every_format(storage: object, run: Run, form: str) -> None:
-    done = run("analysis.tables", str(storage), "--format", form)
-    assert (done.returncode, done.stderr) == (0, "")
+def test_the_command_prints_every_group_in_every_format(storage: Path, call: Call, form: str) -> None:
+    status, printed, _ = call(main, storage, "--format", form)
+    assert status == 0
     if form == "csv":
-        frame = pd.read_csv(io.StringIO(done.stdout))
+        frame = pd.read_csv(io.StringIO(printed))
         assert set(frame.group) == {"cifar10", "digits"}
         mixture = frame[(frame.model == "mixture") & (frame.group == "cifar10") & (frame.attack == "clean")]
         assert mixture.paper.item() == pytest.approx(0.9119)
     else:
-        assert done.stdout.count("the paper's table 3") == 2
-        assert "The paper has no figures for digits." in done.stdout
-        assert "Warning: do not compare the PGD columns" in done.stdout
+        assert printed.count("the paper's table 3") == 2
+        assert "The paper has no figures for digits." in printed
+        assert "Warning: do not compare the PGD columns" in printed
