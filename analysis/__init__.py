@@ -1,0 +1,13 @@
+"""Tables, tests, figures and a report of what experiments measured; needs their Parquet tables, neither torch nor ray.
+
+    from analysis import load
+
+    runs = load("./runs")
+    runs.evaluations.groupby(["model", "attack"], observed=True).accuracy.mean()
+
+More in docs/analysis.md.
+"""
+
+from analysis.results import Group, Results, load
+
+__all__ = ["Group", "Results", "load"]

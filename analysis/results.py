@@ -1,0 +1,299 @@
+"""What experiments have measured: their folders found, grouped over seeds, and their Parquet tables read."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.dataset as ds
+from pydantic import BaseModel
+
+from dwf_cluster.experiment import MIXTURE, PRESETS, Data, Experiment, InvalidInput
+from dwf_cluster.grid import CHECKS, Column, columns, families
+from dwf_cluster.store import tables
+
+if TYPE_CHECKING:
+    from fsspec import AbstractFileSystem
+
+Place = tuple[str, str | None, float | None, int | None]
+"""Attack, source, epsilon, steps: what tells the columns of one experiment apart in every table."""
+
+_NAMED = 4
+"""Settings that a title names; the report lists them all."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """The folder of one experiment.
+
+    Attributes:
+        url: its path or URL, for people.
+        path: the same for `files`.
+        files: the file system that it lies on.
+        settings: every field of its `experiment.json` but the seed, by its dotted name.
+        experiment: the same, as far as this version knows the fields.
+    """
+
+    url: str
+    path: str
+    files: AbstractFileSystem
+    settings: Mapping[str, Any]
+    experiment: Experiment
+
+    def parquet(self, table: str) -> list[str]:
+        """Paths of a table's files, sorted; unfinished ones, whose names begin with a dot, left out."""
+        return sorted(self.files.glob(f"{self.path}/{tables.folder(table)}/[!.]*.parquet"))
+
+
+@dataclass(frozen=True)
+class Group:
+    """Experiments that differ in nothing but their seed.
+
+    Attributes:
+        title: the preset and the settings that tell the group from others of that preset.
+        runs: one for each seed, seeds rising.
+    """
+
+    title: str
+    runs: tuple[Run, ...]
+
+    @property
+    def experiment(self) -> Experiment:
+        """Their settings; the seed is that of the first."""
+        return self.runs[0].experiment
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """Every field but the seed, by its dotted name, as `--set` takes it."""
+        return self.runs[0].settings
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """Their seeds, rising."""
+        return tuple(run.experiment.seed for run in self.runs)
+
+    @property
+    def changed(self) -> Mapping[str, Any]:
+        """The settings that `--set` must be given beside `--preset`."""
+        experiment = self.experiment
+        own_images = Experiment(preset=experiment.preset, data=Data(source=experiment.data.source))
+        base = PRESETS[experiment.preset][0] if experiment.preset in PRESETS else own_images
+        known = _flat("", base.model_dump(mode="json")) | {"data.sha256": self.settings.get("data.sha256")}
+        return {name: value for name, value in self.settings.items() if name not in known or known[name] != value}
+
+    @property
+    def name(self) -> str:
+        """The title as the name of a folder."""
+        return re.sub(r"[^A-Za-z0-9.=_-]+", "-", self.title).strip("-")
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """Experts in the order of the gate's outputs, baselines, the mixture."""
+        return (*(regime.name for regime in self.experiment.regimes), MIXTURE)
+
+    @property
+    def experts(self) -> tuple[str, ...]:
+        """Experts in the order of the gate's outputs."""
+        return tuple(regime.name for regime in self.experiment.mixture_regimes)
+
+    @property
+    def columns(self) -> tuple[Column, ...]:
+        """The paper's columns, then those beyond; `transfer` has tables of its own."""
+        return tuple(c for f in families(self.experiment, MIXTURE) if f != CHECKS for c in columns(self.experiment, f))
+
+    @property
+    def paper_columns(self) -> tuple[Column, ...]:
+        """The columns of the paper's table 3."""
+        return tuple(columns(self.experiment, "paper"))
+
+    def dataset(self, table: str) -> ds.Dataset:
+        """A table over all seeds, nothing of it read yet; a column that a file lacks is null."""
+        found = [self._opened(run, table) for run in self.runs if run.parquet(table)]
+        return ds.dataset(found) if found else ds.dataset(tables.SCHEMAS[table].empty_table())
+
+    def frame(
+        self, table: str, columns: Sequence[str] | None = None, where: ds.Expression | None = None
+    ) -> pd.DataFrame:
+        """A table over all seeds.
+
+        Args:
+            table: one of `metrics`, `evaluations`, `predictions`, `jobs`, `checks`, `shards`.
+            columns: only these; all by default.
+            where: only rows for which this holds, e.g. `pyarrow.dataset.field("model") == "mixture"`.
+
+        Returns:
+            Columns as docs/results.md has them, and `group`, the group's title. Strings are categories.
+
+        Raises:
+            InvalidInput: if a file is no Parquet, or its columns are of another type.
+        """
+        try:
+            rows = self.dataset(table).to_table(columns=list(columns) if columns else None, filter=where)
+        except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+            raise InvalidInput(f"{self.runs[0].url}: table {table} cannot be read: {_line(error)}") from None
+        frame: pd.DataFrame = rows.to_pandas(strings_to_categorical=True)
+        return frame.assign(group=pd.Categorical([self.title] * len(frame), [self.title]))
+
+    @staticmethod
+    def _opened(run: Run, table: str) -> ds.Dataset:
+        return ds.dataset(run.parquet(table), schema=tables.SCHEMAS[table], format="parquet", filesystem=run.files)
+
+
+class Results:
+    """The tables of all experiments of a storage as tidy frames, read when first asked for.
+
+    Columns are those of docs/results.md, and `group`: experiments that differ only in their seed share one.
+    """
+
+    def __init__(self, groups: Sequence[Group]) -> None:
+        self.groups = tuple(groups)
+
+    @cached_property
+    def evaluations(self) -> pd.DataFrame:
+        """One row for each experiment, model and column of the result table."""
+        return self.frame("evaluations")
+
+    @cached_property
+    def metrics(self) -> pd.DataFrame:
+        """One row for each experiment, model and epoch of training."""
+        return self.frame("metrics")
+
+    @cached_property
+    def checks(self) -> pd.DataFrame:
+        """One row for each experiment, model and sign of gradient masking."""
+        return self.frame("checks")
+
+    @cached_property
+    def jobs(self) -> pd.DataFrame:
+        """One row for each experiment and task."""
+        return self.frame("jobs")
+
+    @cached_property
+    def predictions(self) -> pd.DataFrame:
+        """One row for each experiment, model, column and test image: large, and larger with `gate`, so see `frame`."""
+        return self.frame("predictions")
+
+    def frame(
+        self, table: str, columns: Sequence[str] | None = None, where: ds.Expression | None = None
+    ) -> pd.DataFrame:
+        """A table of all groups, as `Group.frame` has it."""
+        frame = pd.concat([group.frame(table, columns, where) for group in self.groups], ignore_index=True)
+        strings = [field.name for field in tables.SCHEMAS[table] if pa.types.is_string(field.type)]
+        kept = [name for name in (*strings, "group") if name in frame]
+        return frame.astype(dict.fromkeys(kept, "category"))  # groups' categories differ
+
+
+def load(*storages: str) -> Results:
+    """Find experiments.
+
+    Args:
+        storages: paths or fsspec URLs (`./runs`, `s3://bucket/prefix`) of storages, or of experiments' own folders.
+
+    Raises:
+        InvalidInput: if there is no experiment, or its `experiment.json` cannot be used.
+    """
+    return Results(_grouped([run for storage in storages for run in _find(storage)]))
+
+
+def place(column: Column) -> Place:
+    """What finds a column in every table."""
+    return column.attack, column.source, column.epsilon, column.steps
+
+
+def as_place(attack: Any, source: Any, epsilon: Any, steps: Any) -> Place:
+    """The same from a row of a frame, where what has no meaning is NaN."""
+    known = (None if pd.isna(value) else value for value in (source, epsilon, steps))
+    source, epsilon, steps = known
+    return attack, source, epsilon, None if steps is None else int(steps)
+
+
+def each(frame: pd.DataFrame) -> Iterator[Any]:
+    """The rows of a frame, their columns as attributes, which no type checker knows."""
+    yield from frame.itertuples(index=False)
+
+
+def _flat(prefix: str, fields: Mapping[str, Any]) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in fields.items():
+        flat |= _flat(f"{prefix}{name}.", value) if isinstance(value, Mapping) else {prefix + name: value}
+    return flat
+
+
+def written(value: Any) -> str:
+    """A setting's value as `--set` takes it."""
+    return (
+        ",".join(map(str, value))
+        if isinstance(value, list)
+        else str(value)
+        if isinstance(value, str)
+        else json.dumps(value)
+    )
+
+
+def _find(storage: str) -> list[Run]:
+    import fsspec
+
+    try:
+        files, root = fsspec.core.url_to_fs(storage)
+        own = files.exists(f"{root}/experiment.json")
+        found = [f"{root}/experiment.json"] if own else sorted(files.glob(f"{root}/*/experiment.json"))
+    except (ValueError, ImportError, OSError) as error:
+        raise InvalidInput(f"storage: {storage!r} cannot be used: {_line(error)}") from None
+    if not found:
+        raise InvalidInput(
+            f"storage: {storage!r} cannot be used: it holds no experiment.json, "
+            "allowed are a storage of experiments or an experiment's folder"
+        )
+    runs = []
+    for file in found:
+        path = file.rsplit("/", 1)[0]
+        url = storage.rstrip("/") if own else f"{storage.rstrip('/')}/{path.rsplit('/', 1)[-1]}"
+        try:
+            fields = json.loads(files.cat_file(file))
+            experiment = Experiment.from_json(json.dumps(_known(Experiment, fields)))
+        except (ValueError, TypeError, AttributeError) as error:  # no JSON, no object, or a value out of range
+            raise InvalidInput(f"{url}/experiment.json: {_line(error)}") from None
+        settings = {name: value for name, value in _flat("", fields).items() if name != "seed"}
+        runs.append(Run(url, path, files, settings, experiment))
+    return runs
+
+
+def _known(part: type[BaseModel], fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields that this version knows: results may be of another."""
+    if not isinstance(fields, Mapping):
+        raise TypeError(f"{str(fields)[:80]!r} is no object with the fields of an experiment")
+    inner = {name: info.annotation for name, info in part.model_fields.items() if name in fields}
+    return {
+        name: _known(kind, fields[name]) if isinstance(kind, type) and issubclass(kind, BaseModel) else fields[name]
+        for name, kind in inner.items()
+    }
+
+
+def _grouped(runs: Sequence[Run]) -> list[Group]:
+    alike: dict[str, dict[int, Run]] = {}
+    for run in runs:  # a folder that was named twice counts once
+        key = json.dumps(run.settings, sort_keys=True)
+        alike.setdefault(key, {}).setdefault(run.experiment.seed, run)
+    groups = [tuple(of[seed] for seed in sorted(of)) for of in alike.values()]
+    titled = [Group(_title(group[0], [other[0] for other in groups]), group) for group in groups]
+    return sorted(titled, key=lambda group: (group.experiment.preset, group.title))
+
+
+def _title(run: Run, all_of_them: Sequence[Run]) -> str:
+    preset = run.experiment.preset
+    siblings = [other.settings for other in all_of_them if other.experiment.preset == preset]
+    differ = [name for name, value in run.settings.items() if any(other.get(name) != value for other in siblings)]
+    named = [f"{name}={written(run.settings[name])}" for name in differ]
+    if len(named) > _NAMED:  # the signature tells it from groups that share these
+        named = [*named[:_NAMED], f"{len(named) - _NAMED} more ({run.experiment.signature})"]
+    return ", ".join([preset, *named])
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200]

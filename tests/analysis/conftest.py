@@ -1,0 +1,93 @@
+"""Results that were made up, consistent between their tables, and groups read from them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from analysis import Group, command, load
+from analysis.outcomes import Outcomes, outcomes
+from analysis.statistics import comparisons
+from analysis.tables import accuracies
+from benchmarks.analysis import make_up
+from dwf_cluster.experiment import build
+
+ROOT = Path(__file__).parents[2]
+EXAMPLES = 400
+FEW = ["experts.fgsm=1", "experts.pgd=2", "evaluation.beyond=pgd_gate,transfer"]
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(scope="session")
+def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """CIFAR-10 with three seeds, and digits with one."""
+    folder = tmp_path_factory.mktemp("analysis") / "runs"
+    for seed in range(3):
+        make_up(folder, build("cifar10", seed, FEW), EXAMPLES)
+    make_up(folder, build("digits", 0, ["experts.fgsm=1", "experts.pgd=1", "evaluation.beyond="]), 100)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def cifar10(storage: Path) -> Group:
+    return load(str(storage)).groups[0]
+
+
+@pytest.fixture(scope="session")
+def digits(storage: Path) -> Group:
+    return load(str(storage)).groups[1]
+
+
+@pytest.fixture(scope="session")
+def found(cifar10: Group) -> Outcomes:
+    return outcomes(cifar10)
+
+
+@pytest.fixture(scope="session")
+def measured(cifar10: Group) -> pd.DataFrame:
+    return accuracies(cifar10)
+
+
+@pytest.fixture(scope="session")
+def tests(cifar10: Group, found: Outcomes) -> pd.DataFrame:
+    return comparisons(cifar10, found)
+
+
+Call = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
+    """A command line's `main` in this process, which has imported everything: exit status, stdout, stderr."""
+
+    def main(do: Callable[[Sequence[str]], None], *arguments: str | Path) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["", *map(str, arguments)])
+        status = command.run(do)
+        out, err = capsys.readouterr()
+        return status, out, err
+
+    return main
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    """`python -m <module> ...` as a user runs it, in an empty folder."""
+
+    def command(module: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", module, *map(str, arguments)],
+            cwd=tmp_path,
+            env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"},
+            capture_output=True,
+            text=True,
+            timeout=100,
+            check=False,
+        )
+
+    return command

@@ -1,0 +1,225 @@
+"""The report in a real browser: it loads, sorts, shows its figures, fits a phone, and asks nobody for anything."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from selenium import webdriver
+from selenium.webdriver.chrome.service import Service
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.remote.webelement import WebElement
+
+from analysis import Group, load, outcomes
+from analysis.report import Section, page
+from analysis.tables import of_group
+from benchmarks.analysis import make_up
+from dwf_cluster.experiment import build
+from dwf_cluster.store.tables import SCHEMAS
+
+CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
+SWITCHES = (
+    "headless",
+    "no-sandbox",
+    "disable-gpu",
+    "disable-quic",
+    "no-first-run",
+    "disable-background-networking",
+    "disable-component-update",
+    "disable-sync",
+    "disable-dev-shm-usage",
+    "window-size=1280,900",
+)
+"""It asks nobody for anything either."""
+
+
+@pytest.fixture(scope="module")
+def html(storage: Path) -> str:
+    return page([str(storage)])
+
+
+@pytest.fixture(scope="module")
+def browser(html: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[webdriver.Chrome]:
+    """The page, open."""
+    if not CHROMIUM or not DRIVER:
+        pytest.skip("needs Debian's chromium and chromium-driver")
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    for switch in SWITCHES:
+        options.add_argument(f"--{switch}")
+    file = tmp_path_factory.mktemp("report") / "report.html"
+    file.write_text(html, encoding="utf-8")
+    driver = webdriver.Chrome(options=options, service=Service(DRIVER))
+    try:
+        driver.get(file.as_uri())
+        yield driver
+    finally:
+        driver.quit()
+
+
+@pytest.fixture(scope="module")
+def section(cifar10: Group, found: outcomes.Outcomes) -> Section:
+    return Section(cifar10, found, *of_group(cifar10, found))
+
+
+def _heading(table: WebElement, text: str) -> WebElement:
+    (button,) = (b for b in table.find_elements(By.CSS_SELECTOR, "thead button") if b.text.split() == text.split())
+    return button
+
+
+def _column(table: WebElement, place: int) -> list[str]:
+    return [row.find_elements(By.XPATH, "./*")[place].text for row in table.find_elements(By.CSS_SELECTOR, "tbody tr")]
+
+
+def test_it_loads_without_a_word_on_the_console(browser: webdriver.Chrome) -> None:
+    assert browser.get_log("browser") == []
+    assert browser.title == "dwf_cluster: cifar10; digits"
+
+
+def test_it_asks_nobody_for_anything(browser: webdriver.Chrome, html: str) -> None:
+    loaded = browser.execute_script("return performance.getEntriesByType('resource').map(entry => entry.name)")
+    assert [name for name in loaded if not name.startswith("data:")] == []
+    assert not re.search(r"""(src|href)=["'](?!data:|#)""", html)
+    assert "@import" not in html
+
+
+def test_every_figure_is_there_and_described(browser: webdriver.Chrome) -> None:
+    shown = browser.execute_script(
+        "return [...document.images].map(image => [image.complete && image.naturalWidth, image.alt.length])"
+    )
+    assert len(shown) == 9 + 8  # digits has no transfer matrix
+    assert all(width > 400 and described > 20 for width, described in shown)
+
+
+def test_a_table_sorts_by_click_and_by_keyboard(browser: webdriver.Chrome) -> None:
+    table = browser.find_element(By.CSS_SELECTOR, "table.sortable")
+    clean = _heading(table, "clean")
+    place = 1
+    clean.click()
+    values = [float(cell.split()[0]) for cell in _column(table, place)]
+    assert values == sorted(values, reverse=True)
+    assert clean.find_element(By.XPATH, "..").get_attribute("aria-sort") == "descending"
+    clean.send_keys(Keys.ENTER)
+    values = [float(cell.split()[0]) for cell in _column(table, place)]
+    assert values == sorted(values)
+    assert clean.find_element(By.XPATH, "..").get_attribute("aria-sort") == "ascending"
+    model = _heading(table, "model")
+    model.send_keys(Keys.SPACE)
+    assert _column(table, 0) == sorted(_column(table, 0))
+    assert clean.find_element(By.XPATH, "..").get_attribute("aria-sort") is None
+
+
+def test_blank_cells_stay_at_the_end(browser: webdriver.Chrome) -> None:
+    table = browser.find_elements(By.CSS_SELECTOR, "table.sortable")[1]
+    for _ in range(2):
+        _heading(table, "gate 100").click()
+        cells = _column(table, 1)
+        assert cells[0] != ""
+        assert cells[1:] == [""] * 6
+
+
+@pytest.mark.parametrize("width", [320, 390, 768, 1280])
+def test_no_page_is_wider_than_its_screen(browser: webdriver.Chrome, width: int) -> None:
+    screen = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width < 700}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
+    browser.execute_script("document.querySelectorAll('details').forEach(part => { part.open = true; })")
+    try:
+        assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+    finally:
+        browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+def test_print_opens_what_is_folded(browser: webdriver.Chrome) -> None:
+    browser.execute_script("document.querySelectorAll('details').forEach(part => { part.open = false; })")
+    assert browser.print_page()
+    assert browser.execute_script("return [...document.querySelectorAll('details')].every(part => part.open)")
+
+
+def test_its_numbers_are_those_of_the_tables(browser: webdriver.Chrome, section: Section) -> None:
+    table = browser.find_element(By.CSS_SELECTOR, "table.sortable")
+    shown = {row.find_element(By.TAG_NAME, "th").text: row for row in table.find_elements(By.CSS_SELECTOR, "tbody tr")}
+    for i, (label, cells) in enumerate(section.tables[0].rows):
+        assert [cell.text for cell in shown[label].find_elements(By.TAG_NAME, "td")] == list(cells)
+        bold = len(shown[label].find_elements(By.TAG_NAME, "strong"))
+        assert bold == sum(row == i for row, _ in section.tables[0].bold)
+
+
+def test_the_headline_claims_no_more_than_its_test(section: Section) -> None:
+    first, clean, pgd = section.headline
+    mean = section.measured.set_index(["model", "attack"]).loc[("mixture", "clean")]
+    assert f"{100 * mean['mean']:.1f} ± {100 * mean['std']:.1f} % are right on clean images" in first
+    assert "3 seeds" in first
+    undecided = Section(
+        section.group,
+        section.found,
+        section.measured,
+        section.tests.assign(p_holm=1.0),
+        section.tables,
+        section.remarks,
+    )
+    assert "not established" in undecided.headline[2]
+    certain = section.tests.assign(p_holm=1e-9)
+    proven = Section(section.group, section.found, section.measured, certain, section.tables, section.remarks)
+    assert "is established" in proven.headline[2]
+    assert "paired t-test" in pgd
+    assert clean.startswith("On clean images the best other model is benign")
+
+
+def test_it_says_where_the_numbers_came_from_and_how_to_get_them_again(html: str, storage: Path) -> None:
+    for folder in storage.iterdir():
+        assert str(folder) in html
+    files = [file for folder in storage.glob("cifar10-seed0-*") for file in folder.glob("results/predictions/*")]
+    rows = sum(pq.read_metadata(file).num_rows for file in files)
+    assert f"{len(files)} files, {rows:,} rows" in html
+    assert "python -m dwf_cluster.launch --local --preset cifar10 --seed 0,1,2" in html
+    assert "--set experts.fgsm=1 experts.pgd=2 evaluation.beyond=pgd_gate,transfer" in html
+    assert "cells of the evaluations agree" in html
+    assert "made-up" in html  # the host
+
+
+def test_own_images_are_measured_again_from_their_file(tmp_path: Path) -> None:
+    images = {name: np.zeros(size, np.uint8) for name, size in {"x_train": (8, 8, 8), "x_test": (4, 8, 8)}.items()}
+    np.savez(tmp_path / "mine.npz", **images, y_train=np.arange(8), y_test=np.arange(4))
+    experiment = build(str(tmp_path / "mine.npz"), 3, ["model.width=4"])
+    make_up(tmp_path / "runs", experiment, 50)
+    (group,) = load(str(tmp_path / "runs")).groups
+    found = outcomes.outcomes(group)
+    again = Section(group, found, *of_group(group, found)).command
+    preset, assignments = re.fullmatch(r".*--preset (\S+) --seed 3 \\\n    --set (.*)", again, re.S).groups()  # type: ignore[union-attr]
+    assert build(preset, 3, assignments.split()) == experiment
+
+
+def test_evaluations_that_their_predictions_do_not_add_up_to_are_found(storage: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(next(storage.glob("digits-*")), tmp_path / "digits"))
+    file = folder / "results" / "evaluations" / "evaluate-mixture-paper.parquet"
+    rows = pd.read_parquet(file)
+    rows.loc[0, "correct"] -= 1
+    pq.write_table(pa.Table.from_pandas(rows, SCHEMAS["evaluations"], preserve_index=False), file)
+    (group,) = load(str(folder)).groups
+    found = outcomes.outcomes(group)
+    section = Section(group, found, *of_group(group, found))
+    assert section.recount == "Warning: counted again from the predictions, 1 cells differ: mixture clean (seed 0)."
+
+
+def test_signs_of_masking_are_a_warning_and_what_the_experiment_says_is_text(storage: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(next(storage.glob("digits-*")), tmp_path / "digits"))
+    file = folder / "results" / "checks" / "evaluate-benign-checks-000000000.parquet"
+    rows = pd.read_parquet(file).assign(fired=[True, False])
+    pq.write_table(pa.Table.from_pandas(rows, SCHEMAS["checks"], preserve_index=False), file)
+    text = (folder / "experiment.json").read_text().replace('"source": "digits"', '"source": "<script>x.npz"')
+    (folder / "experiment.json").write_text(text)
+    html = page([str(folder)])
+    warning = "Signs of gradient masking: 1 in 8 checks of 4 models: benign more_steps (seed 0)."
+    assert f'<p class="warning">{warning}</p>' in html
+    assert "<details open><summary>All checks" in html
+    assert "<script>x" not in html
+    assert "&lt;script&gt;x.npz" in html

@@ -1,0 +1,185 @@
+"""Experiments are found and grouped, their tables read; what cannot be used is said in one line."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import fsspec
+import pyarrow.dataset as ds
+import pytest
+
+from analysis import Group, figures, load, report, tables
+from dwf_cluster.experiment import InvalidInput, build
+from dwf_cluster.store.tables import SCHEMAS
+from tests.analysis.conftest import EXAMPLES, Call, Run
+
+
+def test_experiments_that_differ_in_their_seed_are_one_group(storage: Path) -> None:
+    groups = load(str(storage)).groups
+    assert [(group.title, group.seeds) for group in groups] == [("cifar10", (0, 1, 2)), ("digits", (0,))]
+
+
+def test_groups_are_titled_by_what_differs(tmp_path: Path) -> None:
+    for epochs in (3, 4):
+        for seed in (0, 1):
+            experiment = build("digits", seed, [f"experts.epochs={epochs}", "evaluation.pgd_steps=5,10"])
+            (tmp_path / experiment.folder).mkdir()
+            (tmp_path / experiment.folder / "experiment.json").write_text(experiment.to_json())
+    groups = load(str(tmp_path)).groups
+    assert [(group.title, group.seeds) for group in groups] == [
+        ("digits, experts.epochs=3", (0, 1)),
+        ("digits, experts.epochs=4", (0, 1)),
+    ]
+    assert dict(groups[1].changed) == {"evaluation.pgd_steps": [5, 10]}
+
+
+def test_a_group_that_differs_in_much_is_told_apart_by_its_signature(tmp_path: Path) -> None:
+    many = ["model.width=4", "gate.hidden=8", "experts.epochs=1", "joint.epochs=2", "pgd.steps=1", "fgsm.epsilons=0.1"]
+    experiments = [build("digits", 0), build("digits", 0, many)]
+    for experiment in experiments:
+        (tmp_path / experiment.folder).mkdir()
+        (tmp_path / experiment.folder / "experiment.json").write_text(experiment.to_json())
+    titles = {group.title for group in load(str(tmp_path)).groups}
+    assert len(titles) == 2
+    assert all(any(experiment.signature in title for title in titles) for experiment in experiments)
+
+
+def test_a_folder_of_an_experiment_counts_once_however_it_is_named(storage: Path) -> None:
+    folder = next(storage.glob("digits-*"))
+    assert [group.seeds for group in load(str(folder), f"{folder}/").groups] == [(0,)]
+
+
+@pytest.mark.parametrize("table", ["evaluations", "predictions", "metrics", "checks", "jobs"])
+def test_frames_have_the_documented_columns_and_the_group(storage: Path, table: str) -> None:
+    frame = getattr(load(str(storage)), table)
+    assert list(frame) == [*SCHEMAS[table].names, "group"]
+    assert set(frame.group) == {"cifar10", "digits"}
+
+
+def test_strings_are_categories_and_rows_can_be_chosen_before_they_are_read(storage: Path) -> None:
+    frame = load(str(storage)).frame("predictions", ["model", "seed"], ds.field("model") == "mixture")
+    assert set(frame.model) == {"mixture"}
+    assert isinstance(frame.model.dtype.categories[0], str)
+
+
+def test_results_of_another_version_are_read(storage: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(next(storage.glob("digits-*")), tmp_path / "digits"))
+    fields = json.loads((folder / "experiment.json").read_text())
+    del fields["evaluation"]["probe_steps"]
+    fields["evaluation"]["of_tomorrow"] = 3
+    (folder / "experiment.json").write_text(json.dumps(fields))
+    (group,) = load(str(folder)).groups
+    assert group.settings["evaluation.of_tomorrow"] == 3
+    assert len(group.frame("evaluations")) == 4 * 17
+
+
+def test_an_unfinished_file_is_not_read(storage: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(next(storage.glob("digits-*")), tmp_path / "digits"))
+    (folder / "results" / "evaluations" / ".evaluate-benign-paper.parquet").write_bytes(b"half")
+    assert len(load(str(folder)).evaluations) == 4 * 17
+
+
+def test_other_file_systems_are_read_through_fsspec(storage: Path, cifar10: Group) -> None:
+    memory = fsspec.filesystem("memory")
+    try:
+        memory.put(str(storage), "/bucket/runs", recursive=True)
+        (group, _) = load("memory://bucket/runs").groups
+        assert group.seeds == cifar10.seeds
+        assert group.frame("evaluations").accuracy.tolist() == cifar10.frame("evaluations").accuracy.tolist()
+        assert len(group.frame("predictions", ["seed"])) == len(cifar10.frame("predictions", ["seed"]))
+    finally:
+        memory.rm("/bucket", recursive=True)
+
+
+def test_a_table_that_is_not_there_is_empty(storage: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(next(storage.glob("digits-*")), tmp_path / "digits"))
+    shutil.rmtree(folder / "results" / "checks")
+    assert load(str(folder)).checks.empty
+
+
+def test_the_made_up_tables_agree(cifar10: Group) -> None:
+    predictions = cifar10.frame(
+        "predictions", ["model", "attack", "epsilon", "steps", "source", "seed", "label", "prediction"]
+    )
+    keys = ["model", "attack", "source", "epsilon", "steps", "seed"]
+    right = (predictions.label == predictions.prediction).groupby(
+        [predictions[k] for k in keys], observed=True, dropna=False
+    )
+    counted = right.sum().rename("counted").reset_index()
+    both = cifar10.frame("evaluations").merge(counted, on=keys, validate="1:1")
+    assert len(both) == len(cifar10.frame("evaluations"))
+    assert (both.correct == both.counted).all()
+    assert (both.examples == EXAMPLES).all()
+
+
+def _broken_json(folder: Path) -> None:
+    (folder / "experiment.json").write_text("{")
+
+
+def _bad_value(folder: Path) -> None:
+    fields = json.loads((folder / "experiment.json").read_text())
+    fields["model"]["width"] = -1
+    (folder / "experiment.json").write_text(json.dumps(fields))
+
+
+def _no_object(folder: Path) -> None:
+    (folder / "experiment.json").write_text("[1]")
+
+
+@pytest.mark.parametrize("fault", [_broken_json, _bad_value, _no_object])
+def test_an_experiment_that_cannot_be_used_is_named(storage: Path, tmp_path: Path, fault: object) -> None:
+    folder = Path(shutil.copytree(next(storage.glob("digits-*")), tmp_path / "digits"))
+    assert callable(fault)
+    fault(folder)
+    with pytest.raises(InvalidInput, match=r"digits/experiment\.json: "):
+        load(str(tmp_path))
+
+
+def test_bad_input_is_one_line_and_exit_status_2(run: Run) -> None:
+    done = run("analysis.tables", "nowhere")
+    assert done.returncode == 2
+    assert done.stderr == (
+        "error: storage: 'nowhere' cannot be used: it holds no experiment.json, "
+        "allowed are a storage of experiments or an experiment's folder\n"
+    )
+
+
+def test_every_bad_input_is_one_line(storage: Path, tmp_path: Path, call: Call) -> None:
+    broken = Path(shutil.copytree(next(storage.glob("digits-*")), tmp_path / "broken"))
+    next((broken / "results" / "predictions").iterdir()).write_bytes(b"no Parquet")
+    empty = Path(shutil.copytree(next(storage.glob("digits-*")), tmp_path / "empty"))
+    shutil.rmtree(empty / "results")
+    one = next(storage.glob("digits-*"))
+    for main, arguments, expected in (
+        (tables.main, ["nonsense://x"], "storage: 'nonsense://x' cannot be used"),
+        (tables.main, [], "storage"),
+        (tables.main, [one, "--format", "word"], "choose from"),
+        (tables.main, [broken], "broken: table predictions cannot be read"),
+        (tables.main, [empty], "empty: cannot be used: it has no evaluations yet"),
+        (report.main, [one, "--out", "/dev/null/report.html"], "--out: '/dev/null/report.html' cannot be used"),
+        (figures.main, [one, "--out", "/dev/null/x"], "--out"),
+    ):
+        status, _, err = call(main, *arguments)
+        assert status == 2
+        (line,) = err.splitlines()
+        assert line.startswith("error: ")
+        assert expected in line
+
+
+def test_neither_torch_nor_ray_is_imported(storage: Path, run: Run, tmp_path: Path) -> None:
+    (tmp_path / "without.py").write_text(
+        "import runpy, sys\n"
+        "class Absent:\n"
+        "    def find_spec(self, name, path, target=None):\n"
+        "        if name.partition('.')[0] in ('torch', 'ray'):\n"
+        "            raise ModuleNotFoundError(name)\n"
+        "sys.meta_path.insert(0, Absent())\n"
+        "import analysis.figures, analysis.tables\n"
+        "sys.argv = ['report', sys.argv[1], '--out', 'report.html']\n"
+        "runpy.run_module('analysis.report', run_name='__main__')\n"
+    )
+    done = run("without", next(storage.glob("digits-*")))
+    assert (done.stdout, done.stderr) == ("report.html\n", "")
+    assert (tmp_path / "report.html").exists()

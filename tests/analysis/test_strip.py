@@ -1,0 +1,71 @@
+"""The strip shows what the evaluation measured: the same attack, predictions and gate. Needs torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from matplotlib.image import imread
+
+from analysis import load, strip
+from dwf_cluster.experiment import MIXTURE, Experiment, build
+from tests.analysis.conftest import Call
+
+torch = pytest.importorskip("torch")
+
+
+@pytest.fixture
+def experiment() -> Experiment:
+    small = ["data.train_examples=64", "data.test_examples=8", "model.width=4", "experts.fgsm=1", "experts.pgd=0"]
+    return build("digits", 0, [*small, "evaluation.pgd_steps=1,3", "evaluation.beyond=", "evaluation.restart_steps=3"])
+
+
+@pytest.fixture
+def folder(tmp_path: Path, experiment: Experiment) -> Path:
+    """An experiment's folder with a mixture that is as it was before training."""
+    from dwf_cluster.data import sources
+    from dwf_cluster.store import Store, checkpoints
+    from dwf_cluster.training import joint
+
+    store = Store(str(tmp_path / "runs"), experiment.folder)
+    store.write("experiment.json", experiment.to_json().encode())
+    mixture = joint.build(experiment, sources.load(experiment.data, tmp_path))
+    tensors = {f"model.{name}": tensor for name, tensor in mixture.state_dict().items()}
+    checkpoints.save(store, MIXTURE, experiment.joint.epochs, 0, tensors, {})
+    return Path(store.root)
+
+
+def test_it_is_what_the_evaluation_measures(folder: Path, experiment: Experiment, tmp_path: Path) -> None:
+    from dwf_cluster.data import sources
+    from dwf_cluster.evaluation import evaluate
+    from dwf_cluster.training import joint
+
+    images = sources.load(experiment.data, tmp_path)
+    models = {MIXTURE: joint.build(experiment, images)}
+    device = torch.device("cpu")
+    _, rows = evaluate(experiment, models, MIXTURE, "paper", images.x_test, images.y_test, 0, device)
+    shown = strip.attack(load(str(folder)).groups[0].runs[0], tmp_path)
+    assert shown.steps == 3
+    for i, (name, steps) in enumerate((("clean", None), ("pgd", 3))):
+        measured = [row for row in rows if row["attack"] == name and row["steps"] == steps][: strip.IMAGES]
+        assert shown.prediction[i].tolist() == [row["prediction"] for row in measured]
+        assert shown.gate[i] == pytest.approx(np.array([row["gate"] for row in measured]), abs=1e-5)
+    assert np.abs(shown.x[1] - shown.x[0]).max() == pytest.approx(3 * experiment.pgd.step_size, abs=1e-6)
+
+
+def test_the_command_draws_it(folder: Path, tmp_path: Path, call: Call) -> None:
+    out = tmp_path / "strip.png"
+    assert call(strip.main, folder, "--out", out) == (0, f"{out}\n", "")
+    assert imread(out).std() > 0.1
+
+
+def test_without_a_checkpoint_or_with_another_ending_it_says_so(folder: Path, call: Call) -> None:
+    for checkpoint in folder.glob("checkpoints/*/*/manifest.json"):
+        checkpoint.unlink()
+    for arguments, expected in ([folder], "no checkpoint"), ([folder, "--out", "strip.gif"], "strip.gif"):
+        status, _, err = call(strip.main, *arguments)
+        assert status == 2
+        (line,) = err.splitlines()
+        assert line.startswith("error: ")
+        assert expected in line

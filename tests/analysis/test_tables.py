@@ -1,0 +1,186 @@
+"""Table 3: its numbers, its bold face, the paper beside it, and every format."""
+
+from __future__ import annotations
+
+import io
+import re
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from analysis import Group
+from analysis.results import place
+from analysis.tables import (
+    FORMATS,
+    PAPER_MODELS,
+    Table,
+    accuracies,
+    against_mixture,
+    beside_paper,
+    best,
+    beyond,
+    latex,
+    main,
+    markdown,
+    no_paper,
+    paper,
+    table3,
+    text,
+)
+from tests.analysis.conftest import EXAMPLES, Call
+
+
+@pytest.fixture(scope="session")
+def table(cifar10: Group, measured: pd.DataFrame, tests: pd.DataFrame) -> Table:
+    return table3(cifar10, measured, tests)
+
+
+def test_mean_and_std_are_over_seeds(cifar10: Group, measured: pd.DataFrame) -> None:
+    rows = cifar10.frame("evaluations")
+    pgd = rows[(rows.attack == "pgd") & (rows.steps == 20)].groupby("model", observed=True).accuracy
+    mine = measured[(measured.attack == "pgd") & (measured.steps == 20)].set_index("model")
+    for model in cifar10.models:
+        assert mine.loc[model, "mean"] == pytest.approx(pgd.mean()[model])
+        assert mine.loc[model, "std"] == pytest.approx(pgd.std()[model])
+        assert mine.loc[model, "low"] < mine.loc[model, "mean"] < mine.loc[model, "high"]
+    assert set(mine.seeds) == {3}
+    assert set(mine.examples) == {EXAMPLES}
+
+
+def test_models_are_down_and_the_papers_17_columns_across(cifar10: Group, table: Table) -> None:
+    assert [label for label, _ in table.rows] == ["benign", "fgsm-1", "pgd-1", "pgd-2", "fgsm-at", "pgd-at", "mixture"]
+    heads = ["clean", *["fgsm"] * 9, *["pgd"] * 5, "restarts", "adaptive"]
+    assert [above for above, _ in table.heads] == heads
+    assert all(re.fullmatch(r"\d+\.\d ± \d+\.\d", cell) for _, cells in table.rows for cell in cells)
+
+
+def test_one_seed_has_no_std(digits: Group) -> None:
+    rows = table3(digits, accuracies(digits), pd.DataFrame(columns=["attack", "source", "epsilon", "steps"])).rows
+    assert all(re.fullmatch(r"\d+\.\d", cell) for _, cells in rows for cell in cells)
+
+
+def _tests(p_second: float) -> pd.DataFrame:
+    """The mixture ahead of two others on clean images, with these p-values."""
+    rows = [("a", "mixture", -0.2, 0.001), ("b", "mixture", -0.1, p_second), ("a", "b", -0.1, 0.001)]
+    frame = pd.DataFrame(rows, columns=["model", "other", "difference", "p_holm"])
+    return frame.assign(attack="clean", source=None, epsilon=np.nan, steps=np.nan)
+
+
+def test_bold_is_who_is_ahead_of_everybody_by_a_test() -> None:
+    assert best(_tests(0.049)) == {("mixture", ("clean", None, None, None))}
+    assert best(_tests(0.051)) == set()
+
+
+def test_the_highest_cell_is_not_bold_without_tests(
+    cifar10: Group, measured: pd.DataFrame, tests: pd.DataFrame
+) -> None:
+    assert table3(cifar10, measured, tests).bold
+    undecided = table3(cifar10, measured, tests.assign(p_holm=1.0))
+    assert not undecided.bold
+    assert any(note.startswith("No cell is bold") for note in undecided.notes)
+    assert "**" not in markdown(undecided).replace(f"**{undecided.title}**", "")
+
+
+def test_bold_cells_are_the_proven_ones(cifar10: Group, table: Table, tests: pd.DataFrame) -> None:
+    proven = best(tests)
+    labels = [label for label, _ in table.rows]
+    assert {(labels[i], place(cifar10.paper_columns[j])) for i, j in table.bold} == {
+        cell for cell in proven if cell[1][0] not in ("pgd_gate", "transfer")
+    }
+
+
+def test_beside_it_are_the_papers_cells_with_the_difference(cifar10: Group, measured: pd.DataFrame) -> None:
+    beside = beside_paper(cifar10, measured)
+    assert beside is not None
+    assert [label for label, _ in beside.rows[-3:]] == ["mixture", "paper: DWF", "difference"]
+    ours, theirs, difference = (cells for _, cells in beside.rows[-3:])
+    assert theirs[0] == "91.2 ± 0.4"
+    assert theirs[-1] == "64.3 ± 1.1"
+    for mine, paper_cell, signed in zip(ours, theirs, difference, strict=True):
+        expected = float(mine.split()[0]) - float(paper_cell.split()[0])
+        assert float(signed) == pytest.approx(expected, abs=0.15)
+
+
+def test_who_compares_pgd_is_warned(cifar10: Group, measured: pd.DataFrame) -> None:
+    beside = beside_paper(cifar10, measured)
+    assert beside is not None
+    (warning,) = (note for note in beside.notes if note.startswith("Warning"))
+    assert "37 to 48 %" in warning  # VGG-19's, ..., DenseNet-169's, not those of SoE
+    assert "0.03137" in warning
+
+
+def test_what_the_paper_has_not_is_said(digits: Group) -> None:
+    assert beside_paper(digits, accuracies(digits)) is None
+    assert no_paper(digits) == "The paper has no figures for digits."
+
+
+def test_the_papers_cells_are_whole_and_its_models_are_there() -> None:
+    cells = paper()
+    assert len(cells) == 17 * cells.groupby(["dataset", "model"]).ngroups
+    assert set(PAPER_MODELS.values()) <= set(cells.model[cells.dataset == "CIFAR-10"])
+
+
+def test_the_mixture_is_compared_with_each_other_model(cifar10: Group, tests: pd.DataFrame) -> None:
+    differences = against_mixture(cifar10, tests)
+    assert differences is not None
+    (row,) = tests[(tests.attack == "clean") & (tests.model == "benign") & (tests.other == "mixture")].itertuples()
+    assert differences.heads[0] == ("benign", "")
+    label, cells = differences.rows[0]
+    assert label == "clean"
+    shown = [float(part) for part in re.findall(r"[+-][\d.]+", cells[0])]
+    assert shown == pytest.approx([-100 * row.difference, -100 * row.high, -100 * row.low], abs=0.051)
+    assert ((0, 0) in differences.bold) == (row.p_holm < 0.05)
+
+
+def test_beyond_the_paper_is_a_table_of_its_own(cifar10: Group, measured: pd.DataFrame, tests: pd.DataFrame) -> None:
+    other = beyond(cifar10, measured, tests)
+    assert other is not None
+    assert other.heads == [("gate", "100")]
+    assert [bool(cells[0]) for _, cells in other.rows] == [False] * 6 + [True]
+
+
+def test_text_is_lined_up(table: Table) -> None:
+    lines = text(table).splitlines()
+    widths = {len(line) for line in lines[1:3]} | {
+        len(line) for line in lines if line.startswith(("benign", "mixture", "─"))
+    }
+    assert len(widths) == 1
+
+
+def test_markdown_has_a_cell_for_each_head(table: Table) -> None:
+    rows = [line for line in markdown(table).splitlines() if line.startswith("|")]
+    assert len(rows) == 2 + len(table.rows)
+    assert {row.count("|") for row in rows} == {len(table.heads) + 2}
+
+
+def test_latex_is_booktabs_with_a_cell_for_each_column(table: Table) -> None:
+    source = latex(table)
+    for rule in (r"\toprule", r"\midrule", r"\bottomrule"):
+        assert rule in source
+    (spec,) = re.findall(r"\\begin{tabular}{(\w+)}", source)
+    rows = [line for line in source.splitlines() if line.endswith(r"\\")]
+    assert len(rows) == 2 + len(table.rows)
+    for row in rows:
+        spanned = sum(int(n) - 1 for n in re.findall(r"\\multicolumn{(\d+)}", row))
+        assert row.count("&") + spanned == len(spec) - 1
+    assert source.count("{") == source.count("}")
+    assert not re.search(r"(?<!\\)[%_#]", source.replace("{%\n", "{\n"))  # all escaped
+    assert r"$\pm$" in source
+    assert "±" not in source
+
+
+@pytest.mark.parametrize("form", [*FORMATS, "csv"])
+def test_the_command_prints_every_group_in_every_format(storage: Path, call: Call, form: str) -> None:
+    status, printed, _ = call(main, storage, "--format", form)
+    assert status == 0
+    if form == "csv":
+        frame = pd.read_csv(io.StringIO(printed))
+        assert set(frame.group) == {"cifar10", "digits"}
+        mixture = frame[(frame.model == "mixture") & (frame.group == "cifar10") & (frame.attack == "clean")]
+        assert mixture.paper.item() == pytest.approx(0.9119)
+    else:
+        assert printed.count("the paper's table 3") == 2
+        assert "The paper has no figures for digits." in printed
+        assert "Warning: do not compare the PGD columns" in printed
