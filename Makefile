@@ -5,6 +5,9 @@ BIN := .venv/bin
 demo: .venv/demo
 	$(BIN)/python -m dwf_cluster.launch --local
 
+report: .venv/analysis
+	$(BIN)/python -m analysis.report runs --out report.html
+
 test: .venv/test
 	$(BIN)/python -m pytest
 
@@ -26,9 +29,10 @@ audit: .venv/audit
 .venv/test: EXTRA := [test]
 .venv/lint: EXTRA := [lint]
 .venv/audit: EXTRA := [audit]
-.venv/demo .venv/test .venv/lint .venv/audit: pyproject.toml
+.venv/analysis: EXTRA := [analysis]
+.venv/demo .venv/test .venv/lint .venv/audit .venv/analysis: pyproject.toml
 	test -d .venv || $(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --editable '.$(EXTRA)'
 	touch $@
 
-.PHONY: demo test interruptions soak lint audit
+.PHONY: demo report test interruptions soak lint audit
