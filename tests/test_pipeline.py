@@ -205,7 +205,7 @@ def test_one_worker_or_two_and_a_slice_again_come_to_the_same_rows(
     last = Path(store_of(copy).path("checkpoints/joint/epoch-00003"))
     (last / "tensors.safetensors").write_bytes(b"not what was saved")
     again = rf"^warning: damaged checkpoint {last} removed; used is {last.with_name('epoch-00002')}$"
-    code, stderr = launch.until(again, lambda _, __: None, *alone, "--stages", "joint")
+    code, stderr = launch.until(again, lambda _, __: None, "--stages", "joint", *ARGUMENTS)
     assert code == 0, stderr
     assert_same(copy, undisturbed[0], tables=["metrics"])
     code, stderr = launch.until(r"evaluate .* done", kill_worker, *alone)
