@@ -57,6 +57,12 @@ class Job:
         assert self.cluster.wait(self.number) == state, self.log
         self.cluster.wait_for(lambda: not self.cluster.processes(self.number), "end of all processes", 30)
 
+    def hold(self, title: str) -> psutil.Process:
+        """Stop the process of this job whose command line matches, wherever it is: what is to meet it may be slow."""
+        process = self.process(title)
+        process.suspend()
+        return process
+
     def process(self, title: str) -> psutil.Process:
         """The process of this job whose command line matches."""
 
@@ -111,14 +117,17 @@ def test_preempted_with_a_warning_it_saves_the_step_it_is_at_without_one_it_has_
     preempt = ("--partition=high", "--nodes=2", "--exclusive", "--wrap=true")
     job = submit(*ONE_NODE, arguments=EXPERTS)
     job.wait_for("^expert pgd-1: epoch 1/")
+    held = job.hold("ray::expert pgd-1")
     other = cluster.submit(*preempt, cwd=tmp_path)
+    job.wait_for("^stopping: ")
+    held.resume()
     job.wait_for("^requeued: it goes on")
     assert re.search(r"^expert pgd-1: stopped in ", job.log, re.M)
     assert partial(job.results)
     assert cluster.wait(other) == "COMPLETED"
 
     cluster("scontrol", "update", "partition=main", "GraceTime=0")
-    job.process("ray::expert pgd-1")
+    job.hold("ray::expert pgd-1")
     other = cluster.submit(*preempt, cwd=tmp_path)
     assert cluster.wait(other) == "COMPLETED"
     cluster("scontrol", "update", "partition=main", "GraceTime=60")
@@ -134,6 +143,7 @@ def test_a_node_that_goes_down_costs_the_allocation_but_no_result(
 ) -> None:
     job = submit("--nodes=2", arguments=EXPERTS)
     job.wait_for("^expert pgd-1: epoch 1/")
+    job.hold("ray::expert pgd-1")
     cluster("scontrol", "update", "nodename=n2", "state=down", "reason=test")
     cluster.wait_for(lambda: cluster.state(job.number) == "PENDING", "requeue")
     cluster("scontrol", "update", "nodename=n2", "state=resume")
@@ -149,6 +159,7 @@ def test_a_killed_worker_and_a_killed_head_are_replaced_within_the_allocation(
     job = submit(*ONE_NODE, arguments=EXPERTS)
     job.process("ray::expert pgd-1").kill()
     job.wait_for("^expert pgd-1: epoch 1/")
+    job.hold("ray::expert pgd-1")
     job.process("gcs_server").kill()
     job.end()
     assert "the Ray cluster was lost; see " in job.log
@@ -162,6 +173,7 @@ def test_cancelled_it_stops_for_good_says_how_to_resume_and_is_resumed(
 ) -> None:
     job = submit(*ONE_NODE, arguments=EXPERTS)
     job.wait_for("^expert pgd-1: epoch 1/")
+    job.hold("ray::expert pgd-1")
     cluster("scancel", job.number)
     job.end("CANCELLED")
     assert f"\nresume: sbatch slurm/full_pipeline.sh --stages experts --set {TINY[0]} " in job.log
