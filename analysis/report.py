@@ -24,9 +24,9 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 import dwf_cluster
 from analysis import command, figures, tables
 from analysis.outcomes import Outcomes, outcomes
-from analysis.results import Group, Run, as_place, each, load, written
+from analysis.results import Group, Run, as_place, each, load
 from analysis.statistics import ALPHA
-from dwf_cluster.experiment import MIXTURE, PRESETS, InvalidInput
+from dwf_cluster.experiment import MIXTURE, PRESETS, InvalidInput, written
 from dwf_cluster.store.tables import SCHEMAS
 
 _TABLES = ("evaluations", "predictions", "metrics", "checks", "jobs")

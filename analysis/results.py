@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.dataset as ds
 from pydantic import BaseModel
 
-from dwf_cluster.experiment import MIXTURE, PRESETS, Data, Experiment, InvalidInput
+from dwf_cluster.experiment import MIXTURE, PRESETS, Data, Experiment, InvalidInput, written
 from dwf_cluster.grid import CHECKS, Column, columns, families
 from dwf_cluster.store import tables
 
@@ -223,17 +223,6 @@ def _flat(prefix: str, fields: Mapping[str, Any]) -> dict[str, Any]:
     for name, value in fields.items():
         flat |= _flat(f"{prefix}{name}.", value) if isinstance(value, Mapping) else {prefix + name: value}
     return flat
-
-
-def written(value: Any) -> str:
-    """A setting's value as `--set` takes it."""
-    return (
-        ",".join(map(str, value))
-        if isinstance(value, list)
-        else str(value)
-        if isinstance(value, str)
-        else json.dumps(value)
-    )
 
 
 def _find(storage: str) -> list[Run]:

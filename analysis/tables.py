@@ -22,9 +22,9 @@ import pandas as pd
 
 from analysis.command import Parser, run
 from analysis.outcomes import Outcomes, outcomes
-from analysis.results import Group, Place, as_place, each, load, place, written
+from analysis.results import Group, Place, as_place, each, load, place
 from analysis.statistics import ALPHA, comparisons, wilson
-from dwf_cluster.experiment import MIXTURE, InvalidInput
+from dwf_cluster.experiment import MIXTURE, InvalidInput, written
 from dwf_cluster.grid import Column
 
 PAPER_MODELS = {

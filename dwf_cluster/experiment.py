@@ -12,7 +12,7 @@ import json
 import re
 import types
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -159,6 +159,9 @@ class Gate(_Part):
     """Peak learning rate of its parameters in the joint stage (our assumption)."""
     weight_decay: Decay = 5e-4
     """Weight decay of its parameters (our assumption)."""
+    kind: Literal["soft", "hard"] = "soft"
+    """`hard` gives each image to the one expert of the largest weight; gradients, those of attacks too, pass through
+    the soft weights (straight-through estimator). The paper's is soft."""
 
 
 class Fgsm(_Part):
@@ -222,6 +225,8 @@ class Joint(Training):
     """Passes over the training images (our assumption)."""
     learning_rate: Rate = 0.01
     """Peak learning rate of the experts (our assumption)."""
+    freeze_experts: bool = False
+    """Train the gate alone: the experts stay as they were pre-trained. The paper freezes nothing."""
 
 
 class Evaluation(_Part):
@@ -285,6 +290,9 @@ class Regime:
     fraction: float = 1.0
 
 
+_LATER: Mapping[str, frozenset[str]] = {"gate": frozenset({"kind"}), "joint": frozenset({"freeze_experts"})}
+"""Fields that came after results were out: at their defaults they are no part of the signature."""
+
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 
 
@@ -341,11 +349,35 @@ class Experiment(_Part):
 
         An `.npz` source counts with its content, not with its path; `checkpoint_minutes` does not count.
         """
+        fields = self._deciding()
+        for part, names in _LATER.items():
+            for name in names:
+                if fields[part][name] == type(getattr(self, part)).model_fields[name].default:
+                    del fields[part][name]
+        return _digest(fields)[:10]
+
+    def expert_signature(self, model: str) -> str:
+        """SHA-256 of what decides one model of the experts stage and its rows of `metrics`, in hexadecimal digits.
+
+        Experiments for which it is the same train the same model, to the last bit on the same hardware.
+        """
+        (regime,) = (regime for regime in self.regimes if regime.name == model)
+        fields, counts = self._deciding(), {"benign", "fgsm", "pgd"}
+        return _digest(
+            {
+                **{name: fields[name] for name in ("seed", "data", "model")},
+                "regime": asdict(regime),
+                "ball": (self.pgd.epsilon, self.pgd.step_size),
+                "training": {name: value for name, value in fields["experts"].items() if name not in counts},
+                "probe": (self.evaluation.probe_examples, self.evaluation.probe_steps),
+            }
+        )
+
+    def _deciding(self) -> dict[str, Any]:
         fields = self.model_dump(mode="json", exclude={"checkpoint_minutes"})
         if self.data.sha256:
             fields["data"]["source"] = "npz"
-        canonical = json.dumps(fields, sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(canonical.encode()).hexdigest()[:10]
+        return fields
 
     @property
     def folder(self) -> str:
@@ -367,6 +399,11 @@ class Experiment(_Part):
             return Experiment.model_validate_json(text)
         except ValidationError as error:
             raise InvalidInput(_one_line(error)) from None
+
+
+def _digest(fields: Mapping[str, Any]) -> str:
+    canonical = json.dumps(fields, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()
 
 
 # --------------------------------------------------------------------------------------------- presets
@@ -467,6 +504,13 @@ def build(preset: str, seed: int | None = None, assignments: Sequence[str] = ())
         raise InvalidInput(f"data.source: {experiment.data.source!r} cannot be read: {error.strerror}") from None
     data = experiment.data.model_copy(update={"sha256": sha256.hexdigest()})
     return experiment.model_copy(update={"data": data})
+
+
+def written(value: Any) -> str:
+    """A field's value as an assignment has it."""
+    if isinstance(value, list | tuple):
+        return ",".join(map(str, value))
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _read_json(path: str) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import shlex
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -21,7 +21,7 @@ from dwf_cluster.store import StorageFailed, check_url
 if TYPE_CHECKING:
     from dwf_cluster.cluster.placement import Limits, Resources
     from dwf_cluster.cluster.ray import Cluster
-    from dwf_cluster.plan import Job
+    from dwf_cluster.sweep import Sweep
 
 _RAY_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Ray sets it in the process that `ray job submit` starts."""
@@ -127,9 +127,17 @@ def _parser() -> argparse.ArgumentParser:
         "--set", nargs="+", action="extend", default=[], metavar="FIELD=VALUE", help="change fields of the preset"
     )
     parser.add_argument(
+        "--sweep",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="FIELD=VALUE",
+        help="run an experiment for each combination of values, as trials of Ray Tune; a field that is given several "
+        "times takes each of its values; seeds=0..4 takes several seeds",
+    )
+    parser.add_argument(
         "--stages",
         type=_stages,
-        default=list(STAGES),
         help="comma-separated, of experts,joint,evaluate (default: all)",
     )
     parser.add_argument(
@@ -161,6 +169,13 @@ def _parser() -> argparse.ArgumentParser:
     local = parser.add_argument_group("with --local (default: all that this process may use)")
     local.add_argument("--cpus", type=_count(1), metavar="N", help="CPUs to use")
     local.add_argument("--gpus", type=_count(0), metavar="N", help="GPUs to use")
+    sweep = parser.add_argument_group("with --sweep")
+    sweep.add_argument(
+        "--samples", type=_count(1), metavar="N", help="draw N of the combinations, always the same (default: all)"
+    )
+    sweep.add_argument(
+        "--asha", action="store_true", default=None, help="stop trials early whose robust accuracy falls behind (ASHA)"
+    )
     slurm = parser.add_argument_group("with --slurm (default: what the site gives)")
     slurm.add_argument("--nodes", type=_count(1), metavar="N", help="nodes of each job (default: 1)")
     slurm.add_argument("--gpus-per-node", type=_count(0), metavar="N", help="GPUs of each node")
@@ -181,7 +196,7 @@ def _parser() -> argparse.ArgumentParser:
         "--throttle", type=_count(1), metavar="N", help="of several seeds' jobs, how many run at once (default: all)"
     )
     slurm.add_argument("--executor", choices=("slurm", "local"), help="local: the same in processes of this machine")
-    parser.set_defaults(only={"local": _names(local), "slurm": _names(slurm)})
+    parser.set_defaults(only={"local": _names(local), "sweep": _names(sweep), "slurm": _names(slurm)})
     return parser
 
 
@@ -208,13 +223,15 @@ def main(argv: Sequence[str] | None = None, again: str | None = None) -> int:
         return 1
 
 
-def stage(name: str) -> int:
-    """Run one stage with this process's arguments: on the Ray whose job this is, else on this machine."""
+def job(name: str, *options: str) -> int:
+    """Run the script of `jobs/` of that name, with these options and its arguments.
+
+    On the Ray whose job this is, else on this machine.
+    """
     in_job = _RAY_JOB in os.environ
-    arguments = ["--stages", name, *sys.argv[1:]]
     submit = "ray job submit --working-dir . -- " if in_job else ""
     again = f"{submit}python jobs/{name}.py {shlex.join(sys.argv[1:])}".rstrip()
-    return main([*(("--address", "auto") if in_job else ("--local",)), *arguments], again)
+    return main([*(("--address", "auto") if in_job else ("--local",)), *options, *sys.argv[1:]], again)
 
 
 def _run(options: argparse.Namespace, again: str) -> int:
@@ -228,35 +245,68 @@ def _run(options: argparse.Namespace, again: str) -> int:
             "allowed is an absolute path or a URL"
         )
     check_url(options.storage)
+    if options.sweep:
+        return _sweep(options, again)
+    options.stages = options.stages or list(STAGES)
     experiments = [build(options.preset, seed, options.set) for seed in options.seed or [None]]
+    names = {e.folder: f"seed {e.seed}" for e in experiments} if len(experiments) > 1 else {}
     # Not before the input is known to be good: a typing mistake must not wait for imports.
     if options.slurm:
         return _submit(options, experiments, again)
-    return _plan(options, experiments) if options.dry_run else _go(options, experiments, again)
+    return _plan(options, experiments, names) if options.dry_run else _go(options, experiments, names, again)
 
 
-def _plan(options: argparse.Namespace, experiments: Sequence[Experiment]) -> int:
+def _sweep(options: argparse.Namespace, again: str) -> int:
+    from dwf_cluster.sweep import sweep
+
+    for name in ("slurm", "stages", "seed"):
+        if getattr(options, name):
+            allowed = {"slurm": "sbatch slurm/sweep.sh", "seed": "--sweep seeds=0..4"}.get(name, "all stages")
+            raise InvalidInput(f"--{name}: cannot be used with --sweep; allowed is {allowed}")
+    varied = [assignment for assignment in options.sweep if not assignment.startswith("seeds=")]
+    seeds: list[int | None] = []
+    for assignment in options.sweep:
+        if assignment.startswith("seeds="):
+            try:
+                seeds += _seeds(assignment.removeprefix("seeds="))
+            except argparse.ArgumentTypeError as error:
+                raise InvalidInput(f"--sweep: seeds: {error}") from None
+    found = sweep(options.preset, options.set, varied, seeds or [None], options.samples, bool(options.asha))
+    experiments = [trial.experiment for trial in found.trials]
+    names = {trial.experiment.folder: trial.name for trial in found.trials}
+    if options.dry_run:
+        options.stages = list(STAGES)
+        return _plan(options, experiments, names)
+    return _go(options, experiments, names, again, found)
+
+
+def _plan(options: argparse.Namespace, experiments: Sequence[Experiment], names: Mapping[str, str]) -> int:
     from rich.console import Console
 
     from dwf_cluster import summary
     from dwf_cluster.data.sources import sizes
-    from dwf_cluster.plan import select, unfinished
+    from dwf_cluster.pipeline import jobs_left
     from dwf_cluster.store import Store
 
     size = sizes(experiments[0].data)
-    todo: list[Job] = []
-    for experiment in experiments:
-        todo += select(unfinished(experiment, Store(options.storage, experiment.folder), size), options.stages)
-    table, lines = summary.plan(experiments, todo, size, _here(options), options.storage)
+    todo = jobs_left({e: Store(options.storage, e.folder) for e in experiments}, options.stages, size)
+    table, lines = summary.plan(experiments, names, todo, size, _here(options), options.storage)
     summary.show(Console(), table)
     print(*lines, *_roots(options, experiments), sep="\n")
     return 0
 
 
-def _go(options: argparse.Namespace, experiments: Sequence[Experiment], again: str) -> int:
+def _go(
+    options: argparse.Namespace,
+    experiments: Sequence[Experiment],
+    names: Mapping[str, str],
+    again: str,
+    sweep: Sweep | None = None,
+) -> int:
     from rich.console import Console
 
     from dwf_cluster import summary
+    from dwf_cluster import sweep as sweeps
     from dwf_cluster.cluster.ray import attached, local
     from dwf_cluster.data.sources import DataUnavailable
     from dwf_cluster.pipeline import StageFailed, run
@@ -269,18 +319,22 @@ def _go(options: argparse.Namespace, experiments: Sequence[Experiment], again: s
     else:
         connect = functools.partial(local, _here(options))
     console, stop = Console(), _Stop()
-    progress = Progress(experiments, options.storage, console)
+    progress = Progress(names, options.storage, console)
+    go = functools.partial(sweeps.run, sweep) if sweep else functools.partial(run, experiments, options.stages)
     try:
         connection = stop.heeded(connect)
-        run(experiments, options.storage, connection, options.stages, options.data_folder, progress, stop.is_set, again)
+        outcome = go(options.storage, connection, options.data_folder, progress, stop.is_set, again)
     except KeyboardInterrupt:
         print(f"interrupted; what is done is kept\nresume: {again}", file=sys.stderr)
         return 130
     except (StageFailed, DataUnavailable, Held) as error:
         print(f"failed: {error}\nresume: {again}", file=sys.stderr)
         return 1
-    for experiment in experiments if "evaluate" in options.stages else ():
-        summary.results(console, experiment, Store(options.storage, experiment.folder))
+    if sweep and outcome:
+        summary.sweep_results(console, sweep, outcome)
+    else:
+        for experiment in experiments if "evaluate" in options.stages else ():
+            summary.results(console, experiment, Store(options.storage, experiment.folder))
     print(*_roots(options, experiments), sep="\n")
     return 0
 

@@ -6,9 +6,11 @@ What the store holds already is skipped; what was interrupted goes on from its l
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
-from itertools import chain
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from dwf_cluster import plan
 from dwf_cluster.cluster.placement import place
@@ -21,6 +23,9 @@ from dwf_cluster.progress import Progress
 from dwf_cluster.standing import Standing
 from dwf_cluster.store import Store, checkpoints, lease, shards
 
+_AT_ONCE = 16
+"""Experiments that are taken hold of at once."""
+
 
 class StageFailed(RuntimeError):
     """A stage that did not end well. Its text has a line for each job that failed: stage, job, reason."""
@@ -30,74 +35,145 @@ class Interrupted(KeyboardInterrupt):
     """The run was asked to stop, and did; nothing is lost."""
 
 
-def run(
-    experiments: Sequence[Experiment],
-    storage: str,
-    connect: Callable[[], AbstractContextManager[Cluster]],
-    stages: Sequence[str],
-    data_folder: Path,
-    progress: Progress,
-    stopping: Callable[[], bool],
-    again: str,
-) -> None:
-    """Run the given stages of experiments that differ in their seeds only.
+@dataclass(frozen=True)
+class Pipeline:
+    """What stages run with.
 
-    Args:
-        experiments: decide the numbers.
-        storage: URL below which each has its folder, that holds what is done and takes what comes out.
-        connect: gives the Ray to run on, while the body of its `with` runs.
-        stages: some of `experiment.STAGES`.
-        data_folder: where downloaded data sets lie.
-        progress: is told what happens.
+    Attributes:
+        storage: URL below which each experiment has its folder, that holds what is done and takes what comes out.
+        cluster: where they run.
+        sizes: of the data set.
+        images: reference to a `data.sources.Images`.
         stopping: says whether the run is to stop.
         again: the command that resumes the run, for people.
-
-    Raises:
-        InvalidInput, DataUnavailable: before anything is written.
-        Held: if somebody else runs one of the experiments.
-        StorageFailed: if the store does not do what it must; what it holds is whole.
-        StageFailed: after all has ended that did not need what failed.
-        Interrupted: if `stopping` became true before all was done.
     """
-    data = experiments[0].data
-    sizes = sources.sizes(data)
-    stores = {experiment: Store(storage, experiment.folder) for experiment in experiments}
-    todo = _todo(stores, stages, sizes)
-    progress.planned(stages, todo)
-    if not todo:
-        with _held(_untold(stores, sizes), sizes, progress, again):  # by runs that were killed before their last word
-            return
-    for store in stores.values():
-        lease.refuse_held(store)
-    images = sources.load(data, data_folder)
-    _refuse_too_few_classes(experiments[0], images.classes)
-    with connect() as cluster:
-        everything = [job for e in experiments for stage in STAGES for job in plan.jobs(e, stage, sizes)]
-        places = place(everything, cluster.resources)
-        with _held(stores, sizes, progress, again) as standing:
-            progress.started(cluster)
-            todo = _todo(stores, stages, sizes)  # now that nobody else changes it
-            shared = cluster.share(images)
+
+    storage: str
+    cluster: Cluster
+    sizes: Sizes
+    images: Any
+    stopping: Callable[[], bool]
+    again: str
+
+    def run(
+        self,
+        experiments: Sequence[Experiment],
+        stages: Sequence[str],
+        progress: Progress,
+        model: str | None = None,
+    ) -> None:
+        """Run the given stages of experiments on one data set; of work that is the same, one does it for all.
+
+        Args:
+            experiments: decide the numbers.
+            stages: some of `experiment.STAGES`.
+            progress: is told what happens.
+            model: do only what this one needs to be done; None: all of them.
+
+        Raises:
+            Held: if somebody else runs one of the experiments.
+            StorageFailed: if the store does not do what it must; what it holds is whole.
+            StageFailed: after all has ended that did not need what failed.
+            Interrupted: if `stopping` became true before all was done.
+        """
+        stores = {experiment: Store(self.storage, experiment.folder) for experiment in experiments}
+        everything = [job for e in experiments for stage in STAGES for job in plan.jobs(e, stage, self.sizes)]
+        places = place(plan.shared(everything, ()), self.cluster.resources)
+        with _held(stores, self.sizes, progress, self.again) as standing:
+            todo = [job for job in jobs_left(stores, stages, self.sizes) if model in (None, job.model)]
             with progress.watching(todo):
-                for event in cluster.run(
-                    todo, places, storage, shared, progress.title, lambda: stopping() or standing.is_lost
+                for event in self.cluster.run(
+                    todo,
+                    places,
+                    self.storage,
+                    self.images,
+                    progress.title,
+                    lambda: self.stopping() or standing.is_lost,
                 ):
                     progress.update(event)
                     standing.update(event)
             if failures := [f"stage {j.stage}, {progress.title(j)}: {reason}" for j, reason in standing.failures]:
                 raise StageFailed("\n".join(failures))
-            if stopping() and standing.ended < len(todo):
+            if self.stopping() and standing.ended < len(todo):
                 raise Interrupted
 
 
-def _todo(stores: Mapping[Experiment, Store], stages: Sequence[str], sizes: Sizes) -> list[plan.Job]:
+@contextmanager
+def opened(
+    experiments: Sequence[Experiment],
+    storage: str,
+    connect: Callable[[], AbstractContextManager[Cluster]],
+    data_folder: Path,
+    progress: Progress,
+    stopping: Callable[[], bool],
+    again: str,
+) -> Iterator[Pipeline]:
+    """The pipeline for experiments on one data set, while the body runs.
+
+    Args:
+        experiments: that it will run.
+        connect: gives the Ray to run on, while the body of its `with` runs.
+        data_folder: where downloaded data sets lie.
+        storage, progress, stopping, again: as in `Pipeline`.
+
+    Raises:
+        InvalidInput, DataUnavailable: before anything is written.
+        Held: if somebody else runs one of the experiments.
+    """
+    for experiment in experiments:
+        lease.refuse_held(Store(storage, experiment.folder))
+    data = experiments[0].data
+    images = sources.load(data, data_folder)
+    for experiment in experiments:
+        _refuse_too_few_classes(experiment, images.classes)
+    with connect() as cluster:
+        progress.started(cluster)
+        where = Store(storage, "").url  # absolute: trials have working directories of their own
+        yield Pipeline(where, cluster, sources.sizes(data), cluster.share(images), stopping, again)
+
+
+def run(
+    experiments: Sequence[Experiment],
+    stages: Sequence[str],
+    storage: str,
+    connect: Callable[[], AbstractContextManager[Cluster]],
+    data_folder: Path,
+    progress: Progress,
+    stopping: Callable[[], bool],
+    again: str,
+) -> None:
+    """Run the given stages of experiments; arguments and errors as of `opened` and `Pipeline.run`."""
+    stores = {experiment: Store(storage, experiment.folder) for experiment in experiments}
+    sizes = sources.sizes(experiments[0].data)
+    todo = jobs_left(stores, stages, sizes)
+    progress.planned(stages, todo)
+    if todo:
+        with opened(experiments, storage, connect, data_folder, progress, stopping, again) as pipeline:
+            pipeline.run(experiments, stages, progress)
+    else:
+        tell_last_word(stores, sizes, progress, again)
+
+
+def jobs_left(stores: Mapping[Experiment, Store], stages: Sequence[str], sizes: Sizes) -> list[plan.Job]:
     """What is to be done.
 
     Phase 1, algorithms 1 and 2: every expert on its own. Phase 2, algorithm 3: experts and gate, end to end.
     Table 3: every model under every attack. What a job needs (`Job.needs`) is what keeps this order.
+
+    Raises:
+        InvalidInput: if a given stage needs one that is neither given nor done.
     """
-    jobs = chain(*(plan.select(plan.unfinished(e, store, sizes), stages) for e, store in stores.items()))
-    return sorted(jobs, key=lambda job: STAGES.index(job.stage))
+    unfinished = {e: plan.unfinished(e, store, sizes) for e, store in stores.items()}
+    todo = [job for left in unfinished.values() for job in plan.select(left, stages)]
+    left = {job for stage in unfinished.values() for jobs in stage.values() for job in jobs}
+    done = (job for e in stores for stage in STAGES for job in plan.jobs(e, stage, sizes) if job not in left)
+    return plan.shared(sorted(todo, key=lambda job: STAGES.index(job.stage)), done)
+
+
+def tell_last_word(stores: Mapping[Experiment, Store], sizes: Sizes, progress: Progress, again: str) -> None:
+    """Have done what runs of these experiments left undone that were killed before their last word."""
+    with _held(_untold(stores, sizes), sizes, progress, again):
+        return
 
 
 def _untold(stores: Mapping[Experiment, Store], sizes: Sizes) -> dict[Experiment, Store]:
@@ -114,12 +190,17 @@ def _untold(stores: Mapping[Experiment, Store], sizes: Sizes) -> dict[Experiment
 @contextmanager
 def _held(stores: Mapping[Experiment, Store], sizes: Sizes, progress: Progress, again: str) -> Iterator[Standing]:
     """Hold experiments while the body runs: nobody else does. At its end, put together what it came to."""
-    leases = {}
-    for experiment, store in stores.items():
+
+    def hold(experiment: Experiment) -> lease.Lease:
+        store = stores[experiment]
         store.check()
-        leases[experiment] = lease.take(store)
+        taken = lease.take(store)
         store.sweep()
         store.write("experiment.json", experiment.to_json().encode())  # what the results are results of
+        return taken
+
+    with ThreadPoolExecutor(_AT_ONCE) as threads:  # it may take a while to see that a holder is dead
+        leases = dict(zip(stores, threads.map(hold, stores), strict=True))
     with Standing(leases, sizes, again).told() as standing:
         for experiment, store in stores.items():
             for model in plan.models(experiment):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import chain
 from statistics import fmean
 
 from dwf_cluster.data.sources import Sizes
@@ -29,16 +30,18 @@ class Job:
         first, stop: for the evaluate stage, its slice of the test set.
         cost: forward passes of one image through one ResNet, roughly: a gradient counts as 2, a training
             step as 3.
+        origin: folder of another experiment, whose job comes to the same: then it is copied from there.
     """
 
     experiment: Experiment = field(repr=False, compare=False)
     folder: str
     stage: str
     model: str
-    cost: float
+    cost: float = field(compare=False)
     family: str | None = None
     first: int = 0
     stop: int = 0
+    origin: str | None = field(default=None, compare=False)
 
     @property
     def name(self) -> str:
@@ -62,21 +65,39 @@ class Job:
         return f"evaluate-{self.model}-{self.family}"
 
     @property
-    def needs(self) -> frozenset[str]:
-        """Models of the same experiment that must be trained before."""
-        mixed = (regime.name for regime in self.experiment.mixture_regimes)
+    def makes(self) -> tuple[str, str]:
+        """What others may need: folder of the experiment, and the model that is trained or the evaluation's file."""
+        return self.folder, self.file if self.stage == "evaluate" else self.model
+
+    @property
+    def needs(self) -> frozenset[tuple[str, str]]:
+        """What others make (`makes`) and must be there before."""
+        if self.origin:
+            return frozenset({(self.origin, self.makes[1])})
         if self.stage == "experts":
             return frozenset()
         if self.stage == "joint":
-            return frozenset(mixed)
-        if self.family == "paper" and "transfer" in self.experiment.evaluation.beyond:
-            return frozenset(models(self.experiment))
-        return frozenset((self.model,))
+            names = tuple(regime.name for regime in self.experiment.mixture_regimes)
+        else:
+            names = models(self.experiment) if self._is_transferred else (self.model,)
+        return frozenset((self.folder, name) for name in names)
+
+    @property
+    def _is_transferred(self) -> bool:
+        """Whether the images are tested on all models."""
+        return self.family == "paper" and "transfer" in self.experiment.evaluation.beyond
 
     @property
     def product(self) -> tuple[str, str] | None:
         """For the evaluate stage, table and file that are written last: when they are there, the job is done."""
         return (CHECKS if self.family == CHECKS else "shards", self.file) if self.stage == "evaluate" else None
+
+    @property
+    def tables(self) -> tuple[str, ...]:
+        """The tables that it writes a file of, that of `product` last; `jobs` aside."""
+        if self.stage != "evaluate":
+            return ("metrics",)
+        return (CHECKS,) if self.family == CHECKS else ("predictions", "shards")
 
 
 def jobs(experiment: Experiment, stage: str, sizes: Sizes) -> list[Job]:
@@ -156,6 +177,33 @@ def unfinished(experiment: Experiment, store: Store, sizes: Sizes) -> dict[str, 
         ]
         for stage in STAGES
     }
+
+
+def shared(todo: Sequence[Job], done: Iterable[Job]) -> list[Job]:
+    """Of jobs that come to the same, one is to do the work, and the others to copy: `todo` with their `origin`.
+
+    Experts are the same in experiments that differ in other things than what trains them, and so is how they fare.
+
+    Args:
+        todo: jobs of several experiments, in the order in which they are to do the work.
+        done: those whose work is done.
+    """
+    signatures: dict[tuple[str, str], str] = {}
+
+    def same(job: Job) -> tuple[object, ...]:
+        if job.model == MIXTURE or job._is_transferred:
+            return job.makes
+        key = job.folder, job.model
+        if key not in signatures:
+            signatures[key] = job.experiment.expert_signature(job.model)
+        grid = job.experiment.evaluation if job.stage == "evaluate" else None
+        return job.stage, signatures[key], grid, job.family, job.first, job.stop
+
+    makers: dict[tuple[object, ...], Job] = {}
+    for job in chain(done, todo):
+        makers.setdefault(same(job), job)
+    found = ((job, makers[same(job)]) for job in todo)
+    return [job if maker == job else replace(job, origin=maker.folder, cost=0.0) for job, maker in found]
 
 
 def models(experiment: Experiment) -> tuple[str, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,7 @@ from rich.table import Table
 
 from dwf_cluster.cluster.control import Claim
 from dwf_cluster.cluster.ray import Ended, Started
-from dwf_cluster.experiment import STAGES, Experiment
+from dwf_cluster.experiment import STAGES
 from dwf_cluster.plan import Job
 from dwf_cluster.store import Store, tables
 
@@ -24,12 +24,26 @@ _SHOWN_JOBS = 16
 
 
 class Progress:
-    """Tells a person, or a log, how a run is getting on."""
+    """Tells a person, or a log, how a run is getting on.
 
-    def __init__(self, experiments: Sequence[Experiment], storage: str, console: Console) -> None:
-        self._several = len(experiments) > 1
+    Args:
+        names: of the experiments, if there are several: `{experiment.folder: "seed 3"}`.
+        storage: URL below which they have their folders.
+        console: where to tell.
+        heard: is given each row of `metrics` as it comes, and when watching begins those that are there.
+    """
+
+    def __init__(
+        self,
+        names: Mapping[str, str],
+        storage: str,
+        console: Console,
+        heard: Callable[[Job, Mapping[str, Any]], None] = lambda job, row: None,
+    ) -> None:
+        self._names = names
         self._storage = storage
         self._console = console
+        self._heard = heard
         self._states: dict[Job, str] = {}
         self._metrics: dict[Job, dict[str, Any]] = {}
         self._live: Live | None = None
@@ -39,8 +53,8 @@ class Progress:
         self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def title(self, job: Job) -> str:
-        """What a person calls a job: its name and, if there are several seeds, which."""
-        return f"seed {job.experiment.seed} {job.name}" if self._several else job.name
+        """What a person calls a job: its name and, if there are several experiments, which."""
+        return f"{self._names.get(job.folder, '')} {job.name}".lstrip()
 
     def planned(self, stages: Sequence[str], todo: Sequence[Job]) -> None:
         """Say what there is to do."""
@@ -65,6 +79,7 @@ class Progress:
         for job in jobs:  # what an interrupted run has left
             for row in self._rows(job, "metrics", job.model) if job.stage != "evaluate" else ():
                 self._metrics[job] = row
+                self._heard(job, row)
         if not self._console.is_terminal:
             yield
             return
@@ -85,7 +100,10 @@ class Progress:
             self._states[job] = event.state
             ended = sum(state in ("done", "failed", "stopped") for state in self._states.values())
             took = [f" in {row['seconds']:.1f} s" for row in self._rows(job, "jobs", job.file) if row["seconds"]]
-            what = event.reason or event.state + "".join(took)
+            done = f"copied from {job.origin}" if job.origin and event.state == "done" else event.state + "".join(took)
+            if job.origin and job.stage == "evaluate" and not event.reason:
+                return  # thousands, of no work
+            what = event.reason or done
             self._plain(f"{self.title(job)}: {what} ({ended} of {len(self._states)})")
         else:
             for job, state in self._states.items():
@@ -100,11 +118,10 @@ class Progress:
         for row in self._rows(job, "metrics", job.model):
             if row["epoch"] > seen:
                 self._metrics[job] = row
-                epoch, loss, clean, robust, speed, left = self._cells(job)
-                self._plain(
-                    f"{self.title(job)}: epoch {epoch}, loss {loss}, clean {clean}, PGD probe {robust}, "
-                    f"{speed} images/s, {left} left"
-                )
+                self._heard(job, row)
+                if job.origin:
+                    continue  # others' epochs were told as they came
+                self._plain(f"{self.title(job)}: {epoch_line(row, job.experiment.training(job.stage).epochs)}")
 
     def _rows(self, job: Job, table: str, file: str) -> list[dict[str, Any]]:
         rows: list[dict[str, Any]] = tables.read(Store(self._storage, job.folder), table, [file]).to_pylist()
@@ -127,19 +144,27 @@ class Progress:
                 table.add_row(self.title(job), state, *(self._cells(job) if job.stage != "evaluate" else ()))
         return table
 
-    def _cells(self, job: Job) -> list[str]:
-        """Epoch, loss, clean and robust accuracy, images/s and time left, as of the last epoch that was seen."""
+    def _cells(self, job: Job) -> tuple[str, ...]:
         row, epochs = self._metrics.get(job), job.experiment.training(job.stage).epochs
-        if row is None:
-            return [f"0/{epochs}", "", "", "", "", ""]
-        return [
-            f"{row['epoch']}/{epochs}",
-            f"{row['loss']:.3f}",
-            f"{row['clean_accuracy']:.1%}",
-            f"{row['probe_pgd_accuracy']:.1%}",
-            f"{row['images_per_second']:.0f}",
-            _duration((epochs - row["epoch"]) * row["seconds"]),
-        ]
+        return _cells(row, epochs) if row else (f"0/{epochs}", "", "", "", "", "")
+
+
+def epoch_line(row: Mapping[str, Any], epochs: int) -> str:
+    """What a person reads of a row of `metrics`."""
+    epoch, loss, clean, robust, speed, left = _cells(row, epochs)
+    return f"epoch {epoch}, loss {loss}, clean {clean}, PGD probe {robust}, {speed} images/s, {left} left"
+
+
+def _cells(row: Mapping[str, Any], epochs: int) -> tuple[str, ...]:
+    """Epoch, loss, clean and robust accuracy, images/s and time left."""
+    return (
+        f"{row['epoch']}/{epochs}",
+        f"{row['loss']:.3f}",
+        f"{row['clean_accuracy']:.1%}",
+        f"{row['probe_pgd_accuracy']:.1%}",
+        f"{row['images_per_second']:.0f}",
+        _duration((epochs - row["epoch"]) * row["seconds"]),
+    )
 
 
 def _duration(seconds: float) -> str:

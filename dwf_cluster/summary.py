@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from statistics import fmean, stdev
+from typing import Any
 
 from rich import box
 from rich.console import Console
@@ -11,11 +13,12 @@ from rich.table import Table
 from dwf_cluster.cluster.placement import Resources, most, place
 from dwf_cluster.cluster.schedule import Placement, lower_bound, timeline
 from dwf_cluster.data.sources import Sizes
-from dwf_cluster.experiment import MIXTURE, STAGES, Experiment
+from dwf_cluster.experiment import MIXTURE, STAGES, Experiment, written
 from dwf_cluster.grid import Column, columns, families, transfer
-from dwf_cluster.plan import Job, forward_flops, models
+from dwf_cluster.plan import Job, forward_flops, models, shared
 from dwf_cluster.plan import jobs as plan_jobs
 from dwf_cluster.store import Store, tables
+from dwf_cluster.sweep import Outcome, Sweep, headline
 
 GPU_FLOPS = 5.8e12, "assumed: the paper's 240 GPU-hours on H100"
 CPU_FLOPS = 2.5e10, "assumed: a core at the demo's width"
@@ -23,17 +26,30 @@ CPU_FLOPS = 2.5e10, "assumed: a core at the demo's width"
 
 
 def plan(
-    experiments: Sequence[Experiment], todo: Sequence[Job], sizes: Sizes, resources: Resources, storage: str
+    experiments: Sequence[Experiment],
+    names: Mapping[str, str],
+    todo: Sequence[Job],
+    sizes: Sizes,
+    resources: Resources,
+    storage: str,
 ) -> tuple[Table, list[str]]:
     """What a run would do: each job, what it gets, where and when, and its estimated cost.
 
     The cost counts forward passes of one image through one ResNet (a gradient is 2, a training step 3) and,
     with the operations of such a pass, floating-point operations.
 
+    Args:
+        experiments: all of it.
+        names: of the experiments, if there are several, by their folders.
+        todo: unfinished jobs.
+        sizes: of the data set.
+        resources: where it would run.
+        storage: URL below which they have their folders.
+
     Returns:
         The table, and lines that say how long all of it takes, how long at least, and how that was estimated.
     """
-    jobs = [job for experiment in experiments for stage in STAGES for job in plan_jobs(experiment, stage, sizes)]
+    jobs = shared([job for e in experiments for stage in STAGES for job in plan_jobs(e, stage, sizes)], ())
     places = place(jobs, resources)
     flops = forward_flops(experiments[0], sizes.shape)
     device = "GPU" if resources.gpus else "CPU"
@@ -45,18 +61,19 @@ def plan(
         f"Plan on {nodes}{resources.cpus} CPU, {resources.gpus} GPU: {sizes.train} training images, {sizes.test} test "
         f"images of {'x'.join(map(str, sizes.shape))}"
     )
-    for heading in (*(("seed",) if len(experiments) > 1 else ()), "stage", "task", "gets", device):
+    for heading in (*(("experiment",) if names else ()), "stage", "task", "gets", device):
         table.add_column(heading, no_wrap=True)
     for heading in ("start", "end", "million passes", "TFLOP"):
         table.add_column(heading, justify="right", no_wrap=True)
     planned = timeline(todo, places, resources.room, speeds)
     for job, when in planned.items():
         times = (_clock(when.start), _clock(when.end))
-        cells = (job.stage, job.name, str(places[job]), _ranges(when.devices), *times, *_cost(job.cost, flops))
-        table.add_row(*((str(job.experiment.seed),) if len(experiments) > 1 else ()), *cells)
+        name = f"{job.name} (copied)" if job.origin else job.name
+        cells = (job.stage, name, str(places[job]), _ranges(when.devices), *times, *_cost(job.cost, flops))
+        table.add_row(*((names[job.folder],) if names else ()), *cells)
     table.add_section()
     total = sum(job.cost for job in todo)
-    blank = ("",) * (4 + (len(experiments) > 1))
+    blank = ("",) * (4 + bool(names))
     table.add_row("total", f"{len(todo)} tasks", *blank, *_cost(total, flops))
     makespan = max((when.end for when in planned.values()), default=0.0)
     bound = lower_bound(todo, most(jobs, resources), resources.room, speeds)
@@ -128,6 +145,47 @@ def transfer_table(experiment: Experiment, store: Store) -> Table:
     made_on = {transfer(experiment, name): name for name in models(experiment)}
     steps = next(iter(made_on)).steps
     return _accuracies(experiment, store, f"On PGD-{steps} made on", made_on)
+
+
+def sweep_results(console: Console, sweep: Sweep, outcome: Outcome) -> None:
+    """Print what a sweep has come to: its trials, what they are worth over seeds, and where to read on."""
+    for table in sweep_tables(outcome.rows, list(sweep.trials[0].varied)):
+        show(console, table)
+    print(f"trials: {outcome.path}\nread them: import pandas; pandas.read_parquet({outcome.path!r})")
+
+
+def sweep_tables(rows: Sequence[Mapping[str, Any]], fields: Sequence[str]) -> list[Table]:
+    """What the mixtures of a sweep are worth, in percent: a row a trial; then mean ± std over seeds.
+
+    Args:
+        rows: of `trials.parquet`.
+        fields: that are varied.
+    """
+    heads = list(headline({name: 0.0 for row in rows for name in row if row.get("clean") is not None}))
+    of_trials = _table("Accuracy of the mixture in percent, each trial")
+    of_settings = _table("Mean ± standard deviation over seeds")
+    settings = [field for field in fields if field != "seed"]
+    for table, left in ((of_trials, (*fields, "state")), (of_settings, (*settings, "seeds"))):
+        for head in left:
+            table.add_column(head, no_wrap=True)
+        for head in heads:
+            table.add_column(head, justify="right", no_wrap=True)
+    groups: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
+    for row in rows:
+        cells = ("" if row[head] is None else f"{100 * row[head]:.1f}" for head in heads)
+        of_trials.add_row(*(written(row[field]) for field in fields), row["state"], *cells)
+        groups.setdefault(tuple(written(row[field]) for field in settings), []).append(row)
+    for key, group in groups.items():
+        done = [row for row in group if row["state"] == "done"]
+        means = (_spread([100 * row[head] for row in done if row[head] is not None]) for head in heads)
+        of_settings.add_row(*key, f"{len(done)} of {len(group)}", *means)
+    return [of_trials, of_settings] if "seed" in fields else [of_trials]
+
+
+def _spread(values: Sequence[float]) -> str:
+    if len(values) < 2:
+        return "".join(f"{value:.1f}" for value in values)
+    return f"{fmean(values):.1f} ± {stdev(values):.1f}"
 
 
 def _accuracies(experiment: Experiment, store: Store, title: str, heads: Mapping[Column, str]) -> Table:

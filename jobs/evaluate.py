@@ -7,7 +7,7 @@ Without a Ray job around it, it runs on this machine.
 
 import sys
 
-from dwf_cluster.launch import stage
+from dwf_cluster.launch import job
 
 if __name__ == "__main__":
-    sys.exit(stage("evaluate"))
+    sys.exit(job("evaluate", "--stages", "evaluate"))

@@ -28,7 +28,7 @@ def experts(tiny: Experiment) -> list[Job]:
 
 
 def _progress(store: Store, experiment: Experiment, console: Console) -> Progress:
-    return Progress([experiment], store.url, console)
+    return Progress({}, store.url, console)
 
 
 def test_elsewhere_each_epoch_and_each_end_is_a_plain_line(store: Store, tiny: Experiment, experts: list[Job]) -> None:
@@ -85,7 +85,7 @@ def test_what_an_interrupted_run_left_is_not_taken_for_this_runs(
 def test_of_several_seeds_each_line_says_which(store: Store, tiny: Experiment) -> None:
     other = tiny.model_copy(update={"seed": 7})
     printed = io.StringIO()
-    progress = Progress([tiny, other], store.url, Console(file=printed))
+    progress = Progress({e.folder: f"seed {e.seed}" for e in (tiny, other)}, store.url, Console(file=printed))
     found = jobs(other, "experts", Sizes(96, 40, (1, 8, 8)))
     with progress.watching(found):
         progress.update(Ended(found[0], "done"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 
@@ -32,17 +33,22 @@ class Control:
     """Ray actor, one for each run."""
 
     def __init__(self) -> None:
-        self._stop = asyncio.Event()
+        self._stopped: set[str] = set()
+        self._changed = asyncio.Condition()
         self._claims: dict[tuple[tuple[str, str], int], Claim] = {}
         self._news: list[Claim] = []
 
-    async def stop(self) -> None:
-        """Ask every training to save what it has and end."""
-        self._stop.set()
+    async def stop(self, folders: Iterable[str]) -> None:
+        """Ask every training of these experiments to save what it has and end."""
+        async with self._changed:
+            self._stopped |= set(folders)
+            self._changed.notify_all()
 
-    async def stopped(self) -> None:
-        """Return when `stop` has been called."""
-        await self._stop.wait()
+    async def stopped(self, known: int = -1) -> set[str]:
+        """Folders of the experiments that are to stop, as soon as they are more than so many."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: len(self._stopped) > known)
+            return self._stopped
 
     async def claim(self, claim: Claim) -> str | None:
         """Note who computes where; returns the complaint if the device has no room for it. A retry claims anew."""

@@ -9,7 +9,7 @@ import shutil
 import socket
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -48,22 +48,42 @@ class Ended:
 
 
 class Cluster:
-    """Runs jobs on the Ray that this process is connected to."""
+    """Runs jobs on the Ray that this process is connected to.
 
-    def __init__(self, resources: Resources, dashboard: str, token_file: str) -> None:
+    Attributes:
+        resources: what it has.
+        dashboard, token_file: where people look on, and what they need for it.
+        control: the `Control` actor of the run.
+    """
+
+    def __init__(self, resources: Resources, dashboard: str = "", token_file: str = "", control: Any = None) -> None:
         import ray
 
         self._ray = ray
-        # One remote function for all jobs: Ray reuses its processes.
-        self._task = ray.remote(max_retries=2)(_run_job)
+        # One remote function for all jobs: Ray reuses its processes. Outside of what a trial has asked for, which is
+        # nothing to compute with.
+        anywhere = ray.util.scheduling_strategies.PlacementGroupSchedulingStrategy(placement_group=None)
+        self._task = ray.remote(max_retries=2, scheduling_strategy=anywhere)(_run_job)
         # On this node: should another be lost, the run still has it.
         here = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(
             ray.get_runtime_context().get_node_id(), soft=True
         )
-        self._control = ray.remote(Control).options(num_cpus=0, scheduling_strategy=here).remote()
+        self.control = control or ray.remote(Control).options(num_cpus=0, scheduling_strategy=here).remote()
         self.resources = resources
         self.dashboard = dashboard
         self.token_file = token_file
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """In another process of this Ray it is made anew, of the same run."""
+        return Cluster, (self.resources, self.dashboard, self.token_file, self.control)
+
+    def stop(self, folders: Iterable[str]) -> None:
+        """Ask all processes to stop what they do for these experiments; trainings save what they have."""
+        self._ray.get(self.control.stop.remote(set(folders)))
+
+    def is_stopped(self, folder: str) -> bool:
+        """Whether that was asked for an experiment."""
+        return folder in self._ray.get(self.control.stopped.remote())
 
     def share(self, value: Any) -> Any:
         """Put a value where every task of this Ray can read it; returns the reference."""
@@ -107,11 +127,11 @@ class Cluster:
                 if not running:
                     return
                 ended, _ = self._ray.wait(list(running), timeout=0.2)
-                yield from self._ray.get(self._control.news.remote())
+                yield from self._ray.get(self.control.news.remote())
                 for reference in ended:
                     job = running.pop(reference)
                     outcome = self._outcome(reference, job, stopping())
-                    self._ray.get(self._control.release.remote((job.folder, job.name)))
+                    self._ray.get(self.control.release.remote((job.folder, job.name)))
                     schedule.end(job, outcome.state == "done")
                     yield outcome
                 if time.monotonic() > looked + 1:
@@ -125,7 +145,7 @@ class Cluster:
         # With workers of its own, Train asks for what they need; the task that waits for them holds nothing.
         holds = {"num_cpus": 0} if place.workers else {"num_cpus": place.cpus, "num_gpus": place.gpus}
         task = self._task.options(name=title, **holds)
-        return task.remote(job, Store(storage, job.folder), [images], place, self._control)
+        return task.remote(job, Store(storage, job.folder), [images], place, self.control)
 
     def _outcome(self, reference: Any, job: Job, stopping: bool) -> Ended:
         try:
@@ -134,7 +154,7 @@ class Cluster:
             return Ended(job, "stopped") if stopping else Ended(job, "failed", _reason(error))
 
     def _stop(self, running: Mapping[Any, Job]) -> None:
-        self._ray.get(self._control.stop.remote())
+        self.stop(job.folder for job in running.values())
         for reference, job in running.items():
             if job.stage == "evaluate":
                 self._ray.cancel(reference, force=True)

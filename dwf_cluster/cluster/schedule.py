@@ -64,7 +64,7 @@ class Schedule:
             groups.setdefault((job.folder, job.stage, job.model), []).append(job)
         # Of jobs of one model only the longest is looked at: there may be thousands of slices.
         self._waiting = [deque(sorted(group, key=self._order)) for group in groups.values()]
-        self._untrained = {(folder, model) for folder, stage, model in groups if stage != "evaluate"}
+        self._unmade = {job.makes for group in self._waiting for job in group}
 
     def start(self) -> Job | None:
         """Take the next job that may start and for which there is room; None if there is none now."""
@@ -87,11 +87,11 @@ class Schedule:
         self._free += self._places[job].room
         if not done:
             self._last_stage = min(self._last_stage, STAGES.index(job.stage))
-        elif job.stage != "evaluate":
-            self._untrained.discard((job.folder, job.model))
+        else:
+            self._unmade.discard(job.makes)
 
     def _is_ready(self, job: Job) -> bool:
-        return not any((job.folder, model) in self._untrained for model in job.needs)
+        return self._unmade.isdisjoint(job.needs)
 
     def _order(self, job: Job) -> tuple[int, float, float]:
         place = self._places[job]
@@ -164,9 +164,7 @@ def lower_bound(
     ended: dict[tuple[str, str], float] = {}
     longest = 0.0
     for job in sorted(jobs, key=lambda job: STAGES.index(job.stage)):
-        begin = max((ended.get((job.folder, model), 0.0) for model in job.needs), default=0.0)
-        end = begin + _length(job, places[job], speeds)
-        longest = max(longest, end)
-        if job.stage != "evaluate":
-            ended[job.folder, job.model] = end
+        begin = max((ended.get(need, 0.0) for need in job.needs), default=0.0)
+        ended[job.makes] = begin + _length(job, places[job], speeds)
+        longest = max(longest, ended[job.makes])
     return max(sum(_length(job, places[job], speeds) * places[job].room for job in jobs) / room, longest)

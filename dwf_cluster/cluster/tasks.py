@@ -10,6 +10,7 @@ import functools
 import platform
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import ray
@@ -50,6 +51,9 @@ def run_job(job: Job, store: Store, images: ray.ObjectRef, place: Placement, con
     Returns:
         Whether it came to its end; else the run is to stop, and it has saved what it has.
     """
+    if job.origin:
+        _copy(job, replace(store, folder=job.origin), store)
+        return True
     columns = {"stage": job.stage, "model": job.model, "task": job.name}
     gpus = place.gpus * max(1, place.workers)
     with recorded(store, job.experiment, columns, job.file, gpus, _device_name(place)) as row:
@@ -61,6 +65,15 @@ def run_job(job: Job, store: Store, images: ray.ObjectRef, place: Placement, con
         if job.stage != "evaluate" and not is_trained(job.experiment, store, job.stage, job.model):
             row["state"] = "stopped"
     return bool(row["state"] == "done")
+
+
+def _copy(job: Job, source: Store, store: Store) -> None:
+    """Take what another experiment's job has come to; what says that the job is done comes last."""
+    tables.copy(source, store, job.experiment, "jobs", job.file, state="shared")
+    for table in job.tables:
+        tables.copy(source, store, job.experiment, table, job.model if table == "metrics" else job.file)
+    if job.stage != "evaluate":
+        checkpoints.copy(source, store, job.model)
 
 
 def _fit(loop: Callable[[], None], job: Job, store: Store, place: Placement) -> None:
@@ -88,7 +101,10 @@ def _train(job: Job, store: Store, images: ray.ObjectRef, place: Placement, cont
     _claim(control, job, ray.train.get_context().get_world_rank(), place)
     experiment, arrays = job.experiment, ray.get(images)
     training = experiment.training(job.stage)
-    task = Task(experiment, store, job.stage, job.model, training, ray.train.report, _stopping(control).is_set)
+    stopped = _stopped(control)
+    task = Task(
+        experiment, store, job.stage, job.model, training, ray.train.report, lambda: job.folder in stopped.folders
+    )
     try:
         if job.stage == "joint":
             joint.train_joint(task, arrays, _device())
@@ -146,20 +162,27 @@ def _claim(control: Any, job: Job, worker: int, place: Placement) -> None:
         raise DeviceShared(complaint)
 
 
-@functools.cache
-def _stopping(control: Any) -> threading.Event:
-    """An event that is set in this process as soon as the run is to stop."""
-    event = threading.Event()
+class _Stopped:
+    """Which experiments are to stop, as this process has heard.
 
-    def wait() -> None:
+    Attributes:
+        folders: theirs.
+    """
+
+    def __init__(self, control: Any) -> None:
+        self.folders: set[str] = set()
+        threading.Thread(target=self._listen, args=(control,), daemon=True).start()
+
+    def _listen(self, control: Any) -> None:
         try:
-            ray.get(control.stopped.remote())
+            while True:
+                self.folders = ray.get(control.stopped.remote(len(self.folders)))
         except ray.exceptions.RayError:  # the run is over
             return
-        event.set()
 
-    threading.Thread(target=wait, daemon=True).start()
-    return event
+
+_stopped = functools.cache(_Stopped)
+"""One for each run that this process works for."""
 
 
 def _device() -> torch.device:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from dwf_cluster.models.resnet import Normalize
@@ -18,12 +19,21 @@ class Gate(nn.Module):
         shape: (channels, height, width) of an image.
         mean, std: per channel, of pixels in [0, 1].
         hidden: units of the hidden layer.
+        hard: give all weight to the expert of the largest; the gradient is that of the soft weights
+            (straight-through estimator, Bengio et al. 2013).
     """
 
     def __init__(
-        self, experts: int, shape: tuple[int, int, int], mean: Sequence[float], std: Sequence[float], hidden: int
+        self,
+        experts: int,
+        shape: tuple[int, int, int],
+        mean: Sequence[float],
+        std: Sequence[float],
+        hidden: int,
+        hard: bool = False,
     ) -> None:
         super().__init__()
+        self.hard = hard
         channels, height, width = shape
         self.layers = nn.Sequential(
             Normalize(mean, std),
@@ -37,7 +47,10 @@ class Gate(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Pixels in [0, 1], shape (n, channels, height, width), to weights, shape (n, experts), summing to 1."""
         weights: torch.Tensor = self.layers(x)
-        return weights
+        if not self.hard:
+            return weights
+        chosen = F.one_hot(weights.argmax(1), weights.shape[1]).to(weights.dtype)
+        return chosen + (weights - weights.detach())  # what is added is zero, its gradient is not
 
 
 class Experts(nn.ModuleList):
@@ -60,6 +73,13 @@ class Mixture(nn.Module):
         super().__init__()
         self.experts = Experts(experts)
         self.gate = gate
+
+    def train(self, mode: bool = True) -> Mixture:
+        """As every module's; experts without a parameter that is trained stay in evaluation mode."""
+        super().train(mode)
+        if not any(parameter.requires_grad for parameter in self.experts.parameters()):
+            self.experts.eval()
+        return self
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Pixels in [0, 1], shape (n, channels, height, width), to logits, shape (n, classes)."""

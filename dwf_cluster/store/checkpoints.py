@@ -69,6 +69,21 @@ def save(
         store.remove(old)
 
 
+def copy(source: Store, store: Store, model: str) -> None:
+    """Copy another experiment's newest checkpoint of a model; its `state.json` then says where it comes from.
+
+    Raises:
+        FileNotFoundError: if there is none that is what its manifest and its place say.
+    """
+    checkpoint = load_latest(source, model)
+    if checkpoint is None:
+        raise FileNotFoundError(f"{source.folder} has no checkpoint of {model} that can be read")
+    place = ("experiment", "model", "epoch", "steps")
+    state = {name: value for name, value in checkpoint.state.items() if name not in place}
+    origin = {"copied_from": source.folder}
+    save(store, model, checkpoint.epoch, checkpoint.state["steps"], checkpoint.tensors, state | origin)
+
+
 def latest_path(store: Store, model: str) -> str | None:
     """Path of the newest checkpoint whose files have the size that its manifest says; None without one."""
     folder = _latest(store, model)

@@ -125,14 +125,17 @@ def folder(table: str) -> str:
 
 def rows_of(experiment: Experiment, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Rows with the four columns that say which experiment they belong to."""
-    source = experiment.data.source
-    of = {
+    of = _of(experiment)
+    return [{**of, **row} for row in rows]
+
+
+def _of(experiment: Experiment) -> dict[str, Any]:
+    return {
         "experiment": experiment.signature,
         "preset": experiment.preset,
-        "dataset": source.replace("\\", "/").rsplit("/", 1)[-1],
+        "dataset": experiment.data.source.replace("\\", "/").rsplit("/", 1)[-1],
         "seed": experiment.seed,
     }
-    return [{**of, **row} for row in rows]
 
 
 def write(store: Store, table: str, file: str, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -155,6 +158,16 @@ def upsert(store: Store, table: str, file: str, row: Mapping[str, Any], key: str
     kept = old.filter(pc.not_equal(old[key], row[key]))
     new = pa.Table.from_pylist([dict(row)], schema=schema)
     _write(store, table, file, pa.concat_tables([kept, new]).sort_by(key))
+
+
+def copy(source: Store, store: Store, experiment: Experiment, table: str, file: str, **columns: Any) -> None:
+    """Copy one file of another experiment's table, as rows of this experiment, with some columns changed."""
+    rows = read(source, table, [file])
+    for name, value in {**_of(experiment), **columns}.items():
+        field = rows.schema.field(name)
+        same = pa.repeat(pa.scalar(value, field.type), len(rows))
+        rows = rows.set_column(rows.schema.get_field_index(name), field, same)
+    _write(store, table, file, rows)
 
 
 def read(store: Store, table: str, only: Sequence[str] | None = None) -> pa.Table:

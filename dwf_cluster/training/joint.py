@@ -1,4 +1,4 @@
-"""Algorithm 3: experts and gate trained together, end to end; nothing is frozen."""
+"""Algorithm 3: experts and gate trained together, end to end; nothing is frozen, unless `joint.freeze_experts`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ def build(experiment: Experiment, images: Images) -> Mixture:
     draws = Draws((experiment.seed, MIXTURE))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(draws.generator("weights").initial_seed())
-        gate = Gate(len(experiment.mixture_regimes), images.shape, images.mean, images.std, experiment.gate.hidden)
+        experts, settings = len(experiment.mixture_regimes), experiment.gate
+        gate = Gate(experts, images.shape, images.mean, images.std, settings.hidden, settings.kind == "hard")
     return Mixture((expert.build(experiment, images, r.name) for r in experiment.mixture_regimes), gate)
 
 
@@ -49,6 +50,7 @@ def train_joint(task: Task, images: Images, device: torch.device) -> None:
     experiment = task.experiment
     mixture = build(experiment, images)
     _load_experts(mixture, experiment, task.store)
+    mixture.experts.requires_grad_(not experiment.joint.freeze_experts)
     train(task, mixture.to(device), DeviceImages(images, experiment.data, device), three_parts(experiment))
 
 

@@ -223,10 +223,11 @@ def _workers() -> tuple[int, int]:
 
 
 def _optimizer(model: nn.Module, training: Training, gate: Gate) -> torch.optim.SGD:
+    trained = [p for p in model.parameters() if p.requires_grad]
     gates = {id(p) for n, m in model.named_children() if n == "gate" for p in m.parameters()}
     groups = [
-        ([p for p in model.parameters() if id(p) not in gates], training.learning_rate, training.weight_decay),
-        ([p for p in model.parameters() if id(p) in gates], gate.learning_rate, gate.weight_decay),
+        ([p for p in trained if id(p) not in gates], training.learning_rate, training.weight_decay),
+        ([p for p in trained if id(p) in gates], gate.learning_rate, gate.weight_decay),
     ]
     return torch.optim.SGD(
         [{"params": p, "lr": lr, "peak": lr, "weight_decay": decay} for p, lr, decay in groups if p],

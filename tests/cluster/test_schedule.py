@@ -57,12 +57,14 @@ def test_what_a_trained_expert_is_needed_for_fills_the_time_until_the_joint_stag
 
 def test_the_joint_stage_does_not_wait_for_baselines() -> None:
     found = _jobs(1, ("experts", "joint"), "baselines=fgsm-at")
-    assert next(job for job in found if job.stage == "joint").needs == {"benign", "fgsm-1", "pgd-1"}
+    joint = next(job for job in found if job.stage == "joint")
+    assert joint.needs == {(joint.folder, name) for name in ("benign", "fgsm-1", "pgd-1")}
 
 
 def test_a_transfer_column_needs_every_model() -> None:
     paper = [job for job in _jobs() if job.family == "paper"]
-    assert {job.needs for job in paper} == {frozenset({"benign", "fgsm-1", "pgd-1", "mixture"})}
+    models = ("benign", "fgsm-1", "pgd-1", "mixture")
+    assert {job.needs for job in paper} == {frozenset((paper[0].folder, model) for model in models)}
 
 
 def test_after_a_failure_nothing_of_a_later_stage_starts() -> None:
@@ -101,7 +103,7 @@ def test_the_timeline_gives_no_device_away_twice_and_keeps_every_order(gpus: int
     assert set(planned) == set(found)
     assert max(_use(planned, {job: min(1.0, places[job].gpus or 1.0) for job in found})) <= 1 + 1e-9
     for job, other in itertools.permutations(found, 2):
-        if job.folder == other.folder and other.stage != "evaluate" and other.model in job.needs:
+        if other.makes in job.needs:
             assert planned[job].start >= planned[other].end * (1 - 1e-9)
 
 
