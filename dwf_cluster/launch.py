@@ -151,6 +151,9 @@ def _parser() -> argparse.ArgumentParser:
         help="where data sets are looked for and downloaded to (default: ./data)",
     )
     parser.add_argument(
+        "--tensorboard", type=Path, metavar="FOLDER", help="write TensorBoard event files there, as training goes on"
+    )
+    parser.add_argument(
         "--joint-workers",
         type=_count(1),
         metavar="N",
@@ -313,13 +316,15 @@ def _go(
     from dwf_cluster.progress import Progress
     from dwf_cluster.store import Store
     from dwf_cluster.store.lease import Held
+    from dwf_cluster.tensorboard import EventFiles
 
     if options.address:
         connect = functools.partial(attached, options.address, _limits(options))
     else:
         connect = functools.partial(local, _here(options))
     console, stop = Console(), _Stop()
-    progress = Progress(names, options.storage, console)
+    heard = {"heard": EventFiles(options.tensorboard).add} if options.tensorboard else {}
+    progress = Progress(names, options.storage, console, **heard)
     go = functools.partial(sweeps.run, sweep) if sweep else functools.partial(run, experiments, options.stages)
     try:
         connection = stop.heeded(connect)
@@ -364,7 +369,7 @@ def _job_arguments(options: argparse.Namespace, experiment: Experiment) -> tuple
     """What the job of one experiment is called with; it runs in the same folder."""
     arguments = [f"--preset={options.preset}", f"--seed={experiment.seed}", f"--storage={options.storage}"]
     arguments += [f"--stages={','.join(options.stages)}", f"--data-folder={options.data_folder}"]
-    for name in ("joint_workers", "expert_workers", "gpus_per_expert"):
+    for name in ("joint_workers", "expert_workers", "gpus_per_expert", "tensorboard"):
         if value := getattr(options, name):
             arguments.append(f"--{name.replace('_', '-')}={value}")
     return (*arguments, *(("--set", *options.set) if options.set else ()))

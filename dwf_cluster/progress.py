@@ -30,7 +30,8 @@ class Progress:
         names: of the experiments, if there are several: `{experiment.folder: "seed 3"}`.
         storage: URL below which they have their folders.
         console: where to tell.
-        heard: is given each row of `metrics` as it comes, and when watching begins those that are there.
+        heard: is given each row of `metrics` as it comes, with the experiment's folder, and when watching begins
+            those that are there.
     """
 
     def __init__(
@@ -38,12 +39,12 @@ class Progress:
         names: Mapping[str, str],
         storage: str,
         console: Console,
-        heard: Callable[[Job, Mapping[str, Any]], None] = lambda job, row: None,
+        heard: Callable[[str, Mapping[str, Any]], None] = lambda folder, row: None,
     ) -> None:
         self._names = names
         self._storage = storage
         self._console = console
-        self._heard = heard
+        self.heard = heard
         self._states: dict[Job, str] = {}
         self._metrics: dict[Job, dict[str, Any]] = {}
         self._live: Live | None = None
@@ -79,7 +80,7 @@ class Progress:
         for job in jobs:  # what an interrupted run has left
             for row in self._rows(job, "metrics", job.model) if job.stage != "evaluate" else ():
                 self._metrics[job] = row
-                self._heard(job, row)
+                self.heard(job.folder, row)
         if not self._console.is_terminal:
             yield
             return
@@ -118,7 +119,7 @@ class Progress:
         for row in self._rows(job, "metrics", job.model):
             if row["epoch"] > seen:
                 self._metrics[job] = row
-                self._heard(job, row)
+                self.heard(job.folder, row)
                 if job.origin:
                     continue  # others' epochs were told as they came
                 self._plain(f"{self.title(job)}: {epoch_line(row, job.experiment.training(job.stage).epochs)}")

@@ -289,6 +289,7 @@ def _trials(
     told = False
 
     def heard(name: str, report: Mapping[str, Any]) -> None:
+        progress.heard(named[name].folder, report)
         if not report.get("replayed"):
             progress.say(f"{name} joint: {epoch_line(report, named[name].joint.epochs)}")
 
@@ -299,6 +300,8 @@ def _trials(
         if state == STOPPED_EARLY and pipeline.stopping():
             state = "stopped"
         found = report.get("results") if report else None
+        if report and report["epoch"]:
+            progress.heard(named[name].folder, report)
         outcome.note(name, state, found)
         outcome.write()
         shown = "".join(f", {title} {accuracy:.1%}" for title, accuracy in headline(found or {}).items())
@@ -356,7 +359,7 @@ class _Work:
             heard(row, replayed=True)
         if is_stopped():
             return {**last, "state": "stopped"}
-        quiet = Progress({experiment.folder: name}, store.url, Console(quiet=True), lambda job, row: heard(row))
+        quiet = Progress({experiment.folder: name}, store.url, Console(quiet=True), lambda folder, row: heard(row))
         try:
             replace(self.pipeline, stopping=is_stopped).run([experiment], ("joint", "evaluate"), quiet, MIXTURE)
         except Interrupted:

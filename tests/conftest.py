@@ -126,6 +126,19 @@ class Launch:
 
         `rest` is given the lines that follow.
         """
+        code, errors, lines = self.along([(line, then)], *arguments)
+        met = next(number for number, printed in enumerate(lines) if re.search(line, printed))
+        (rest if rest is not None else []).extend(lines[met + 1 :])
+        return code, errors
+
+    def along(
+        self, steps: Sequence[tuple[str, Callable[[psutil.Process, str], None]]], *arguments: str | os.PathLike[str]
+    ) -> tuple[int, str, list[str]]:
+        """Run to the end, and do each step at the first line that matches it, one after the other.
+
+        Returns the exit status, stderr, and the lines of stdout.
+        """
+        left, lines = list(steps), list[str]()
         with subprocess.Popen(
             self._command(arguments),
             cwd=self.folder,
@@ -136,13 +149,12 @@ class Launch:
             assert process.stdout is not None
             assert process.stderr is not None
             for printed in process.stdout:
-                if re.search(line, printed):
-                    then(psutil.Process(process.pid), printed)
-                    break
-            else:
-                raise AssertionError(f"no line matched {line!r}: {process.stderr.read()}")
-            (rest if rest is not None else []).extend(process.stdout.read().splitlines())
-            return process.wait(), process.stderr.read()
+                lines.append(printed.rstrip("\n"))
+                if left and re.search(left[0][0], printed):
+                    left.pop(0)[1](psutil.Process(process.pid), printed)
+            errors = process.stderr.read()
+            assert not left, f"no line matched {left[0][0]!r}: {errors}"
+            return process.wait(), errors, lines
 
 
 @pytest.fixture

@@ -87,6 +87,10 @@ def _set(*assignments: str) -> list[str]:
     return ["--local", "--set", *assignments]
 
 
+def _sweep(*arguments: str) -> list[str]:
+    return ["--local", "--sweep", *arguments]
+
+
 CASES: list[tuple[list[str], str]] = [
     # the command line
     ([], "one of the arguments --local --address --slurm is required"),
@@ -115,6 +119,26 @@ CASES: list[tuple[list[str], str]] = [
     (["--slurm", "--account", "$(id)"], "--account: '$(id)' cannot be used"),
     (["--slurm", "--sbatch", "qos=a\nb"], "--sbatch: 'a\\nb' cannot be used"),
     (["--slurm", "--sbatch", "wrap"], "--sbatch: 'wrap' cannot be used: allowed is option=value"),
+    # sweeps
+    (_sweep("experts.epoch=5"), "experts.epoch: no such field; did you mean experts.epochs?"),
+    (_sweep("experts.epochs"), "--sweep: 'experts.epochs' is not of the form dotted.field=value"),
+    (_sweep("experts.epochs=1", "experts.epochs=0"), "experts.epochs: 0 cannot be used"),
+    (_sweep("seeds=3..1"), "--sweep: seeds: '3..1' cannot be used: allowed are 1 to 1000 different seeds"),
+    (_sweep("seeds=one"), "--sweep: seeds: 'one' cannot be used"),
+    (_sweep("seed=1"), "--sweep: 'seed' cannot be varied: allowed is any field but data.*, and seeds=0..4"),
+    (_sweep("data.source=digits"), "--sweep: 'data.source' cannot be varied"),
+    (_sweep("preset=a", "preset=b"), "--sweep: 'preset' cannot be varied"),
+    (_sweep("gate.kind=soft", "gate.kind=medium"), "gate.kind: 'medium' cannot be used"),
+    (_sweep("experts.fgsm=4", "experts.fgsm=4"), "--sweep: 'experts.fgsm=4' and 'experts.fgsm=4' cannot both be run"),
+    (_sweep("seeds=0..999", "gate.kind=soft", "gate.kind=hard"), "--sweep: 2 combinations with 1000 seeds cannot be"),
+    (_sweep("seeds=0..1", "--seed", "3"), "--seed: cannot be used with --sweep; allowed is --sweep seeds=0..4"),
+    (_sweep("seeds=0..1", "--stages", "joint"), "--stages: cannot be used with --sweep; allowed is all stages"),
+    (["--slurm", "--sweep", "seeds=0..1"], "--slurm: cannot be used with --sweep; allowed is sbatch slurm/sweep.sh"),
+    (_sweep("seeds=0..1", "--samples", "0"), "--samples: '0' cannot be used: allowed is an integer from 1"),
+    (_local("--samples", "3"), "--samples: cannot be used without --sweep"),
+    (_local("--asha"), "--asha: cannot be used without --sweep"),
+    (_local("--sweep"), "--sweep: expected at least one argument"),
+    (_local("--tensorboard", "file"), "--tensorboard: 'file' cannot be used: "),
     # the store
     (_local("--storage", "nosuch://bucket"), "--storage: 'nosuch://bucket' cannot be used: "),
     (_local("--storage", "s3://key:secret@bucket/x"), "--storage: 's3://bucket/x' with a password"),

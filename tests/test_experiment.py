@@ -135,3 +135,35 @@ def test_an_unknown_field_in_json_is_named() -> None:
 
 def test_every_field_says_what_it_means() -> None:
     assert [field.name for field in describe() if not field.meaning] == []
+
+
+def test_fields_that_came_later_leave_the_signatures_of_before(tmp_path: Path) -> None:
+    """Results of the first version are found by its signature."""
+    assert build("digits").folder == "digits-seed0-ce2d226613"
+    for changed in ("gate.kind=hard", "joint.freeze_experts=true"):
+        assert build("digits", 0, [changed]).signature != build("digits").signature
+
+
+def test_an_experts_signature_follows_what_trains_it() -> None:
+    def changed(*assignments: str) -> set[str]:
+        base, other = (
+            build("digits", 0, ["baselines=fgsm-at,pgd-at"]),
+            build("digits", 0, ["baselines=fgsm-at,pgd-at", *assignments]),
+        )
+        return {
+            regime.name
+            for regime in base.regimes
+            if base.expert_signature(regime.name) != other.expert_signature(regime.name)
+        }
+
+    every = {regime.name for regime in build("digits", 0, ["baselines=fgsm-at,pgd-at"]).regimes}
+    pgd, fgsm = ({f"{kind}-{n}" for n in range(1, 5)} for kind in ("pgd", "fgsm"))
+    assert changed("pgd.steps=3") == pgd
+    assert changed("fgsm.epsilons=0.1") == fgsm
+    for nothing in ("joint.epochs=3", "gate.hidden=5", "experts.benign=1", "preset=other", "checkpoint_minutes=1"):
+        assert changed(nothing) == set()
+    for all_of_them in ("seed=3", "experts.epochs=9", "model.width=16", "data.flip=true", "pgd.step_size=0.1"):
+        assert changed(all_of_them) == every
+    assert changed("evaluation.probe_steps=3") == every  # the probe is in their rows of metrics
+    assert changed("evaluation.restarts=9") == set()
+    assert len({build("digits").expert_signature(name) for name in ("fgsm-1", "fgsm-2", "pgd-1")}) == 3

@@ -10,6 +10,7 @@ import functools
 import platform
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch
 from pyarrow.fs import FSSpecHandler, PyFileSystem
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.util.metrics import Gauge
 from torch import nn
 
 from dwf_cluster.cluster.control import Claim
@@ -61,7 +63,7 @@ def run_job(job: Job, store: Store, images: ray.ObjectRef, place: Placement, con
             _evaluate(job, store, images, place, control)
         else:
             _fit(functools.partial(_train, job, store, images, place, control), job, store, place)
-        row["devices"] = ray.get(control.devices.remote((job.folder, job.name)))
+        row["devices"] = _get(control.devices.remote((job.folder, job.name)))
         if job.stage != "evaluate" and not is_trained(job.experiment, store, job.stage, job.model):
             row["state"] = "stopped"
     return bool(row["state"] == "done")
@@ -99,12 +101,11 @@ def _train(job: Job, store: Store, images: ray.ObjectRef, place: Placement, cont
     """One worker's part of a Train run."""
     make_deterministic(place.cpus)
     _claim(control, job, ray.train.get_context().get_world_rank(), place)
-    experiment, arrays = job.experiment, ray.get(images)
+    experiment, arrays = job.experiment, _get(images)
     training = experiment.training(job.stage)
     stopped = _stopped(control)
-    task = Task(
-        experiment, store, job.stage, job.model, training, ray.train.report, lambda: job.folder in stopped.folders
-    )
+    report, stopping = functools.partial(_report, job), lambda: job.folder in stopped.folders
+    task = Task(experiment, store, job.stage, job.model, training, report, stopping)
     try:
         if job.stage == "joint":
             joint.train_joint(task, arrays, _device())
@@ -115,10 +116,24 @@ def _train(job: Job, store: Store, images: ray.ObjectRef, place: Placement, cont
         return  # to Train, which would take an exception for a failure and try again
 
 
+def _report(job: Job, row: dict[str, Any]) -> None:
+    """Tell Train of an epoch, and whoever asks Ray for its metrics (Prometheus)."""
+    for name, gauge in _gauges().items():
+        gauge.set(row[name], {"experiment": job.folder, "model": job.model})
+    ray.train.report(row)
+
+
+@functools.cache
+def _gauges() -> dict[str, Gauge]:
+    names = ("epoch", "loss", "clean_accuracy", "probe_pgd_accuracy", "images_per_second")
+    about = "of the last epoch of a model's training, as in the table metrics"
+    return {name: Gauge(f"dwf_{name}", f"{name} {about}", ("experiment", "model")) for name in names}
+
+
 def _evaluate(job: Job, store: Store, images: ray.ObjectRef, place: Placement, control: Any) -> None:
     make_deterministic(place.cpus)
     _claim(control, job, 0, place)
-    experiment, arrays, device = job.experiment, ray.get(images), _device()
+    experiment, arrays, device = job.experiment, _get(images), _device()
     assert job.family is not None
     chosen = slice(job.first, job.stop)
     x, y = arrays.x_test[chosen], arrays.y_test[chosen]
@@ -144,6 +159,12 @@ def _trained(experiment: Experiment, store: Store, images: Images, name: str) ->
     return model
 
 
+def _get(reference: Any) -> Any:
+    """`ray.get` on another thread: while the main one waits, Ray gives the CPUs of its task to another task."""
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(ray.get, reference).result()
+
+
 def _claim(control: Any, job: Job, worker: int, place: Placement) -> None:
     """Say which device this process got.
 
@@ -157,7 +178,7 @@ def _claim(control: Any, job: Job, worker: int, place: Placement) -> None:
     else:  # Ray was told of GPUs that this machine does not have
         device = "GPU " + ",".join(ray.get_runtime_context().get_accelerator_ids()["GPU"])
     claim = Claim((job.folder, job.name), worker, platform.node(), device, place.gpus)
-    complaint = ray.get(control.claim.remote(claim))
+    complaint = _get(control.claim.remote(claim))
     if complaint:
         raise DeviceShared(complaint)
 

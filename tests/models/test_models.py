@@ -77,3 +77,17 @@ def test_weight_gradients_in_channels_last_are_those_of_the_plain_layout(width: 
             F.cross_entropy(model(images), y).backward()
     for (name, one), other in zip(plain.named_parameters(), last.parameters(), strict=True):
         torch.testing.assert_close(one.grad, other.grad, rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_a_hard_gate_trusts_one_expert_and_has_the_soft_gates_gradient() -> None:
+    soft = Gate(5, (3, 8, 8), MEAN, STD, hidden=16)
+    hard = Gate(5, (3, 8, 8), MEAN, STD, hidden=16, hard=True)
+    hard.load_state_dict(soft.state_dict())
+    x = torch.rand(6, 3, 8, 8, requires_grad=True)
+    weights, chosen = soft(x), hard(x)
+    assert torch.equal(chosen, torch.eye(5)[weights.argmax(1)])
+    along = torch.randn(6, 5)
+    (expected,) = torch.autograd.grad((weights * along).sum(), x)
+    (found,) = torch.autograd.grad((chosen * along).sum(), x)
+    assert torch.equal(found, expected)
+    assert float(expected.abs().max()) > 0

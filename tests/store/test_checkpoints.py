@@ -228,3 +228,23 @@ def test_a_listing_that_is_behind_costs_an_epoch_and_nothing_else(
     assert checkpoint is not None
     assert checkpoint.epoch == 2  # and the folder of the first, which is gone, is no checkpoint
     assert checkpoints.latest_epoch(store, "pgd-1") == 2
+
+
+def test_a_copy_is_another_experiments_checkpoint_and_says_where_it_is_from(store: Store) -> None:
+    _save(store, 3)
+    other = Store(store.url, "digits-seed0-0123456789")
+    checkpoints.copy(store, other, "pgd-1")
+    one, copied = (checkpoints.load_latest(s, "pgd-1") for s in (store, other))
+    assert one is not None
+    assert copied is not None
+    assert copied.epoch == 3
+    assert all(torch.equal(tensor, one.tensors[name]) for name, tensor in copied.tensors.items())
+    assert copied.state["experiment"] == "0123456789"
+    assert copied.state["copied_from"] == store.folder
+
+
+def test_what_is_damaged_is_not_copied(store: Store) -> None:
+    _save(store, 3)
+    _flip_a_bit(_folder(store, 3))
+    with pytest.raises(FileNotFoundError, match=f"{store.folder} has no checkpoint of pgd-1 that can be read"):
+        checkpoints.copy(store, Store(store.url, "digits-seed0-0123456789"), "pgd-1")

@@ -10,8 +10,10 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from dwf_cluster.experiment import Experiment
+from dwf_cluster.experiment import Experiment, build
 from dwf_cluster.store import StorageFailed, Store, tables
+
+from ..conftest import TINY
 
 
 def _row(experiment: Experiment, epoch: int, loss: float) -> dict[str, object]:
@@ -94,3 +96,13 @@ def test_rows_are_counted_and_other_experiments_are_not_looked_at(store: Store, 
     other.write("results/metrics/pgd-1.parquet", b"not to be opened")
     assert tables.count(store) == {**dict.fromkeys(tables.SCHEMAS, 0), "metrics": 6}
     assert tables.read(store, "metrics").num_rows == 6
+
+
+def test_copied_rows_are_the_other_experiments_with_what_is_changed(store: Store, tiny: Experiment) -> None:
+    tables.write(store, "metrics", "pgd-1", [_row(tiny, 1, 0.5), _row(tiny, 2, 0.25)])
+    other = build("digits", 7, [*TINY])
+    own = Store(store.url, other.folder)
+    tables.copy(store, own, other, "metrics", "pgd-1", stage="joint")
+    rows = tables.read(own, "metrics").to_pylist()
+    assert [(row["epoch"], row["loss"], row["stage"]) for row in rows] == [(1, 0.5, "joint"), (2, 0.25, "joint")]
+    assert {(row["experiment"], row["seed"], row["dataset"]) for row in rows} == {(other.signature, 7, "digits")}

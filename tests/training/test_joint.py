@@ -106,3 +106,35 @@ def test_experts_of_different_names_start_from_different_weights(tiny: Experimen
 
     assert torch.equal(stem(first), stem(again))
     assert not torch.equal(stem(first), stem(other))
+
+
+def test_frozen_experts_stay_as_they_were_to_the_last_statistic_and_the_gate_learns(
+    images: Images, store: Store
+) -> None:
+    frozen = build("digits", 0, [*TINY, "joint.freeze_experts=true"])
+    own = Store(store.url, frozen.folder)
+    _experts(frozen, images, own)
+    joint.train_joint(Task(frozen, own, "joint", "mixture", frozen.joint), images, CPU)
+    mixture = checkpoints.load_latest(own, "mixture")
+    assert mixture is not None
+    trained, fresh = weights(mixture), joint.build(frozen, images).state_dict()
+    for number, regime in enumerate(frozen.mixture_regimes):
+        before = checkpoints.load_latest(own, regime.name)
+        assert before is not None
+        for name, tensor in weights(before).items():
+            assert torch.equal(trained[f"experts.{number}.{name}"], tensor), name
+    assert not torch.equal(trained["gate.layers.2.weight"], fresh["gate.layers.2.weight"])
+
+
+def test_a_hard_gate_is_trained_by_the_same_algorithm(images: Images, store: Store) -> None:
+    hard = build("digits", 0, [*TINY, "gate.kind=hard"])
+    own = Store(store.url, hard.folder)
+    _experts(hard, images, own)
+    joint.train_joint(Task(hard, own, "joint", "mixture", hard.joint), images, CPU)
+    trained = checkpoints.load_latest(own, "mixture")
+    assert trained is not None
+    mixture = joint.build(hard, images)
+    fresh = mixture.gate.layers[2].weight.clone()
+    mixture.load_state_dict(weights(trained))
+    assert set(mixture.gate(torch.rand(8, 1, 8, 8)).unique().tolist()) <= {0.0, 1.0}
+    assert not torch.equal(mixture.gate.layers[2].weight, fresh)

@@ -1,0 +1,315 @@
+"""Sweeps: which experiments they consist of, what they share, and whole ones on a real Ray."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import subprocess
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import psutil
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from dwf_cluster import sweep as sweeps
+from dwf_cluster.data.sources import Sizes
+from dwf_cluster.experiment import build
+from dwf_cluster.plan import Job, jobs, shared
+from dwf_cluster.store import checkpoints
+
+from .conftest import ARGUMENTS, LOCAL, MODELS, TINY, Launch, assert_same, store_of
+
+SIZES = Sizes(96, 40, (1, 8, 8))
+
+
+def _sweep(*varied: str, seeds: tuple[int | None, ...] = (None,), samples: int | None = None) -> sweeps.Sweep:
+    return sweeps.sweep("digits", TINY, varied, seeds, samples, asha=False)
+
+
+def test_each_combination_of_values_is_a_trial_with_each_seed() -> None:
+    found = _sweep("pgd.steps=1,2", "gate.kind=soft", "pgd.steps=3", "gate.kind=hard", seeds=(0, 7))
+    assert [trial.name for trial in found.trials] == [
+        f"pgd.steps={steps} gate.kind={kind} seed={seed}"
+        for steps in ("1,2", "3")
+        for kind in ("soft", "hard")
+        for seed in (0, 7)
+    ]
+    last = found.trials[-1]
+    assert last.experiment == build("digits", 7, [*TINY, "pgd.steps=3", "gate.kind=hard"])
+    assert last.varied == {"pgd.steps": (3,), "gate.kind": "hard", "seed": 7}
+
+
+def test_without_seeds_trials_have_the_presets_and_are_not_named_after_it() -> None:
+    assert [trial.name for trial in _sweep("gate.kind=soft", "gate.kind=hard").trials] == [
+        "gate.kind=soft",
+        "gate.kind=hard",
+    ]
+
+
+def test_random_search_draws_so_many_different_combinations_always_the_same() -> None:
+    widths = [f"gate.hidden={n}" for n in range(1, 101)]
+    rates = [f"joint.learning_rate={n / 1000}" for n in range(1, 101)]
+    drawn = _sweep(*widths, *rates, seeds=(0, 1), samples=6)
+    assert drawn == _sweep(*widths, *rates, seeds=(0, 1), samples=6)
+    settings = [trial.name.rpartition(" ")[0] for trial in drawn.trials]
+    assert len(settings) == 12
+    assert len(set(settings)) == 6
+    assert len({setting.partition(" ")[0] for setting in settings}) > 3
+
+
+def test_the_same_trials_have_the_same_folder_in_whatever_order_they_were_given() -> None:
+    one = _sweep("gate.kind=soft", "gate.kind=hard")
+    other = _sweep("gate.kind=hard", "gate.kind=soft")
+    assert one.folder == other.folder != _sweep("gate.kind=hard").folder
+    assert re.fullmatch(r"sweeps/digits-[0-9a-f]{10}", one.folder)
+
+
+def _shared(*assignments: list[str], done: tuple[int, ...] = ()) -> dict[tuple[int, str], str | None]:
+    """(number of the experiment, task) -> folder that it is copied from, of experiments with these assignments."""
+    experiments = [build("digits", 0, [*TINY, *given]) for given in assignments]
+    every = [job for stage in ("experts", "joint", "evaluate") for e in experiments for job in jobs(e, stage, SIZES)]
+    finished = [job for job in every if job.experiment in [experiments[n] for n in done]]
+    todo = shared([job for job in every if job not in finished], finished)
+    numbers = {experiment.folder: str(n) for n, experiment in enumerate(experiments)}
+    return {(int(numbers[job.folder]), job.name): job.origin and numbers[job.origin] for job in todo}
+
+
+NOISE = "evaluation.beyond=noise"
+
+
+def test_experiments_that_differ_in_the_joint_stage_share_experts_and_how_they_fare() -> None:
+    found = _shared([NOISE], ["joint.epochs=5", NOISE], ["gate.kind=hard", NOISE])
+    assert {name for (n, name), origin in found.items() if n == 0 and origin} == set()
+    for number in (1, 2):
+        alone = {name for (n, name), origin in found.items() if n == number and origin is None}
+        assert alone == {name for n, name in found if n == 0 and (name == "joint" or "mixture" in name)}
+        assert {origin for (n, _), origin in found.items() if n == number} == {None, "0"}
+
+
+def test_only_what_is_the_same_is_shared() -> None:
+    def copied(*given: str) -> set[str]:
+        return {name for (n, name), origin in _shared([NOISE], [NOISE, *given]).items() if n == 1 and origin}
+
+    experts = {"expert benign", "expert fgsm-1", "expert pgd-1"}
+    assert {n for n in copied("pgd.steps=3") if n.startswith("expert")} == experts - {"expert pgd-1"}
+    assert {n for n in copied("fgsm.epsilons=0.1") if n.startswith("expert")} == experts - {"expert fgsm-1"}
+    assert copied("experts.pgd=2") >= experts
+    assert {n for n in copied("evaluation.pgd_steps=1") if n.startswith(("expert", "eval"))} == experts
+    for other in (
+        "experts.epochs=4",
+        "model.width=8",
+        "pgd.epsilon=0.2",
+        "experts.momentum=0",
+        "data.train_examples=64",
+    ):
+        assert copied(other) == set()
+
+
+def test_what_is_done_already_is_what_others_copy() -> None:
+    found = _shared([NOISE], ["joint.epochs=5", NOISE], done=(1,))
+    assert found[0, "expert pgd-1"] == "1"
+
+
+def test_images_that_are_tested_on_all_models_are_the_experiments_own() -> None:
+    beyond = "evaluation.beyond=transfer"
+    found = _shared([beyond], ["joint.epochs=5", beyond])
+    assert {name for (n, name), origin in found.items() if n == 1 and "paper" in name and origin} == set()
+    assert found[1, "evaluate pgd-1 checks 0-7"] == "0"
+
+
+def test_a_copy_waits_for_what_it_is_copied_from() -> None:
+    first, second = (build("digits", 0, [*TINY, f"joint.epochs={n}"]) for n in (1, 2))
+    every = [job for e in (first, second) for job in jobs(e, "experts", SIZES)]
+    copy: Job = shared(every, ())[-1]
+    assert copy.needs == {(first.folder, copy.model)}
+    assert copy.cost == 0
+
+
+# ------------------------------------------------------------------------------------------ on a real Ray
+
+KINDS = ["gate.kind=soft", "gate.kind=hard"]
+SWEEP = [*ARGUMENTS, "--sweep", *KINDS]
+PROMETHEUS = "prom_metrics_service_discovery.json"
+"""Where Ray tells Prometheus whom to ask."""
+
+Swept = tuple[Path, subprocess.CompletedProcess[str], dict[str, Any]]
+
+
+def _outcome(folder: Path) -> pd.DataFrame:
+    (table,) = (folder / "runs" / "sweeps").glob("*/trials.parquet")
+    return pd.read_parquet(table).set_index("trial")
+
+
+def _trial(folder: Path, name: str) -> Path:
+    return folder / "runs" / str(_outcome(folder).folder[name])
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory: pytest.TempPathFactory) -> Swept:
+    """The folder of a sweep over two kinds of gates, what it printed, and what Ray's dashboard said of it."""
+    launch = Launch(tmp_path_factory.mktemp("sweep"))
+    seen: dict[str, Any] = {}
+    dashboard: list[str] = []
+
+    def look(driver: psutil.Process, line: str) -> None:
+        for what in ("tasks", "actors"):
+            request = urllib.request.Request(f"{dashboard[0]}/api/v0/{what}?detail=true")
+            request.add_header("Authorization", f"Bearer {Path(dashboard[1]).read_text()}")
+            seen[what] = json.load(urllib.request.urlopen(request, timeout=60))["data"]["result"]["result"]
+        for target in json.loads(Path(dashboard[1]).with_name("ray").joinpath(PROMETHEUS).read_text())[0]["targets"]:
+            seen["metrics"] = (
+                seen.get("metrics", "") + urllib.request.urlopen(f"http://{target}/metrics").read().decode()
+            )
+
+    def remember(driver: psutil.Process, line: str) -> None:
+        found = re.match(r"Ray dashboard: (\S+) .* `cat (\S+)`", line)
+        assert found is not None
+        dashboard.extend(found.groups())
+
+    steps = [("^Ray dashboard", remember), (r"^gate\.kind=hard joint: epoch 1/3", look)]
+    code, errors, lines = launch.along(steps, "--tensorboard", "tensorboard", *SWEEP)
+    assert code == 0, errors
+    return launch.folder, subprocess.CompletedProcess([], code, "\n".join(lines), errors), seen
+
+
+def test_a_trial_comes_to_the_bits_of_the_same_experiment_run_alone(
+    swept: Swept,
+    undisturbed: tuple[Path, subprocess.CompletedProcess[str]],
+) -> None:
+    assert_same(_trial(swept[0], "gate.kind=soft"), undisturbed[0])
+
+
+def test_experts_are_trained_once_and_copied_with_their_rows(
+    swept: Swept,
+) -> None:
+    soft, hard = (_trial(swept[0], kind) for kind in KINDS)
+    assert_same(soft, hard, models=["benign", "fgsm-1", "pgd-1"], tables=[])
+    trained, copied = (pd.read_parquet(folder / "results" / "jobs").set_index("task") for folder in (soft, hard))
+    assert set(trained.state) == {"done"}
+    assert set(copied[copied.stage == "experts"].state) == {"shared"}
+    assert set(copied[copied.index.str.contains("pgd-1 checks")].state) == {"shared"}
+    assert set(copied[copied.index.str.contains("mixture")].state) == {"done"}
+    assert copied.seconds["expert pgd-1"] == trained.seconds["expert pgd-1"]
+    state = json.loads(sorted((hard / "checkpoints" / "pgd-1").glob("*/state.json"))[-1].read_text())
+    assert state["copied_from"] == soft.name
+    metrics = pd.read_parquet(hard / "results" / "metrics")
+    assert set(metrics.experiment) == {hard.name.rpartition("-")[2]}
+    assert metrics.groupby("model").epoch.apply(list).to_dict() == {
+        model: [1, 2, 3] for model in ("benign", "fgsm-1", "pgd-1", "mixture")
+    }
+
+
+def test_its_table_has_a_row_a_trial_with_what_varies_and_what_comes_of_it(
+    swept: Swept,
+) -> None:
+    folder, result, _ = swept
+    outcome = _outcome(folder)
+    assert outcome.state.to_dict() == dict.fromkeys(KINDS, "done")
+    assert outcome["gate.kind"].tolist() == ["soft", "hard"]
+    for kind in KINDS:
+        rows = pd.read_parquet(_trial(folder, kind) / "results" / "evaluations")
+        accuracy = rows[rows.model == "mixture"].set_index(["attack", "steps"]).accuracy
+        assert outcome.loc[kind, "pgd 2"] == accuracy["pgd", 2]
+        assert outcome.loc[kind, "restarts 2x2"] == accuracy["pgd_restarts", 2]
+        line = next(line for line in result.stdout.splitlines() if line.split()[:2] == [kind[10:], "done"])
+        assert line.split()[2] == f"{100 * outcome.loc[kind, 'clean']:.1f}"
+
+
+def test_trials_and_their_tasks_are_named_in_the_dashboard_by_what_they_vary(
+    swept: Swept,
+) -> None:
+    seen = swept[2]
+    assert {"gate.kind=soft expert pgd-1", "gate.kind=soft joint", "gate.kind=hard joint"} <= {
+        task["name"] for task in seen["tasks"]
+    }
+    assert set(KINDS) <= {actor["repr_name"] for actor in seen["actors"]}
+
+
+def test_whoever_asks_ray_for_its_metrics_is_told_of_every_models_last_epoch(swept: Swept) -> None:
+    folder, _, seen = swept
+    metrics = pd.read_parquet(_trial(folder, "gate.kind=soft") / "results" / "metrics").set_index(["model", "epoch"])
+    for model in ("fgsm-1", "pgd-1", "mixture"):
+        labels = rf'[^}}]*experiment="{_trial(folder, "gate.kind=soft").name}"[^}}]*model="{model}"[^}}]*'
+        found = re.search(rf"^ray_dwf_probe_pgd_accuracy\{{{labels}\}} (\S+)$", seen["metrics"], re.M)
+        assert found is not None
+        assert float(found[1]) == metrics.probe_pgd_accuracy[model, 3]
+
+
+def test_tensorboards_event_files_have_every_epoch_of_every_model(swept: Swept) -> None:
+    for kind in KINDS:
+        folder = _trial(swept[0], kind)
+        metrics = pd.read_parquet(folder / "results" / "metrics").set_index(["model", "epoch"])
+        for model in MODELS:
+            events = EventAccumulator(str(swept[0] / "tensorboard" / folder.name / model))
+            events.Reload()
+            curve = {event.step: event.value for event in events.Scalars("loss")}
+            assert curve == pytest.approx(metrics.loss[model].to_dict(), rel=1e-6)
+
+
+def test_the_same_sweep_again_does_nothing_and_prints_the_same_table(
+    swept: Swept,
+) -> None:
+    folder, first, _ = swept
+    again = Launch(folder)(*SWEEP)
+    assert again.returncode == 0
+    assert again.stdout.splitlines()[:3] == [f"{s}: done already, skipped" for s in ("experts", "joint", "evaluate")]
+    table = first.stdout[first.stdout.index("Accuracy of the mixture") :].strip()
+    assert table in again.stdout
+
+
+def test_asha_stops_what_falls_behind_and_it_stays_so_until_it_is_asked_for(swept: Swept, launch: Launch) -> None:
+    """That which is done already is measured against, so it is certain who falls behind."""
+    (launch.folder / "runs").symlink_to(swept[0] / "runs")
+    useless = ["joint.learning_rate=0.01", "joint.learning_rate=5.0"]
+    result = launch(*ARGUMENTS, "--asha", "--sweep", *useless)
+    assert result.returncode == 0, result.stderr
+    assert "joint.learning_rate=5.0: stopped early\n" in result.stdout
+    (table,) = [path for path in _tables(launch) if "joint.learning_rate" in pd.read_parquet(path)]
+    outcome = pd.read_parquet(table).set_index("trial")
+    assert outcome.state.to_dict() == dict(zip(useless, ("done", "stopped early"), strict=True))
+    store = store_of(launch.folder / "runs" / outcome.folder[useless[1]])
+    saved = checkpoints.load_latest(store, "mixture")
+    assert saved is not None
+    assert saved.epoch < 3
+    again = launch(*ARGUMENTS, "--asha", "--sweep", *useless)
+    assert again.stdout.startswith("experts: done already, skipped\njoint: done already, skipped\n")
+    assert "stopped early" in again.stdout
+
+
+def _tables(launch: Launch) -> list[Path]:
+    return sorted((launch.folder / "runs" / "sweeps").glob("*/trials.parquet"))
+
+
+def test_a_trial_that_fails_keeps_no_other_from_its_end(launch: Launch) -> None:
+    rates = ["joint.learning_rate=0.01", "joint.learning_rate=100"]
+    result = launch(*LOCAL, "--set", *TINY, "joint.epochs=9", "--sweep", *rates)
+    assert result.returncode == 1
+    assert result.stderr.startswith("failed: trial joint.learning_rate=100.0: stage joint, ")
+    assert "NonFiniteLoss: " in result.stderr
+    assert "\nresume: python -m dwf_cluster.launch --local" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert _outcome(launch.folder).state.tolist() == ["done", "failed"]
+
+
+@pytest.mark.interruptions
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_interrupted_or_killed_it_goes_on_and_ends_with_the_same_bits(
+    launch: Launch, how: signal.Signals, swept: Swept
+) -> None:
+    def end(driver: psutil.Process, line: str) -> None:
+        driver.send_signal(how)
+
+    code, errors = launch.until(r"^gate\.kind=\w+ joint: epoch 1/3", end, *SWEEP)
+    assert code == (130 if how == signal.SIGINT else -how)
+    if how == signal.SIGINT:
+        assert "\nresume: python -m dwf_cluster.launch --local" in errors
+        assert "stopped" in set(_outcome(launch.folder).state)
+    result = launch(*SWEEP)
+    assert result.returncode == 0, result.stderr
+    assert "experts: done already, skipped" in result.stdout
+    for kind in KINDS:
+        assert_same(_trial(launch.folder, kind), _trial(swept[0], kind))
