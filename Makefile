@@ -2,8 +2,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-demo: .venv/demo
+demo: .venv/analysis
 	$(BIN)/python -m dwf_cluster.launch --local
+	@$(MAKE) --no-print-directory report
 
 report: .venv/analysis
 	$(BIN)/python -m analysis.report runs --out report.html
@@ -30,7 +31,7 @@ audit: .venv/audit
 .venv/lint: EXTRA := [lint]
 .venv/audit: EXTRA := [audit]
 .venv/analysis: EXTRA := [analysis]
-.venv/demo .venv/test .venv/lint .venv/audit .venv/analysis: pyproject.toml
+.venv/test .venv/lint .venv/audit .venv/analysis: pyproject.toml
 	test -d .venv || $(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --editable '.$(EXTRA)'
 	touch $@

@@ -1,8 +1,9 @@
-"""A command line: bad input is one line on stderr and exit status 2."""
+"""A command line: bad input is one line on stderr and exit status 2, a store that fails one and 1."""
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
@@ -22,7 +23,17 @@ def run(do: Callable[[Sequence[str]], None]) -> int:
     """Call with this process's arguments; returns the exit status."""
     try:
         do(sys.argv[1:])
+        sys.stdout.flush()
     except InvalidInput as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # whoever read has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        # A store that does not answer; botocore's own have no class in common with others.
+        if not isinstance(error, OSError) and not type(error).__module__.startswith("botocore."):
+            raise
+        print(f"failed: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
+        return 1
     return 0

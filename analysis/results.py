@@ -16,7 +16,7 @@ from pydantic import BaseModel
 
 from dwf_cluster.experiment import MIXTURE, PRESETS, Data, Experiment, InvalidInput, written
 from dwf_cluster.grid import CHECKS, Column, columns, families
-from dwf_cluster.store import tables
+from dwf_cluster.store import Store, tables
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
@@ -226,13 +226,12 @@ def _flat(prefix: str, fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _find(storage: str) -> list[Run]:
-    import fsspec
-
     try:
-        files, root = fsspec.core.url_to_fs(storage)
+        files = Store(storage, "").files
+        root = files._strip_protocol(storage).rstrip("/")
         own = files.exists(f"{root}/experiment.json")
         found = [f"{root}/experiment.json"] if own else sorted(files.glob(f"{root}/*/experiment.json"))
-    except (ValueError, ImportError, OSError) as error:
+    except (ValueError, ImportError) as error:
         raise InvalidInput(f"storage: {storage!r} cannot be used: {_line(error)}") from None
     if not found:
         raise InvalidInput(

@@ -79,11 +79,11 @@ def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
 def run(tmp_path: Path) -> Run:
     """`python -m <module> ...` as a user runs it, in an empty folder."""
 
-    def command(module: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    def command(module: str, *arguments: str | Path, **variables: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [sys.executable, "-m", module, *map(str, arguments)],
             cwd=tmp_path,
-            env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"},
+            env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", **variables},
             capture_output=True,
             text=True,
             timeout=100,

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import fsspec
@@ -13,7 +16,7 @@ import pytest
 from analysis import Group, figures, load, report, tables
 from dwf_cluster.experiment import InvalidInput, build
 from dwf_cluster.store.tables import SCHEMAS
-from tests.analysis.conftest import EXAMPLES, Call, Run
+from tests.analysis.conftest import EXAMPLES, ROOT, Call, Run
 
 
 def test_experiments_that_differ_in_their_seed_are_one_group(storage: Path) -> None:
@@ -166,6 +169,28 @@ def test_every_bad_input_is_one_line(storage: Path, tmp_path: Path, call: Call) 
         (line,) = err.splitlines()
         assert line.startswith("error: ")
         assert expected in line
+
+
+@pytest.mark.parametrize(
+    ("credentials", "reason"),
+    [({}, "credentials"), ({"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret"}, "127.0.0.1:9")],
+)
+def test_a_store_that_does_not_answer_or_lets_nobody_in_is_one_line_and_exit_status_1(
+    run: Run, credentials: dict[str, str], reason: str
+) -> None:
+    where = {"AWS_EC2_METADATA_DISABLED": "true", "AWS_ENDPOINT_URL": "http://127.0.0.1:9"}
+    done = run("analysis.tables", "s3://bucket/prefix", **where, **credentials)
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("failed: ")
+    assert reason in line
+
+
+def test_whoever_reads_may_stop_reading(storage: Path) -> None:
+    command = f"{shlex.quote(sys.executable)} -m analysis.tables {shlex.quote(str(storage))} | head -1"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stderr == ""
+    assert len(done.stdout.splitlines()) == 1
 
 
 def test_neither_torch_nor_ray_is_imported(storage: Path, run: Run, tmp_path: Path) -> None:

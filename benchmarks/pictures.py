@@ -1,0 +1,76 @@
+"""The README's pictures: Ray's dashboard while the demo runs, and the report of what it came to.
+
+    python benchmarks/pictures.py
+
+Runs the demo in a temporary folder, with Debian's chromium and chromium-driver looking on; writes `docs/*.png`.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from selenium import webdriver
+from selenium.webdriver.chrome.service import Service
+from selenium.webdriver.common.by import By
+from selenium.webdriver.support.ui import WebDriverWait
+
+DOCS = Path(__file__).parents[1] / "docs"
+SWITCHES = ("headless", "no-sandbox", "disable-gpu", "disable-dev-shm-usage", "hide-scrollbars")
+
+
+def browser(width: int, height: int) -> webdriver.Chrome:
+    """A headless Chromium with a window of that many CSS pixels."""
+    options = webdriver.ChromeOptions()
+    options.binary_location = "/usr/bin/chromium"
+    for switch in (*SWITCHES, f"window-size={width},{height}"):
+        options.add_argument(f"--{switch}")
+    return webdriver.Chrome(options=options, service=Service("/usr/bin/chromedriver"))
+
+
+def dashboard(url: str, token: str) -> None:
+    """What runs, by name, as the dashboard's page of the job shows it."""
+    with browser(1280, 900) as chrome:
+        chrome.get(url)
+        wait = WebDriverWait(chrome, 60)
+        wait.until(lambda c: c.find_elements(By.CSS_SELECTOR, "input"))
+        (field,) = chrome.find_elements(By.CSS_SELECTOR, "input")
+        field.send_keys(token)
+        chrome.find_elements(By.CSS_SELECTOR, "[role=dialog] button")[-1].click()
+        wait.until(lambda c: not c.find_elements(By.CSS_SELECTOR, "[role=dialog]"))
+        chrome.get(f"{url}/#/jobs/01000000")
+        wait.until(lambda c: "expert" in c.find_element(By.TAG_NAME, "body").text)
+        time.sleep(5)  # the page draws itself piece by piece
+        chrome.save_screenshot(str(DOCS / "dashboard.png"))
+
+
+def report(page: Path) -> None:
+    """The beginning of the report."""
+    with browser(1280, 1700) as chrome:
+        chrome.get(page.as_uri())
+        chrome.save_screenshot(str(DOCS / "report.png"))
+
+
+def main() -> None:
+    """Run the demo, and look at it."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "dwf_cluster.launch", "--local"]
+        with subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None
+            for line in process.stdout:
+                print(line, end="", flush=True)
+                if found := re.match(r"Ray dashboard: (\S+) .* `cat (\S+)`", line):
+                    url, token = found[1], Path(found[2]).read_text()
+                elif line.startswith("expert pgd-3: epoch 1/"):
+                    dashboard(url, token)
+        page = Path(folder) / "report.html"
+        subprocess.run([sys.executable, "-m", "analysis.report", "runs", "--out", page], cwd=folder, check=True)
+        report(page)
+
+
+if __name__ == "__main__":
+    main()
