@@ -68,7 +68,9 @@ class Cluster:
         here = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(
             ray.get_runtime_context().get_node_id(), soft=True
         )
-        self.control = control or ray.remote(Control).options(num_cpus=0, scheduling_strategy=here).remote()
+        # Its calls, several a second, would bury the jobs in the dashboard.
+        quiet = {"enable_task_events": False, "num_cpus": 0, "scheduling_strategy": here}
+        self.control = control or ray.remote(Control).options(**quiet).remote()
         self.resources = resources
         self.dashboard = dashboard
         self.token_file = token_file

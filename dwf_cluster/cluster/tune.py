@@ -18,7 +18,7 @@ REDUCTION, GRACE = 2, 0.25
 
 Report = Callable[[Mapping[str, Any]], None]
 Work = Callable[[str, Report, Callable[[], bool]], Mapping[str, Any]]
-"""(trial, report, stopping) -> last report. Runs in the trial's process."""
+"""(trial, report, stopping) -> last report, which has a `state`. Runs in the trial's process."""
 
 
 def run_trials(
@@ -86,12 +86,12 @@ def run_trials(
         def on_trial_result(
             self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
         ) -> None:
-            if not result["done"]:
+            if "state" not in result:
                 heard(trial.config["trial"], result)
 
         def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
             last = trial.last_result
-            ended(trial.config["trial"], last if last.get("done") else None, "")
+            ended(trial.config["trial"], last if "state" in last else None, "")
 
         def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
             *_, reason = ["its process died", *str(trial.get_error() or "").strip().splitlines()]
