@@ -262,6 +262,7 @@ def test_the_same_sweep_again_does_nothing_and_prints_the_same_table(
     assert table in again.stdout
 
 
+@pytest.mark.interruptions
 def test_asha_stops_what_falls_behind_and_it_stays_so_until_it_is_asked_for(swept: Swept, launch: Launch) -> None:
     """That which is done already is measured against, so it is certain who falls behind."""
     shutil.copytree(swept[0] / "runs", launch.folder / "runs", ignore=shutil.ignore_patterns("sweeps"))

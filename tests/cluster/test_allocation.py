@@ -21,17 +21,17 @@ from .slurm import Slurm
 
 pytestmark = pytest.mark.skipif(slurm.missing() is not None, reason=str(slurm.missing()))
 
-SCRIPT = Path(__file__).parents[2] / "slurm" / "full_pipeline.sh"
+SCRIPTS = Path(__file__).parents[2] / "slurm"
 ARGUMENTS = ["--set", *TINY, *SLOWER]
 ON_CPUS = ["--gpus-per-node=0", "--cpus-per-task=1", "--mem=3G"]
 
 
 class Job:
-    """A job of `slurm/full_pipeline.sh`, its log, its experiment's folder."""
+    """A job of a script of `slurm/`, its log, its experiment's folder."""
 
-    def __init__(self, cluster: Slurm, folder: Path, options: list[str], arguments: list[str]) -> None:
+    def __init__(self, cluster: Slurm, folder: Path, options: list[str], script: str, arguments: list[str]) -> None:
         self.cluster, self.folder = cluster, folder
-        self.number = cluster.submit(*options, SCRIPT, *arguments, cwd=folder, DWF_PYTHON=sys.executable)
+        self.number = cluster.submit(*options, SCRIPTS / script, *arguments, cwd=folder, DWF_PYTHON=sys.executable)
 
     @property
     def log(self) -> str:
@@ -75,8 +75,8 @@ class Job:
 
 @pytest.fixture
 def submit(cluster: Slurm, tmp_path: Path) -> Callable[..., Job]:
-    def submit(*options: str, arguments: list[str] = ARGUMENTS) -> Job:
-        return Job(cluster, tmp_path, [*ON_CPUS, *options], arguments)
+    def submit(*options: str, script: str = "full_pipeline.sh", arguments: list[str] = ARGUMENTS) -> Job:
+        return Job(cluster, tmp_path, [*ON_CPUS, *options], script, arguments)
 
     return submit
 
@@ -192,6 +192,21 @@ def test_out_of_time_it_is_requeued(submit: Callable[..., Job], cluster: Slurm) 
     assert partial(job.results)
     cluster("scancel", job.number)
     job.end("CANCELLED")
+
+
+@pytest.mark.interruptions
+def test_a_sweep_on_two_nodes_goes_on_after_it_was_requeued(
+    submit: Callable[..., Job], cluster: Slurm, two_workers: Path
+) -> None:
+    job = submit("--nodes=2", script="sweep.sh", arguments=["gate.kind=soft", "gate.kind=hard", *ARGUMENTS])
+    job.wait_for("^gate.kind=soft joint: epoch 1/")
+    cluster("scontrol", "requeue", job.number)
+    job.end()
+    assert cluster.field(job.number, "Restarts") == "1"
+    (table,) = (job.folder / "runs" / "sweeps").glob("*/trials.parquet")
+    trials = pd.read_parquet(table).set_index("gate.kind")
+    assert trials.state.to_dict() == {"soft": "done", "hard": "done"}
+    assert_same(job.folder / "runs" / trials.folder["soft"], two_workers)
 
 
 def test_a_node_that_does_not_come_is_named_with_its_log(cluster: Slurm, submit: Callable[..., Job]) -> None:
