@@ -189,10 +189,10 @@ def page(storages: Sequence[str]) -> str:
         storages: as for `load`.
 
     Raises:
-        InvalidInput: as `load`, and if a group has no evaluations yet.
+        InvalidInput: as `load`, and if no group has evaluations yet.
     """
-    sections = []
-    for group in load(*storages).groups:
+    sections, results = [], load(*storages)
+    for group in results.evaluated:
         found = outcomes(group)
         sections.append(Section(group, found, *tables.of_group(group, found)))
     environment = Environment(
@@ -204,6 +204,8 @@ def page(storages: Sequence[str]) -> str:
     )
     return environment.get_template("report.html.jinja").render(
         sections=sections,
+        overview=tables.overview([(section.group, section.measured) for section in sections]),
+        waiting=[group.title for group in results.groups if group not in results.evaluated],
         storages=storages,
         tables=_TABLES,
         version=dwf_cluster.__version__,

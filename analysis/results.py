@@ -154,6 +154,19 @@ class Results:
     def __init__(self, groups: Sequence[Group]) -> None:
         self.groups = tuple(groups)
 
+    @property
+    def evaluated(self) -> tuple[Group, ...]:
+        """The groups that have evaluations; others run still, or were stopped early.
+
+        Raises:
+            InvalidInput: if none has.
+        """
+        found = tuple(group for group in self.groups if any(run.parquet("evaluations") for run in group.runs))
+        if not found:
+            url = self.groups[0].runs[0].url
+            raise InvalidInput(f"{url}: cannot be used: it has no evaluations yet, `--stages evaluate` makes them")
+        return found
+
     @cached_property
     def evaluations(self) -> pd.DataFrame:
         """One row for each experiment, model and column of the result table."""

@@ -24,7 +24,7 @@ from analysis.command import Parser, run
 from analysis.outcomes import Outcomes, outcomes
 from analysis.results import Group, Place, as_place, each, load, place
 from analysis.statistics import ALPHA, comparisons, wilson
-from dwf_cluster.experiment import MIXTURE, InvalidInput, written
+from dwf_cluster.experiment import MIXTURE, written
 from dwf_cluster.grid import Column
 
 PAPER_MODELS = {
@@ -150,6 +150,25 @@ def beyond(group: Group, measured: pd.DataFrame, tests: pd.DataFrame) -> Table |
     return _accuracy_table("accuracy in percent, beyond the paper", group, columns, measured, best(tests), [])
 
 
+def overview(groups: Sequence[tuple[Group, pd.DataFrame]]) -> Table | None:
+    """The mixture of each group beside the others', or None if there is but one: what a sweep came to.
+
+    Args:
+        groups: with their `accuracies`.
+    """
+    heads = {"clean": ("clean", ""), "pgd": ("pgd", "longest"), "pgd_restarts": ("restarts", "")}
+    heads["pgd_adaptive"] = ("adaptive", "")
+    rows = []
+    for group, measured in groups:
+        longest = {row.attack: row for row in each(measured[measured.model == MIXTURE])}  # steps rise
+        cells = [percent(longest.get(attack)) for attack in heads]
+        rows.append((group.title, [str(len(group.seeds)), *cells]))
+    note = "Mean ± standard deviation over seeds. Settings that are compared here are tested in no way."
+    title = "accuracy of the mixture in percent, all settings"
+    table = Table(title, [("seeds", ""), *heads.values()], rows, notes=[note], corner="settings")
+    return table if len(rows) > 1 else None
+
+
 def _accuracy_table(
     title: str,
     group: Group,
@@ -159,7 +178,7 @@ def _accuracy_table(
     notes: Sequence[str],
 ) -> Table:
     cells = _cells(measured)
-    models = [model for model in group.models if model in set(measured.model)]
+    models = [m for m in group.models if any((m, place(column)) in cells for column in columns)]
     bold = {(i, j) for i, model in enumerate(models) for j, c in enumerate(columns) if (model, place(c)) in proven}
     return Table(
         f"{group.title}: {title}",
@@ -296,10 +315,6 @@ def against_mixture(group: Group, tests: pd.DataFrame) -> Table | None:
 def of_group(group: Group, found: Outcomes) -> tuple[pd.DataFrame, pd.DataFrame, list[Table], list[str]]:
     """Accuracies, tests, the tables made of them, and remarks on what there is no table for."""
     measured, tests = accuracies(group), comparisons(group, found)
-    if measured.empty:
-        raise InvalidInput(
-            f"{group.runs[0].url}: cannot be used: it has no evaluations yet, `--stages evaluate` makes them"
-        )
     beside = beside_paper(group, measured)
     made = [table3(group, measured, tests), beyond(group, measured, tests), beside, against_mixture(group, tests)]
     return measured, tests, [table for table in made if table], [] if beside else [no_paper(group)]
@@ -390,11 +405,13 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("storage", nargs="+", help="storage or experiment's folder, a path or an fsspec URL")
     parser.add_argument("--format", choices=(*FORMATS, "csv"), default="text", help="default: text")
     options = parser.parse_args(arguments)
-    found = [(group, of_group(group, outcomes(group))) for group in load(*options.storage).groups]
+    found = [(group, of_group(group, outcomes(group))) for group in load(*options.storage).evaluated]
     if options.format == "csv":
         frames = [measured.assign(group=group.title) for group, (measured, *_) in found]
         pd.concat(frames).to_csv(sys.stdout, index=False)
         return
+    if all_of_them := overview([(group, measured) for group, (measured, *_) in found]):
+        print(FORMATS[options.format](all_of_them))
     for _, (_, _, made, remarks) in found:
         print("\n".join([*map(FORMATS[options.format], made), *remarks]))
 

@@ -7,16 +7,17 @@ Runs the demo in a temporary folder, with Debian's chromium and chromium-driver 
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 from selenium import webdriver
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
+from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.ui import WebDriverWait
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -34,17 +35,22 @@ def browser(width: int, height: int) -> webdriver.Chrome:
 
 def dashboard(url: str, token: str) -> None:
     """What runs, by name, as the dashboard's page of the job shows it."""
-    with browser(1280, 900) as chrome:
-        chrome.get(url)
+    with browser(1280, 1200) as chrome:
         wait = WebDriverWait(chrome, 60)
-        wait.until(lambda c: c.find_elements(By.CSS_SELECTOR, "input"))
-        (field,) = chrome.find_elements(By.CSS_SELECTOR, "input")
+
+        def find(tag: str, text: str) -> WebElement:
+            return wait.until(lambda c: c.find_element(By.XPATH, f"//{tag}[text()='{text}']"))
+
+        chrome.get(url)
+        field = wait.until(lambda c: c.find_elements(By.CSS_SELECTOR, "[role=dialog] input"))[0]
         field.send_keys(token)
         chrome.find_elements(By.CSS_SELECTOR, "[role=dialog] button")[-1].click()
         wait.until(lambda c: not c.find_elements(By.CSS_SELECTOR, "[role=dialog]"))
         chrome.get(f"{url}/#/jobs/01000000")
-        wait.until(lambda c: "expert" in c.find_element(By.TAG_NAME, "body").text)
-        time.sleep(5)  # the page draws itself piece by piece
+        bar = find("span", "Hide finished").find_element(By.XPATH, "./following::*[name()='svg'][1]")
+        bar.click()
+        find("a", "expert benign")
+        chrome.execute_script("window.scrollTo(0, 0)")
         chrome.save_screenshot(str(DOCS / "dashboard.png"))
 
 
@@ -58,14 +64,15 @@ def report(page: Path) -> None:
 def main() -> None:
     """Run the demo, and look at it."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "dwf_cluster.launch", "--local"]
-        with subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, text=True) as process:
+        command = ["python", "-m", "dwf_cluster.launch", "--local"]  # the dashboard shows it as it is
+        environment = os.environ | {"PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"}
+        with subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True) as process:
             assert process.stdout is not None
             for line in process.stdout:
                 print(line, end="", flush=True)
                 if found := re.match(r"Ray dashboard: (\S+) .* `cat (\S+)`", line):
                     url, token = found[1], Path(found[2]).read_text()
-                elif line.startswith("expert pgd-3: epoch 1/"):
+                elif line.startswith("expert benign: done"):
                     dashboard(url, token)
         page = Path(folder) / "report.html"
         subprocess.run([sys.executable, "-m", "analysis.report", "runs", "--out", page], cwd=folder, check=True)

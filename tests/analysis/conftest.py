@@ -19,7 +19,7 @@ from dwf_cluster.experiment import build
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = 400
-FEW = ["experts.fgsm=1", "experts.pgd=2", "evaluation.beyond=pgd_gate,transfer"]
+FEW = ["experts.fgsm=1", "experts.pgd=2", "evaluation.beyond=pgd_gate,noise,transfer"]
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 

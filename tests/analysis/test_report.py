@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from collections.abc import Iterator
@@ -101,7 +102,7 @@ def test_every_figure_is_there_and_described(browser: webdriver.Chrome) -> None:
 
 
 def test_a_table_sorts_by_click_and_by_keyboard(browser: webdriver.Chrome) -> None:
-    table = browser.find_element(By.CSS_SELECTOR, "table.sortable")
+    table = browser.find_element(By.CSS_SELECTOR, "section table.sortable")
     clean = _heading(table, "clean")
     place = 1
     clean.click()
@@ -118,8 +119,27 @@ def test_a_table_sorts_by_click_and_by_keyboard(browser: webdriver.Chrome) -> No
     assert clean.find_element(By.XPATH, "..").get_attribute("aria-sort") is None
 
 
+def test_before_the_parts_all_settings_stand_side_by_side(browser: webdriver.Chrome, section: Section) -> None:
+    table = browser.find_element(By.CSS_SELECTOR, "header table.sortable")
+    assert _column(table, 0) == ["cifar10", "digits"]
+    assert _column(table, 1) == ["3", "1"]
+    (row,) = (cells for label, cells in section.tables[0].rows if label == "mixture")
+    shown = [_column(table, place)[0] for place in range(2, 6)]
+    assert shown == [row[0], row[-3], row[-2], row[-1]]
+
+
+def test_what_has_no_evaluations_yet_is_named_and_keeps_nothing_from_the_page(storage: Path, tmp_path: Path) -> None:
+    shutil.copytree(next(storage.glob("digits-*")), tmp_path / "one")
+    early = Path(shutil.copytree(tmp_path / "one", tmp_path / "two"))
+    shutil.rmtree(early / "results" / "evaluations")
+    fields = json.loads((early / "experiment.json").read_text())
+    fields["gate"]["kind"] = "hard"
+    (early / "experiment.json").write_text(json.dumps(fields))
+    assert "Without evaluations so far: digits, gate.kind=hard." in page([str(tmp_path)])
+
+
 def test_blank_cells_stay_at_the_end(browser: webdriver.Chrome) -> None:
-    table = browser.find_elements(By.CSS_SELECTOR, "table.sortable")[1]
+    table = browser.find_elements(By.CSS_SELECTOR, "section table.sortable")[1]
     for _ in range(2):
         _heading(table, "gate 100").click()
         cells = _column(table, 1)
@@ -145,7 +165,7 @@ def test_print_opens_what_is_folded(browser: webdriver.Chrome) -> None:
 
 
 def test_its_numbers_are_those_of_the_tables(browser: webdriver.Chrome, section: Section) -> None:
-    table = browser.find_element(By.CSS_SELECTOR, "table.sortable")
+    table = browser.find_element(By.CSS_SELECTOR, "section table.sortable")
     shown = {row.find_element(By.TAG_NAME, "th").text: row for row in table.find_elements(By.CSS_SELECTOR, "tbody tr")}
     for i, (label, cells) in enumerate(section.tables[0].rows):
         assert [cell.text for cell in shown[label].find_elements(By.TAG_NAME, "td")] == list(cells)
@@ -181,7 +201,7 @@ def test_it_says_where_the_numbers_came_from_and_how_to_get_them_again(html: str
     rows = sum(pq.read_metadata(file).num_rows for file in files)
     assert f"{len(files)} files, {rows:,} rows" in html
     assert "python -m dwf_cluster.launch --local --preset cifar10 --seed 0,1,2" in html
-    assert "--set experts.fgsm=1 experts.pgd=2 evaluation.beyond=pgd_gate,transfer" in html
+    assert "--set experts.fgsm=1 experts.pgd=2 evaluation.beyond=pgd_gate,noise,transfer" in html
     assert "cells of the evaluations agree" in html
     assert "made-up" in html  # the host
 

@@ -75,7 +75,7 @@ def test_every_pair_is_compared_in_every_column_on_all_images(cifar10: Group, fo
     rows = comparisons(cifar10, found)
     models, pairs = len(cifar10.models), len(cifar10.models) * (len(cifar10.models) - 1) // 2
     assert models == 7
-    assert len(rows) == 17 * pairs  # pgd_gate is the mixture's alone
+    assert len(rows) == (17 + 1) * pairs  # noise; pgd_gate is the mixture's alone
     measured = cifar10.frame("evaluations")
     clean = measured[measured.attack == "clean"].groupby("model", observed=True).accuracy.mean()
     for row in each(rows[rows.attack == "clean"]):

@@ -87,7 +87,7 @@ def test_bold_cells_are_the_proven_ones(cifar10: Group, table: Table, tests: pd.
     proven = best(tests)
     labels = [label for label, _ in table.rows]
     assert {(labels[i], place(cifar10.paper_columns[j])) for i, j in table.bold} == {
-        cell for cell in proven if cell[1][0] not in ("pgd_gate", "transfer")
+        cell for cell in proven if cell[1][0] not in ("pgd_gate", "noise", "transfer")
     }
 
 
@@ -137,8 +137,14 @@ def test_the_mixture_is_compared_with_each_other_model(cifar10: Group, tests: pd
 def test_beyond_the_paper_is_a_table_of_its_own(cifar10: Group, measured: pd.DataFrame, tests: pd.DataFrame) -> None:
     other = beyond(cifar10, measured, tests)
     assert other is not None
-    assert other.heads == [("gate", "100")]
-    assert [bool(cells[0]) for _, cells in other.rows] == [False] * 6 + [True]
+    assert other.heads == [("gate", "100"), ("noise", "")]
+    assert [[bool(cell) for cell in cells] for _, cells in other.rows] == [[False, True]] * 6 + [[True, True]]
+
+
+def test_models_without_a_cell_have_no_row(cifar10: Group, measured: pd.DataFrame, tests: pd.DataFrame) -> None:
+    other = beyond(cifar10, measured[measured.attack != "noise"], tests)
+    assert other is not None
+    assert [label for label, _ in other.rows] == ["mixture"]
 
 
 def test_text_is_lined_up(table: Table) -> None:
