@@ -7,8 +7,10 @@ typing mistake is answered at once.
 from __future__ import annotations
 
 import difflib
+import functools
 import hashlib
 import json
+import os
 import re
 import types
 from collections.abc import Iterator, Mapping, Sequence
@@ -496,14 +498,21 @@ def build(preset: str, seed: int | None = None, assignments: Sequence[str] = ())
     if not experiment.data.source.endswith(".npz"):
         return experiment
     try:
-        sha256 = hashlib.sha256()
-        with open(experiment.data.source, "rb") as file:
-            for block in iter(lambda: file.read(1 << 20), b""):
-                sha256.update(block)
+        status = os.stat(experiment.data.source)
+        sha256 = _sha256(experiment.data.source, status.st_mtime_ns, status.st_size)
     except OSError as error:
         raise InvalidInput(f"data.source: {experiment.data.source!r} cannot be read: {error.strerror}") from None
-    data = experiment.data.model_copy(update={"sha256": sha256.hexdigest()})
+    data = experiment.data.model_copy(update={"sha256": sha256})
     return experiment.model_copy(update={"data": data})
+
+
+@functools.cache  # a sweep has a thousand experiments of one file
+def _sha256(path: str, changed: int, size: int) -> str:
+    sha256 = hashlib.sha256()
+    with open(path, "rb") as file:
+        for block in iter(lambda: file.read(1 << 20), b""):
+            sha256.update(block)
+    return sha256.hexdigest()
 
 
 def written(value: Any) -> str:

@@ -149,9 +149,8 @@ class Outcome:
         """See what the store holds."""
         self._sweep, self._store = sweep, Store(storage, sweep.folder)
         self._rows = {trial.name: self._row(trial) for trial in sweep.trials}
-        before = self._store.read(self.FILE)
-        for row in pq.read_table(io.BytesIO(before), use_threads=False).to_pylist() if before else ():
-            if row["trial"] in self._rows and row["state"] == STOPPED_EARLY:
+        for row in self._before():
+            if row.get("state") == STOPPED_EARLY and row.get("trial") in self._rows:
                 self.note(row["trial"], STOPPED_EARLY)
         for trial in sweep.trials:
             if found := results(trial.experiment, Store(storage, trial.experiment.folder)):
@@ -182,6 +181,13 @@ class Outcome:
         """Where the table is."""
         return self._store.path(self.FILE)
 
+    def _before(self) -> list[dict[str, Any]]:
+        content = self._store.read(self.FILE)
+        try:
+            return pq.read_table(io.BytesIO(content), use_threads=False).to_pylist() if content else []
+        except pa.ArrowException:
+            raise StorageFailed(f"{self.path}: not the Parquet file that was written; remove it") from None
+
     @staticmethod
     def _row(trial: Trial) -> dict[str, Any]:
         experiment = trial.experiment
@@ -198,13 +204,13 @@ class Outcome:
 
 
 def results(experiment: Experiment, store: Store) -> dict[str, float]:
-    """Accuracy (0..1) of the mixture in each column, by the column's title; empty if it is not evaluated yet."""
+    """Accuracy (0..1) of the mixture in each column, by the column's title; empty before all of them are there."""
     keys = list(next(iter(columns(experiment, "paper"))).settings)
     rows = tables.read(store, "evaluations").to_pylist()
     found = {tuple(row[key] for key in keys): row["accuracy"] for row in rows if row["model"] == MIXTURE}
     grid = [column for family in families(experiment, MIXTURE) for column in columns(experiment, family)]
     places = {column.title.replace("\n", " ").strip(): tuple(column.settings.values()) for column in grid}
-    return {title: found[where] for title, where in places.items() if where in found}
+    return {t: found[where] for t, where in places.items()} if found.keys() >= set(places.values()) else {}
 
 
 def headline(found: Mapping[str, float]) -> dict[str, float]:
@@ -229,7 +235,7 @@ def run(
     outcome = Outcome(sweep, storage)
     trials = [trial for trial in sweep.trials if not outcome.is_stopped_early(trial)]
     stores = {trial.experiment: Store(storage, trial.experiment.folder) for trial in trials}
-    sizes = sources.sizes(trials[0].experiment.data)
+    sizes = sources.sizes(sweep.trials[0].experiment.data)
     todo = jobs_left(stores, STAGES, sizes)
     progress.planned(STAGES, todo)
     if not todo:
@@ -240,6 +246,9 @@ def run(
         failures: list[str] = []
         _stages(pipeline, [trial.experiment for trial in trials], ("experts",), progress, failures)
         trained = [t for t in trials if not plan.unfinished(t.experiment, stores[t.experiment], sizes)["experts"]]
+        for trial in trials:
+            if trial not in trained:
+                outcome.note(trial.name, "failed")
         try:
             _trials(sweep, trained, pipeline, progress, outcome, failures)
         finally:

@@ -20,7 +20,7 @@ from dwf_cluster import sweep as sweeps
 from dwf_cluster.data.sources import Sizes
 from dwf_cluster.experiment import build
 from dwf_cluster.plan import Job, jobs, shared
-from dwf_cluster.store import checkpoints
+from dwf_cluster.store import StorageFailed, Store, checkpoints
 
 from .conftest import ARGUMENTS, LOCAL, MODELS, TINY, Launch, assert_same, store_of
 
@@ -128,6 +128,13 @@ def test_a_copy_waits_for_what_it_is_copied_from() -> None:
     copy: Job = shared(every, ())[-1]
     assert copy.needs == {(first.folder, copy.model)}
     assert copy.cost == 0
+
+
+def test_a_table_that_is_no_parquet_is_one_line(tmp_path: Path) -> None:
+    sweep = _sweep("gate.kind=soft", "gate.kind=hard")
+    Store(str(tmp_path), sweep.folder).write(sweeps.Outcome.FILE, b"damaged")
+    with pytest.raises(StorageFailed, match=r"trials\.parquet: not the Parquet file that was written; remove it"):
+        sweeps.Outcome(sweep, str(tmp_path))
 
 
 # ------------------------------------------------------------------------------------------ on a real Ray

@@ -10,9 +10,6 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-HEAD = {"cpu": 0, "node:__internal_head__": 0.001}
-"""What a trial's process asks for: to be on the head node, where the driver is."""
-
 REDUCTION, GRACE = 2, 0.25
 """ASHA: of the trials that reach a rung, one in so many goes on; the first rung, as a share of all epochs."""
 
@@ -47,6 +44,7 @@ def run_trials(
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # stopping is the caller's
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # which would talk at any verbosity
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # what is to be said, the caller says
+    import ray
     from ray import tune
     from ray.tune.schedulers import ASHAScheduler
 
@@ -106,9 +104,12 @@ def run_trials(
         reduction_factor=REDUCTION,
         stop_last_trials=False,
     )
-    with tempfile.TemporaryDirectory(prefix="dwf-", dir="/tmp") as folder:  # Tune's own notes; the store has ours
+    # All that a trial's process asks for is to be on this node, where Tune's own notes are; the store has ours.
+    (node,) = (node for node in ray.nodes() if node["NodeID"] == ray.get_runtime_context().get_node_id())
+    here = next(name for name in node["Resources"] if name.startswith("node:") and name != "node:__internal_head__")
+    with tempfile.TemporaryDirectory(prefix="dwf-", dir="/tmp") as folder:
         tune.Tuner(
-            tune.with_resources(tune.with_parameters(Trial, work=work), HEAD),
+            tune.with_resources(tune.with_parameters(Trial, work=work), {"cpu": 0, here: 0.001}),
             param_space={"trial": tune.grid_search(list(names))},
             tune_config=tune.TuneConfig(
                 max_concurrent_trials=concurrent,
