@@ -316,15 +316,17 @@ def _go(
     from dwf_cluster.progress import Progress
     from dwf_cluster.store import Store
     from dwf_cluster.store.lease import Held
-    from dwf_cluster.tensorboard import EventFiles
 
     if options.address:
         connect = functools.partial(attached, options.address, _limits(options))
     else:
         connect = functools.partial(local, _here(options))
     console, stop = Console(), _Stop()
-    heard = {"heard": EventFiles(options.tensorboard).add} if options.tensorboard else {}
-    progress = Progress(names, options.storage, console, **heard)
+    progress = Progress(names, options.storage, console)
+    if options.tensorboard:
+        from dwf_cluster.tensorboard import EventFiles
+
+        progress.heard = EventFiles(options.tensorboard).add
     go = functools.partial(sweeps.run, sweep) if sweep else functools.partial(run, experiments, options.stages)
     try:
         connection = stop.heeded(connect)

@@ -30,6 +30,8 @@ class Progress:
         names: of the experiments, if there are several: `{experiment.folder: "seed 3"}`.
         storage: URL below which they have their folders.
         console: where to tell.
+
+    Attributes:
         heard: is given each row of `metrics` as it comes, with the experiment's folder, and when watching begins
             those that are there.
     """
@@ -39,12 +41,11 @@ class Progress:
         names: Mapping[str, str],
         storage: str,
         console: Console,
-        heard: Callable[[str, Mapping[str, Any]], None] = lambda folder, row: None,
     ) -> None:
         self._names = names
         self._storage = storage
         self._console = console
-        self.heard = heard
+        self.heard: Callable[[str, Mapping[str, Any]], None] = lambda folder, row: None
         self._states: dict[Job, str] = {}
         self._metrics: dict[Job, dict[str, Any]] = {}
         self._live: Live | None = None

@@ -368,7 +368,8 @@ class _Work:
             heard(row, replayed=True)
         if is_stopped():
             return {**last, "state": "stopped"}
-        quiet = Progress({experiment.folder: name}, store.url, Console(quiet=True), lambda folder, row: heard(row))
+        quiet = Progress({experiment.folder: name}, store.url, Console(quiet=True))
+        quiet.heard = lambda folder, row: heard(row)
         try:
             replace(self.pipeline, stopping=is_stopped).run([experiment], ("joint", "evaluate"), quiet, MIXTURE)
         except Interrupted:
