@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event
+from tensorboardX.summary import scalar
 
 from dwf_cluster.experiment import InvalidInput
 
@@ -27,7 +30,7 @@ class EventFiles:
         except OSError as error:
             raise InvalidInput(f"--tensorboard: {str(folder)!r} cannot be used: {error.strerror}") from None
         self._folder = folder
-        self._writers: dict[tuple[str, str], SummaryWriter] = {}
+        self._writers: dict[tuple[str, str], EventsWriter] = {}
 
     def add(self, experiment: str, row: Mapping[str, Any]) -> None:
         """Take a row of `metrics`.
@@ -41,7 +44,9 @@ class EventFiles:
             place = self._folder.joinpath(*key)
             for old in place.glob("events.out.tfevents.*"):
                 old.unlink()
-            self._writers[key] = SummaryWriter(str(place))
+            place.mkdir(parents=True, exist_ok=True)
+            self._writers[key] = EventsWriter(str(place / "events"))
         for name in SCALARS:
-            self._writers[key].add_scalar(name, row[name], row["epoch"])
+            event = Event(wall_time=time.time(), step=row["epoch"], summary=scalar(name, row[name]))
+            self._writers[key].write_event(event)
         self._writers[key].flush()

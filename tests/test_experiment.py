@@ -146,10 +146,8 @@ def test_fields_that_came_later_leave_the_signatures_of_before(tmp_path: Path) -
 
 def test_an_experts_signature_follows_what_trains_it() -> None:
     def changed(*assignments: str) -> set[str]:
-        base, other = (
-            build("digits", 0, ["baselines=fgsm-at,pgd-at"]),
-            build("digits", 0, ["baselines=fgsm-at,pgd-at", *assignments]),
-        )
+        both = "baselines=fgsm-at,pgd-at"
+        base, other = build("digits", None, [both]), build("digits", None, [both, *assignments])
         return {
             regime.name
             for regime in base.regimes

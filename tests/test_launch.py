@@ -66,7 +66,11 @@ def test_dry_run_shows_when_and_where_how_long_all_takes_and_how_long_at_least(l
 def test_dry_run_of_several_seeds_shows_them_in_one_plan(launch: Launch) -> None:
     result = launch("--local", "--dry-run", "--gpus", "0", "--seed", "3,5", "--stages", "experts", "--set", *TINY)
     rows = [line.split() for line in result.stdout.splitlines() if " expert " in line]
-    assert [(row[0], row[3]) for row in rows][:3] == [("3", "pgd-1"), ("5", "pgd-1"), ("3", "fgsm-1")]
+    assert [(*row[:2], row[4]) for row in rows][:3] == [
+        ("seed", "3", "pgd-1"),
+        ("seed", "5", "pgd-1"),
+        ("seed", "3", "fgsm-1"),
+    ]
     assert len(rows) == 6
     assert [line.split("/")[-1][:13] for line in result.stdout.splitlines()[-2:]] == ["digits-seed3-", "digits-seed5-"]
 

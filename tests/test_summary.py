@@ -71,12 +71,12 @@ def test_signs_of_masking_are_warnings_and_their_number_is_said(store: Store, ti
 def test_the_plan_takes_the_speed_of_each_stage_from_jobs_that_are_done(store: Store, tiny: Experiment) -> None:
     sizes, resources = Sizes(96, 40, (1, 8, 8)), Resources(cpus=1, gpus=0)
     experts = jobs(tiny, "experts", sizes)
-    before = plan([tiny], experts, sizes, resources, store.url)[1]
+    before = plan([tiny], {}, experts, sizes, resources, store.url)[1]
     assert before[2].startswith("speed of experts: 0.025 TFLOP/s a CPU, assumed: ")
     for job in experts[:2]:
         row = {"stage": "experts", "state": "done", "attempts": 1, "seconds": 10.0}
         tables.write(store, "jobs", job.file, tables.rows_of(tiny, [row]))
-    _, lines = plan([tiny], experts, sizes, resources, store.url)
+    _, lines = plan([tiny], {}, experts, sizes, resources, store.url)
     speed = (experts[0].cost + experts[1].cost) / 20
     total = sum(job.cost for job in experts) / speed
     assert lines[0] == f"makespan: 0:00:{total:02.0f}"
