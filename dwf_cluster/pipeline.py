@@ -5,6 +5,7 @@ What the store holds already is skipped; what was interrupted goes on from its l
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
@@ -46,6 +47,7 @@ class Pipeline:
         images: reference to a `data.sources.Images`.
         stopping: says whether the run is to stop.
         again: the command that resumes the run, for people.
+        pid: of the run's own process, with which its hold on the experiments ends.
     """
 
     storage: str
@@ -54,6 +56,7 @@ class Pipeline:
     images: Any
     stopping: Callable[[], bool]
     again: str
+    pid: int
 
     def run(
         self,
@@ -79,7 +82,7 @@ class Pipeline:
         stores = {experiment: Store(self.storage, experiment.folder) for experiment in experiments}
         everything = [job for e in experiments for stage in STAGES for job in plan.jobs(e, stage, self.sizes)]
         places = place(plan.shared(everything, ()), self.cluster.resources)
-        with _held(stores, self.sizes, progress, self.again) as standing:
+        with _held(stores, self.sizes, progress, self.again, self.pid) as standing:
             todo = [job for job in jobs_left(stores, stages, self.sizes) if model in (None, job.model)]
             with progress.watching(todo):
                 for event in self.cluster.run(
@@ -129,7 +132,7 @@ def opened(
     with connect() as cluster:
         progress.started(cluster)
         where = Store(storage, "").url  # absolute: trials have working directories of their own
-        yield Pipeline(where, cluster, sources.sizes(data), cluster.share(images), stopping, again)
+        yield Pipeline(where, cluster, sources.sizes(data), cluster.share(images), stopping, again, os.getpid())
 
 
 def run(
@@ -172,7 +175,7 @@ def jobs_left(stores: Mapping[Experiment, Store], stages: Sequence[str], sizes: 
 
 def tell_last_word(stores: Mapping[Experiment, Store], sizes: Sizes, progress: Progress, again: str) -> None:
     """Have done what runs of these experiments left undone that were killed before their last word."""
-    with _held(_untold(stores, sizes), sizes, progress, again):
+    with _held(_untold(stores, sizes), sizes, progress, again, os.getpid()):
         return
 
 
@@ -188,13 +191,15 @@ def _untold(stores: Mapping[Experiment, Store], sizes: Sizes) -> dict[Experiment
 
 
 @contextmanager
-def _held(stores: Mapping[Experiment, Store], sizes: Sizes, progress: Progress, again: str) -> Iterator[Standing]:
+def _held(
+    stores: Mapping[Experiment, Store], sizes: Sizes, progress: Progress, again: str, pid: int
+) -> Iterator[Standing]:
     """Hold experiments while the body runs: nobody else does. At its end, put together what it came to."""
 
     def hold(experiment: Experiment) -> lease.Lease:
         store = stores[experiment]
         store.check()
-        taken = lease.take(store)
+        taken = lease.take(store, pid=pid)
         store.sweep()
         store.write("experiment.json", experiment.to_json().encode())  # what the results are results of
         return taken

@@ -54,13 +54,13 @@ class Holder(BaseModel):
     token: str
 
     @staticmethod
-    def me() -> Holder:
-        """This process."""
+    def me(pid: int | None = None) -> Holder:
+        """This process, or another of this machine on whose behalf it acts."""
         return Holder(
             host=platform.node(),
             machine=_machine(),
-            pid=os.getpid(),
-            began=_stat(os.getpid())[1],
+            pid=pid or os.getpid(),
+            began=_stat(pid or os.getpid())[1],
             job=os.environ.get("SLURM_JOB_ID", ""),
             life=os.environ.get("SLURM_RESTART_COUNT", ""),
             since=now(),
@@ -104,12 +104,13 @@ def refuse_held(store: Store) -> None:
         raise Held(_told(store, holder))
 
 
-def take(store: Store, wait: Callable[[float], object] = time.sleep) -> Lease:
+def take(store: Store, wait: Callable[[float], object] = time.sleep, pid: int | None = None) -> Lease:
     """Become the holder.
 
     Args:
         store: of the experiment.
         wait: waits so many seconds.
+        pid: of the process of this machine that is to be known as the holder; None: this one.
 
     Raises:
         Held: if somebody else is, and alive.
@@ -123,7 +124,7 @@ def take(store: Store, wait: Callable[[float], object] = time.sleep) -> Lease:
             alive = store.read(Status.FILE) != before
         if alive and holder:
             raise Held(_told(store, holder))
-        me = Holder.me()
+        me = Holder.me(pid)
         if store.create(_file(number + 1), (me.model_dump_json(indent=2) + "\n").encode()):
             for old in store.names(FOLDER)[:-2]:
                 store.remove(f"{FOLDER}/{old}")

@@ -88,6 +88,16 @@ def test_a_dead_process_of_this_machine_is_followed_at_once(store: Store) -> Non
     assert lease.take(store, _unreachable).number == 2
 
 
+def test_who_holds_it_for_another_process_holds_it_as_long_as_that_lives(store: Store) -> None:
+    """A sweep's trial for its driver: killed, the driver can be begun again while the trial has not yet noticed."""
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as driver:
+        assert lease.take(store, pid=driver.pid).number == 1
+        with pytest.raises(Held, match=rf"\(process {driver.pid}\)"):
+            lease.take(store)
+        driver.kill()
+    assert lease.take(store, _unreachable).number == 2
+
+
 def test_a_process_that_has_only_the_number_of_the_dead_one_does_not_count(store: Store) -> None:
     _write(store, 1, began="long ago")
     _beat(store, 1)
