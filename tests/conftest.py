@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -155,6 +156,21 @@ class Launch:
             errors = process.stderr.read()
             assert not left, f"no line matched {left[0][0]!r}: {errors}"
             return process.wait(), errors, lines
+
+
+def held(folder: Path, expert: str) -> psutil.Process:
+    """Stop the process that trains an expert, once its first epoch is saved: what is to meet it there may be slow."""
+    deadline = time.monotonic() + 120
+    while not list(folder.glob(f"runs/*/checkpoints/{expert}/epoch-00001/manifest.json")):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)  # nobody tells of another process's file
+    (process,) = (
+        process
+        for process in psutil.process_iter(["cmdline"])
+        if (process.info["cmdline"] or [""])[0].startswith(f"ray::expert {expert}")
+    )
+    process.suspend()
+    return process
 
 
 @pytest.fixture

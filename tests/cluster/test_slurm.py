@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pandas as pd
 import psutil
 import pytest
 
-from ..conftest import SLOWER, TINY, Launch, assert_same, write_npz
+from ..conftest import SLOWER, TINY, Launch, assert_same, held, write_npz
 from . import slurm
 from .slurm import Slurm
 
@@ -32,21 +33,24 @@ def test_several_seeds_are_an_array_that_goes_on_when_nobody_looks_and_is_found_
 ) -> None:
     command = [*ASK, "--seed", "0,1", "--throttle", "1", *EXPERTS]
 
+    training: list[psutil.Process] = []
+
     def close(process: psutil.Process, line: str) -> None:
+        training.append(held(on_slurm.folder, "pgd-1"))
         process.kill()
 
-    status, _ = on_slurm.until("expert pgd-1: epoch 1/", close, *command)
+    status, _ = on_slurm.until(r"job \S+: RUNNING", close, *command)
     assert status == -signal.SIGKILL
     running = cluster("squeue", "-hro", "%K %T").split("\n")
     assert sorted(filter(None, running)) == ["0 RUNNING", "1 PENDING"]  # no more than one at once
 
-    result = on_slurm(*command)
-    assert result.returncode == 0, result.stderr
-    folders = [Path(line) for line in result.stdout.splitlines()[-2:]]
+    status, errors, lines = on_slurm.along([("^Ctrl-C", lambda _, line: training[0].resume())], *command)
+    assert status == 0, errors
+    folders = [Path(line) for line in lines[-2:]]
     assert [folder.name[:13] for folder in folders] == ["digits-seed0-", "digits-seed1-"]
-    assert len(re.findall(r": job \d+_[01] is there already$", result.stdout, re.M)) == 2
-    assert not re.search(r"job \S+ submitted$", result.stdout, re.M)
-    assert f"{folders[1].name}: expert pgd-1: epoch 3/3" in result.stdout
+    assert len([line for line in lines if re.search(r": job \d+_[01] is there already$", line)]) == 2
+    assert not [line for line in lines if re.search(r"job \S+ submitted$", line)]
+    assert any(line.startswith(f"{folders[1].name}: expert pgd-1: epoch 3/3") for line in lines)
     assert_same(folders[0], undisturbed[0], models=["benign", "fgsm-1", "pgd-1"], tables=["metrics"])
     assert set(pd.read_parquet(folders[0] / "results" / "jobs").attempts) == {1}
 
@@ -133,16 +137,21 @@ def test_the_local_executor_is_told_saves_and_goes_on_as_slurm_would_have_it(
     launch: Launch, undisturbed: tuple[Path, subprocess.CompletedProcess[str]]
 ) -> None:
     def tell(process: psutil.Process, line: str) -> None:
+        training = held(launch.folder, "pgd-1")
         (job,) = (
             child
             for child in process.children(recursive=True)
             if child.cmdline()[1:4] == ["-u", "-m", "submitit.core._submit"]
         )
         job.send_signal(signal.SIGUSR2)
+        (log,) = launch.folder.glob("slurm-jobs/*/*.out")
+        while "\nstopping: " not in log.read_text():
+            time.sleep(0.01)  # a file tells nobody
+        training.resume()
 
     command = ["--slurm", "--executor", "local", *EXPERTS]
     lines: list[str] = []
-    status, stderr = launch.until("^expert pgd-1: epoch 1/", tell, *command, rest=lines)
+    status, stderr = launch.until(r"job \S+: RUNNING", tell, *command, rest=lines)
     assert status == 0, stderr
     assert any(line.startswith("expert pgd-1: stopped in ") for line in lines)
     folder = Path(lines[-1])
