@@ -158,19 +158,29 @@ class Launch:
             return process.wait(), errors, lines
 
 
-def held(folder: Path, expert: str) -> psutil.Process:
-    """Stop the process that trains an expert, once its first epoch is saved: what is to meet it there may be slow."""
+def held(folder: Path, job: str) -> psutil.Process:
+    """Stop a process of a job, once its training's first epoch is saved: what is to meet it there may be slow."""
     deadline = time.monotonic() + 120
-    while not list(folder.glob(f"runs/*/checkpoints/{expert}/epoch-00001/manifest.json")):
+    while not list(folder.glob(f"runs/*/checkpoints/{job.rsplit(maxsplit=1)[-1]}/epoch-00001/manifest.json")):
         assert time.monotonic() < deadline
         time.sleep(0.01)  # nobody tells of another process's file
-    (process,) = (
-        process
-        for process in psutil.process_iter(["cmdline"])
-        if (process.info["cmdline"] or [""])[0].startswith(f"ray::expert {expert}")
-    )
+    process = next(process for process in psutil.process_iter() if re.match(rf"ray::(\S+ )?{job}", title(process)))
     process.suspend()
     return process
+
+
+def go_on_to_stop(training: psutil.Process) -> None:
+    """Let a held training go on, so that it meets its run's wish to stop."""
+    time.sleep(1)  # until the wish has got there: less than half of that, and nothing tells of it
+    training.resume()
+
+
+def title(process: psutil.Process) -> str:
+    """A process's command line; empty if it has ended."""
+    try:
+        return " ".join(process.cmdline()).strip()  # Ray pads the title that it sets
+    except psutil.Error:
+        return ""
 
 
 @pytest.fixture

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import urllib.error
 import urllib.request
-from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
@@ -21,7 +20,7 @@ from dwf_cluster import status
 from dwf_cluster.experiment import Experiment, build
 from dwf_cluster.store import checkpoints, tables
 
-from .conftest import ARGUMENTS, LOCAL, MODELS, SLOWER, TINY, Launch, assert_same, store_of
+from .conftest import ARGUMENTS, LOCAL, MODELS, SLOWER, TINY, Launch, assert_same, go_on_to_stop, held, store_of, title
 
 
 def test_it_leaves_checkpoints_tables_and_the_experiment(
@@ -110,25 +109,23 @@ def test_interrupted_and_killed_it_goes_on_and_ends_with_the_same_bits(
 ) -> None:
     refused: list[str] = []
 
-    def once_saved(model: str, send: signal.Signals) -> Callable[[psutil.Process, str], None]:
-        """Metrics come before the checkpoint: wait for it, then send the signal."""
+    def interrupt(driver: psutil.Process, line: str) -> None:
+        training = held(launch.folder, "expert pgd-1")
+        driver.send_signal(signal.SIGINT)
+        go_on_to_stop(training)
 
-        def then(driver: psutil.Process, line: str) -> None:
-            (folder,) = (launch.folder / "runs").iterdir()
-            while checkpoints.latest_epoch(store_of(folder), model) == 0:
-                assert driver.is_running()
-            if send == signal.SIGKILL:
-                second = launch(*ARGUMENTS)
-                assert second.returncode == 1
-                refused.append(second.stderr.splitlines()[0])
-                assert refused[0].startswith(
-                    f"failed: {folder.name} is being run by {platform.node()} (process {driver.pid}) since 20"
-                )
-            driver.send_signal(send)
+    def kill(driver: psutil.Process, line: str) -> None:
+        training = held(launch.folder, "joint")
+        second = launch(*ARGUMENTS)
+        assert second.returncode == 1
+        refused.append(second.stderr.splitlines()[0])
+        assert refused[0].startswith(
+            f"failed: {folder.name} is being run by {platform.node()} (process {driver.pid}) since 20"
+        )
+        training.kill()
+        driver.kill()
 
-        return then
-
-    code, stderr = launch.until(r"expert pgd-1: epoch 1/3", once_saved("pgd-1", signal.SIGINT), *ARGUMENTS)
+    code, stderr = launch.until(r"expert pgd-1: epoch 1/3", interrupt, *ARGUMENTS)
     assert code == 130
     assert stderr.splitlines()[0] == "stopping: trainings save what they have; again to stop at once"
     assert stderr.splitlines()[1] == "interrupted; what is done is kept"
@@ -138,7 +135,7 @@ def test_interrupted_and_killed_it_goes_on_and_ends_with_the_same_bits(
 
     (told,) = _status(launch)
     assert told.split()[1] == "stopped"
-    code, _ = launch.until(r"joint: epoch 1/3", once_saved("mixture", signal.SIGKILL), *ARGUMENTS)
+    code, _ = launch.until(r"joint: epoch 1/3", kill, *ARGUMENTS)
     assert code == -signal.SIGKILL
     assert refused
     assert checkpoints.latest_epoch(store_of(folder), "mixture") in (1, 2)
@@ -164,8 +161,7 @@ def test_a_killed_worker_is_replaced_and_changes_no_number(
     launch: Launch, undisturbed: tuple[Path, subprocess.CompletedProcess[str]]
 ) -> None:
     def kill_worker(driver: psutil.Process, line: str) -> None:
-        (worker,) = (process for process in driver.children(recursive=True) if _title(process) == "ray::joint")
-        worker.kill()
+        held(launch.folder, "joint").kill()
 
     code, stderr = launch.until(r"joint: epoch 1/3", kill_worker, *ARGUMENTS)
     assert code == 0, stderr
@@ -173,17 +169,6 @@ def test_a_killed_worker_is_replaced_and_changes_no_number(
     assert_same(folder, undisturbed[0])
     jobs = pd.read_parquet(folder / "results" / "jobs").set_index("task")
     assert jobs.loc["joint", "attempts"] == 2
-
-
-def _interrupt(driver: psutil.Process, line: str) -> None:
-    driver.send_signal(signal.SIGINT)
-
-
-def _title(process: psutil.Process) -> str:
-    try:
-        return " ".join(process.cmdline()).strip()  # Ray pads the title that it sets
-    except psutil.Error:  # it has ended since
-        return ""
 
 
 def test_one_worker_or_two_and_a_slice_again_come_to_the_same_rows(
@@ -197,9 +182,9 @@ def test_one_worker_or_two_and_a_slice_again_come_to_the_same_rows(
     def kill_worker(driver: psutil.Process, line: str) -> None:
         while not killed:
             for process in driver.children(recursive=True):
-                if (title := _title(process)).startswith("ray::evaluate"):
+                if (name := title(process)).startswith("ray::evaluate"):
                     process.kill()
-                    killed.append(title.removeprefix("ray::"))
+                    killed.append(name.removeprefix("ray::"))
 
     alone = ["--local", "--cpus", "1", "--gpus", "0", "--set", *TINY, *SLOWER]
     last = Path(store_of(copy).path("checkpoints/joint/epoch-00003"))
@@ -267,9 +252,9 @@ def test_all_listens_on_loopback_and_the_dashboard_refuses_whoever_has_no_token(
         headers = {"Authorization": f"Bearer {token_file.read_text()}"}
         request = urllib.request.Request(f"{found[1]}/api/jobs/", headers=headers)
         assert urllib.request.urlopen(request, timeout=30).status == 200
-        _interrupt(driver, line)
+        driver.send_signal(signal.SIGINT)
 
     code, _ = launch.until("^Ray dashboard", knock, *ARGUMENTS)
     assert code == 130
     assert not files[0].parent.exists()
-    assert not [process for process in psutil.process_iter() if str(files[0].parent) in _title(process)]
+    assert not [process for process in psutil.process_iter() if str(files[0].parent) in title(process)]

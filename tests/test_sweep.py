@@ -22,7 +22,7 @@ from dwf_cluster.experiment import build
 from dwf_cluster.plan import Job, jobs, shared
 from dwf_cluster.store import StorageFailed, Store, checkpoints
 
-from .conftest import ARGUMENTS, LOCAL, MODELS, TINY, Launch, assert_same, store_of
+from .conftest import ARGUMENTS, LOCAL, MODELS, TINY, Launch, assert_same, go_on_to_stop, held, store_of
 
 SIZES = Sizes(96, 40, (1, 8, 8))
 
@@ -303,7 +303,9 @@ def test_a_trial_that_fails_keeps_no_other_from_its_end(launch: Launch) -> None:
 @pytest.mark.interruptions
 def test_interrupted_and_killed_it_goes_on_and_ends_with_the_same_bits(launch: Launch, swept: Swept) -> None:
     def interrupt(driver: psutil.Process, line: str) -> None:
+        training = held(launch.folder, "joint")
         driver.send_signal(signal.SIGINT)
+        go_on_to_stop(training)
 
     def kill(driver: psutil.Process, line: str) -> None:
         driver.kill()

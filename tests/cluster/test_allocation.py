@@ -15,7 +15,7 @@ import pytest
 
 from dwf_cluster.cluster.allocation import Ports
 
-from ..conftest import SLOWER, TINY, assert_same
+from ..conftest import SLOWER, TINY, assert_same, go_on_to_stop
 from . import slurm
 from .slurm import Slurm
 
@@ -100,6 +100,7 @@ def test_requeued_in_the_middle_two_nodes_come_to_the_tables_of_one_machine(
     """Two nodes of one worker each train the mixture bit for bit as two workers of one node do."""
     job = submit("--nodes=2")
     job.wait_for("^joint: epoch 1/")
+    job.hold("ray::joint")  # SLURM lets it go on, with its signal
     cluster("scontrol", "requeue", job.number)
     job.end()
     assert cluster.field(job.number, "Restarts") == "1"
@@ -120,7 +121,7 @@ def test_preempted_with_a_warning_it_saves_the_step_it_is_at_without_one_it_has_
     held = job.hold("ray::expert pgd-1")
     other = cluster.submit(*preempt, cwd=tmp_path)
     job.wait_for("^stopping: ")
-    held.resume()
+    go_on_to_stop(held)
     job.wait_for("^requeued: it goes on")
     assert re.search(r"^expert pgd-1: stopped in ", job.log, re.M)
     assert partial(job.results)
