@@ -160,13 +160,16 @@ class Launch:
 
 def held(folder: Path, job: str) -> psutil.Process:
     """Stop a process of a job, once its training's first epoch is saved: what is to meet it there may be slow."""
+    saved = f"runs/*/checkpoints/{job.rsplit(maxsplit=1)[-1]}/epoch-00001/manifest.json"
     deadline = time.monotonic() + 120
-    while not list(folder.glob(f"runs/*/checkpoints/{job.rsplit(maxsplit=1)[-1]}/epoch-00001/manifest.json")):
-        assert time.monotonic() < deadline
+    while True:
+        if any(folder.glob(saved)):
+            for process in psutil.process_iter():
+                if re.match(rf"ray::(\S+ )?{job}", title(process)):
+                    process.suspend()
+                    return process
+        assert time.monotonic() < deadline, f"no {job} to be held"
         time.sleep(0.01)  # nobody tells of another process's file
-    process = next(process for process in psutil.process_iter() if re.match(rf"ray::(\S+ )?{job}", title(process)))
-    process.suspend()
-    return process
 
 
 def go_on_to_stop(training: psutil.Process) -> None:

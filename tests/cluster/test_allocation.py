@@ -15,7 +15,7 @@ import pytest
 
 from dwf_cluster.cluster.allocation import Ports
 
-from ..conftest import SLOWER, TINY, assert_same, go_on_to_stop
+from ..conftest import SLOWER, TINY, assert_same, go_on_to_stop, held
 from . import slurm
 from .slurm import Slurm
 
@@ -57,12 +57,6 @@ class Job:
         assert self.cluster.wait(self.number) == state, self.log
         self.cluster.wait_for(lambda: not self.cluster.processes(self.number), "end of all processes", 30)
 
-    def hold(self, title: str) -> psutil.Process:
-        """Stop the process of this job whose command line matches, wherever it is: what is to meet it may be slow."""
-        process = self.process(title)
-        process.suspend()
-        return process
-
     def process(self, title: str) -> psutil.Process:
         """The process of this job whose command line matches."""
 
@@ -99,8 +93,7 @@ def test_requeued_in_the_middle_two_nodes_come_to_the_tables_of_one_machine(
 ) -> None:
     """Two nodes of one worker each train the mixture bit for bit as two workers of one node do."""
     job = submit("--nodes=2")
-    job.wait_for("^joint: epoch 1/")
-    job.hold("ray::joint")  # SLURM lets it go on, with its signal
+    held(job.folder, "joint")  # SLURM lets it go on, with its signal
     cluster("scontrol", "requeue", job.number)
     job.end()
     assert cluster.field(job.number, "Restarts") == "1"
@@ -117,18 +110,17 @@ def test_preempted_with_a_warning_it_saves_the_step_it_is_at_without_one_it_has_
 ) -> None:
     preempt = ("--partition=high", "--nodes=2", "--exclusive", "--wrap=true")
     job = submit(*ONE_NODE, arguments=EXPERTS)
-    job.wait_for("^expert pgd-1: epoch 1/")
-    held = job.hold("ray::expert pgd-1")
+    training = held(job.folder, "expert pgd-1")
     other = cluster.submit(*preempt, cwd=tmp_path)
     job.wait_for("^stopping: ")
-    go_on_to_stop(held)
+    go_on_to_stop(training)
     job.wait_for("^requeued: it goes on")
     assert re.search(r"^expert pgd-1: stopped in ", job.log, re.M)
     assert partial(job.results)
     assert cluster.wait(other) == "COMPLETED"
 
     cluster("scontrol", "update", "partition=main", "GraceTime=0")
-    job.hold("ray::expert pgd-1")
+    held(job.folder, "expert pgd-1")
     other = cluster.submit(*preempt, cwd=tmp_path)
     assert cluster.wait(other) == "COMPLETED"
     cluster("scontrol", "update", "partition=main", "GraceTime=60")
@@ -143,8 +135,7 @@ def test_a_node_that_goes_down_costs_the_allocation_but_no_result(
     submit: Callable[..., Job], cluster: Slurm, two_workers: Path
 ) -> None:
     job = submit("--nodes=2", arguments=EXPERTS)
-    job.wait_for("^expert pgd-1: epoch 1/")
-    job.hold("ray::expert pgd-1")
+    held(job.folder, "expert pgd-1")
     cluster("scontrol", "update", "nodename=n2", "state=down", "reason=test")
     cluster.wait_for(lambda: cluster.state(job.number) == "PENDING", "requeue")
     cluster("scontrol", "update", "nodename=n2", "state=resume")
@@ -159,8 +150,7 @@ def test_a_killed_worker_and_a_killed_head_are_replaced_within_the_allocation(
 ) -> None:
     job = submit(*ONE_NODE, arguments=EXPERTS)
     job.process("ray::expert pgd-1").kill()
-    job.wait_for("^expert pgd-1: epoch 1/")
-    job.hold("ray::expert pgd-1")
+    held(job.folder, "expert pgd-1")
     job.process("gcs_server").kill()
     job.end()
     assert "the Ray cluster was lost; see " in job.log
@@ -173,8 +163,7 @@ def test_cancelled_it_stops_for_good_says_how_to_resume_and_is_resumed(
     submit: Callable[..., Job], cluster: Slurm, two_workers: Path
 ) -> None:
     job = submit(*ONE_NODE, arguments=EXPERTS)
-    job.wait_for("^expert pgd-1: epoch 1/")
-    job.hold("ray::expert pgd-1")
+    held(job.folder, "expert pgd-1")
     cluster("scancel", job.number)
     job.end("CANCELLED")
     assert f"\nresume: sbatch slurm/full_pipeline.sh --stages experts --set {TINY[0]} " in job.log
