@@ -159,22 +159,29 @@ class Launch:
 
 
 def held(folder: Path, job: str) -> psutil.Process:
-    """Stop a process of a job, once its training's first epoch is saved: what is to meet it there may be slow."""
+    """Stop a process of a job, as soon as its training's first epoch is saved: what is to meet it there may be slow.
+
+    To be called before the job begins: the run's output tells of an epoch up to a second after its end.
+    """
+
+    def is_it(process: psutil.Process) -> bool:
+        return re.match(rf"ray::(\S+ )?{job}", title(process)) is not None
+
     saved = f"runs/*/checkpoints/{job.rsplit(maxsplit=1)[-1]}/epoch-00001/manifest.json"
-    deadline = time.monotonic() + 120
+    deadline, process = time.monotonic() + 120, None
     while True:
-        if any(folder.glob(saved)):
-            for process in psutil.process_iter():
-                if re.match(rf"ray::(\S+ )?{job}", title(process)):
-                    process.suspend()
-                    return process
+        if process is None or not is_it(process):
+            process = next(filter(is_it, psutil.process_iter()), None)
+        if process is not None and any(folder.glob(saved)):
+            process.suspend()
+            return process
         assert time.monotonic() < deadline, f"no {job} to be held"
         time.sleep(0.01)  # nobody tells of another process's file
 
 
 def go_on_to_stop(training: psutil.Process) -> None:
     """Let a held training go on, so that it meets its run's wish to stop."""
-    time.sleep(1)  # until the wish has got there: less than half of that, and nothing tells of it
+    time.sleep(2)  # until the wish has got there: less than a quarter of that, and nothing tells of it
     training.resume()
 
 

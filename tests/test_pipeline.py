@@ -125,7 +125,7 @@ def test_interrupted_and_killed_it_goes_on_and_ends_with_the_same_bits(
         training.kill()
         driver.kill()
 
-    code, stderr = launch.until(r"expert pgd-1: epoch 1/3", interrupt, *ARGUMENTS)
+    code, stderr = launch.until("^Ray dashboard", interrupt, *ARGUMENTS)
     assert code == 130
     assert stderr.splitlines()[0] == "stopping: trainings save what they have; again to stop at once"
     assert stderr.splitlines()[1] == "interrupted; what is done is kept"
@@ -135,7 +135,7 @@ def test_interrupted_and_killed_it_goes_on_and_ends_with_the_same_bits(
 
     (told,) = _status(launch)
     assert told.split()[1] == "stopped"
-    code, _ = launch.until(r"joint: epoch 1/3", kill, *ARGUMENTS)
+    code, _ = launch.until("^Ray dashboard", kill, *ARGUMENTS)
     assert code == -signal.SIGKILL
     assert refused
     assert checkpoints.latest_epoch(store_of(folder), "mixture") in (1, 2)
@@ -163,7 +163,7 @@ def test_a_killed_worker_is_replaced_and_changes_no_number(
     def kill_worker(driver: psutil.Process, line: str) -> None:
         held(launch.folder, "joint").kill()
 
-    code, stderr = launch.until(r"joint: epoch 1/3", kill_worker, *ARGUMENTS)
+    code, stderr = launch.until("^Ray dashboard", kill_worker, *ARGUMENTS)
     assert code == 0, stderr
     (folder,) = (launch.folder / "runs").iterdir()
     assert_same(folder, undisturbed[0])

@@ -7,6 +7,7 @@ import re
 import shutil
 import signal
 import subprocess
+import time
 import urllib.request
 from pathlib import Path
 from typing import Any
@@ -168,10 +169,13 @@ def swept(tmp_path_factory: pytest.TempPathFactory) -> Swept:
             request = urllib.request.Request(f"{dashboard[0]}/api/v0/{what}?detail=true&limit=10000")
             request.add_header("Authorization", f"Bearer {Path(dashboard[1]).read_text()}")
             seen[what] = json.load(urllib.request.urlopen(request, timeout=60))["data"]["result"]["result"]
-        for target in json.loads(Path(dashboard[1]).with_name("ray").joinpath(PROMETHEUS).read_text())[0]["targets"]:
-            seen["metrics"] = (
-                seen.get("metrics", "") + urllib.request.urlopen(f"http://{target}/metrics").read().decode()
-            )
+        discovery = Path(dashboard[1]).with_name("ray") / PROMETHEUS
+        (targets,) = (group["targets"] for group in json.loads(discovery.read_text()))
+        deadline = time.monotonic() + 30
+        while len(re.findall(r'^ray_dwf_epoch\{.*model="(?:fgsm|pgd)-1".*\} 3', seen.get("metrics", ""), re.M)) < 2:
+            assert time.monotonic() < deadline, seen["metrics"]
+            asked = (urllib.request.urlopen(f"http://{target}/metrics").read().decode() for target in targets)
+            seen["metrics"] = "".join(asked)
 
     def remember(driver: psutil.Process, line: str) -> None:
         found = re.match(r"Ray dashboard: (\S+) .* `cat (\S+)`", line)
@@ -310,7 +314,7 @@ def test_interrupted_and_killed_it_goes_on_and_ends_with_the_same_bits(launch: L
     def kill(driver: psutil.Process, line: str) -> None:
         driver.kill()
 
-    code, errors = launch.until(r"^gate\.kind=\w+ joint: epoch 1/3", interrupt, *SWEEP)
+    code, errors = launch.until("^Ray dashboard", interrupt, *SWEEP)
     assert code == 130
     assert "\nresume: python -m dwf_cluster.launch --local" in errors
     assert "stopped" in set(_outcome(launch.folder).state)
