@@ -251,6 +251,9 @@ def _worker(rank: int, folder: str, norm: bool) -> None:
     assert Store(folder, "two").names(f"checkpoints/{'benign' if norm else 'pgd-1'}") == ["epoch-00000-step-000002"]
     _run(experiment, Path(folder), "two", norm)
     dist.destroy_process_group()
+    # DDP keeps gloo's threads alive past this, and one that lets go of a tensor while the interpreter is
+    # finalized aborts the process. Ray kills its workers instead of finalizing them; so does this.
+    os._exit(0)
 
 
 def _run(
