@@ -9,6 +9,8 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -165,7 +167,10 @@ def held(folder: Path, job: str) -> psutil.Process:
     """
 
     def is_it(process: psutil.Process) -> bool:
-        return re.match(rf"ray::(\S+ )?{job}", title(process)) is not None
+        try:  # another run on this machine may have a job of that name
+            return re.match(rf"ray::(\S+ )?{job}", title(process)) is not None and folder.samefile(process.cwd())
+        except (psutil.Error, OSError):  # it has ended
+            return False
 
     saved = f"runs/*/checkpoints/{job.rsplit(maxsplit=1)[-1]}/epoch-00001/manifest.json"
     deadline, process = time.monotonic() + 120, None
@@ -183,6 +188,23 @@ def go_on_to_stop(training: psutil.Process) -> None:
     """Let a held training go on, so that it meets its run's wish to stop."""
     time.sleep(2)  # until the wish has got there: less than a quarter of that, and nothing tells of it
     training.resume()
+
+
+def answer(request: urllib.request.Request | str) -> str:
+    """What a service answers to a request. One that is starting, or busy, may refuse the first connections."""
+    deadline = time.monotonic() + 120
+    while True:
+        try:
+            with urllib.request.urlopen(request, timeout=60) as response:
+                text: str = response.read().decode()
+                return text
+        except urllib.error.HTTPError as error:
+            if error.code < 500 or time.monotonic() > deadline:
+                raise
+        except OSError:  # refused, reset, timed out
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(0.2)  # a service does not tell when it is ready
 
 
 def title(process: psutil.Process) -> str:

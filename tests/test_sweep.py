@@ -23,7 +23,7 @@ from dwf_cluster.experiment import build
 from dwf_cluster.plan import Job, jobs, shared
 from dwf_cluster.store import StorageFailed, Store, checkpoints
 
-from .conftest import ARGUMENTS, LOCAL, MODELS, TINY, Launch, assert_same, go_on_to_stop, held, store_of
+from .conftest import ARGUMENTS, LOCAL, MODELS, TINY, Launch, answer, assert_same, go_on_to_stop, held, store_of
 
 SIZES = Sizes(96, 40, (1, 8, 8))
 
@@ -168,14 +168,13 @@ def swept(tmp_path_factory: pytest.TempPathFactory) -> Swept:
         for what in ("tasks", "actors"):
             request = urllib.request.Request(f"{dashboard[0]}/api/v0/{what}?detail=true&limit=10000")
             request.add_header("Authorization", f"Bearer {Path(dashboard[1]).read_text()}")
-            seen[what] = json.load(urllib.request.urlopen(request, timeout=60))["data"]["result"]["result"]
+            seen[what] = json.loads(answer(request))["data"]["result"]["result"]
         discovery = Path(dashboard[1]).with_name("ray") / PROMETHEUS
         (targets,) = (group["targets"] for group in json.loads(discovery.read_text()))
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 120
         while len(re.findall(r'^ray_dwf_epoch\{.*model="(?:fgsm|pgd)-1".*\} 3', seen.get("metrics", ""), re.M)) < 2:
             assert time.monotonic() < deadline, seen["metrics"]
-            asked = (urllib.request.urlopen(f"http://{target}/metrics").read().decode() for target in targets)
-            seen["metrics"] = "".join(asked)
+            seen["metrics"] = "".join(answer(f"http://{target}/metrics") for target in targets)
 
     def remember(driver: psutil.Process, line: str) -> None:
         found = re.match(r"Ray dashboard: (\S+) .* `cat (\S+)`", line)
