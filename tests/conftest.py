@@ -51,6 +51,10 @@ TINY = [
 """Assignments that make the digits preset a matter of seconds: three experts, 96 images."""
 
 
+PATIENCE = 1200.0
+"""Seconds after which what a test waits for will not come: no test depends on the speed of a machine."""
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _heed_interrupts() -> None:
     """A shell may have its background jobs ignore Ctrl-C, and they pass that on; a user's terminal does not."""
@@ -115,7 +119,7 @@ class Launch:
     def __call__(self, *arguments: str | os.PathLike[str]) -> subprocess.CompletedProcess[str]:
         """Run to the end."""
         return subprocess.run(
-            self._command(arguments), cwd=self.folder, capture_output=True, text=True, timeout=400, check=False
+            self._command(arguments), cwd=self.folder, capture_output=True, text=True, timeout=PATIENCE, check=False
         )
 
     def until(
@@ -173,7 +177,7 @@ def held(folder: Path, job: str) -> psutil.Process:
             return False
 
     saved = f"runs/*/checkpoints/{job.rsplit(maxsplit=1)[-1]}/epoch-00001/manifest.json"
-    deadline, process = time.monotonic() + 120, None
+    deadline, process = time.monotonic() + PATIENCE, None
     while True:
         if process is None or not is_it(process):
             process = next(filter(is_it, psutil.process_iter()), None)
@@ -192,10 +196,10 @@ def go_on_to_stop(training: psutil.Process) -> None:
 
 def answer(request: urllib.request.Request | str) -> str:
     """What a service answers to a request. One that is starting, or busy, may refuse the first connections."""
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + PATIENCE
     while True:
         try:
-            with urllib.request.urlopen(request, timeout=60) as response:
+            with urllib.request.urlopen(request, timeout=PATIENCE) as response:
                 text: str = response.read().decode()
                 return text
         except urllib.error.HTTPError as error:
