@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -32,18 +33,20 @@ def adversary(regime: Regime, pgd: Pgd) -> Perturb:
     """
     ball = attacks.Ball("linf", pgd.epsilon)
 
-    def perturb(view: nn.Module, x: torch.Tensor, y: torch.Tensor, draws: Draws) -> tuple[torch.Tensor, torch.Tensor]:
+    def perturb(
+        frozen: Callable[[], nn.Module], x: torch.Tensor, y: torch.Tensor, draws: Draws
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         if regime.attack == "benign":
             return x, y
         count = math.ceil(regime.fraction * len(x))
         clean, labels = x[:count], y[:count]
         if regime.attack == "fgsm":
             epsilon = draws.choice("epsilon", regime.epsilons)
-            gradient, _, _ = attacks.differentiate(view, clean, labels)
+            gradient, _, _ = attacks.differentiate(frozen(), clean, labels)
             attacked = attacks.fgsm(clean, gradient, epsilon)
         else:
             steps = draws.choice("steps", regime.steps)
-            *_, last = attacks.pgd(view, clean, labels, ball, step_size=pgd.step_size, steps=steps)
+            *_, last = attacks.pgd(frozen(), clean, labels, ball, step_size=pgd.step_size, steps=steps)
             attacked = last.x
         return torch.cat([attacked, x[count:]]), y
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
@@ -32,9 +34,11 @@ def three_parts(experiment: Experiment) -> Perturb:
     fgsm, pgd = experiment.fgsm, experiment.pgd
     ball = attacks.Ball("linf", pgd.epsilon)
 
-    def perturb(view: nn.Module, x: torch.Tensor, y: torch.Tensor, draws: Draws) -> tuple[torch.Tensor, torch.Tensor]:
+    def perturb(
+        frozen: Callable[[], nn.Module], x: torch.Tensor, y: torch.Tensor, draws: Draws
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         epsilon, steps = draws.choice("epsilon", fgsm.epsilons), draws.choice("steps", pgd.steps)
-        first, *_, last = attacks.pgd(view, x, y, ball, step_size=pgd.step_size, steps=steps)
+        first, *_, last = attacks.pgd(frozen(), x, y, ball, step_size=pgd.step_size, steps=steps)
         assert first.gradient is not None  # FGSM's too
         return torch.cat([x, attacks.fgsm(x, first.gradient, epsilon), last.x]), torch.cat([y, y, y])
 

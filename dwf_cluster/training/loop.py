@@ -5,6 +5,7 @@ Within an epoch it saves one every `checkpoint_minutes`, and when it is asked to
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections.abc import Callable
@@ -24,8 +25,11 @@ from dwf_cluster.determinism import Draws
 from dwf_cluster.experiment import Experiment, Gate, Training
 from dwf_cluster.store import Store, checkpoints, tables
 
-Perturb = Callable[[nn.Module, torch.Tensor, torch.Tensor, Draws], tuple[torch.Tensor, torch.Tensor]]
-"""(frozen view, images, labels, draws of the step) -> images and labels to train on."""
+Perturb = Callable[[Callable[[], nn.Module], torch.Tensor, torch.Tensor, Draws], tuple[torch.Tensor, torch.Tensor]]
+"""(frozen model, images, labels, draws of the step) -> images and labels to train on.
+
+The frozen model is a function that builds it, so a step that attacks nothing does not pay for it.
+"""
 
 
 class NonFiniteLoss(RuntimeError):
@@ -95,7 +99,7 @@ def train(task: Task, model: nn.Module, images: DeviceImages, perturb: Perturb) 
     model.to(memory_format=torch.channels_last)
     optimizer = _optimizer(model, task.training, task.experiment.gate)
     progress = _restore(task, model, optimizer)
-    parallel = DistributedDataParallel(model) if workers > 1 else model
+    parallel = _distributed(model) if workers > 1 else model
     while progress.epoch < task.training.epochs:
         row = _epoch(task, progress, model, parallel, optimizer, images, perturb)
         if row is None:
@@ -197,12 +201,13 @@ def _accumulate(
     start, stop = len(indices) * rank // workers, len(indices) * (rank + 1) // workers
     cuts = torch.arange(start, stop).tensor_split(task.training.accumulation)
     parts = [slice(int(cut[0]), int(cut[-1]) + 1) for cut in cuts if len(cut)]
-    # The attack sees the model as it is before the step.
-    view = attacks.frozen(parallel.module if isinstance(parallel, DistributedDataParallel) else parallel)
+    model = parallel.module if isinstance(parallel, DistributedDataParallel) else parallel
+    # Built by the first part's attack, so all parts attack the model as it is before the step.
+    frozen = functools.cache(functools.partial(attacks.frozen, model))
     # The request to stop travels with the loss, so all workers hear it after the same step.
     total = torch.tensor([0.0, task.stopping()], device=indices.device)
     for number, part in enumerate(parts, start=1):
-        x, y = perturb(view, *images.train_batch(indices, draws, part), draws)
+        x, y = perturb(frozen, *images.train_batch(indices, draws, part), draws)
         copies = len(y) // (part.stop - part.start)
         waits = isinstance(parallel, DistributedDataParallel) and number < len(parts)
         with parallel.no_sync() if waits else nullcontext():  # type: ignore[operator]
@@ -220,6 +225,18 @@ def _accumulate(
 def _workers() -> tuple[int, int]:
     """(rank, number of workers) of this process."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def _distributed(model: nn.Module) -> DistributedDataParallel:
+    """The model with gradients that are averaged over workers, always in the same order.
+
+    By default DDP rebuilds its buckets after its first step, in the order in which gradients became ready. After a
+    restart the first step would then add the workers' gradients in another order than the uninterrupted run. With
+    `find_unused_parameters` the buckets stay as they are.
+
+    Buffers need no broadcast: every worker holds the same ones after each step (`_average_statistics`).
+    """
+    return DistributedDataParallel(model, find_unused_parameters=True, broadcast_buffers=False)
 
 
 def _optimizer(model: nn.Module, training: Training, gate: Gate) -> torch.optim.SGD:
@@ -272,7 +289,8 @@ def _restore(task: Task, model: nn.Module, optimizer: torch.optim.SGD) -> _Progr
     for name, parameter in model.named_parameters():
         momentum = checkpoint.tensors.get(f"momentum.{name}")
         if momentum is not None:
-            optimizer.state[parameter]["momentum_buffer"] = momentum.to(parameter.device)
+            # With the parameter's strides, as the optimizer makes it: other strides take other kernels.
+            optimizer.state[parameter]["momentum_buffer"] = torch.empty_like(parameter).copy_(momentum)
     return _Progress(**{field.name: checkpoint.state[field.name] for field in fields(_Progress)})
 
 
