@@ -164,7 +164,7 @@ def _parser() -> argparse.ArgumentParser:
         "--expert-workers",
         type=_count(1),
         metavar="N",
-        help="processes of each expert's DDP run, with GPUs, as long as each has 32 images of a batch (default: 1)",
+        help="processes of each expert's DDP run, with GPUs (default: 1)",
     )
     parser.add_argument(
         "--gpus-per-expert", type=_share, metavar="SHARE", help="of a GPU for each expert, 0.01 to 1 (default: 1)"

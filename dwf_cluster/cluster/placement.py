@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from dwf_cluster.cluster.schedule import Placement
-from dwf_cluster.experiment import InvalidInput, Training
+from dwf_cluster.experiment import InvalidInput
 from dwf_cluster.plan import Job
 
 MIN_IMAGES_PER_WORKER = 32
-"""Of a batch, before DDP takes one more worker: BatchNorm normalises with the statistics of a worker's images."""
+"""Of a batch, where the user does not ask for more workers: BatchNorm sees only the images of its worker."""
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,7 @@ class Limits:
     Attributes:
         joint_workers: processes of the joint stage's DDP run; None: one a GPU or, without GPUs, one a node, as long
             as each has `MIN_IMAGES_PER_WORKER` images of a batch.
-        expert_workers: processes of each expert's DDP run, with GPUs, as long as each has `MIN_IMAGES_PER_WORKER`
-            images of a batch; None: 1.
+        expert_workers: processes of each expert's DDP run, with GPUs; None: 1.
         gpus_per_expert: share of a GPU that an expert gets, of 1 at most; below 1 it has one worker.
     """
 
@@ -189,27 +188,36 @@ def place(jobs: Iterable[Job], resources: Resources) -> dict[Job, Placement]:
 
     It depends on the job alone, not on what else runs: with another number of workers BatchNorm would see other parts
     of each batch, and a run of several seeds would come to other numbers than a run of one.
+
+    Raises:
+        InvalidInput: if more workers are asked for than have images.
     """
     return {job: replace(_placement(job, resources), excluded_nodes=resources.excluded_nodes) for job in jobs}
 
 
 def _placement(job: Job, resources: Resources) -> Placement:
     gpus = min(1, resources.gpus)
+    limits = resources.limits
     if job.stage == "joint":
-        workers = resources.limits.joint_workers or min(
-            resources.room if gpus else resources.nodes, _most_workers(job.experiment.joint)
+        batch = job.experiment.joint.batch_size
+        workers = _asked("--joint-workers", limits.joint_workers, batch) or max(
+            1, min(resources.room if gpus else resources.nodes, batch // MIN_IMAGES_PER_WORKER)
         )
         # GPUs that the joint stage leaves free keep their share of the CPUs.
         on_a_node = resources.gpus or -(-workers // resources.nodes)
         in_process = workers == 1 and not gpus
         return Placement(0 if in_process else workers, max(1, resources.cpus // on_a_node), gpus)
     if job.stage == "experts" and gpus:
-        workers = 1
-        if resources.limits.expert_workers and resources.limits.gpus_per_expert == 1:
-            workers = min(resources.limits.expert_workers, _most_workers(job.experiment.experts))
-        return Placement(workers, 1, resources.limits.gpus_per_expert)
+        workers = _asked("--expert-workers", limits.expert_workers, job.experiment.experts.batch_size) or 1
+        return Placement(1 if limits.gpus_per_expert < 1 else workers, 1, limits.gpus_per_expert)
     return Placement(0, 1, gpus)
 
 
-def _most_workers(training: Training) -> int:
-    return max(1, training.batch_size // MIN_IMAGES_PER_WORKER)
+def _asked(option: str, workers: int | None, batch: int) -> int | None:
+    """The number of workers that an option asks for, of which each needs two images of a batch."""
+    most = max(1, batch // 2)
+    if workers and workers > most:
+        raise InvalidInput(
+            f"{option}: {workers} cannot be used: allowed are 1 to {most}, two images of a batch of {batch} for each"
+        )
+    return workers

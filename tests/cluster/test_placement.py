@@ -65,16 +65,22 @@ def test_no_worker_of_the_joint_stage_needs_more_cpus_than_a_node_has_for_it(wor
     assert (max(1, joint.workers), joint.cpus) == (workers, cpus)
 
 
-def test_an_expert_has_one_gpu_unless_more_are_asked_for_and_each_has_32_images() -> None:
-    def workers(limits: Limits, batch: int = 128) -> set[int]:
-        places = _places(Resources(cpus=64, gpus=32, limits=limits), f"experts.batch_size={batch}")
-        return {place.workers for name, place in places.items() if name.startswith("expert ")}
+@pytest.mark.parametrize(
+    ("limits", "workers"),
+    [(Limits(), 1), (Limits(expert_workers=3), 3), (Limits(expert_workers=3, gpus_per_expert=0.5), 1)],
+)
+def test_an_expert_has_one_gpu_unless_more_are_asked_for(limits: Limits, workers: int) -> None:
+    places = _places(Resources(cpus=64, gpus=32, limits=limits))
+    assert {place.workers for name, place in places.items() if name.startswith("expert ")} == {workers}
 
-    assert workers(Limits()) == {1}
-    assert workers(Limits(expert_workers=3)) == {3}
-    assert workers(Limits(expert_workers=8)) == {4}
-    assert workers(Limits(expert_workers=8), batch=16) == {1}
-    assert workers(Limits(expert_workers=8, gpus_per_expert=0.5)) == {1}
+
+@pytest.mark.parametrize(("stage", "option"), [("joint", "--joint-workers"), ("experts", "--expert-workers")])
+def test_workers_without_images_are_refused(stage: str, option: str) -> None:
+    """They would have no gradient, for which the others would wait."""
+    limits = Limits(joint_workers=17) if stage == "joint" else Limits(expert_workers=17)
+    message = f"^{option}: 17 cannot be used: allowed are 1 to 16, two images of a batch of 32 for each$"
+    with pytest.raises(InvalidInput, match=message):
+        _places(Resources(cpus=64, gpus=32, limits=limits), f"{stage}.batch_size=32")
 
 
 def test_what_a_job_gets_does_not_depend_on_what_else_runs() -> None:
