@@ -18,7 +18,7 @@ from dwf_cluster.training.loop import Perturb, Task, train
 
 
 def build(experiment: Experiment, images: Images, name: str) -> ResNet18:
-    """The expert of that name as it starts: two experts of different names start from different weights."""
+    """An untrained expert; experts of different names start from different weights."""
     draws = Draws((experiment.seed, name))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(draws.generator("weights").initial_seed())
@@ -26,10 +26,10 @@ def build(experiment: Experiment, images: Images, name: str) -> ResNet18:
 
 
 def adversary(regime: Regime, pgd: Pgd) -> Perturb:
-    """What algorithm 1 or 2 does to a batch: an attack on the expert itself, its strength drawn at random.
+    """The attack of algorithm 1 or 2 on the expert itself, of random strength for each batch.
 
-    With `fraction` < 1 (the baselines) the first images of each part of the batch are attacked, at least
-    that share of them; the order of images is random anyway.
+    With `fraction` < 1 (the baselines) it attacks the first images of each part of the batch, at least that share of
+    them. The order of images is random, so these are a random sample.
     """
     ball = attacks.Ball("linf", pgd.epsilon)
 

@@ -20,7 +20,7 @@ from dwf_cluster.training.loop import Perturb, Task, train, weights
 
 
 def build(experiment: Experiment, images: Images) -> Mixture:
-    """The mixture before any training."""
+    """An untrained mixture."""
     draws = Draws((experiment.seed, MIXTURE))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(draws.generator("weights").initial_seed())
@@ -30,7 +30,7 @@ def build(experiment: Experiment, images: Images) -> Mixture:
 
 
 def three_parts(experiment: Experiment) -> Perturb:
-    """What algorithm 3 does to a batch: clean, FGSM and PGD versions against the whole mixture, side by side."""
+    """The batch of algorithm 3: clean images, then FGSM's and PGD's against the whole mixture."""
     fgsm, pgd = experiment.fgsm, experiment.pgd
     ball = attacks.Ball("linf", pgd.epsilon)
 
