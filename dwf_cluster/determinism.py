@@ -1,7 +1,7 @@
-"""Counter-based randomness, and the settings that make equal runs equal to the last bit.
+"""Counter-based randomness, and the settings that make equal runs equal bit for bit.
 
-Every draw comes from a generator seeded from what it is for, so nothing of a generator needs saving and a
-resumed run draws what an uninterrupted one would have drawn.
+Every draw comes from a generator that is seeded from the draw's purpose. So no generator's state needs saving, and a
+resumed run draws the same values as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Draws:
     """The random draws of one step of one model.
 
     Attributes:
-        key: what the draws are for: seed, model, epoch, step. Two different keys give unrelated draws.
+        key: seed, model, epoch, step. Different keys give unrelated draws.
     """
 
     key: tuple[int | str, ...]
@@ -39,8 +39,13 @@ class Draws:
 
 
 def make_deterministic(threads: int) -> None:
-    """Choose deterministic kernels and a fixed number of CPU threads in this process."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA's first stream is made
+    """Choose deterministic kernels and a fixed number of CPU threads in this process.
+
+    To be called before CUDA's first use and before the first collective operation, which read the environment.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    # Sums that NVLink switches compute (NVLS, on HGX nodes) differ from call to call.
+    os.environ["NCCL_NVLS_ENABLE"] = "0"
     torch.use_deterministic_algorithms(True)
     # A debugging aid that costs 3 %.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]

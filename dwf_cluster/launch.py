@@ -157,14 +157,14 @@ def _parser() -> argparse.ArgumentParser:
         "--joint-workers",
         type=_count(1),
         metavar="N",
-        help="processes of the joint stage's DDP run (default: one a GPU or, without, one a node)",
+        help="processes of the joint stage's DDP run (default: one a GPU or, without, one a node, as long as each has "
+        "32 images of a batch)",
     )
     parser.add_argument(
         "--expert-workers",
         type=_count(1),
         metavar="N",
-        help="the most processes of one expert's DDP run, with GPUs (default: as many as have enough images of a "
-        "batch; more than one only where GPUs would wait)",
+        help="processes of each expert's DDP run, with GPUs (default: 1)",
     )
     parser.add_argument(
         "--gpus-per-expert", type=_share, metavar="SHARE", help="of a GPU for each expert, 0.01 to 1 (default: 1)"
@@ -384,9 +384,11 @@ def _limits(options: argparse.Namespace) -> Limits:
 
 
 def _here(options: argparse.Namespace) -> Resources:
-    from dwf_cluster.cluster.placement import Resources, cpus_here, gpus_here
+    from dwf_cluster.cluster.placement import Resources, cpus_here, gpus_here, unused_gpus
 
     gpus = gpus_here() if options.gpus is None else options.gpus
+    if options.gpus is None and (line := unused_gpus()):
+        print(line, file=sys.stderr)
     return Resources(options.cpus or cpus_here(), gpus, limits=_limits(options))
 
 

@@ -10,7 +10,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from dwf_cluster.cluster.placement import Resources, most, place
+from dwf_cluster.cluster.placement import Resources, place
 from dwf_cluster.cluster.schedule import Placement, lower_bound, timeline
 from dwf_cluster.data.sources import Sizes
 from dwf_cluster.experiment import MIXTURE, STAGES, Experiment, written
@@ -20,9 +20,9 @@ from dwf_cluster.plan import jobs as plan_jobs
 from dwf_cluster.store import Store, tables
 from dwf_cluster.sweep import Outcome, Sweep, headline
 
-GPU_FLOPS = 5.8e12, "assumed: the paper's 240 GPU-hours on H100"
-CPU_FLOPS = 2.5e10, "assumed: a core at the demo's width"
-"""Floating-point operations a second of one of them, where nothing has been measured yet."""
+GPU_FLOPS = 8.4e13, "estimate for an H100 with TF32, not measured"
+CPU_FLOPS = 2.5e10, "estimate for a core at the demo's width, not measured"
+"""Floating-point operations a second of one of them until jobs have been measured, and where that figure is from."""
 
 
 def plan(
@@ -33,21 +33,21 @@ def plan(
     resources: Resources,
     storage: str,
 ) -> tuple[Table, list[str]]:
-    """What a run would do: each job, what it gets, where and when, and its estimated cost.
+    """The plan of a run: each job, what it gets, where and when, and its estimated cost.
 
     The cost counts forward passes of one image through one ResNet (a gradient is 2, a training step 3) and,
     with the operations of such a pass, floating-point operations.
 
     Args:
-        experiments: all of it.
+        experiments: all of the run.
         names: of the experiments, if there are several, by their folders.
         todo: unfinished jobs.
         sizes: of the data set.
-        resources: where it would run.
-        storage: URL below which they have their folders.
+        resources: of the run.
+        storage: URL below which the experiments have their folders.
 
     Returns:
-        The table, and lines that say how long all of it takes, how long at least, and how that was estimated.
+        The table, and lines with the makespan, its lower bound, and the speed of each stage, measured or estimated.
     """
     jobs = shared([job for e in experiments for stage in STAGES for job in plan_jobs(e, stage, sizes)], ())
     places = place(jobs, resources)
@@ -76,20 +76,20 @@ def plan(
     blank = ("",) * (4 + bool(names))
     table.add_row("total", f"{len(todo)} tasks", *blank, *_cost(total, flops))
     makespan = max((when.end for when in planned.values()), default=0.0)
-    bound = lower_bound(todo, most(jobs, resources), resources.room, speeds)
+    bound = lower_bound(todo, places, resources.room, speeds)
     return table, [
         f"makespan: {_clock(makespan)}",
-        f"lower bound: {_clock(bound)} (all work shared evenly, or the longest chain of jobs)",
+        f"lower bound: {_clock(bound)} (no schedule on these resources is shorter)",
         *(
             f"speed of {stage}: {speeds[stage] * flops / 1e12:.3g} TFLOP/s a {device}, "
-            f"{'measured on the jobs that are done' if stage in measured else why}"
+            f"{'measured on finished jobs' if stage in measured else why}"
             for stage in sorted({job.stage for job in todo}, key=STAGES.index)
         ),
     ]
 
 
 def measured_speeds(jobs: Sequence[Job], places: Mapping[Job, Placement], storage: str) -> dict[str, float]:
-    """Passes a second of one GPU or CPU, of each stage that has jobs that are done."""
+    """Passes a second of one GPU or CPU, of each stage that has finished jobs."""
     work: dict[str, tuple[float, float]] = {}
     for job in jobs:
         for row in tables.read(Store(storage, job.folder), "jobs", [job.file]).to_pylist():

@@ -72,7 +72,7 @@ def test_the_plan_takes_the_speed_of_each_stage_from_jobs_that_are_done(store: S
     sizes, resources = Sizes(96, 40, (1, 8, 8)), Resources(cpus=1, gpus=0)
     experts = jobs(tiny, "experts", sizes)
     before = plan([tiny], {}, experts, sizes, resources, store.url)[1]
-    assert before[2].startswith("speed of experts: 0.025 TFLOP/s a CPU, assumed: ")
+    assert before[2] == "speed of experts: 0.025 TFLOP/s a CPU, estimate for a core at the demo's width, not measured"
     for job in experts[:2]:
         row = {"stage": "experts", "state": "done", "attempts": 1, "seconds": 10.0}
         tables.write(store, "jobs", job.file, tables.rows_of(tiny, [row]))
@@ -80,4 +80,4 @@ def test_the_plan_takes_the_speed_of_each_stage_from_jobs_that_are_done(store: S
     speed = (experts[0].cost + experts[1].cost) / 20
     total = sum(job.cost for job in experts) / speed
     assert lines[0] == f"makespan: 0:00:{total:02.0f}"
-    assert lines[2].endswith("measured on the jobs that are done")
+    assert lines[2].endswith("measured on finished jobs")

@@ -1,31 +1,32 @@
-"""Where it runs, and what each job gets of it. Needs neither torch nor ray."""
+"""The resources of a run, and what each job gets of them. Needs neither torch nor ray."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import runpy
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from glob import glob
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
 
-from dwf_cluster.cluster.schedule import Placement, lower_bound, timeline
+from dwf_cluster.cluster.schedule import Placement
 from dwf_cluster.experiment import InvalidInput
 from dwf_cluster.plan import Job
 
-LEAST_IMAGES = 32
-"""Of a batch, for each worker of an expert's DDP run: BatchNorm sees no others."""
-
-CLOSE = 1.05
-"""A makespan that is this close to its lower bound is good enough."""
+MIN_IMAGES_PER_WORKER = 32
+"""Of a batch, where the user does not ask for more workers: BatchNorm sees only the images of its worker."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a user wants jobs to get, where it is not what they could.
+    """What a user wants jobs to get, where it differs from the default.
 
     Attributes:
-        joint_workers: processes of the joint stage's DDP run; None: one a GPU or, without GPUs, one a node.
-        expert_workers: the most processes of one expert's DDP run, with GPUs; None: as many as leave each
-            `LEAST_IMAGES` images of a batch.
+        joint_workers: processes of the joint stage's DDP run; None: one a GPU or, without GPUs, one a node, as long
+            as each has `MIN_IMAGES_PER_WORKER` images of a batch.
+        expert_workers: processes of each expert's DDP run, with GPUs; None: 1.
         gpus_per_expert: share of a GPU that an expert gets, of 1 at most; below 1 it has one worker.
     """
 
@@ -36,18 +37,20 @@ class Limits:
 
 @dataclass(frozen=True)
 class Resources:
-    """Where it runs. No part of the experiment.
+    """The machines of a run. No part of the experiment.
 
     Attributes:
         cpus, gpus: of each node, that Ray may use.
         nodes: number of machines.
         limits: to what jobs get.
+        excluded_nodes: Ray's ids of other machines of the same Ray cluster, which jobs must not run on.
     """
 
     cpus: int
     gpus: int
     nodes: int = 1
     limits: Limits = Limits()
+    excluded_nodes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         workers = {"--joint-workers": self.limits.joint_workers, "--expert-workers": self.limits.expert_workers}
@@ -63,97 +66,158 @@ class Resources:
         return self.nodes * (self.gpus or self.cpus)
 
 
-def cpus_here() -> int:
-    """CPUs that this process may use."""
+def alike_nodes(nodes: Iterable[Mapping[str, Any]], limits: Limits) -> tuple[Resources, str]:
+    """The nodes of a Ray cluster that a run uses: all those that are alike, because one plan is to fit each of them.
+
+    With GPUs: the nodes with the same number and type of GPUs that have the most GPUs together. Without GPUs: all nodes
+    with CPUs. Of each, as many CPUs as the smallest has.
+
+    Args:
+        nodes: what `ray.nodes()` returns.
+        limits: to what jobs get.
+
+    Returns:
+        The resources, and a line that names what is used and what is not; empty if all is used.
+
+    Raises:
+        InvalidInput: if no node has a CPU, or there is no room for the workers that `limits` ask for.
+    """
+    alive = sorted((n for n in nodes if n["Alive"]), key=lambda node: (node["NodeManagerHostname"], node["NodeID"]))
+    kinds: dict[tuple[int, str], list[Mapping[str, Any]]] = {}
+    for node in alive:
+        if node["Resources"].get("CPU", 0) >= 1:
+            kinds.setdefault(_gpus(node), []).append(node)
+    if not kinds:
+        raise InvalidInput("--address: no node of that Ray has a CPU for jobs")
+    (gpus, _), used = max(kinds.items(), key=lambda kind: (kind[0][0] * len(kind[1]), kind[0]))
+    if not gpus:
+        used = [node for nodes in kinds.values() for node in nodes]
+    # A head node that offers neither CPUs nor GPUs is not worth a word.
+    unused = [node for node in alive if node not in used and (node["Resources"].get("CPU") or _gpus(node)[0])]
+    cpus = int(min(node["Resources"]["CPU"] for node in used))
+    resources = Resources(cpus, gpus, len(used), limits, tuple(node["NodeID"] for node in unused))
+    if not unused:
+        return resources, ""
+    names = ", ".join(f"{node['NodeManagerHostname']} ({_inventory(node)})" for node in unused)
+    smallest = min(used, key=lambda node: node["Resources"]["CPU"])
+    return resources, f"nodes: {len(used)} with {_inventory(smallest)} are used; left out: {names}"
+
+
+def _gpus(node: Mapping[str, Any]) -> tuple[int, str]:
+    """Number and type of a node's GPUs; Ray names the type where it knows it."""
+    types = (name.partition(":")[2] for name in node["Resources"] if name.startswith("accelerator_type:"))
+    return int(node["Resources"].get("GPU", 0)), ",".join(sorted(types))
+
+
+def _inventory(node: Mapping[str, Any]) -> str:
+    gpus, kind = _gpus(node)
+    return f"{int(node['Resources'].get('CPU', 0))} CPU, {gpus} GPU{kind and ' '}{kind}"
+
+
+def cpus_here(root: Path = Path("/")) -> int:
+    """CPUs that this process may use: those that it may run on, or fewer if a cgroup's quota is lower.
+
+    Args:
+        root: of the file system.
+    """
     # Where the system can say which (not on macOS).
     affinity = getattr(os, "sched_getaffinity", None)
-    return len(affinity(0)) if affinity else os.cpu_count() or 1
+    allowed = len(affinity(0)) if affinity else os.cpu_count() or 1
+    return max(1, int(min([allowed, *_cgroup_quotas(root)])))
+
+
+def _cgroup_quotas(root: Path) -> Iterator[float]:
+    """CPUs that this process's cgroups (version 1 or 2), and those around them, may use together."""
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:  # not Linux
+        return
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        mounted = root / "sys/fs/cgroup" / controllers
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        # In a container the path may be the host's, and only its beginning or nothing of it be there.
+        for folder in (mounted / path.lstrip("/"), *(mounted / path.lstrip("/")).parents):
+            try:
+                if controllers:
+                    names = ("cpu.cfs_quota_us", "cpu.cfs_period_us")
+                    quota, period = ((folder / name).read_text().strip() for name in names)
+                else:
+                    quota, period = (folder / "cpu.max").read_text().split()
+            except OSError:
+                pass
+            else:
+                if quota not in ("max", "-1"):
+                    yield int(quota) / int(period)
+            if folder == mounted:
+                break
 
 
 def gpus_here() -> int:
-    """GPUs that this process may use."""
+    """GPUs that this process may use; none without a PyTorch that can use them."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return len(glob("/dev/nvidia[0-9]*") if visible is None else [d for d in visible.split(",") if d.strip()])
+    found = len(_nvidia_devices()) if visible is None else len([d for d in visible.split(",") if d.strip()])
+    return found if _torch_uses_gpus() else 0
 
 
-def place(jobs: Sequence[Job], resources: Resources) -> dict[Job, Placement]:
+def unused_gpus() -> str:
+    """A line that says why GPUs of this machine are not used; empty if there are none, or they are used."""
+    devices = _nvidia_devices()
+    if not devices or gpus_here():
+        return ""
+    reason = "CUDA_VISIBLE_DEVICES is empty" if _torch_uses_gpus() else "this PyTorch is built without CUDA"
+    return f"warning: {len(devices)} GPU of this machine not used: {reason}"
+
+
+def _nvidia_devices() -> list[str]:
+    return glob("/dev/nvidia[0-9]*")
+
+
+def _torch_uses_gpus() -> bool:
+    """Whether the installed PyTorch is built for GPUs; without importing it, which takes seconds."""
+    spec = find_spec("torch")
+    if spec is None or spec.origin is None:
+        return False
+    built = runpy.run_path(str(Path(spec.origin).with_name("version.py")))
+    return bool(built.get("cuda") or built.get("hip"))
+
+
+def place(jobs: Iterable[Job], resources: Resources) -> dict[Job, Placement]:
     """What each job gets on these resources.
 
-    Args:
-        jobs: all of the experiments, done or not: a resumed run must give an expert as many workers as before,
-            or BatchNorm would see other parts of each batch.
-        resources: where they run.
+    It depends on the job alone, not on what else runs: with another number of workers BatchNorm would see other parts
+    of each batch, and a run of several seeds would come to other numbers than a run of one.
+
+    Raises:
+        InvalidInput: if more workers are asked for than have images.
     """
-    workers = _expert_workers([job for job in jobs if job.stage == "experts"], resources)
-    return {job: _placement(job, resources, workers.get(job, 1)) for job in jobs}
+    return {job: replace(_placement(job, resources), excluded_nodes=resources.excluded_nodes) for job in jobs}
 
 
-def _placement(job: Job, resources: Resources, workers: int) -> Placement:
+def _placement(job: Job, resources: Resources) -> Placement:
     gpus = min(1, resources.gpus)
+    limits = resources.limits
     if job.stage == "joint":
         batch = job.experiment.joint.batch_size
-        workers = resources.limits.joint_workers or min(batch, resources.room if gpus else resources.nodes)
+        workers = _asked("--joint-workers", limits.joint_workers, batch) or max(
+            1, min(resources.room if gpus else resources.nodes, batch // MIN_IMAGES_PER_WORKER)
+        )
+        # GPUs that the joint stage leaves free keep their share of the CPUs.
+        on_a_node = resources.gpus or -(-workers // resources.nodes)
         in_process = workers == 1 and not gpus
-        return Placement(0 if in_process else workers, max(1, resources.nodes * resources.cpus // workers), gpus)
+        return Placement(0 if in_process else workers, max(1, resources.cpus // on_a_node), gpus)
     if job.stage == "experts" and gpus:
-        return Placement(workers, 1, resources.limits.gpus_per_expert)
+        workers = _asked("--expert-workers", limits.expert_workers, job.experiment.experts.batch_size) or 1
+        return Placement(1 if limits.gpus_per_expert < 1 else workers, 1, limits.gpus_per_expert)
     return Placement(0, 1, gpus)
 
 
-def most(jobs: Sequence[Job], resources: Resources) -> dict[Job, Placement]:
-    """The most that each job can get on these resources."""
-    return {job: _placement(job, resources, _most_workers(job, resources)) for job in jobs}
-
-
-def _most_workers(job: Job, resources: Resources) -> int:
-    if not resources.gpus or resources.limits.gpus_per_expert < 1:
-        return 1
-    limit = resources.limits.expert_workers or job.experiment.experts.batch_size // LEAST_IMAGES
-    return max(1, min(limit, resources.room))
-
-
-def _expert_workers(experts: Sequence[Job], resources: Resources) -> Mapping[Job, int]:
-    """Processes of each expert's run: one, or more where GPUs would wait for the longest expert.
-
-    Tries several numbers to begin with, improves each expert by expert from the one that ends last, and stops
-    when the makespan is `CLOSE` to its lower bound.
-    """
-    best = float("inf"), dict.fromkeys(experts, 1)
-    if not experts or all(_most_workers(job, resources) == 1 for job in experts):
-        return best[1]
-    bound = lower_bound(experts, most(experts, resources), resources.room)
-    for slack in (float("inf"), 1.0, 1.05, 1.1, 1.2, 1.35, 1.5, 1.75, 2.0):
-        begin = {}
-        for job in experts:
-            limit = _most_workers(job, resources)
-            begin[job] = next((n for n in range(1, limit) if job.cost / n <= slack * bound), limit)
-        found = _improved(begin, resources, bound)
-        best = min(best, found, key=lambda found: found[0])
-        if best[0] <= CLOSE * bound:
-            break
-    return best[1]
-
-
-def _improved(workers: dict[Job, int], resources: Resources, bound: float) -> tuple[float, dict[Job, int]]:
-    """Give the expert that ends last more workers, as long as fewer then end that late; returns the makespan too."""
-
-    def ends(workers: Mapping[Job, int]) -> dict[Job, float]:
-        places = {job: _placement(job, resources, n) for job, n in workers.items()}
-        return {job: planned.end for job, planned in timeline(workers, places, resources.room).items()}
-
-    def lateness(ended: Mapping[Job, float]) -> tuple[float, int]:
-        makespan = max(ended.values())
-        return round(makespan, 6), sum(end > makespan * (1 - 1e-9) for end in ended.values())
-
-    ended = ends(workers)
-    while lateness(ended)[0] > CLOSE * bound:
-        late = [job for job, end in ended.items() if end > max(ended.values()) * (1 - 1e-9)]
-        more = ((job, n) for job in late for n in range(workers[job] + 1, _most_workers(job, resources) + 1))
-        for job, n in more:
-            tried = ends(workers | {job: n})
-            if lateness(tried) < lateness(ended):
-                workers, ended = workers | {job: n}, tried
-                break
-        else:
-            break
-    return lateness(ended)[0], workers
+def _asked(option: str, workers: int | None, batch: int) -> int | None:
+    """The number of workers that an option asks for, of which each needs two images of a batch."""
+    most = max(1, batch // 2)
+    if workers and workers > most:
+        raise InvalidInput(
+            f"{option}: {workers} cannot be used: allowed are 1 to {most}, two images of a batch of {batch} for each"
+        )
+    return workers

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dwf_cluster.cluster.control import Claim, Control
-from dwf_cluster.cluster.placement import Limits, Resources
+from dwf_cluster.cluster.placement import Limits, Resources, alike_nodes
 from dwf_cluster.cluster.schedule import Placement, Schedule
 from dwf_cluster.experiment import InvalidInput
 from dwf_cluster.plan import Job
@@ -146,7 +146,7 @@ class Cluster:
     def _submit(self, job: Job, title: str, place: Placement, storage: str, images: Any) -> Any:
         # With workers of its own, Train asks for what they need; the task that waits for them holds nothing.
         holds = {"num_cpus": 0} if place.workers else {"num_cpus": place.cpus, "num_gpus": place.gpus}
-        task = self._task.options(name=title, **holds)
+        task = self._task.options(name=title, label_selector=place.label_selector, **holds)
         return task.remote(job, Store(storage, job.folder), [images], place, self.control)
 
     def _outcome(self, reference: Any, job: Job, stopping: bool) -> Ended:
@@ -241,7 +241,7 @@ def local(resources: Resources) -> Iterator[Cluster]:
 def attached(address: str, limits: Limits) -> Iterator[Cluster]:
     """Connect to a Ray that is running, and leave it running.
 
-    What is used of it: all its nodes, each with as many CPUs and GPUs as the smallest has.
+    Of its nodes it uses the largest set that is alike, as `placement.alike_nodes` says, and prints what it leaves out.
 
     Args:
         address: `auto`, `HOST:PORT` or `ray://HOST:PORT`.
@@ -262,9 +262,9 @@ def attached(address: str, limits: Limits) -> Iterator[Cluster]:
         reason = str(error).strip().splitlines()[0]
         raise InvalidInput(f"--address: {address!r} cannot be reached: {reason}") from None
     try:
-        alive = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
-        cpus, gpus = (int(min(node.get(kind, 0) for node in alive)) for kind in ("CPU", "GPU"))
-        resources = Resources(cpus, gpus, len(alive), limits)
+        resources, line = alike_nodes(ray.nodes(), limits)
+        if line:
+            print(line, flush=True)
         dashboard = f"http://{context.dashboard_url}" if context.dashboard_url else ""
         yield Cluster(resources, dashboard, os.environ.get("RAY_AUTH_TOKEN_PATH", "~/.ray/auth_token"))
     finally:

@@ -1,8 +1,8 @@
 """Which job starts next: one rule, which the real run and the planned timeline both follow.
 
-First the experts of all experiments, longest first; then what their models are needed for: joint stages before
-evaluations. So with several seeds no GPU waits for one seed's slowest expert while another's could be trained, and
-evaluations of single experts fill the time until the joint stage has all GPUs.
+The experts of all experiments start first, the longest before the others; then the jobs that need them, joint stages
+before evaluations. So with several seeds no GPU waits for one seed's slowest expert while another seed has an expert
+to train. Evaluations of experts fill the time until a joint stage can start.
 """
 
 from __future__ import annotations
@@ -27,11 +27,18 @@ class Placement:
     Attributes:
         workers: processes that Ray Train starts; 0: the task's own process does the work.
         cpus, gpus: of each process; on a CPU also its number of threads.
+        excluded_nodes: Ray's ids of nodes that it must not run on.
     """
 
     workers: int
     cpus: int
     gpus: float
+    excluded_nodes: tuple[str, ...] = ()
+
+    @property
+    def label_selector(self) -> dict[str, str] | None:
+        """Ray's way to say where it may run; None: anywhere."""
+        return {"ray.io/node-id": f"!in({','.join(self.excluded_nodes)})"} if self.excluded_nodes else None
 
     @property
     def room(self) -> float:
@@ -44,17 +51,17 @@ class Placement:
 
 
 def duration(job: Job, place: Placement) -> float:
-    """Planned length of a job, in passes of one GPU or CPU: what it gets is used to the full."""
+    """Planned length of a job, in passes of one GPU or CPU, if several share its work evenly."""
     return job.cost / place.room
 
 
 class Schedule:
-    """Jobs that wait, in the order in which they start when there is room."""
+    """Waiting jobs, in the order in which they start when there is room."""
 
     def __init__(self, jobs: Iterable[Job], places: Mapping[Job, Placement], room: float) -> None:
         """
         Args:
-            jobs: to run. What they need and is not among them is there already.
+            jobs: to run. What they need and none of them makes exists already.
             places: what each of them gets.
             room: GPUs in all or, without GPUs, CPUs.
         """
@@ -62,7 +69,7 @@ class Schedule:
         groups: dict[tuple[str, str, str], list[Job]] = {}
         for job in jobs:
             groups.setdefault((job.folder, job.stage, job.model), []).append(job)
-        # Of jobs of one model only the longest is looked at: there may be thousands of slices.
+        # Only the longest job of each model is compared: there may be thousands of shards.
         self._waiting = [deque(sorted(group, key=self._order)) for group in groups.values()]
         self._unmade = {job.makes for group in self._waiting for job in group}
 
@@ -79,7 +86,7 @@ class Schedule:
                     self._waiting.remove(group)
                 return job
             if job.stage == "joint":
-                return None  # it wants all room there is: nothing small may get in before it
+                return None  # smaller jobs would take, one after the other, the room that it waits for
         return None
 
     def end(self, job: Job, done: bool = True) -> None:
@@ -128,7 +135,7 @@ def timeline(
         while job := schedule.start():
             place = places[job]
             share = min(1.0, place.gpus or 1.0)
-            # A share of a GPU goes where another share is.
+            # Shares of GPUs fill one GPU after the other.
             candidates = sorted((left, n) for n, left in enumerate(free) if left >= share - _ROUNDING)
             devices = tuple(n for _, n in candidates[: round(place.room / share)])
             for n in devices:
@@ -152,19 +159,31 @@ def _length(job: Job, place: Placement, speeds: Mapping[str, float] | None) -> f
 def lower_bound(
     jobs: Iterable[Job], places: Mapping[Job, Placement], room: float, speeds: Mapping[str, float] | None = None
 ) -> float:
-    """No schedule ends earlier: all work shared evenly, or the longest chain of jobs that need one another.
+    """A makespan that no schedule beats.
+
+    The largest of three: all work shared evenly; the longest chain of jobs that need one another; and, for jobs that
+    cannot all run at once, the rounds that they take and the shortest chain that follows one of them.
 
     Args:
         jobs: to run.
-        places: the most that each of them can get.
+        places: what each of them gets.
         room: GPUs in all or, without GPUs, CPUs.
         speeds: as in `timeline`.
     """
-    jobs = list(jobs)
-    ended: dict[tuple[str, str], float] = {}
-    longest = 0.0
-    for job in sorted(jobs, key=lambda job: STAGES.index(job.stage)):
-        begin = max((ended.get(need, 0.0) for need in job.needs), default=0.0)
-        ended[job.makes] = begin + _length(job, places[job], speeds)
-        longest = max(longest, ended[job.makes])
-    return max(sum(_length(job, places[job], speeds) * places[job].room for job in jobs) / room, longest)
+    jobs = sorted(jobs, key=lambda job: STAGES.index(job.stage), reverse=True)
+    if not jobs:
+        return 0.0
+    lengths = {job: _length(job, places[job], speeds) for job in jobs}
+    chains: dict[tuple[str, str], float] = {}  # the longest one that follows what a job makes
+    for job in jobs:
+        chain = lengths[job] + chains.get(job.makes, 0.0)
+        for need in job.needs:
+            chains[need] = max(chains.get(need, 0.0), chain)
+    following = {job: chains.get(job.makes, 0.0) for job in jobs}
+    at_once = max(1, int(room / min(places[job].room for job in jobs) + _ROUNDING))
+    work = sum(lengths[job] * places[job].room for job in jobs) / room
+    bounds, shortest = [work, *(lengths[job] + following[job] for job in jobs)], float("inf")
+    for number, job in enumerate(sorted(jobs, key=lambda job: -lengths[job])):
+        shortest = min(shortest, following[job])
+        bounds.append((number // at_once + 1) * lengths[job] + shortest)
+    return max(bounds)

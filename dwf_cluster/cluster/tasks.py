@@ -83,7 +83,12 @@ def _fit(loop: Callable[[], None], job: Job, store: Store, place: Placement) -> 
     cuda = place.gpus > 0 and torch.cuda.is_available()
     TorchTrainer(
         loop,
-        scaling_config=ScalingConfig(num_workers=place.workers, use_gpu=place.gpus > 0, resources_per_worker=resources),
+        scaling_config=ScalingConfig(
+            num_workers=place.workers,
+            use_gpu=place.gpus > 0,
+            resources_per_worker=resources,
+            label_selector=place.label_selector,
+        ),
         torch_config=TorchConfig(backend="nccl" if cuda else "gloo"),
         # For workers that die; an error of the loop's own is met again after the last checkpoint, then ends the run.
         # No time stamp in the name: the same run again is the same run.

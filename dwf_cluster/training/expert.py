@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -17,7 +18,7 @@ from dwf_cluster.training.loop import Perturb, Task, train
 
 
 def build(experiment: Experiment, images: Images, name: str) -> ResNet18:
-    """The expert of that name as it starts: two experts of different names start from different weights."""
+    """An untrained expert; experts of different names start from different weights."""
     draws = Draws((experiment.seed, name))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(draws.generator("weights").initial_seed())
@@ -25,25 +26,27 @@ def build(experiment: Experiment, images: Images, name: str) -> ResNet18:
 
 
 def adversary(regime: Regime, pgd: Pgd) -> Perturb:
-    """What algorithm 1 or 2 does to a batch: an attack on the expert itself, its strength drawn at random.
+    """The attack of algorithm 1 or 2 on the expert itself, of random strength for each batch.
 
-    With `fraction` < 1 (the baselines) the first images of each part of the batch are attacked, at least
-    that share of them; the order of images is random anyway.
+    With `fraction` < 1 (the baselines) it attacks the first images of each part of the batch, at least that share of
+    them. The order of images is random, so these are a random sample.
     """
     ball = attacks.Ball("linf", pgd.epsilon)
 
-    def perturb(view: nn.Module, x: torch.Tensor, y: torch.Tensor, draws: Draws) -> tuple[torch.Tensor, torch.Tensor]:
+    def perturb(
+        frozen: Callable[[], nn.Module], x: torch.Tensor, y: torch.Tensor, draws: Draws
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         if regime.attack == "benign":
             return x, y
         count = math.ceil(regime.fraction * len(x))
         clean, labels = x[:count], y[:count]
         if regime.attack == "fgsm":
             epsilon = draws.choice("epsilon", regime.epsilons)
-            gradient, _, _ = attacks.differentiate(view, clean, labels)
+            gradient, _, _ = attacks.differentiate(frozen(), clean, labels)
             attacked = attacks.fgsm(clean, gradient, epsilon)
         else:
             steps = draws.choice("steps", regime.steps)
-            *_, last = attacks.pgd(view, clean, labels, ball, step_size=pgd.step_size, steps=steps)
+            *_, last = attacks.pgd(frozen(), clean, labels, ball, step_size=pgd.step_size, steps=steps)
             attacked = last.x
         return torch.cat([attacked, x[count:]]), y
 

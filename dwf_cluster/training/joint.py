@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
@@ -18,7 +20,7 @@ from dwf_cluster.training.loop import Perturb, Task, train, weights
 
 
 def build(experiment: Experiment, images: Images) -> Mixture:
-    """The mixture before any training."""
+    """An untrained mixture."""
     draws = Draws((experiment.seed, MIXTURE))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(draws.generator("weights").initial_seed())
@@ -28,13 +30,15 @@ def build(experiment: Experiment, images: Images) -> Mixture:
 
 
 def three_parts(experiment: Experiment) -> Perturb:
-    """What algorithm 3 does to a batch: clean, FGSM and PGD versions against the whole mixture, side by side."""
+    """The batch of algorithm 3: clean images, then FGSM's and PGD's against the whole mixture."""
     fgsm, pgd = experiment.fgsm, experiment.pgd
     ball = attacks.Ball("linf", pgd.epsilon)
 
-    def perturb(view: nn.Module, x: torch.Tensor, y: torch.Tensor, draws: Draws) -> tuple[torch.Tensor, torch.Tensor]:
+    def perturb(
+        frozen: Callable[[], nn.Module], x: torch.Tensor, y: torch.Tensor, draws: Draws
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         epsilon, steps = draws.choice("epsilon", fgsm.epsilons), draws.choice("steps", pgd.steps)
-        first, *_, last = attacks.pgd(view, x, y, ball, step_size=pgd.step_size, steps=steps)
+        first, *_, last = attacks.pgd(frozen(), x, y, ball, step_size=pgd.step_size, steps=steps)
         assert first.gradient is not None  # FGSM's too
         return torch.cat([x, attacks.fgsm(x, first.gradient, epsilon), last.x]), torch.cat([y, y, y])
 

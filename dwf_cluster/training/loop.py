@@ -1,10 +1,11 @@
 """The one epoch loop: SGD with momentum and weight decay, cosine annealing, a checkpoint after each epoch.
 
-Within an epoch it saves one every `checkpoint_minutes`, and when it is asked to stop.
+Within an epoch it saves a checkpoint every `checkpoint_minutes`, and when the run asks it to stop.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections.abc import Callable
@@ -24,8 +25,11 @@ from dwf_cluster.determinism import Draws
 from dwf_cluster.experiment import Experiment, Gate, Training
 from dwf_cluster.store import Store, checkpoints, tables
 
-Perturb = Callable[[nn.Module, torch.Tensor, torch.Tensor, Draws], tuple[torch.Tensor, torch.Tensor]]
-"""(frozen view, images, labels, draws of the step) -> images and labels to train on."""
+Perturb = Callable[[Callable[[], nn.Module], torch.Tensor, torch.Tensor, Draws], tuple[torch.Tensor, torch.Tensor]]
+"""(frozen model, images, labels, draws of the step) -> images and labels to train on.
+
+The frozen model is a function that builds it, so a step that attacks nothing does not pay for it.
+"""
 
 
 class NonFiniteLoss(RuntimeError):
@@ -33,21 +37,21 @@ class NonFiniteLoss(RuntimeError):
 
 
 class Stopped(Exception):
-    """Training was asked to stop; everything up to its last step is saved."""
+    """Training stopped at the run's request; a checkpoint of its last step is saved."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """What is trained, and where what comes out goes.
+    """The training of one model, and where its metrics and checkpoints go.
 
     Attributes:
         experiment: decides the numbers.
-        store: takes metrics and checkpoints.
+        store: for metrics and checkpoints.
         stage: `experts` or `joint`.
         name: of the model: `fgsm-2`, `mixture`.
         training: epochs, learning rate, ... of this stage.
         report: called after each epoch with the row of `metrics`, on every worker.
-        stopping: asked after each step; when it is true on any worker, all of them stop after that step.
+        stopping: called at each step; if it returns true on any worker, all workers stop after that step.
     """
 
     experiment: Experiment
@@ -61,7 +65,7 @@ class Task:
 
 @dataclass
 class _Progress:
-    """How far training has come, and the sums of the epoch that it is in."""
+    """The completed epochs, and the completed steps of the running epoch with their sums."""
 
     epoch: int = 0
     steps: int = 0
@@ -73,12 +77,11 @@ def train(task: Task, model: nn.Module, images: DeviceImages, perturb: Perturb) 
     """Train from the last checkpoint, or from `model` as it is, to the last epoch.
 
     In a process group (`torch.distributed`), each worker trains on its part of every batch and the gradients
-    are averaged by DDP. Random draws are made for the whole batch, so they do not depend on how many workers
-    there are; BatchNorm normalises with the statistics of a part, and the workers' running statistics are
-    averaged after each step.
+    are averaged by DDP. Random draws are made for the whole batch, so they do not depend on the number of workers.
+    BatchNorm normalises with the statistics of a part; the workers' running statistics are averaged after each step.
 
     Args:
-        task: what and where.
+        task: the settings, and the store to resume from.
         model: on the device of `images`; changed in place. Parameters of a submodule `gate` get the gate's
             learning rate and weight decay.
         images: the data set.
@@ -95,7 +98,7 @@ def train(task: Task, model: nn.Module, images: DeviceImages, perturb: Perturb) 
     model.to(memory_format=torch.channels_last)
     optimizer = _optimizer(model, task.training, task.experiment.gate)
     progress = _restore(task, model, optimizer)
-    parallel = DistributedDataParallel(model) if workers > 1 else model
+    parallel = _distributed(model) if workers > 1 else model
     while progress.epoch < task.training.epochs:
         row = _epoch(task, progress, model, parallel, optimizer, images, perturb)
         if row is None:
@@ -119,7 +122,7 @@ def _epoch(
     images: DeviceImages,
     perturb: Perturb,
 ) -> dict[str, Any] | None:
-    """Train to the end of an epoch, then probe; returns the row of `metrics`, or None if it was asked to stop."""
+    """Train to the end of an epoch, then probe; returns the row of `metrics`, or None if training is to stop."""
     epoch = progress.epoch
     started, key = time.perf_counter() - progress.seconds, (task.experiment.seed, task.name, epoch)
     batches = images.epoch(task.training.batch_size, Draws(key))
@@ -192,22 +195,23 @@ def _accumulate(
     perturb: Perturb,
     draws: Draws,
 ) -> tuple[float, bool]:
-    """Add up one batch's gradients on every worker; returns the batch's mean loss, and whether one is to stop."""
+    """Accumulate one batch's gradients on every worker; returns the batch's mean loss, and whether to stop."""
     rank, workers = _workers()
     start, stop = len(indices) * rank // workers, len(indices) * (rank + 1) // workers
     cuts = torch.arange(start, stop).tensor_split(task.training.accumulation)
     parts = [slice(int(cut[0]), int(cut[-1]) + 1) for cut in cuts if len(cut)]
-    # The attack sees the model as it is before the step.
-    view = attacks.frozen(parallel.module if isinstance(parallel, DistributedDataParallel) else parallel)
-    # The request to stop travels with the loss, so all workers hear it after the same step.
+    model = parallel.module if isinstance(parallel, DistributedDataParallel) else parallel
+    # Built by the first part's attack, so all parts attack the model as it is before the step.
+    frozen = functools.cache(functools.partial(attacks.frozen, model))
+    # The request to stop is reduced with the loss, so all workers see it after the same step.
     total = torch.tensor([0.0, task.stopping()], device=indices.device)
     for number, part in enumerate(parts, start=1):
-        x, y = perturb(view, *images.train_batch(indices, draws, part), draws)
+        x, y = perturb(frozen, *images.train_batch(indices, draws, part), draws)
         copies = len(y) // (part.stop - part.start)
         waits = isinstance(parallel, DistributedDataParallel) and number < len(parts)
         with parallel.no_sync() if waits else nullcontext():  # type: ignore[operator]
             logits = parallel(x.contiguous(memory_format=torch.channels_last))
-            # DDP averages over workers; times their number, the sum of parts is the whole batch's mean.
+            # DDP averages over workers, so the factor `workers` makes the sum of parts the whole batch's mean.
             loss = F.cross_entropy(logits, y, reduction="sum") * (workers / (copies * len(indices)))
             loss.backward()  # type: ignore[no-untyped-call]
         total[0] += loss.detach() / workers
@@ -220,6 +224,18 @@ def _accumulate(
 def _workers() -> tuple[int, int]:
     """(rank, number of workers) of this process."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def _distributed(model: nn.Module) -> DistributedDataParallel:
+    """The model with gradients that are averaged over workers, always in the same order.
+
+    By default DDP rebuilds its buckets after its first step, in the order in which gradients became ready. After a
+    restart the first step would then add the workers' gradients in another order than the uninterrupted run. With
+    `find_unused_parameters` the buckets stay as they are.
+
+    Buffers need no broadcast: every worker holds the same ones after each step (`_average_statistics`).
+    """
+    return DistributedDataParallel(model, find_unused_parameters=True, broadcast_buffers=False)
 
 
 def _optimizer(model: nn.Module, training: Training, gate: Gate) -> torch.optim.SGD:
@@ -236,7 +252,7 @@ def _optimizer(model: nn.Module, training: Training, gate: Gate) -> torch.optim.
 
 
 def _average_statistics(model: nn.Module) -> None:
-    """Give every worker the mean of all workers' BatchNorm statistics, so that all hold one model."""
+    """Average BatchNorm's running statistics over workers, so that all workers hold the same model."""
     _, workers = _workers()
     if workers == 1:
         return
@@ -251,7 +267,7 @@ def _average_statistics(model: nn.Module) -> None:
 
 
 def _save(task: Task, model: nn.Module, optimizer: torch.optim.SGD, progress: _Progress) -> None:
-    """Save a checkpoint, if this is the first worker: all hold the same model."""
+    """Save a checkpoint on the first worker; all workers hold the same model."""
     if _workers()[0] > 0:
         return
     tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
@@ -264,7 +280,7 @@ def _save(task: Task, model: nn.Module, optimizer: torch.optim.SGD, progress: _P
 
 
 def _restore(task: Task, model: nn.Module, optimizer: torch.optim.SGD) -> _Progress:
-    """Load the newest checkpoint, if there is one; returns how far it had come."""
+    """Load the newest checkpoint, if there is one; returns its progress."""
     checkpoint = checkpoints.load_latest(task.store, task.name)
     if checkpoint is None:
         return _Progress()
@@ -272,11 +288,12 @@ def _restore(task: Task, model: nn.Module, optimizer: torch.optim.SGD) -> _Progr
     for name, parameter in model.named_parameters():
         momentum = checkpoint.tensors.get(f"momentum.{name}")
         if momentum is not None:
-            optimizer.state[parameter]["momentum_buffer"] = momentum.to(parameter.device)
+            # With the parameter's strides, as the optimizer makes it: other strides take other kernels.
+            optimizer.state[parameter]["momentum_buffer"] = torch.empty_like(parameter).copy_(momentum)
     return _Progress(**{field.name: checkpoint.state[field.name] for field in fields(_Progress)})
 
 
 def weights(checkpoint: checkpoints.Checkpoint) -> dict[str, torch.Tensor]:
-    """The model's part of a checkpoint, for `load_state_dict`."""
+    """The model's tensors of a checkpoint, for `load_state_dict`."""
     named = checkpoint.tensors.items()
     return {name.removeprefix("model."): tensor for name, tensor in named if name.startswith("model.")}

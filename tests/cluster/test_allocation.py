@@ -92,7 +92,7 @@ def test_requeued_in_the_middle_two_nodes_come_to_the_tables_of_one_machine(
     submit: Callable[..., Job], cluster: Slurm, two_workers: Path
 ) -> None:
     """Two nodes of one worker each train the mixture bit for bit as two workers of one node do."""
-    job = submit("--nodes=2")
+    job = submit("--nodes=2", arguments=["--joint-workers", "2", *ARGUMENTS])
     held(job.folder, "joint")  # SLURM lets it go on, with its signal
     cluster("scontrol", "requeue", job.number)
     job.end()
@@ -188,7 +188,8 @@ def test_out_of_time_it_is_requeued(submit: Callable[..., Job], cluster: Slurm) 
 def test_a_sweep_on_two_nodes_goes_on_after_it_was_requeued(
     submit: Callable[..., Job], cluster: Slurm, two_workers: Path
 ) -> None:
-    job = submit("--nodes=2", script="sweep.sh", arguments=["gate.kind=soft", "gate.kind=hard", *ARGUMENTS])
+    varied = ["gate.kind=soft", "gate.kind=hard", "--joint-workers", "2"]
+    job = submit("--nodes=2", script="sweep.sh", arguments=[*varied, *ARGUMENTS])
     held(job.folder, "joint")  # of one trial; SLURM lets it go on, with its signal
     cluster("scontrol", "requeue", job.number)
     job.end()

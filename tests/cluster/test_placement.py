@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
+from dwf_cluster.cluster import placement
 from dwf_cluster.cluster.control import Claim, Control
-from dwf_cluster.cluster.placement import Limits, Resources, cpus_here, gpus_here, place
+from dwf_cluster.cluster.placement import Limits, Resources, alike_nodes, cpus_here, gpus_here, place, unused_gpus
 from dwf_cluster.cluster.schedule import Placement
 from dwf_cluster.data.sources import Sizes
 from dwf_cluster.experiment import STAGES, InvalidInput, build
@@ -30,37 +34,69 @@ def test_on_cpus_a_task_does_the_work_itself() -> None:
 def test_on_gpus_train_starts_the_workers_that_hold_them() -> None:
     places = _places(Resources(cpus=8, gpus=4))
     assert places["expert pgd-1"] == Placement(workers=1, cpus=1, gpus=1)
-    assert places["joint"] == Placement(workers=4, cpus=2, gpus=1)
+    assert places["joint"] == Placement(workers=2, cpus=2, gpus=1)
     assert places["evaluate mixture paper 0-9"] == Placement(workers=0, cpus=1, gpus=1)
 
 
-def test_on_several_nodes_the_joint_stage_has_a_worker_for_each_gpu_or_each_node() -> None:
-    assert _places(Resources(cpus=8, gpus=4, nodes=2))["joint"] == Placement(workers=8, cpus=2, gpus=1)
-    assert _places(Resources(cpus=8, gpus=0, nodes=2))["joint"] == Placement(workers=2, cpus=8, gpus=0)
+@pytest.mark.parametrize("resources", [Resources(64, 8, nodes=8), Resources(64, 0, nodes=64)], ids=["GPUs", "CPUs"])
+@pytest.mark.parametrize(("batch", "workers"), [(512, 16), (128, 4), (127, 3), (63, 1), (2, 1)])
+def test_each_worker_of_the_joint_stage_has_32_images_of_a_batch(
+    resources: Resources, batch: int, workers: int
+) -> None:
+    joint = _places(resources, f"joint.batch_size={batch}")["joint"]
+    assert max(1, joint.workers) == workers
 
 
-def test_experts_have_several_workers_only_where_gpus_would_wait_for_the_longest() -> None:
-    wide = ["experts.batch_size=128", "pgd.steps=10,20,30,40,50"]
-    few, many = (_places(Resources(cpus=64, gpus=gpus), *wide) for gpus in (4, 32))
-    assert {place.workers for name, place in few.items() if name.startswith("expert ")} == {1}
-    assert many["expert pgd-1"].workers == 4  # 32 images each
-    assert many["expert benign"].workers == 1
-    limited = _places(Resources(cpus=64, gpus=32, limits=Limits(expert_workers=1)), *wide)
-    assert limited["expert pgd-1"].workers == 1
+def test_the_joint_stage_has_a_worker_for_each_gpu_or_each_node_that_there_is() -> None:
+    batch = "joint.batch_size=512"
+    assert _places(Resources(cpus=8, gpus=4, nodes=2), batch)["joint"] == Placement(workers=8, cpus=2, gpus=1)
+    assert _places(Resources(cpus=8, gpus=0, nodes=2), batch)["joint"] == Placement(workers=2, cpus=8, gpus=0)
 
 
-def test_what_is_done_changes_no_experts_workers() -> None:
-    """BatchNorm would see other parts of each batch: numbers of a resumed run would differ."""
-    experiment = build("cifar10")
-    found = jobs(experiment, "experts", Sizes(50_000, 10_000, (3, 32, 32)))
-    resources = Resources(cpus=64, gpus=16)
-    assert place(found, resources) == place(list(reversed(found)), resources)
+def test_gpus_that_the_joint_stage_leaves_free_keep_their_share_of_the_cpus() -> None:
+    joint = _places(Resources(cpus=64, gpus=8), "joint.batch_size=128")["joint"]
+    assert joint == Placement(workers=4, cpus=8, gpus=1)
+
+
+@pytest.mark.parametrize(("workers", "cpus"), [(1, 8), (2, 8), (3, 4), (5, 2), (16, 1)])
+def test_no_worker_of_the_joint_stage_needs_more_cpus_than_a_node_has_for_it(workers: int, cpus: int) -> None:
+    resources = Resources(cpus=8, gpus=0, nodes=2, limits=Limits(joint_workers=workers))
+    joint = _places(resources)["joint"]
+    assert (max(1, joint.workers), joint.cpus) == (workers, cpus)
+
+
+@pytest.mark.parametrize(
+    ("limits", "workers"),
+    [(Limits(), 1), (Limits(expert_workers=3), 3), (Limits(expert_workers=3, gpus_per_expert=0.5), 1)],
+)
+def test_an_expert_has_one_gpu_unless_more_are_asked_for(limits: Limits, workers: int) -> None:
+    places = _places(Resources(cpus=64, gpus=32, limits=limits))
+    assert {place.workers for name, place in places.items() if name.startswith("expert ")} == {workers}
+
+
+@pytest.mark.parametrize(("stage", "option"), [("joint", "--joint-workers"), ("experts", "--expert-workers")])
+def test_workers_without_images_are_refused(stage: str, option: str) -> None:
+    """They would have no gradient, for which the others would wait."""
+    limits = Limits(joint_workers=17) if stage == "joint" else Limits(expert_workers=17)
+    message = f"^{option}: 17 cannot be used: allowed are 1 to 16, two images of a batch of 32 for each$"
+    with pytest.raises(InvalidInput, match=message):
+        _places(Resources(cpus=64, gpus=32, limits=limits), f"{stage}.batch_size=32")
+
+
+def test_what_a_job_gets_does_not_depend_on_what_else_runs() -> None:
+    """BatchNorm would see other parts of each batch, and a run of several seeds come to other numbers than one."""
+    size = Sizes(50_000, 10_000, (3, 32, 32))
+    seeds = [[job for stage in STAGES for job in jobs(build("cifar10", seed), stage, size)] for seed in range(5)]
+    resources = Resources(cpus=64, gpus=16, limits=Limits(expert_workers=4))
+    together = place([job for jobs in seeds for job in jobs], resources)
+    assert all(place([job], resources) == {job: together[job]} for jobs in seeds for job in jobs)
 
 
 def test_experts_can_share_gpus() -> None:
     places = _places(Resources(cpus=8, gpus=1, limits=Limits(gpus_per_expert=0.5)))
     assert places["expert pgd-1"] == Placement(workers=1, cpus=1, gpus=0.5)
     assert places["joint"] == Placement(workers=1, cpus=8, gpus=1)
+    assert places["evaluate mixture paper 0-9"] == Placement(workers=0, cpus=1, gpus=1)
 
 
 def test_joint_workers_share_the_cpus() -> None:
@@ -68,12 +104,101 @@ def test_joint_workers_share_the_cpus() -> None:
     assert _places(resources)["joint"] == Placement(workers=3, cpus=2, gpus=0)
 
 
+def _machine(
+    monkeypatch: pytest.MonkeyPatch, devices: int, cuda: bool = True, visible: str | None = None
+) -> tuple[int, str]:
+    """Number of GPUs used, and the warning, on a machine with so many of NVIDIA's devices."""
+    monkeypatch.setattr(placement, "glob", lambda pattern: [f"/dev/nvidia{n}" for n in range(devices)])
+    monkeypatch.setattr(placement, "_torch_uses_gpus", lambda: cuda)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    return gpus_here(), unused_gpus()
+
+
 def test_gpus_are_those_that_cuda_may_see(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
-    assert gpus_here() == 2
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert gpus_here() == 0
-    assert cpus_here() >= 1
+    assert _machine(monkeypatch, 8) == (8, "")
+    assert _machine(monkeypatch, 8, visible="2,5") == (2, "")
+    assert _machine(monkeypatch, 0) == (0, "")
+
+
+def test_gpus_that_are_there_and_not_used_are_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden, built_without = (_machine(monkeypatch, 8, visible=""), _machine(monkeypatch, 8, cuda=False))
+    assert hidden == (0, "warning: 8 GPU of this machine not used: CUDA_VISIBLE_DEVICES is empty")
+    assert built_without == (0, "warning: 8 GPU of this machine not used: this PyTorch is built without CUDA")
+
+
+def test_what_pytorch_is_built_for_is_known_without_importing_it() -> None:
+    assert placement._torch_uses_gpus() == (torch.version.cuda is not None)
+
+
+def _version_1(folder: str, quota: int) -> dict[str, str]:
+    return {f"{folder}/cpu.cfs_quota_us": str(quota), f"{folder}/cpu.cfs_period_us": "100000"}
+
+
+@pytest.mark.parametrize(
+    ("cgroup", "files", "cpus"),
+    [
+        ("0::/", {}, 64),
+        ("0::/a/b", {"a/b/cpu.max": "max 100000", "a/cpu.max": "250000 100000"}, 2),
+        ("0::/a/b", {"a/b/cpu.max": "100000 100000", "a/cpu.max": "250000 100000"}, 1),
+        ("0::/", {"cpu.max": "20000 100000"}, 1),  # a fifth of a CPU is still one process
+        ("0::/host/path", {"cpu.max": "300000 100000"}, 3),  # of a container that sees the host's path
+        ("0::/", {"cpu.max": "9900000 100000"}, 64),
+        ("4:cpu,cpuacct:/job\n1:memory:/x", _version_1("cpu,cpuacct/job", -1), 64),
+        ("4:cpu,cpuacct:/job\n0::/", _version_1("cpu,cpuacct", 400000), 4),
+        (None, {}, 64),
+    ],
+)
+def test_cpus_are_those_that_it_may_run_on_or_fewer_by_a_cgroups_quota(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cgroup: str | None, files: dict[str, str], cpus: int
+) -> None:
+    monkeypatch.setattr(placement.os, "sched_getaffinity", lambda process: set(range(64)), raising=False)
+    all_files = {f"sys/fs/cgroup/{name}": text for name, text in files.items()}
+    if cgroup is not None:
+        all_files["proc/self/cgroup"] = cgroup
+    for name, text in all_files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text + "\n")
+    assert cpus_here(tmp_path) == cpus
+
+
+def _node(name: str, alive: bool = True, **resources: float) -> dict[str, Any]:
+    return {"NodeID": f"id-{name}", "NodeManagerHostname": name, "Alive": alive, "Resources": resources}
+
+
+def test_alike_nodes_are_those_with_the_most_gpus_together_and_what_is_left_out_is_named() -> None:
+    four = [_node(f"n{n}", CPU=64 - n, GPU=8) for n in range(4)]
+    others = [_node("head", CPU=16), _node("small", CPU=8, GPU=2), _node("gone", alive=False, CPU=64, GPU=8)]
+    resources, line = alike_nodes([*others, *four, _node("idle")], Limits())
+    assert resources == Resources(cpus=61, gpus=8, nodes=4, excluded_nodes=("id-head", "id-small"))
+    assert line == "nodes: 4 with 61 CPU, 8 GPU are used; left out: head (16 CPU, 0 GPU), small (8 CPU, 2 GPU)"
+
+
+def test_many_small_gpu_nodes_outweigh_a_large_one_and_types_are_not_mixed() -> None:
+    small = [_node(f"n{n}", **{"CPU": 8, "GPU": 2, "accelerator_type:A100": 1}) for n in range(3)]
+    large = _node("large", **{"CPU": 32, "GPU": 4, "accelerator_type:H100": 1})
+    other = _node("other", **{"CPU": 8, "GPU": 2, "accelerator_type:L4": 1})
+    resources, line = alike_nodes([large, other, *small], Limits())
+    assert (resources.nodes, resources.gpus) == (3, 2)
+    assert line.endswith("left out: large (32 CPU, 4 GPU H100), other (8 CPU, 2 GPU L4)")
+
+
+def test_without_gpus_all_nodes_with_cpus_are_used() -> None:
+    resources, line = alike_nodes([_node("head"), _node("n1", CPU=4), _node("n2", CPU=6.5)], Limits())
+    assert (resources, line) == (Resources(cpus=4, gpus=0, nodes=2), "")
+
+
+def test_a_ray_without_a_cpu_for_jobs_is_refused() -> None:
+    with pytest.raises(InvalidInput, match=r"^--address: no node of that Ray has a CPU for jobs$"):
+        alike_nodes([_node("head"), _node("gpus", GPU=8)], Limits())
+
+
+def test_jobs_must_not_run_on_nodes_that_are_left_out() -> None:
+    (joint,) = jobs(build("digits"), "joint", Sizes(10, 10, (1, 8, 8)))
+    resources = Resources(cpus=8, gpus=2, excluded_nodes=("id-head", "id-small"))
+    assert place([joint], resources)[joint].label_selector == {"ray.io/node-id": "!in(id-head,id-small)"}
+    assert place([joint], Resources(cpus=8, gpus=2))[joint].label_selector is None
 
 
 @pytest.mark.parametrize(

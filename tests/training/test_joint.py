@@ -30,7 +30,7 @@ def test_the_batch_is_clean_fgsm_and_pgd_side_by_side(tiny: Experiment, images: 
     view = attacks.frozen(joint.build(tiny, images))
     x, y = DeviceImages(images, tiny.data, CPU).train_batch(torch.arange(12), Draws((0,)))
     draws = Draws((0, "mixture", 0, 0))
-    found, labels = joint.three_parts(tiny)(view, x, y, draws)
+    found, labels = joint.three_parts(tiny)(lambda: view, x, y, draws)
     fgsm = attacks.fgsm(x, attacks.differentiate(view, x, y)[0], draws.choice("epsilon", tiny.fgsm.epsilons))
     steps, ball = draws.choice("steps", tiny.pgd.steps), attacks.Ball("linf", tiny.pgd.epsilon)
     *_, last = attacks.pgd(view, x, y, ball, step_size=tiny.pgd.step_size, steps=steps)
@@ -44,7 +44,7 @@ def test_fgsms_gradient_is_pgds_first(tiny: Experiment, images: Images) -> None:
     view.register_forward_pre_hook(lambda *_: calls.append(1))
     x, y = DeviceImages(images, tiny.data, CPU).train_batch(torch.arange(4), Draws((0,)))
     draws = Draws((0, "mixture", 0, 0))
-    joint.three_parts(tiny)(view, x, y, draws)
+    joint.three_parts(tiny)(lambda: view, x, y, draws)
     assert len(calls) == draws.choice("steps", tiny.pgd.steps)
 
 

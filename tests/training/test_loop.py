@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-import multiprocessing
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,6 +24,7 @@ from dwf_cluster.training import expert
 from dwf_cluster.training.loop import NonFiniteLoss, Stopped, Task, train, weights
 
 from ..conftest import TINY, InDouble
+from .gloo import run_workers
 
 CPU = torch.device("cpu")
 BENIGN = Regime("benign", "benign")
@@ -179,6 +178,43 @@ def _other(model: nn.Module) -> nn.Module:
     return model
 
 
+def test_restored_momentum_has_the_strides_of_its_parameter(
+    tiny: Experiment, images: Images, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With other strides the optimizer would take other kernels than an uninterrupted run."""
+    found: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
+    step = torch.optim.SGD.step
+
+    def watched(optimizer: torch.optim.SGD) -> None:
+        step(optimizer)
+        found.extend((p.stride(), state["momentum_buffer"].stride()) for p, state in optimizer.state.items())
+
+    asked = itertools.count(1)
+    with pytest.raises(Stopped):
+        _train(tiny, images, store, BENIGN, expert.build(tiny, images, "benign"), lambda: next(asked) == 2)
+    monkeypatch.setattr(torch.optim.SGD, "step", watched)
+    _train(tiny, images, store, BENIGN, expert.build(tiny, images, "benign"))
+    assert len(found) == 7 * len(list(expert.build(tiny, images, "benign").parameters()))
+    assert all(parameter == momentum for parameter, momentum in found)
+
+
+def test_training_that_attacks_nothing_builds_no_frozen_model(
+    tiny: Experiment, images: Images, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built: list[nn.Module] = []
+    frozen = attacks.frozen
+
+    def counted(model: nn.Module) -> nn.Module:
+        built.append(model)
+        return frozen(model)
+
+    monkeypatch.setattr(attacks, "frozen", counted)
+    _train(tiny, images, store, BENIGN, expert.build(tiny, images, "benign"))
+    assert len(built) == 3  # for the probe after each epoch
+    _train(tiny, images, store, PGD, expert.build(tiny, images, "pgd-1"))
+    assert len(built) == 3 + 3 + 9  # and once a step, however many parts the batch has
+
+
 @pytest.mark.parametrize("parts", [2, 5])
 def test_accumulated_gradients_are_the_batchs_without_batchnorm(
     tiny: Experiment, images: Images, tmp_path: Path, parts: int
@@ -204,8 +240,10 @@ def test_a_loss_that_is_not_finite_names_step_model_and_last_good_checkpoint(
 ) -> None:
     perturb = expert.adversary(BENIGN, tiny.pgd)
 
-    def broken(view: nn.Module, x: torch.Tensor, y: torch.Tensor, draws: Draws) -> tuple[torch.Tensor, torch.Tensor]:
-        x, y = perturb(view, x, y, draws)
+    def broken(
+        frozen: Callable[[], nn.Module], x: torch.Tensor, y: torch.Tensor, draws: Draws
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        x, y = perturb(frozen, x, y, draws)
         return (x * float("nan") if draws.key[-2:] == (1, 1) else x), y
 
     task = Task(tiny, store, "experts", "benign", tiny.experts)
@@ -245,7 +283,7 @@ def test_infinite_logits_under_attack_name_step_model_and_last_good_checkpoint(
 def test_the_baselines_attack_half_of_the_batch() -> None:
     perturb = expert.adversary(Regime("fgsm-at", "fgsm", (0.1,), fraction=0.5), build("digits").pgd)
     x, y = torch.full((9, 1, 8, 8), 0.5), torch.arange(9)
-    trained, labels = perturb(attacks.frozen(_seeded(NoNorm)), x, y, Draws((0,)))
+    trained, labels = perturb(lambda: attacks.frozen(_seeded(NoNorm)), x, y, Draws((0,)))
     assert (trained != x).flatten(1).any(1).tolist() == [True] * 5 + [False] * 4
     assert torch.equal(labels, y)
 
@@ -259,21 +297,17 @@ def test_strengths_are_drawn_for_each_batch_from_the_whole_set() -> None:
 # ------------------------------------------------------------------------------------ two gloo workers
 
 
-def _worker(rank: int, folder: str, norm: bool) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", GLOO_SOCKET_IFNAME="lo")
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+def _two_workers(folder: Path, norm: bool) -> None:
+    """Train to the end, with a pause that only the second worker asks for."""
     experiment = build("digits", 0, TINY)
     asked = itertools.count(1)
-    with pytest.raises(Stopped):  # on both, though only the second worker is asked
-        _run(experiment, Path(folder), "two", norm, lambda: rank == 1 and next(asked) == 2)
+    with pytest.raises(Stopped):  # on both
+        _run(experiment, folder, "two", norm, lambda: dist.get_rank() == 1 and next(asked) == 2)
     dist.barrier()  # the first worker has saved
-    assert Store(folder, "two").names(f"checkpoints/{'benign' if norm else 'pgd-1'}") == ["epoch-00000-step-000002"]
-    _run(experiment, Path(folder), "two", norm)
-    dist.destroy_process_group()
-    # DDP keeps gloo's threads alive past this, and one that lets go of a tensor while the interpreter is
-    # finalized aborts the process. Ray kills its workers instead of finalizing them; so does this.
-    os._exit(0)
+    assert Store(str(folder), "two").names(f"checkpoints/{'benign' if norm else 'pgd-1'}") == [
+        "epoch-00000-step-000002"
+    ]
+    _run(experiment, folder, "two", norm)
 
 
 def _run(
@@ -288,15 +322,9 @@ def _run(
 def test_two_workers_with_half_the_batch_follow_one_worker_on_the_whole(tmp_path: Path, norm: bool) -> None:
     """Without BatchNorm the weights agree up to rounding. With it, they agree with those of one worker that
     accumulates two halves: what is left between the two and the whole batch is the statistics of the halves."""
-    context = multiprocessing.get_context("spawn")
-    workers = [context.Process(target=_worker, args=(rank, str(tmp_path), norm)) for rank in range(2)]
-    for worker in workers:
-        worker.start()
+    run_workers(2, _two_workers, tmp_path, norm)
     one = build("digits", 0, [*TINY, f"experts.accumulation={2 if norm else 1}"])
     _run(one, tmp_path, "one", norm)
-    for worker in workers:
-        worker.join()
-    assert [worker.exitcode for worker in workers] == [0, 0]
     found = {}
     for name in ("one", "two"):
         checkpoint = checkpoints.load_latest(Store(str(tmp_path), name), "benign" if norm else "pgd-1")

@@ -1,0 +1,111 @@
+"""A Ray of several unlike nodes that is there already: jobs run on the nodes with GPUs, and only on those alike."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from ..conftest import TINY, Launch
+
+SERVER = """
+import json, sys
+from ray.cluster_utils import Cluster
+
+nodes = json.loads(sys.argv[1])
+cluster = Cluster()
+ids = {name: cluster.add_node(dashboard_port=0, **options).node_id for name, options in nodes.items()}
+print(json.dumps({"address": cluster.address, "ids": ids}), flush=True)
+for _ in sys.stdin:  # asked where workers ran
+    actors = cluster.global_state.actor_table(None, None, None).values()
+    found = [actor["Address"]["NodeID"] for actor in actors if actor["ActorClassName"] == "RayTrainWorker"]
+    print(json.dumps(found), flush=True)
+cluster.shutdown()
+"""
+
+
+class Rays:
+    """A Ray of several nodes on this machine.
+
+    Attributes:
+        address: of its head.
+        ids: Ray's ids of the nodes, by their names.
+    """
+
+    def __init__(self, nodes: dict[str, dict[str, int]]) -> None:
+        command = [sys.executable, "-c", SERVER, json.dumps(nodes)]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        answer = json.loads(self._line())
+        self.address, self.ids = answer["address"], answer["ids"]
+
+    def nodes_of_workers(self) -> list[str]:
+        """Ids of the nodes on which Ray Train has started workers so far."""
+        assert self._process.stdin is not None
+        print(file=self._process.stdin, flush=True)
+        found: list[str] = json.loads(self._line())
+        return found
+
+    def stop(self) -> None:
+        self._process.communicate()
+
+    def _line(self) -> str:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            if line.startswith(("{", "[")):  # Ray prints too
+                return line
+        raise AssertionError("no answer")
+
+
+@pytest.fixture
+def rays(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[Rays]:
+    with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp") as folder:
+        monkeypatch.setenv("RAY_TMPDIR", folder)
+        monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        monkeypatch.setenv("RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S", "0")
+        monkeypatch.setenv("RAY_AUTH_MODE", "token")
+        monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", f"{folder}/token")
+        Path(folder, "token").write_text("c0ffee" * 10)
+        running = Rays(request.param)
+        try:
+            yield running
+        finally:
+            running.stop()
+
+
+UNLIKE = {
+    "head": {"num_cpus": 4, "num_gpus": 0},
+    "odd": {"num_cpus": 4, "num_gpus": 1},
+    "first": {"num_cpus": 2, "num_gpus": 2},
+    "second": {"num_cpus": 2, "num_gpus": 2},
+}
+
+
+@pytest.mark.parametrize("rays", [UNLIKE], indirect=True)
+def test_jobs_run_on_the_alike_gpu_nodes_and_the_others_are_named(rays: Rays, launch: Launch) -> None:
+    one_expert = [*TINY, "experts.fgsm=0", "experts.pgd=0", "experts.epochs=1"]
+    # One job at a time: on this machine the nodes' GPUs, which do not exist, have the same names.
+    wide = ["joint.batch_size=64", "joint.epochs=1"]
+    result = launch("--address", rays.address, "--stages", "experts,joint", "--set", *one_expert, *wide)
+    assert result.returncode == 0, result.stderr
+    (line,) = (line for line in result.stdout.splitlines() if line.startswith("nodes: "))
+    assert line.startswith("nodes: 2 with 2 CPU, 2 GPU are used; left out: ")
+    assert line.count("(4 CPU, 0 GPU)") == line.count("(4 CPU, 1 GPU)") == 1
+    jobs = pd.read_parquet(Path(result.stdout.splitlines()[-1]) / "results" / "jobs").set_index("task")
+    assert jobs.gpus.to_dict() == {"expert benign": 1.0, "joint": 2.0}
+    nodes = rays.nodes_of_workers()
+    assert len(nodes) == 1 + 2
+    assert set(nodes) <= {rays.ids["first"], rays.ids["second"]}
+
+
+@pytest.mark.parametrize("rays", [{"head": {"num_cpus": 0, "num_gpus": 0}}], indirect=True)
+def test_a_head_without_cpus_alone_is_one_line(rays: Rays, launch: Launch) -> None:
+    result = launch("--address", rays.address, "--set", *TINY)
+    assert result.returncode == 2
+    assert result.stderr.splitlines() == ["error: --address: no node of that Ray has a CPU for jobs"]
+    assert not (launch.folder / "runs").exists()

@@ -1,0 +1,34 @@
+"""Processes that form a gloo process group, as Ray Train's workers do."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+def run_workers(count: int, work: Callable[..., None], folder: Path, *arguments: Any) -> None:
+    """Run `work(folder, *arguments)` on each of `count` workers; all of them must succeed."""
+    context = multiprocessing.get_context("spawn")
+    workers = [context.Process(target=_enter, args=(rank, count, work, folder, arguments)) for rank in range(count)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert [worker.exitcode for worker in workers] == [0] * count
+
+
+def _enter(rank: int, count: int, work: Callable[..., None], folder: Path, arguments: tuple[Any, ...]) -> None:
+    os.environ.update(MASTER_ADDR="127.0.0.1", GLOO_SOCKET_IFNAME="lo")
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=count)
+    work(folder, *arguments)
+    dist.destroy_process_group()
+    # DDP keeps gloo's threads alive past this, and one that lets go of a tensor while the interpreter is
+    # finalized aborts the process. Ray kills its workers instead of finalizing them; so does this.
+    os._exit(0)
