@@ -39,7 +39,6 @@ from dwf_cluster.store.jobs import recorded
 from dwf_cluster.training import expert, joint
 from dwf_cluster.training.loop import Stopped, Task, weights
 
-
 CLAIM_SECONDS = 60.0
 """How long a process waits for the claim of a job that has left its GPU, but has not ended yet."""
 

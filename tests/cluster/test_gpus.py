@@ -155,6 +155,8 @@ def test_the_task_that_waits_for_a_training_leaves_cuda_alone(
             # In a worker, as Train would call `init_process_group`.
             with monkeypatch.context() as worker_machine:
                 worker_machine.setattr(torch.accelerator, "current_accelerator", lambda *_, **__: accelerator)
+                # Older torch asks here.
+                worker_machine.setattr(torch._C, "_get_accelerator", lambda: accelerator or torch.device("cpu"))
                 backends.update(dist.BackendConfig(self.backend).get_device_backend_map())
 
     backends: dict[str, str] = {}
