@@ -95,7 +95,7 @@ class Progress:
             self._states[event.job] = "running"
         elif isinstance(event, Claim):
             if event.share:
-                self._plain(f"{event.job[1]}: worker {event.worker} on {event}")
+                self._plain(f"{event.job[1]}: worker {event.worker} on {event} (process {event.process})")
         elif isinstance(event, Ended):
             job = event.job
             self._look(job)

@@ -36,8 +36,8 @@ def test_elsewhere_each_epoch_and_each_end_is_a_plain_line(store: Store, tiny: E
     progress = _progress(store, tiny, Console(file=printed))
     with progress.watching(experts):
         progress.update(Started(experts[0]))
-        progress.update(Claim((tiny.folder, "expert pgd-1"), 0, "n1", "H100 GPU-1", 0.5))
-        progress.update(Claim((tiny.folder, "expert fgsm-1"), 0, "n1", "cpu", 0))
+        progress.update(Claim((tiny.folder, "expert pgd-1"), 0, "n1", "H100 GPU-1", 0.5, "H100", 7))
+        progress.update(Claim((tiny.folder, "expert fgsm-1"), 0, "n1", "cpu", 0, "cpu", 8))
         _epoch(store, tiny, experts[0], 1)
         progress.update(None)
         progress.update(None)
@@ -45,7 +45,7 @@ def test_elsewhere_each_epoch_and_each_end_is_a_plain_line(store: Store, tiny: E
         progress.update(Ended(experts[1], "failed", "NonFiniteLoss: the loss became nan"))
         progress.update(Ended(experts[2], "stopped"))
     assert printed.getvalue().splitlines() == [
-        "expert pgd-1: worker 0 on n1: H100 GPU-1",
+        "expert pgd-1: worker 0 on n1: H100 GPU-1 (process 7)",
         "expert pgd-1: epoch 1/3, loss 0.500, clean 90.0%, PGD probe 25.0%, 321 images/s, 2:02 left",
         "expert pgd-1: done (1 of 3)",
         "expert fgsm-1: NonFiniteLoss: the loss became nan (2 of 3)",

@@ -60,10 +60,13 @@ class Cluster:
         import ray
 
         self._ray = ray
-        # One remote function for all jobs: Ray reuses its processes. Outside of what a trial has asked for, which is
-        # nothing to compute with.
+        # Outside of what a trial has asked for, which is nothing to compute with.
         anywhere = ray.util.scheduling_strategies.PlacementGroupSchedulingStrategy(placement_group=None)
+        # Ray reuses the processes of this function, which never compute on a GPU.
         self._task = ray.remote(max_retries=2, scheduling_strategy=anywhere)(_run_job)
+        # CUDA reads CUDA_VISIBLE_DEVICES once in a process, so each call has a process of its own. `options` cannot
+        # set `max_calls`.
+        self._gpu_task = ray.remote(max_retries=2, max_calls=1, num_gpus=1, scheduling_strategy=anywhere)(_run_job)
         # On this node: should another be lost, the run still has it.
         here = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(
             ray.get_runtime_context().get_node_id(), soft=True
@@ -144,9 +147,15 @@ class Cluster:
                 self._ray.cancel(reference, force=True)
 
     def _submit(self, job: Job, title: str, place: Placement, storage: str, images: Any) -> Any:
-        # With workers of its own, Train asks for what they need; the task that waits for them holds nothing.
-        holds = {"num_cpus": 0} if place.workers else {"num_cpus": place.cpus, "num_gpus": place.gpus}
-        task = self._task.options(name=title, label_selector=place.label_selector, **holds)
+        if place.workers or job.origin:
+            # With workers of its own, Train asks for what they need; the task that waits for them holds nothing.
+            # Neither does one that only copies.
+            task, holds = self._task, {"num_cpus": 0}
+        elif place.gpus:
+            task, holds = self._gpu_task, {"num_cpus": place.cpus, "num_gpus": place.gpus}
+        else:
+            task, holds = self._task, {"num_cpus": place.cpus}
+        task = task.options(name=title, label_selector=place.label_selector, **holds)
         return task.remote(job, Store(storage, job.folder), [images], place, self.control)
 
     def _outcome(self, reference: Any, job: Job, stopping: bool) -> Ended:

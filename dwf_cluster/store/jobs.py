@@ -21,7 +21,7 @@ from dwf_cluster.store.files import Store
 
 @contextmanager
 def recorded(
-    store: Store, experiment: Experiment, job: Mapping[str, str], file: str, gpus: float, device: str
+    store: Store, experiment: Experiment, job: Mapping[str, str], file: str, gpus: float, device: str | None
 ) -> Iterator[dict[str, Any]]:
     """Keep the row of a job while it runs in this process: `running`, then `done` or `failed`.
 
@@ -33,7 +33,7 @@ def recorded(
         job: its columns `stage`, `model` and `task`.
         file: name of its file in the table.
         gpus: that it was given, fractions included.
-        device: what it computes on.
+        device: what it computes on, if that is known already.
     """
     before = tables.read(store, "jobs", [file]).to_pylist()
     started, clock = datetime.now(timezone.utc), time.perf_counter()

@@ -171,7 +171,7 @@ def _epoch(
         "learning_rate": optimizer.param_groups[0]["lr"],
         "images_per_second": len(images.x_train) / seconds,
         "seconds": seconds,
-        "device": str(images.x_train.device),
+        "device": images.x_train.device.type,
     }
 
 
