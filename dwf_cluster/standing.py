@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 from dwf_cluster import plan
 from dwf_cluster.cluster.control import Claim
-from dwf_cluster.cluster.ray import Ended, Started
+from dwf_cluster.cluster.ray import Ended, Note, Started
 from dwf_cluster.data.sources import Sizes
 from dwf_cluster.experiment import STAGES, Experiment
 from dwf_cluster.store import StorageFailed, tables
@@ -50,7 +50,7 @@ class Standing:
         """Whether the experiments are no longer this process's to run."""
         return bool(self._lost)
 
-    def update(self, event: Started | Claim | Ended | None) -> None:
+    def update(self, event: Started | Claim | Ended | Note | None) -> None:
         """Take what `Cluster.run` yields."""
         if isinstance(event, Ended) and event.state == "failed":
             self.failures.append((event.job, event.reason))

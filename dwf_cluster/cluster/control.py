@@ -30,7 +30,10 @@ class Claim:
 
 
 class Control:
-    """Ray actor, one for each run."""
+    """Ray actor, one for each run.
+
+    It may be killed and started again at any time, without what it knew: the driver tells it with each `news`.
+    """
 
     def __init__(self) -> None:
         self._stopped: set[str] = set()
@@ -68,7 +71,16 @@ class Control:
         """What a job's workers compute on, in the order of their ranks."""
         return [str(claim) for _, claim in sorted(self._claims.items()) if claim.job == job]
 
-    async def news(self) -> list[Claim]:
-        """The claims since this was last asked."""
+    async def news(self, stopped: Iterable[str] = (), claims: Iterable[Claim] = ()) -> list[Claim]:
+        """The claims since the last call.
+
+        Args:
+            stopped: folders of the experiments that the asking driver knows to be asked to stop.
+            claims: of its running jobs, as far as it knows them.
+        """
+        if not self._stopped.issuperset(stopped):
+            await self.stop(stopped)
+        for claim in claims:
+            self._claims.setdefault((claim.job, claim.worker), claim)
         news, self._news = self._news, []
         return news
