@@ -151,7 +151,7 @@ def failure(error: BaseException, job: Job, title: str, hosts: Mapping[str, str]
         return _out_of_memory(cause, job, title, hosts, text)
     reason = f"{type(cause).__name__}: {last_line(clean(str(cause)))}"
     if kind is OUT_OF_GPU_MEMORY:
-        reason = f"{kind.name}: {_sentences(last_line(clean(str(cause))))}; {_less_memory(job)}"
+        reason = f"{kind.name}: {_sentences(last_line(clean(str(cause))))}; set {_fields(job)}"
     elif kind is WORKER_DIED:
         reason = f"{kind.name}: its process ended without a word (killed, or crashed; perhaps for want of memory)"
     elif kind in (NODE_LOST, PREEMPTION, STORE):
@@ -258,10 +258,15 @@ def _out_of_memory(cause: BaseException, job: Job, title: str, hosts: Mapping[st
 
 
 def _less_memory(job: Job) -> str:
-    """What to set so that a job needs less memory, or fewer run at once."""
+    """What to set so that fewer jobs run at once, or each needs less."""
+    return f"set a lower --cpus{' or' if job.stage == 'evaluate' else ','} {_fields(job)}"
+
+
+def _fields(job: Job) -> str:
+    """What to set so that a job needs less memory."""
     if job.stage == "evaluate":
-        return "set a lower --cpus or evaluation.batch_size"
-    return f"set a lower --cpus, a higher {job.stage}.accumulation or a lower {job.stage}.batch_size"
+        return "a lower evaluation.batch_size"
+    return f"a higher {job.stage}.accumulation or a lower {job.stage}.batch_size"
 
 
 def _sentences(text: str) -> str:

@@ -99,11 +99,11 @@ class Cluster:
     def stop(self, folders: Iterable[str]) -> None:
         """Ask all processes to stop what they do for these experiments; trainings save what they have."""
         self._stopped |= set(folders)
-        self._answer(self.control.stop.remote(self._stopped), _CONTROL_SECONDS)
+        self._answer(self._ask("stop", self._stopped), _CONTROL_SECONDS)
 
     def is_stopped(self, folder: str) -> bool:
         """Whether that was asked for an experiment."""
-        self._stopped |= self._answer(self.control.stopped.remote(), _CONTROL_SECONDS) or set()
+        self._stopped |= self._answer(self._ask("stopped"), _CONTROL_SECONDS) or set()
         return folder in self._stopped
 
     def share(self, value: Any) -> Any:
@@ -227,7 +227,7 @@ class Cluster:
         """Forget the claims of a job, or of its last attempt."""
         key = job.folder, job.name
         self._claims = {worker: claim for worker, claim in self._claims.items() if claim.job != key}
-        self.control.release.remote(key)
+        self._ask("release", key)
 
     def _news(self) -> list[Claim]:
         """The claims since the last call.
@@ -235,13 +235,17 @@ class Cluster:
         The driver tells the control actor what it knows, as that may have been started again. Should it be
         starting now, its answer comes with a later call.
         """
-        self._asked = self._asked or self.control.news.remote(self._stopped, list(self._claims.values()))
+        self._asked = self._asked or self._ask("news", self._stopped, list(self._claims.values()))
         claims = self._answer(self._asked, 1)
         if claims is None:
             return []
         self._asked = None
         self._claims |= {(claim.job, claim.worker): claim for claim in claims}
         return list(claims)
+
+    def _ask(self, method: str, *arguments: Any) -> Any:
+        # Without Ray's retries, each of which would be told to the user: what is lost here is said again.
+        return getattr(self.control, method).options(max_task_retries=0).remote(*arguments)
 
     def _answer(self, reference: Any, seconds: float) -> Any:
         """What the control actor answers; None if it does not in time."""
