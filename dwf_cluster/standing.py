@@ -11,6 +11,7 @@ from contextlib import contextmanager
 
 from dwf_cluster import plan
 from dwf_cluster.cluster.control import Claim
+from dwf_cluster.cluster.failures import one_line
 from dwf_cluster.cluster.ray import Ended, Note, Started
 from dwf_cluster.data.sources import Sizes
 from dwf_cluster.experiment import STAGES, Experiment
@@ -94,7 +95,7 @@ class Standing:
                 return
 
     def _end(self, error: BaseException | None) -> None:
-        fault = "" if self.failures or not isinstance(error, Exception) else f"{type(error).__name__}: {error}"
+        fault = "" if self.failures or not isinstance(error, Exception) else one_line(error)
         for experiment in self._leases:
             failed = any(job.experiment == experiment for job, _ in self.failures)
             complete = not any(self._left[experiment].values())

@@ -78,9 +78,9 @@ class Control:
             stopped: folders of the experiments that the asking driver knows to be asked to stop.
             claims: of its running jobs, as far as it knows them.
         """
-        if not self._stopped.issuperset(stopped):
-            await self.stop(stopped)
+        # Before anything is awaited: a release that was sent after this call must not be overtaken.
         for claim in claims:
             self._claims.setdefault((claim.job, claim.worker), claim)
         news, self._news = self._news, []
+        await self.stop(stopped)
         return news

@@ -149,13 +149,14 @@ def failure(error: BaseException, job: Job, title: str, hosts: Mapping[str, str]
     text = clean(str(error))
     if kind is OUT_OF_MEMORY:
         return _out_of_memory(cause, job, title, hosts, text)
-    reason = f"{type(cause).__name__}: {last_line(clean(str(cause)))}"
+    said = last_line(clean(str(cause)))
+    reason = one_line(cause)
     if kind is OUT_OF_GPU_MEMORY:
-        reason = f"{kind.name}: {_sentences(last_line(clean(str(cause))))}; set {_fields(job)}"
+        reason = f"{kind.name}: {_sentences(said)}; set {_fields(job)}"
     elif kind is WORKER_DIED:
         reason = f"{kind.name}: its process ended without a word (killed, or crashed; perhaps for want of memory)"
     elif kind in (NODE_LOST, PREEMPTION, STORE):
-        reason = f"{kind.name}: {last_line(clean(str(cause)))}"
+        reason = f"{kind.name}: {said}"
     return Failure(kind, reason, text)
 
 
@@ -172,6 +173,11 @@ def kind_of(error: BaseException) -> Kind:
         return OUT_OF_GPU_MEMORY
     names = (f"{parent.__module__}.{parent.__qualname__}" for parent in type(error).__mro__)
     return next((_BY_CLASS[name] for name in names if name in _BY_CLASS), CODE)
+
+
+def one_line(error: BaseException) -> str:
+    """Class and last useful line of an exception."""
+    return f"{type(error).__name__}: {last_line(clean(str(error)))}"
 
 
 def last_line(text: str) -> str:

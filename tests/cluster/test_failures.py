@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-
-import os
+import asyncio
+import json
 import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import psutil
 import pytest
 import torch
 from torch import nn
 
 from dwf_cluster.attacks import NotLogits
-from dwf_cluster.cluster import failures, memory
+from dwf_cluster.cluster import failures
+from dwf_cluster.cluster.control import Claim, Control
 from dwf_cluster.cluster.failures import KINDS, Kind, clean, failure, kind_of, last_line
 from dwf_cluster.cluster.memory import Memory
 from dwf_cluster.cluster.ray import fits
@@ -35,8 +35,8 @@ from ..conftest import ARGUMENTS, LOCAL, TINY, Launch, go_on_to_stop, held, stor
 ROOT = Path(__file__).parents[2]
 SIZES = Sizes(96, 40, (1, 8, 8))
 
-LOW_MEMORY = """1 worker(s) were killed due to the node running low on memory. Memory on the node (IP: 10.0.0.7, ID: f125) \
-was 22.53GB used / 23.54GB limit (0.957)
+LOW_MEMORY = """1 worker(s) were killed due to the node running low on memory. Memory on the node \
+(IP: 10.0.0.7, ID: f125) was 22.53GB used / 23.54GB limit (0.957)
 OOM kill reason: Memory usage 24192576512B exceeded threshold of 24012765136B (95.0% of 25276514304B limit)
 Ray killed 1 worker(s) based on the killing policy
 Considered workers: [
@@ -268,6 +268,23 @@ def test_memory_is_that_of_the_job_and_not_of_those_before_it_in_the_process(tin
     assert peaks[0] > peaks[1] + (200 << 20)
 
 
+def test_a_control_actor_that_has_started_again_learns_from_the_driver_what_it_knew() -> None:
+    def claim(job: str) -> Claim:
+        return Claim(("run", job), 0, "n1", "GPU-0", 1.0)
+
+    async def restarted() -> tuple[list[Claim], set[str], str | None, str | None]:
+        control = Control()
+        news = await control.news({"run"}, [claim("joint")])
+        refused = await control.claim(claim("expert pgd-1"))
+        await control.release(("run", "joint"))
+        return news, await control.stopped(0), refused, await control.claim(claim("expert pgd-1"))
+
+    news, stopped, refused, accepted = asyncio.run(restarted())
+    assert (news, stopped, accepted) == ([], {"run"}, None)
+    assert refused is not None
+    assert "taken by joint of run" in refused
+
+
 def test_a_job_fits_where_enough_nodes_can_hold_its_workers() -> None:
     nodes = [{"CPU": 4.0, "GPU": 2.0}, {"CPU": 4.0}]
     assert fits(Placement(0, 4, 0), nodes)
@@ -298,3 +315,119 @@ def test_low_memory_ends_the_run_with_one_line_after_a_bounded_number_of_attempt
     log = Path(failed.rpartition("log: ")[2]).read_text()
     assert "OOM kill reason" in log
     assert "memory users" not in log
+
+
+def test_a_control_actor_that_is_killed_comes_back_and_the_run_still_hears_that_it_is_to_stop(launch: Launch) -> None:
+    def kill_then_interrupt(driver: psutil.Process, line: str) -> None:
+        training = held(launch.folder, "expert pgd-1")
+        (control,) = (p for p in driver.children(recursive=True) if title(p).startswith("ray::Control"))
+        control.kill()
+        driver.send_signal(signal.SIGINT)
+        go_on_to_stop(training)
+
+    code, stderr = launch.until("^Ray dashboard", kill_then_interrupt, *ARGUMENTS)
+    assert code == 130, stderr
+    assert "Traceback" not in stderr
+    (folder,) = (launch.folder / "runs").iterdir()
+    assert checkpoints.latest_epoch(store_of(folder), "pgd-1") in (1, 2)
+
+
+SCRIPT = """
+import json, os, sys, time
+from dataclasses import replace
+from pathlib import Path
+
+from dwf_cluster.cluster import failures, ray as cluster_ray
+from dwf_cluster.cluster.placement import Resources
+from dwf_cluster.cluster.ray import Ended, Note, local
+from dwf_cluster.cluster.schedule import Placement
+from dwf_cluster.data.sources import Sizes
+from dwf_cluster.experiment import build
+from dwf_cluster.plan import jobs
+
+TINY, folder = json.loads(sys.argv[1]), Path(sys.argv[2])
+
+
+def run_job(job, store, images, place, control):
+    import ray, torch
+    from dwf_cluster.cluster import failures
+    from dwf_cluster.cluster.control import Claim
+
+    memory = ray.get_runtime_context().get_assigned_resources().get("memory", 0)
+    with open(folder / job.model, "a") as file:
+        file.write(f"{memory} {os.getpid()}\\n")
+    print(f"{job.model} is here", flush=True)
+    if job.model == "fgsm-1":
+        time.sleep(2)  # Ray's dashboard learns once a second which process it is
+        os._exit(1)
+    with failures.logged(store, job.file):
+        if job.model == "pgd-1":
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. GPU 0 has none")
+    ray.get(control.claim.remote(Claim((job.folder, job.name), 0, "n1", "cpu", 0.0)))
+    return True
+
+
+cluster_ray._run_job = run_job
+failures.NODE_PATIENCE = 0.0
+experiment = build("digits", 0, TINY)
+experts = jobs(experiment, "experts", Sizes(96, 40, (1, 8, 8)))
+(joint,) = jobs(experiment, "joint", Sizes(96, 40, (1, 8, 8)))
+with local(Resources(2, 0)) as cluster:
+    cluster.resources = Resources(64, 0)
+    events = []
+    for todo, place in ((experts, Placement(0, 1, 0)), ([joint], Placement(0, 64, 0))):
+        places = dict.fromkeys(todo, place)
+        events += cluster.run(todo, places, str(folder), cluster.share(None), lambda job: job.name, bool)
+told = {e.job.name: (e.state, e.reason) for e in events if isinstance(e, Ended)}
+print(json.dumps({"told": told, "notes": [e.text for e in events if isinstance(e, Note)]}))
+"""
+
+
+@pytest.fixture(scope="module")
+def troubled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """A real Ray: one expert is done, one's process dies, one's GPU is full, and the joint stage does not fit."""
+    folder = tmp_path_factory.mktemp("troubled")
+    command = [sys.executable, "-c", SCRIPT, json.dumps(TINY), folder]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, cwd=ROOT)
+    assert result.returncode == 0, result.stderr
+    return folder, json.loads(result.stdout.splitlines()[-1])
+
+
+def _attempts(folder: Path, model: str) -> list[list[str]]:
+    return [line.split() for line in (folder / model).read_text().splitlines()]
+
+
+def test_a_worker_that_dies_is_tried_again_a_bounded_number_of_times(troubled: tuple[Path, dict[str, Any]]) -> None:
+    folder, found = troubled
+    attempts = _attempts(folder, "fgsm-1")
+    assert len(attempts) == len({pid for _, pid in attempts}) == 3
+    state, reason = found["told"]["expert fgsm-1"]
+    assert state == "failed"
+    assert re.match(r"worker died: .*; tried 3 times; log: \S+$", reason)
+    notes = [note for note in found["notes"] if note.startswith("expert fgsm-1: worker died: ")]
+    assert [note.endswith("; tried again") for note in notes] == [True, True]
+    log = Path(reason.rpartition("log: ")[2]).read_text()
+    assert "fgsm-1 is here" in log
+
+
+def test_a_full_gpu_is_not_tried_again_and_leaves_its_log(troubled: tuple[Path, dict[str, Any]]) -> None:
+    folder, found = troubled
+    assert len(_attempts(folder, "pgd-1")) == 1
+    state, reason = found["told"]["expert pgd-1"]
+    assert state == "failed"
+    assert reason.startswith("out of GPU memory: CUDA out of memory. Tried to allocate 2 GiB; set a higher experts.acc")
+    log = Path(reason.rpartition("log: ")[2]).read_text()
+    assert log.startswith("Traceback (most recent call last)")
+    assert "pgd-1 is here" in log
+
+
+def test_each_task_reserves_memory(troubled: tuple[Path, dict[str, Any]]) -> None:
+    folder, found = troubled
+    assert found["told"]["expert benign"] == ["done", ""]
+    assert all(float(memory) > 400 << 20 for memory, _ in _attempts(folder, "benign"))
+
+
+def test_a_job_that_no_node_can_hold_any_more_does_not_wait_for_ever(troubled: tuple[Path, dict[str, Any]]) -> None:
+    _, found = troubled
+    assert found["told"]["joint"] == ["failed", "node lost: no nodes are left that can hold 64 CPU"]
+    assert any(note.startswith("joint: node lost: ") for note in found["notes"])
