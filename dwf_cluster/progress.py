@@ -11,7 +11,7 @@ from rich.live import Live
 from rich.table import Table
 
 from dwf_cluster.cluster.control import Claim
-from dwf_cluster.cluster.ray import Ended, Started
+from dwf_cluster.cluster.ray import Ended, Note, Started
 from dwf_cluster.experiment import STAGES
 from dwf_cluster.plan import Job
 from dwf_cluster.store import Store, tables
@@ -89,10 +89,12 @@ class Progress:
             yield
         self._live = None
 
-    def update(self, event: Started | Claim | Ended | None) -> None:
+    def update(self, event: Started | Claim | Ended | Note | None) -> None:
         """Take what `Cluster.run` yields."""
         if isinstance(event, Started):
             self._states[event.job] = "running"
+        elif isinstance(event, Note):
+            self.say(event.text)
         elif isinstance(event, Claim):
             if event.share:
                 self._plain(f"{event.job[1]}: worker {event.worker} on {event} (process {event.process})")

@@ -11,7 +11,8 @@ from contextlib import contextmanager
 
 from dwf_cluster import plan
 from dwf_cluster.cluster.control import Claim
-from dwf_cluster.cluster.ray import Ended, Started
+from dwf_cluster.cluster.failures import one_line
+from dwf_cluster.cluster.ray import Ended, Note, Started
 from dwf_cluster.data.sources import Sizes
 from dwf_cluster.experiment import STAGES, Experiment
 from dwf_cluster.store import StorageFailed, tables
@@ -50,7 +51,7 @@ class Standing:
         """Whether the experiments are no longer this process's to run."""
         return bool(self._lost)
 
-    def update(self, event: Started | Claim | Ended | None) -> None:
+    def update(self, event: Started | Claim | Ended | Note | None) -> None:
         """Take what `Cluster.run` yields."""
         if isinstance(event, Ended) and event.state == "failed":
             self.failures.append((event.job, event.reason))
@@ -94,7 +95,7 @@ class Standing:
                 return
 
     def _end(self, error: BaseException | None) -> None:
-        fault = "" if self.failures or not isinstance(error, Exception) else f"{type(error).__name__}: {error}"
+        fault = "" if self.failures or not isinstance(error, Exception) else one_line(error)
         for experiment in self._leases:
             failed = any(job.experiment == experiment for job, _ in self.failures)
             complete = not any(self._left[experiment].values())

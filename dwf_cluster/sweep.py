@@ -24,6 +24,7 @@ import pyarrow.parquet as pq
 from rich.console import Console
 
 from dwf_cluster import plan
+from dwf_cluster.cluster.failures import one_line
 from dwf_cluster.cluster.placement import place
 from dwf_cluster.cluster.ray import Cluster
 from dwf_cluster.cluster.tune import run_trials
@@ -377,5 +378,5 @@ class _Work:
         except (StageFailed, StorageFailed, Held) as error:
             return {**last, "state": "failed", "reason": str(error)}
         except Exception as error:  # of any class: Tune would run it again, and again
-            return {**last, "state": "failed", "reason": f"{type(error).__name__}: {error}"}
+            return {**last, "state": "failed", "reason": one_line(error)}
         return {**last, "state": "done", "results": results(experiment, store)}

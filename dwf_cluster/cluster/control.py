@@ -34,7 +34,10 @@ class Claim:
 
 
 class Control:
-    """Ray actor, one for each run."""
+    """Ray actor, one for each run.
+
+    It may be killed and started again at any time, without what it knew: the driver tells it with each `news`.
+    """
 
     def __init__(self) -> None:
         self._stopped: set[str] = set()
@@ -73,7 +76,16 @@ class Control:
         """The claims of a job's workers, in the order of their ranks."""
         return [claim for _, claim in sorted(self._claims.items()) if claim.job == job]
 
-    async def news(self) -> list[Claim]:
-        """The claims since this was last asked."""
+    async def news(self, stopped: Iterable[str] = (), claims: Iterable[Claim] = ()) -> list[Claim]:
+        """The claims since the last call.
+
+        Args:
+            stopped: folders of the experiments that the asking driver knows to be asked to stop.
+            claims: of its running jobs, as far as it knows them.
+        """
+        # Before anything is awaited: a release that was sent after this call must not be overtaken.
+        for claim in claims:
+            self._claims.setdefault((claim.job, claim.worker), claim)
         news, self._news = self._news, []
+        await self.stop(stopped)
         return news

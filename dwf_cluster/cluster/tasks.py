@@ -26,6 +26,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.metrics import Gauge
 from torch import nn
 
+from dwf_cluster.cluster import failures
 from dwf_cluster.cluster.control import Claim
 from dwf_cluster.cluster.schedule import Placement
 from dwf_cluster.data.sources import Images
@@ -65,7 +66,8 @@ def run_job(job: Job, store: Store, images: ray.ObjectRef, place: Placement, con
         return True
     columns = {"stage": job.stage, "model": job.model, "task": job.name}
     gpus = place.gpus * max(1, place.workers)
-    with recorded(store, job.experiment, columns, job.file, gpus, None if place.gpus else "cpu") as row:
+    log = failures.logged(store, job.file)
+    with log, recorded(store, job.experiment, columns, job.file, gpus, None if place.gpus else "cpu") as row:
         try:
             if job.stage == "evaluate":
                 _evaluate(job, store, images, place, control)
@@ -101,14 +103,14 @@ def _fit(loop: Callable[[], None], job: Job, store: Store, place: Placement) -> 
         ),
         # Undefined: torch chooses in the worker, nccl where there is a GPU and gloo where there is none.
         torch_config=TorchConfig(backend=dist.Backend.UNDEFINED if place.gpus else "gloo"),
-        # For workers that die; an error of the loop's own is met again after the last checkpoint, then ends the run.
+        # Whatever fails is tried again, or not, by the driver (`failures`).
         # No time stamp in the name: the same run again is the same run.
         run_config=RunConfig(
             name=job.file,
             # Arrow's own S3 would look for credentials and endpoint in other places than the store does.
             storage_filesystem=None if store.is_local else PyFileSystem(FSSpecHandler(store.files)),
             storage_path=store.path("train") if store.is_local else store.path("train").partition("://")[2],
-            failure_config=FailureConfig(max_failures=2),
+            failure_config=FailureConfig(max_failures=failures.BY_RAY),
         ),
     ).fit()
 
@@ -130,6 +132,10 @@ def _train(job: Job, store: Store, images: ray.ObjectRef, place: Placement, cont
             expert.train_expert(task, arrays, regime, device)
     except Stopped:
         return  # to Train, which would take an exception for a failure and try again
+    except Exception:
+        if place.workers:  # of which the job's own process hears only a part
+            failures.keep_log(store, failures.log_name(job.file, ray.train.get_context().get_world_rank()))
+        raise
 
 
 def _report(job: Job, row: dict[str, Any]) -> None:

@@ -10,6 +10,8 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from dwf_cluster.cluster import failures
+
 REDUCTION, GRACE = 2, 0.25
 """ASHA: of the trials that reach a rung, one in so many goes on; the first rung, as a share of all epochs."""
 
@@ -123,6 +125,8 @@ def run_trials(
                 verbose=0,
                 callbacks=[Watch()],
                 checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
-                failure_config=tune.FailureConfig(max_failures=2),  # a trial whose process died
+                failure_config=tune.FailureConfig(
+                    max_failures=failures.WORKER_DIED.retries
+                ),  # a trial whose process died
             ),
         ).fit()
