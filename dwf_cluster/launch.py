@@ -109,7 +109,8 @@ def _parser() -> argparse.ArgumentParser:
         epilog=f"presets:\n{presets}\n  path/to/file.npz       your own images: x_train, y_train, x_test, y_test\n"
         "  path/to/experiment.json  an experiment as a run has written it\n\n"
         f"fields for --set (type; default before the preset):\n{fields}\n\n"
-        "exit status: 0 all stages done; 1 a run that failed; 2 bad input; 130 interrupted, nothing lost",
+        "exit status: 0 all stages done; 1 a run that failed; 2 bad input; 130 interrupted (Ctrl-C, SIGTERM, a closed "
+        "terminal), nothing lost",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )

@@ -6,9 +6,11 @@ import fcntl
 import os
 import pty
 import re
+import secrets
 import subprocess
 import sys
 import termios
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -121,15 +123,24 @@ def test_without_a_network_the_run_fails_in_one_line_that_says_what_to_do(
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.fixture
+def short_path(small_disk: Path) -> Iterator[Path]:
+    """A link to the small disk, whose path is short enough for sockets below it."""
+    link = Path("/tmp", secrets.token_hex(4))
+    link.symlink_to(small_disk)
+    yield link
+    link.unlink()
+
+
 def test_a_temporary_folder_without_room_is_one_line(
-    launch: Launch, small_disk: Path, monkeypatch: pytest.MonkeyPatch
+    launch: Launch, short_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("TMPDIR", str(small_disk))
+    monkeypatch.setenv("TMPDIR", str(short_path))
     result = launch(*ARGUMENTS)
     assert result.returncode == 2
     (line,) = result.stderr.splitlines()
-    assert line.startswith(f"error: TMPDIR: '{small_disk}' cannot be used: No space left on device; allowed is ")
-    assert list(small_disk.iterdir()) == []
+    assert line.startswith(f"error: TMPDIR: '{short_path}' cannot be used: No space left on device; allowed is ")
+    assert list(short_path.iterdir()) == []
     assert not (launch.folder / "runs").exists()
 
 
