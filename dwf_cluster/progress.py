@@ -104,37 +104,41 @@ class Progress:
             self._look(job, left=True)
         with ExitStack() as stack:
             if self._console.is_terminal:
-                live = Live(get_renderable=self._table, console=self._console, refresh_per_second=2)
-                self._live = stack.enter_context(live)
+                self._live = Live(get_renderable=self._table, console=self._console, refresh_per_second=2)
+                stack.callback(setattr, self, "_live", None)
+                stack.enter_context(self._live)
             self._thread = stack.enter_context(ThreadPoolExecutor(1, "progress"))
             try:
                 yield
             finally:
                 self._deadline = time.monotonic() + _LAST_SECONDS
-        self._live = None
 
     def update(self, event: Started | Claim | Ended | None) -> None:
         """Take what `Cluster.run` yields, while watching; returns at once."""
-        if event is not None:
-            self._thread.submit(self._tell, event)
-        elif not self._look_waits:
-            self._look_waits = True
-            self._thread.submit(self._look_at_all)
+        if event is None and self._look_waits:
+            return
+        self._look_waits |= event is None
+        self._thread.submit(self._follow, event)
 
-    def _tell(self, event: Started | Claim | Ended) -> None:
+    def _follow(self, event: Started | Claim | Ended | None) -> None:
+        try:
+            self._tell(event)
+        except Exception as error:  # of any class: what is only watched must not end a run
+            self.warn("progress", _reason(error))
+
+    def _tell(self, event: Started | Claim | Ended | None) -> None:
         if isinstance(event, Started):
             self._states[event.job] = "running"
         elif isinstance(event, Claim):
             if event.share:
                 self._plain(f"{event.job[1]}: worker {event.worker} on {event}")
-        else:
+        elif isinstance(event, Ended):
             self._tell_end(event)
-
-    def _look_at_all(self) -> None:
-        self._look_waits = False
-        for job, state in self._states.items():
-            if state == "running":
-                self._look(job)
+        else:
+            self._look_waits = False
+            for job, state in self._states.items():
+                if state == "running":
+                    self._look(job)
 
     def _tell_end(self, event: Ended) -> None:
         job = event.job
@@ -150,8 +154,8 @@ class Progress:
     def _took(self, job: Job) -> str:
         try:
             seconds = [row["seconds"] for row in self._rows(job, "jobs", job.file)]
-        except StorageFailed as error:
-            self.warn("progress", _reason(error))
+        except Exception as error:  # as for `_look`
+            self.warn("progress", f"{self.title(job)}: {_reason(error)}")
             return ""
         return f" in {seconds[0]:.1f} s" if seconds and seconds[0] else ""
 
@@ -174,9 +178,8 @@ class Progress:
                     if not left and not job.origin:  # others' epochs were told as they came
                         self._plain(line)
         except Exception as error:  # a store that does not answer, or a file that holds anything
-            self._unreadable.add(
-                job
-            )  # until its end: a store that stays silent for a minute keeps its job from working
+            # Not looked at again before its end: a store that stays silent for a minute ends the job itself.
+            self._unreadable.add(job)
             self.warn("progress", f"{self.title(job)}: {_reason(error)}")
 
     def _rows(self, job: Job, table: str, file: str) -> list[dict[str, Any]]:

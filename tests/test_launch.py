@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from dwf_cluster.experiment import PRESETS, describe
-from dwf_cluster.store import checkpoints
+from dwf_cluster.store import checkpoints, tables
 from dwf_cluster.store.status import Status
 
 from .conftest import ARGUMENTS, TINY, Launch, go_on_to_stop, held, store_of
@@ -187,3 +187,5 @@ def test_closing_the_terminal_saves_as_ctrl_c_does(launch: Launch) -> None:
     assert status is not None
     assert status.state == "stopped"
     assert checkpoints.latest_epoch(store_of(folder), "pgd-1") in (1, 2)
+    (job,) = tables.read(store_of(folder), "jobs", ["expert-pgd-1"]).to_pylist()
+    assert job["state"] == "stopped"  # its process outlived the terminal

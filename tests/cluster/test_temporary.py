@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import os
+import secrets
 import subprocess
 import sys
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 
+import psutil
 import pytest
 
 from dwf_cluster.cluster import temporary
 from dwf_cluster.experiment import InvalidInput
+
+from ..conftest import title
 
 HOLD = """
 import sys
@@ -23,12 +27,22 @@ with temporary.folder() as folder:
     sys.stdin.read()
 """
 
+RAY = """
+import sys
+from pathlib import Path
+from dwf_cluster.cluster.placement import Resources
+from dwf_cluster.cluster.ray import local
+with local(Resources(1, 0)) as cluster:
+    print(Path(cluster.token_file).parent, flush=True)
+    sys.stdin.read()
+"""
+
 
 class Owner:
     """A process that holds a temporary folder until it is killed."""
 
-    def __init__(self) -> None:
-        command = [sys.executable, "-c", HOLD]
+    def __init__(self, program: str = HOLD) -> None:
+        command = [sys.executable, "-c", program]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     @cached_property
@@ -122,6 +136,26 @@ def test_a_process_that_ray_left_running_ends_with_its_folder(tmpdir: Path) -> N
     for process in processes:
         process.communicate()
     assert not killed.folder.exists()
+
+
+def test_a_killed_runs_ray_below_tmpdir_is_swept_with_all_that_it_left(
+    small_disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    subprocess.run(["mount", "-o", "remount,size=64m,noexec", small_disk], check=True)
+    link = Path("/tmp", secrets.token_hex(4))  # short enough for sockets
+    link.symlink_to(small_disk)
+    monkeypatch.setenv("TMPDIR", str(link))
+    try:
+        driver = Owner(RAY)
+        (socket,) = driver.folder.glob("ray/session_2*/sockets/plasma_store")
+        assert socket.is_socket()
+        driver.kill()
+        temporary.sweep(str(link))
+        assert list(link.iterdir()) == []
+        left = [name for process in psutil.process_iter() if driver.folder.name in (name := title(process))]
+        assert left == []
+    finally:
+        link.unlink()
 
 
 def test_many_that_start_at_once_keep_their_folders(tmpdir: Path) -> None:
