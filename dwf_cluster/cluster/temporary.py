@@ -191,9 +191,10 @@ def _left_by_ray(path: str) -> Iterator[int]:
 
     Where there is no /proc, none are found.
     """
+    below = f"{os.path.realpath(path)}/"
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):  # it has ended, or belongs to somebody else
             if (process / "comm").read_text().startswith("ray") and any(
-                os.readlink(file).startswith(f"{path}/") for file in (process / "fd").iterdir()
+                os.readlink(file).startswith(below) for file in (process / "fd").iterdir()
             ):
                 yield int(process.name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import subprocess
 import sys
@@ -51,6 +52,11 @@ class Owner:
         assert self._process.stdout is not None
         return Path(self._process.stdout.readline().strip())
 
+    @property
+    def pid(self) -> int:
+        """Of the process."""
+        return self._process.pid
+
     def kill(self) -> None:
         """Give it no time to remove its folder."""
         assert self.folder.is_dir()
@@ -60,6 +66,10 @@ class Owner:
     def end(self) -> None:
         """Let it end by itself."""
         self._process.communicate()
+
+
+def _is_agent(process: psutil.Process) -> bool:
+    return re.match("ray::.*Agent", title(process)) is not None
 
 
 @pytest.fixture
@@ -149,11 +159,14 @@ def test_a_killed_runs_ray_below_tmpdir_is_swept_with_all_that_it_left(
         driver = Owner(RAY)
         (socket,) = driver.folder.glob("ray/session_2*/sockets/plasma_store")
         assert socket.is_socket()
+        agents: list[psutil.Process] = []
+        while not agents:  # a process's title is no event
+            agents = [process for process in psutil.Process(driver.pid).children(recursive=True) if _is_agent(process)]
         driver.kill()
         temporary.sweep(str(link))
-        assert list(link.iterdir()) == []
-        left = [name for process in psutil.process_iter() if driver.folder.name in (name := title(process))]
-        assert left == []
+        assert not driver.folder.exists()
+        _, alive = psutil.wait_procs(agents, timeout=60)
+        assert alive == []
     finally:
         link.unlink()
 
