@@ -194,16 +194,17 @@ def local(resources: Resources) -> Iterator[Cluster]:
         import ray
 
         try:
-            context = ray.init(
-                address="local",
-                num_cpus=resources.cpus,
-                num_gpus=resources.gpus,
-                include_dashboard=True,
-                dashboard_host="127.0.0.1",
-                _temp_dir=f"{folder}/ray",  # Ray opens its own folder to everyone, ours stays closed
-                log_to_driver=False,
-                logging_level=logging.WARNING,
-            )
+            with temporary.used_by_children(folder):
+                context = ray.init(
+                    address="local",
+                    num_cpus=resources.cpus,
+                    num_gpus=resources.gpus,
+                    include_dashboard=True,
+                    dashboard_host="127.0.0.1",
+                    _temp_dir=f"{folder}/ray",  # Ray opens its own folder to everyone, ours stays closed
+                    log_to_driver=False,
+                    logging_level=logging.WARNING,
+                )
             yield Cluster(resources, f"http://{context.dashboard_url}", f"{folder}/token")
         finally:
             ray.shutdown()

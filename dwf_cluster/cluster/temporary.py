@@ -57,6 +57,21 @@ def folder(*, for_sockets: bool = False) -> Iterator[str]:
         os.close(lock)
 
 
+@contextlib.contextmanager
+def used_by_children(folder: str) -> Iterator[None]:
+    """Have processes that start while the body runs put their own temporary files into a folder, with which they go."""
+    tempfile.gettempdir()  # which remembers it: this process's own stay where they are
+    before = os.environ.get("TMPDIR")
+    os.environ["TMPDIR"] = folder
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["TMPDIR"]
+        else:
+            os.environ["TMPDIR"] = before
+
+
 def sweep(parent: str) -> None:
     """Remove this user's folders below `parent` whose owners, on this host, have ended; end what Ray left running."""
     try:
