@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NoReturn
 
 from dwf_cluster.experiment import InvalidInput
@@ -37,3 +39,22 @@ def run(do: Callable[[Sequence[str]], None]) -> int:
         print(f"failed: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
         return 1
     return 0
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all: when the disk is full, one that was there before stays as it was.
+
+    Raises:
+        OSError: if it cannot be written.
+    """
+    if path.exists() and not path.is_file():  # such as /dev/stdout
+        path.write_bytes(content)
+        return
+    target = Path(os.path.realpath(path))  # of a link, not the link
+    unfinished = target.with_name(f".{target.name}.{os.getpid()}.unfinished")
+    try:
+        unfinished.write_bytes(content)
+        os.replace(unfinished, target)
+    finally:
+        with contextlib.suppress(OSError):  # it was never made, or has its place
+            unfinished.unlink()

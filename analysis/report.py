@@ -222,7 +222,7 @@ def main(arguments: Sequence[str]) -> None:
     options = parser.parse_args(arguments)
     text = page(options.storage)
     try:
-        Path(options.out).write_text(text, encoding="utf-8")
+        command.write_whole(Path(options.out), text.encode())
     except OSError as error:
         raise InvalidInput(f"--out: {options.out!r} cannot be used: {error.strerror}") from None
     print(options.out)

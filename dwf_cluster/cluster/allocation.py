@@ -22,7 +22,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from dwf_cluster.cluster.ray import make_private
+from dwf_cluster.cluster.temporary import make_private
 
 RESTARTS = 2
 """How often a lost Ray cluster is started again within one allocation."""

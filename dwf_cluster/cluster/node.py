@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from dwf_cluster.cluster import allocation
-from dwf_cluster.cluster.ray import make_private, set_environment
+from dwf_cluster.cluster.temporary import make_private, set_environment
 
 JOIN_SECONDS = float(os.environ.get("DWF_JOIN_SECONDS", "180"))
 """How long the nodes of an allocation have to find one another."""

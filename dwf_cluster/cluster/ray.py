@@ -5,16 +5,14 @@ from __future__ import annotations
 import logging
 import os
 import secrets
-import shutil
 import socket
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from dwf_cluster.cluster import failures
+from dwf_cluster.cluster import failures, temporary
 from dwf_cluster.cluster.control import Claim, Control
 from dwf_cluster.cluster.memory import Memory
 from dwf_cluster.cluster.placement import Limits, Resources, alike_nodes
@@ -334,63 +332,37 @@ def _worker_log(failure: failures.Failure, reference: Any) -> Iterator[str]:
         yield f"(its output cannot be had: {failures.last_line(str(error))})"
 
 
-def make_private(folder: str, token: str) -> None:
-    """Make a folder that only this user can read, with a file `token` that only this user can read.
-
-    One of that name is removed first.
-
-    Raises:
-        OSError: if it belongs to somebody else.
-    """
-    shutil.rmtree(folder, ignore_errors=True)
-    os.mkdir(folder, 0o700)
-    with open(os.open(f"{folder}/token", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-        file.write(token)
-
-
-def set_environment(folder: str) -> None:
-    """The environment of every Ray process that this one starts: token authentication, nobody is called home."""
-    os.environ.pop("RAY_AUTH_TOKEN", None)
-    # Threads that wait by spinning make the joint stage ten times slower where other programs want the CPUs too.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    os.environ.update(
-        RAY_AUTH_MODE="token",
-        RAY_AUTH_TOKEN_PATH=f"{folder}/token",
-        RAY_TRAIN_V2_ENABLED="1",
-        RAY_USAGE_STATS_ENABLED="0",
-        RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0",
-        RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S="0",  # what is worth keeping is in the store
-    )
-
-
 @contextmanager
 def local(resources: Resources) -> Iterator[Cluster]:
     """Start Ray on this machine, for this process alone, and stop it again.
 
     Its files, and the token that its services ask for, lie in a temporary folder that only the user can read.
-    """
-    folder = tempfile.mkdtemp(prefix="dwf-", dir="/tmp")  # socket paths over 107 bytes fail
-    make_private(folder, secrets.token_hex(32))
-    set_environment(folder)
-    # Off, as on laptops by default: no Ray across machines, so all that Ray starts listens on 127.0.0.1.
-    os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
-    import ray
 
-    try:
-        context = ray.init(
-            address="local",
-            num_cpus=resources.cpus,
-            num_gpus=resources.gpus,
-            include_dashboard=True,
-            dashboard_host="127.0.0.1",
-            _temp_dir=f"{folder}/ray",  # Ray opens its own folder to everyone, ours stays closed
-            log_to_driver=False,
-            logging_level=logging.WARNING,
-        )
-        yield Cluster(resources, f"http://{context.dashboard_url}", f"{folder}/token")
-    finally:
-        ray.shutdown()
-        shutil.rmtree(folder, ignore_errors=True)
+    Raises:
+        InvalidInput: if the temporary folder cannot be used.
+    """
+    with temporary.folder(for_sockets=True) as folder:
+        temporary.write_token(folder, secrets.token_hex(32))
+        temporary.set_environment(folder)
+        # Off, as on laptops by default: no Ray across machines, so all that Ray starts listens on 127.0.0.1.
+        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+        import ray
+
+        try:
+            with temporary.used_by_children(folder):
+                context = ray.init(
+                    address="local",
+                    num_cpus=resources.cpus,
+                    num_gpus=resources.gpus,
+                    include_dashboard=True,
+                    dashboard_host="127.0.0.1",
+                    _temp_dir=f"{folder}/ray",  # Ray opens its own folder to everyone, ours stays closed
+                    log_to_driver=False,
+                    logging_level=logging.WARNING,
+                )
+            yield Cluster(resources, f"http://{context.dashboard_url}", f"{folder}/token")
+        finally:
+            ray.shutdown()
 
 
 @contextmanager

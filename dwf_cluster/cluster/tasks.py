@@ -12,6 +12,7 @@ import os
 import platform
 import threading
 import time
+import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -140,8 +141,11 @@ def _train(job: Job, store: Store, images: ray.ObjectRef, place: Placement, cont
 
 def _report(job: Job, row: dict[str, Any]) -> None:
     """Tell Train of an epoch, and whoever asks Ray for its metrics (Prometheus)."""
-    for name, gauge in _gauges().items():
-        gauge.set(row[name], {"experiment": job.folder, "model": job.model})
+    try:
+        for name, gauge in _gauges().items():
+            gauge.set(row[name], {"experiment": job.folder, "model": job.model})
+    except Exception as error:  # of any class: what is only watched must not end a training
+        warnings.warn(f"Ray's metrics lack epochs of {job.name}: {type(error).__name__}: {error}", stacklevel=2)
     ray.train.report(row)
 
 
