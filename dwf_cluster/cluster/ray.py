@@ -9,7 +9,7 @@ import shutil
 import socket
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -95,17 +95,17 @@ class Cluster:
         self,
         jobs: Sequence[Job],
         places: Mapping[Job, Placement],
-        storage: str,
+        stores: Mapping[str, Store],
         images: Any,
         title: Callable[[Job], str],
         stopping: Callable[[], bool],
-    ) -> Iterator[Started | Claim | Ended | None]:
+    ) -> Generator[Started | Claim | Ended | None, None, None]:
         """Run jobs as `schedule` has them.
 
         Args:
             jobs: to run.
             places: what each of them gets.
-            storage: URL below which each job's experiment has its folder.
+            stores: where the jobs write, by the folder of their experiment.
             images: reference to a `data.sources.Images`.
             title: a job's name in the dashboard.
             stopping: says whether the run is to stop: then no job is started, trainings save what they have, at
@@ -124,7 +124,7 @@ class Cluster:
                     deadline = time.monotonic() + STOP_SECONDS
                     self._stop(running)
                 while not stopping() and (job := schedule.start()):
-                    running[self._submit(job, title(job), places[job], storage, images)] = job
+                    running[self._submit(job, title(job), places[job], stores[job.folder], images)] = job
                     yield Started(job)
                 if not running:
                     return
@@ -143,11 +143,11 @@ class Cluster:
             for reference in running:
                 self._ray.cancel(reference, force=True)
 
-    def _submit(self, job: Job, title: str, place: Placement, storage: str, images: Any) -> Any:
+    def _submit(self, job: Job, title: str, place: Placement, store: Store, images: Any) -> Any:
         # With workers of its own, Train asks for what they need; the task that waits for them holds nothing.
         holds = {"num_cpus": 0} if place.workers else {"num_cpus": place.cpus, "num_gpus": place.gpus}
         task = self._task.options(name=title, **holds)
-        return task.remote(job, Store(storage, job.folder), [images], place, self.control)
+        return task.remote(job, store, [images], place, self.control)
 
     def _outcome(self, reference: Any, job: Job, stopping: bool) -> Ended:
         try:
