@@ -3,6 +3,7 @@ operations of the store are counted."""
 
 from __future__ import annotations
 
+import itertools
 import os
 import threading
 from collections import Counter, defaultdict
@@ -119,7 +120,7 @@ def test_a_thousand_experiments_beat_in_time_until_the_final_state_of_each_is_wr
     rounds = defaultdict(list)
     for experiment in experiments:
         _first, *running, _final = Counted.beats[experiment.folder]
-        for (thread, before), (same, after) in zip(running, running[1:], strict=False):
+        for (thread, before), (same, after) in itertools.pairwise(running):
             assert thread == same
             rounds[thread].append(after - before)
     assert len(rounds) <= files._CONNECTIONS

@@ -172,12 +172,16 @@ def _status(run: int, state: Any) -> Status:
 
 def _patch(store: Store, chance: random.Random, note: Callable[..., None]) -> None:
     """Shorter times, a machine and a clock of its own, a look at the locks that is noted, answers that are lost."""
-    offset = timedelta(seconds=chance.uniform(-3600, 3600))
-    setattr(lease, "HEARTBEAT", HEARTBEAT)
-    setattr(lease, "SILENCE", SILENCE)
-    setattr(lease, "_machine", lambda: f"machine {os.getpid()}")
-    setattr(lease, "now", lambda: (datetime.now(timezone.utc) + offset).isoformat())
-    setattr(lease, "age", lambda time: status.age(time) + offset.total_seconds())
+    patch, offset = pytest.MonkeyPatch(), timedelta(seconds=chance.uniform(-3600, 3600))
+
+    def now() -> str:
+        return (datetime.now(timezone.utc) + offset).isoformat()
+
+    patch.setattr(lease, "HEARTBEAT", HEARTBEAT)
+    patch.setattr(lease, "SILENCE", SILENCE)
+    patch.setattr(lease, "_machine", lambda: f"machine {os.getpid()}")
+    patch.setattr(lease, "now", now)
+    patch.setattr(lease, "age", lambda time: status.age(time) + offset.total_seconds())
     put = Store._put
 
     def noted(self: Store, name: str, content: bytes, exclusive: bool) -> None:
@@ -185,7 +189,7 @@ def _patch(store: Store, chance: random.Random, note: Callable[..., None]) -> No
             note("looks", file=name.rpartition("/")[2])
         put(self, name, content, exclusive)
 
-    setattr(Store, "_put", noted)
+    patch.setattr(Store, "_put", noted)
 
     def lossy(function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*arguments: Any, **options: Any) -> Any:
@@ -199,6 +203,6 @@ def _patch(store: Store, chance: random.Random, note: Callable[..., None]) -> No
 
     if store.is_local:
         for name in ("replace", "link", "rename"):
-            setattr(os, name, lossy(getattr(os, name)))
+            patch.setattr(os, name, lossy(getattr(os, name)))
     else:
-        setattr(store.files, "pipe_file", lossy(store.files.pipe_file))  # fsspec keeps one for the whole process
+        patch.setattr(store.files, "pipe_file", lossy(store.files.pipe_file))  # fsspec keeps one for the whole process
