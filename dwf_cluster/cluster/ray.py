@@ -7,7 +7,7 @@ import os
 import secrets
 import socket
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -117,17 +117,17 @@ class Cluster:
         self,
         jobs: Sequence[Job],
         places: Mapping[Job, Placement],
-        storage: str,
+        stores: Mapping[str, Store],
         images: Any,
         title: Callable[[Job], str],
         stopping: Callable[[], bool],
-    ) -> Iterator[Started | Claim | Ended | Note | None]:
+    ) -> Generator[Started | Claim | Ended | Note | None, None, None]:
         """Run jobs as `schedule` has them; those that fail are tried again as `failures` has it.
 
         Args:
             jobs: to run.
             places: what each of them gets.
-            storage: URL below which each job's experiment has its folder.
+            stores: where the jobs write, by the folder of their experiment.
             images: reference to a `data.sources.Images`.
             title: a job's name in the dashboard.
             stopping: says whether the run is to stop: then no job is started, trainings save what they have, at
@@ -145,7 +145,7 @@ class Cluster:
 
         def submit(job: Job) -> None:
             need = memory.need(job, places[job])
-            running[self._submit(job, title(job), places[job], storage, images, need)] = job
+            running[self._submit(job, title(job), places[job], stores[job.folder], images, need)] = job
 
         try:
             while time.monotonic() < deadline:
@@ -168,7 +168,7 @@ class Cluster:
                         submit(job)
                         yield Note(f"{title(job)}: {failure.reason}; tried again")
                         continue
-                    store = Store(storage, job.folder)
+                    store = stores[job.folder]
                     outcome = self._outcome(reference, job, failure, attempts, store, stopping())
                     schedule.end(job, outcome.state == "done")
                     memory.learn(job, outcome.state == "done", store)
@@ -184,7 +184,7 @@ class Cluster:
             for reference in running:
                 self._ray.cancel(reference, force=True)
 
-    def _submit(self, job: Job, title: str, place: Placement, storage: str, images: Any, memory: int) -> Any:
+    def _submit(self, job: Job, title: str, place: Placement, store: Store, images: Any, memory: int) -> Any:
         if place.workers or job.origin:
             # With workers of its own, Train asks for what they need; the task that waits for them holds nothing.
             # Neither does one that only copies.
@@ -196,7 +196,7 @@ class Cluster:
         if memory:
             holds["memory"] = memory
         task = task.options(name=title, label_selector=place.label_selector, **holds)
-        return task.remote(job, Store(storage, job.folder), [images], place, self.control)
+        return task.remote(job, store, [images], place, self.control)
 
     def _failure(self, reference: Any, job: Job, title: str) -> failures.Failure | None:
         """Why a job that has ended failed; None if it did not."""

@@ -63,7 +63,7 @@ def run_job(job: Job, store: Store, images: ray.ObjectRef, place: Placement, con
         Whether it came to its end; else the run is to stop, and it has saved what it has.
     """
     if job.origin:
-        _copy(job, replace(store, folder=job.origin), store)
+        _copy(job, replace(store, folder=job.origin, run=None), store)
         return True
     columns = {"stage": job.stage, "model": job.model, "task": job.name}
     gpus = place.gpus * max(1, place.workers)
@@ -94,6 +94,7 @@ def _copy(job: Job, source: Store, store: Store) -> None:
 
 def _fit(loop: Callable[[], None], job: Job, store: Store, place: Placement) -> None:
     resources = {"CPU": float(place.cpus)} | ({"GPU": float(place.gpus)} if place.gpus else {})
+    notes = store.path(f"train/run-{store.run or 0:05d}")  # a run that has lost its lock writes into no other's
     TorchTrainer(
         loop,
         scaling_config=ScalingConfig(
@@ -110,7 +111,7 @@ def _fit(loop: Callable[[], None], job: Job, store: Store, place: Placement) -> 
             name=job.file,
             # Arrow's own S3 would look for credentials and endpoint in other places than the store does.
             storage_filesystem=None if store.is_local else PyFileSystem(FSSpecHandler(store.files)),
-            storage_path=store.path("train") if store.is_local else store.path("train").partition("://")[2],
+            storage_path=notes if store.is_local else notes.partition("://")[2],
             failure_config=FailureConfig(max_failures=failures.BY_RAY),
         ),
     ).fit()
