@@ -88,13 +88,8 @@ class Job:
         return self.family == "paper" and "transfer" in self.experiment.evaluation.beyond
 
     @property
-    def product(self) -> tuple[str, str] | None:
-        """For the evaluate stage, table and file that are written last: when they are there, the job is done."""
-        return (CHECKS if self.family == CHECKS else "shards", self.file) if self.stage == "evaluate" else None
-
-    @property
     def tables(self) -> tuple[str, ...]:
-        """The tables that it writes a file of, that of `product` last; `jobs` aside."""
+        """The tables that it writes a file of, besides `jobs`."""
         if self.stage != "evaluate":
             return ("metrics",)
         return (CHECKS,) if self.family == CHECKS else ("predictions", "shards")
@@ -167,16 +162,47 @@ def _evaluation(experiment: Experiment, family: str) -> float:
 
 
 def unfinished(experiment: Experiment, store: Store, sizes: Sizes) -> dict[str, list[Job]]:
-    """The jobs that the store does not hold yet, by stage, in the order of `STAGES`."""
-    products = {(table, file) for table in ("shards", CHECKS) for file in tables.files(store, table)}
-    return {
-        stage: [
-            job
-            for job in jobs(experiment, stage, sizes)
-            if (job.product not in products if job.product else not is_trained(experiment, store, stage, job.model))
-        ]
-        for stage in STAGES
-    }
+    """The jobs that are not done, by stage, in the order of `STAGES`.
+
+    An evaluation is done when the files of all its tables exist; a training when its row of `jobs` exists, its
+    checkpoint is at the last epoch, and `metrics` has a row for each epoch.
+    """
+    files = {table: tables.files(store, table) for table in ("predictions", "shards", CHECKS, "jobs")}
+    epochs = tables.row_counts(store, "metrics", models(experiment))
+
+    def is_done(job: Job) -> bool:
+        if job.file not in files["jobs"]:
+            return False
+        if job.stage == "evaluate":
+            return all(job.file in files[table] for table in job.tables)
+        rows = epochs.get(job.model)
+        return rows == experiment.training(job.stage).epochs and is_trained(experiment, store, job.stage, job.model)
+
+    return {stage: [job for job in jobs(experiment, stage, sizes) if not is_done(job)] for stage in STAGES}
+
+
+def prepare_training(job: Job, store: Store) -> list[str]:
+    """Make a model's checkpoints and its rows of `metrics` agree, before a training goes on from them.
+
+    Removes damaged checkpoints. Writes rows that the table lacks from `state.json`. Removes checkpoints whose rows
+    are in neither (`state.json` of earlier versions has none): only training again brings these rows back.
+
+    Returns:
+        A line for each thing removed, for people.
+    """
+    damage = checkpoints.discard_damaged(store, job.model)
+    notes = [damage] if damage else []
+    while state := checkpoints.latest_state(store, job.model):
+        epochs = list(range(1, state["epoch"] + 1))
+        written = tables.metrics_until(store, job.model, len(epochs))
+        rows = state.get("metrics", written)
+        if [row["epoch"] for row in rows] == epochs:
+            if [row["epoch"] for row in written] != epochs:
+                tables.write(store, "metrics", job.model, tables.rows_of(job.experiment, rows))
+            break
+        path = checkpoints.remove_latest(store, job.model)
+        notes.append(f"rows of metrics of {job.model} are lost: checkpoint {path} removed, to train these epochs again")
+    return notes
 
 
 def shared(todo: Sequence[Job], done: Iterable[Job]) -> list[Job]:

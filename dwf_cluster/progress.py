@@ -101,7 +101,10 @@ class Progress:
             self._look(job)
             self._states[job] = event.state
             ended = sum(state in ("done", "failed", "stopped") for state in self._states.values())
-            took = [f" in {row['seconds']:.1f} s" for row in self._rows(job, "jobs", job.file) if row["seconds"]]
+            rows = self._rows(job, "jobs", job.file)
+            took = [f" in {row['seconds']:.1f} s" for row in rows if row["seconds"]]
+            for note in [] if job.origin else [n for row in rows if row["note"] for n in row["note"].splitlines()]:
+                self.say(f"warning: {note}")
             done = f"copied from {job.origin}" if job.origin and event.state == "done" else event.state + "".join(took)
             if job.origin and job.stage == "evaluate" and not event.reason:
                 return  # thousands, of no work

@@ -192,13 +192,14 @@ def _accuracies(experiment: Experiment, store: Store, title: str, heads: Mapping
     rows = tables.read(store, "evaluations").to_pylist()
     keys = list(next(iter(heads)).settings)
     accuracy = {(row["model"], *(row[key] for key in keys)): row["accuracy"] for row in rows}
-    table = _table(f"{title}, {rows[0]['examples']} test images")
+    table = _table(f"{title}, {rows[0]['examples'] if rows else 0} test images")
     table.add_column("model", no_wrap=True)
     for head in heads.values():
         table.add_column(head, justify="right", no_wrap=True)
     for model in models(experiment):
         cells = [accuracy.get((model, *column.settings.values())) for column in heads]
-        table.add_row(model, *("" if cell is None else f"{100 * cell:.1f}" for cell in cells))
+        if any(cell is not None for cell in cells):  # else another run is at it
+            table.add_row(model, *("" if cell is None else f"{100 * cell:.1f}" for cell in cells))
     return table
 
 
@@ -208,7 +209,7 @@ def warnings(experiment: Experiment, store: Store) -> list[str]:
     order = {model: place for place, model in enumerate(models(experiment))}
     fired = sorted((row for row in rows if row["fired"]), key=lambda row: order[row["model"]])
     lines = [f"warning: {row['model']}, {row['check']}: {row['meaning']}" for row in fired]
-    looked = f"{len(rows)} checks of {len(order)} models on {rows[0]['examples']} images"
+    looked = f"{len(rows)} checks of {len(order)} models on {rows[0]['examples'] if rows else 0} images"
     return [*lines, f"signs of gradient masking: {len(lines) or 'none'} in {looked}"]
 
 

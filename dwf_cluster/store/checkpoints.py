@@ -116,6 +116,27 @@ def load_latest(store: Store, model: str) -> Checkpoint | None:
     return None
 
 
+class CheckpointLost(RuntimeError):
+    """The last checkpoint of a trained model is damaged or gone. The text is one line."""
+
+
+def load_trained(store: Store, model: str, epochs: int) -> Checkpoint:
+    """Load the checkpoint that a training of so many epochs ended with.
+
+    Raises:
+        CheckpointLost: if there is none. Damaged ones have been removed, so the next run trains the model again,
+            from the checkpoint before if there is one.
+    """
+    checkpoint = load_latest(store, model)
+    if checkpoint and checkpoint.epoch == epochs:
+        return checkpoint
+    damage = discard_damaged(store, model)
+    raise CheckpointLost(
+        f"{model} is not trained to the end: no checkpoint of epoch {epochs}{f' ({damage})' if damage else ''}; "
+        "the same command again trains it"
+    )
+
+
 def discard_damaged(store: Store, model: str) -> str | None:
     """Remove the newest checkpoints that are not what their manifests and places say. Needs no torch.
 
@@ -132,6 +153,20 @@ def discard_damaged(store: Store, model: str) -> str | None:
     for folder in damaged:
         store.remove(folder)
     return f"damaged checkpoint {', '.join(map(store.path, damaged))} removed; used is {good}" if damaged else None
+
+
+def latest_state(store: Store, model: str) -> dict[str, Any] | None:
+    """`state.json` of the newest checkpoint; None without one. For checkpoints that `discard_damaged` has verified."""
+    folder = _latest(store, model)
+    return json.loads(store.read(f"{folder}/state.json") or b"{}") if folder else None
+
+
+def remove_latest(store: Store, model: str) -> str:
+    """Remove the newest checkpoint; return its path."""
+    folder = _latest(store, model)
+    assert folder is not None
+    store.remove(folder)
+    return store.path(folder)
 
 
 def _model_folder(model: str) -> str:

@@ -163,10 +163,14 @@ class Store:
             return None
         return content
 
-    def read_all(self, names: Sequence[str]) -> list[bytes | None]:
-        """The contents of many files, at once where the store can do that; None for each that is not there."""
+    def read_all(self, names: Sequence[str], last: int | None = None) -> list[bytes | None]:
+        """The contents of many files, at once where the store can do that; None for each that is not there.
+
+        With `last`, only so many bytes from the end of each are asked for.
+        """
         keys = [self._key(name) for name in names]
-        found = self._ask("read", "", lambda: self.files.cat(keys, on_error="return"))
+        limits = {"start": -last} if last else {}
+        found = self._ask("read", "", lambda: self.files.cat(keys, on_error="return", **limits))
         contents = [found.get(key) for key in keys]
         # What else went wrong is asked for once more, with patience.
         return [

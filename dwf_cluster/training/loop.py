@@ -9,7 +9,7 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import torch
@@ -61,12 +61,13 @@ class Task:
 
 @dataclass
 class _Progress:
-    """How far training has come, and the sums of the epoch that it is in."""
+    """How far training has come, the rows of `metrics` of its epochs, and the sums of the epoch that it is in."""
 
     epoch: int = 0
     steps: int = 0
     loss: float = 0.0
     seconds: float = 0.0
+    metrics: list[dict[str, Any]] = field(default_factory=list)
 
 
 def train(task: Task, model: nn.Module, images: DeviceImages, perturb: Perturb) -> nn.Module:
@@ -101,10 +102,10 @@ def train(task: Task, model: nn.Module, images: DeviceImages, perturb: Perturb) 
         if row is None:
             _save(task, model, optimizer, progress)
             raise Stopped
-        progress = _Progress(progress.epoch + 1)
+        progress = _Progress(progress.epoch + 1, metrics=[*progress.metrics, row])
         if rank == 0:
             # Metrics first: killed in between, the epoch is run again and its row replaced.
-            tables.upsert(task.store, "metrics", task.name, tables.rows_of(task.experiment, [row])[0], key="epoch")
+            tables.write(task.store, "metrics", task.name, tables.rows_of(task.experiment, progress.metrics))
         _save(task, model, optimizer, progress)
         task.report(row)
     return model
@@ -273,7 +274,10 @@ def _restore(task: Task, model: nn.Module, optimizer: torch.optim.SGD) -> _Progr
         momentum = checkpoint.tensors.get(f"momentum.{name}")
         if momentum is not None:
             optimizer.state[parameter]["momentum_buffer"] = momentum.to(parameter.device)
-    return _Progress(**{field.name: checkpoint.state[field.name] for field in fields(_Progress)})
+    state = checkpoint.state
+    if "metrics" not in state:  # saved by an earlier version
+        state = {**state, "metrics": tables.metrics_until(task.store, task.name, checkpoint.epoch)}
+    return _Progress(**{field.name: state[field.name] for field in fields(_Progress)})
 
 
 def weights(checkpoint: checkpoints.Checkpoint) -> dict[str, torch.Tensor]:

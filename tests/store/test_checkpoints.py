@@ -217,6 +217,22 @@ def test_good_ones_are_left_alone_and_without_any_it_starts_over(store: Store) -
     assert checkpoints.load_latest(store, "pgd-1") is None
 
 
+def test_who_needs_a_trained_model_gets_the_last_epochs_or_an_error_and_the_damage_is_removed(store: Store) -> None:
+    _save(store, 2)
+    _save(store, 3)
+    assert checkpoints.load_trained(store, "pgd-1", 3).epoch == 3
+    _flip_a_bit(_folder(store, 3))
+    with pytest.raises(checkpoints.CheckpointLost) as lost:
+        checkpoints.load_trained(store, "pgd-1", 3)
+    assert str(lost.value) == (
+        f"pgd-1 is not trained to the end: no checkpoint of epoch 3 (damaged checkpoint {_folder(store, 3)} removed; "
+        f"used is {_folder(store, 2)}); the same command again trains it"
+    )
+    assert checkpoints.latest_epoch(store, "pgd-1") == 2  # so it is trained again
+    with pytest.raises(checkpoints.CheckpointLost, match="no checkpoint of epoch 3; the same command again trains it"):
+        checkpoints.load_trained(store, "pgd-1", 3)
+
+
 def test_a_listing_that_is_behind_costs_an_epoch_and_nothing_else(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
