@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
@@ -10,11 +11,14 @@ from statistics import fmean
 
 from dwf_cluster.data.sources import Sizes
 from dwf_cluster.experiment import MIXTURE, STAGES, Experiment, InvalidInput, Regime
-from dwf_cluster.grid import CHECK_QUERIES, CHECKS, families
+from dwf_cluster.grid import CHECK_QUERIES, CHECKS, columns, families
 from dwf_cluster.store import Store, checkpoints, tables
 
 _SHARD_FLOP, _SHARD_EXAMPLES = 1e13, 8192
 """The most that one evaluation task does, whole batches aside: minutes of a CPU core, and rows that fit into memory."""
+
+_ROW_BYTES, _FILE_BYTES = 8, 5000
+"""Of a row of `predictions` without its gate, and of a file of a few rows: as measured."""
 
 
 @dataclass(frozen=True)
@@ -257,6 +261,40 @@ def select(todo: Mapping[str, list[Job]], stages: Iterable[str]) -> list[Job]:
                 f"allowed is --stages {','.join((*needed, stage))}"
             )
     return [job for stage in STAGES if stage in wanted for job in todo[stage]]
+
+
+def stored_bytes(experiments: Sequence[Experiment], sizes: Sizes) -> tuple[float, float]:
+    """Estimate what experiments store when they are done.
+
+    Returns:
+        Bytes of checkpoints (of each trained model the newest, and the one before with its momentum; models that
+        experiments share count once), and bytes of tables.
+    """
+    every = [job for experiment in experiments for stage in STAGES for job in jobs(experiment, stage, sizes)]
+    in_checkpoints = in_tables = 0.0
+    for job in shared(every, ()):
+        e, networks = job.experiment, len(job.experiment.mixture_regimes) if job.model == MIXTURE else 1
+        in_tables += _FILE_BYTES * (1 + len(job.tables))
+        if job.stage == "evaluate":
+            assert job.family is not None
+            others = len(models(e)) - 1 if job._is_transferred else 0
+            rows = (len(columns(e, job.family)) + others) * (job.stop - job.first)
+            in_tables += rows * (_ROW_BYTES + (4 * networks if job.model == MIXTURE else 0))
+        elif not job.origin:
+            gate = e.gate.hidden * (math.prod(sizes.shape) + networks) if job.model == MIXTURE else 0
+            numbers = networks * _weights(e, sizes.shape[0]) + gate
+            in_checkpoints += 4 * numbers * (1 + 2 * (checkpoints.KEPT - 1))
+    return in_checkpoints, in_tables
+
+
+def _weights(experiment: Experiment, channels: int) -> int:
+    """Numbers in the state of one ResNet-18 for ten classes: convolutions, four vectors a BatchNorm, the last layer."""
+    w = experiment.model.width
+    count = 9 * channels * w + 4 * w + 10 * (8 * w + 1)
+    for inputs, outputs in ((w, w), (w, 2 * w), (2 * w, 4 * w), (4 * w, 8 * w)):
+        shortcut = 0 if inputs == outputs else inputs * outputs + 4 * outputs
+        count += 9 * inputs * outputs + 3 * 9 * outputs * outputs + 4 * 4 * outputs + shortcut
+    return count
 
 
 def forward_flops(experiment: Experiment, shape: tuple[int, int, int]) -> float:

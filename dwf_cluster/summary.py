@@ -15,9 +15,10 @@ from dwf_cluster.cluster.schedule import Placement, lower_bound, timeline
 from dwf_cluster.data.sources import Sizes
 from dwf_cluster.experiment import MIXTURE, STAGES, Experiment, written
 from dwf_cluster.grid import Column, columns, families, transfer
-from dwf_cluster.plan import Job, forward_flops, models, shared
+from dwf_cluster.plan import Job, forward_flops, models, shared, stored_bytes
 from dwf_cluster.plan import jobs as plan_jobs
 from dwf_cluster.store import Store, tables
+from dwf_cluster.store.prune import size
 from dwf_cluster.sweep import Outcome, Sweep, headline
 
 GPU_FLOPS = 5.8e12, "assumed: the paper's 240 GPU-hours on H100"
@@ -85,7 +86,16 @@ def plan(
             f"{'measured on the jobs that are done' if stage in measured else why}"
             for stage in sorted({job.stage for job in todo}, key=STAGES.index)
         ),
+        _storage_line(experiments, sizes, storage),
     ]
+
+
+def _storage_line(experiments: Sequence[Experiment], sizes: Sizes, storage: str) -> str:
+    in_checkpoints, in_tables = stored_bytes(experiments, sizes)
+    return (
+        f"storage: about {size(in_checkpoints + in_tables)} below {storage} when all of it is done "
+        f"({size(in_checkpoints)} of checkpoints, {size(in_tables)} of tables)"
+    )
 
 
 def measured_speeds(jobs: Sequence[Job], places: Mapping[Job, Placement], storage: str) -> dict[str, float]:

@@ -15,9 +15,12 @@ import pandas as pd
 import psutil
 import pyarrow.parquet as pq
 import pytest
+from safetensors.torch import load_file
 
 from dwf_cluster import status
+from dwf_cluster.data import sources
 from dwf_cluster.experiment import Experiment, build
+from dwf_cluster.plan import stored_bytes
 from dwf_cluster.store import checkpoints, tables
 
 from .conftest import ARGUMENTS, LOCAL, MODELS, SLOWER, TINY, Launch, assert_same, go_on_to_stop, held, store_of, title
@@ -171,6 +174,23 @@ def test_a_killed_worker_is_replaced_and_changes_no_number(
     assert jobs.loc["joint", "attempts"] == 2
 
 
+def test_a_trained_model_is_kept_without_its_optimizer_and_one_to_fall_back_on_with_it(
+    undisturbed: tuple[Path, subprocess.CompletedProcess[str]],
+) -> None:
+    for model in ("pgd-1", "joint"):
+        older, last = sorted((undisturbed[0] / "checkpoints" / model).iterdir())
+        kinds = [{name.partition(".")[0] for name in load_file(f / "tensors.safetensors")} for f in (older, last)]
+        assert kinds == [{"model", "momentum"}, {"model"}]
+
+
+def test_the_dry_run_knew_what_would_be_stored(undisturbed: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    experiment = build("digits", 0, [*TINY, *SLOWER])
+    estimates = stored_bytes([experiment], sources.sizes(experiment.data))
+    for folder, estimate in zip(("checkpoints", "results"), estimates, strict=True):
+        stored = sum(path.stat().st_size for path in (undisturbed[0] / folder).rglob("*") if path.is_file())
+        assert 0.5 < estimate / stored < 2, (folder, estimate, stored)
+
+
 def _remove(folder: Path, *files: str) -> None:
     for file in files:
         path = folder / "results" / file
@@ -198,10 +218,12 @@ def test_removed_tables_and_a_damaged_model_are_made_anew_bit_for_bit(
     copy = launch.folder / "runs" / undisturbed[0].name
     shutil.copytree(undisturbed[0], copy)
     tasks = set(pd.read_parquet(copy / "results" / "jobs").task)
+    saved = {path: path.stat().st_mtime_ns for path in (copy / "checkpoints").rglob("*")}
     _remove(copy, *tables.SCHEMAS)
     result = launch(*ARGUMENTS)
     assert result.returncode == 0, result.stderr
-    assert ": epoch " not in result.stdout  # nothing is trained: checkpoints have the rows
+    # Nothing is trained: checkpoints have the rows.
+    assert {path: path.stat().st_mtime_ns for path in (copy / "checkpoints").rglob("*")} == saved
     assert_same(copy, undisturbed[0])
     assert set(pd.read_parquet(copy / "results" / "jobs").task) == tasks
 

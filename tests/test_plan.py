@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from dwf_cluster import plan
 from dwf_cluster.data.sources import Sizes
 from dwf_cluster.experiment import STAGES, Experiment, InvalidInput, build
+from dwf_cluster.models import ResNet18
 from dwf_cluster.plan import Job, forward_flops, jobs, prepare_training, select, unfinished
 from dwf_cluster.store import Store, checkpoints, tables
 
@@ -56,6 +58,17 @@ def test_slices_are_whole_batches_cover_the_test_set_and_take_minutes() -> None:
         flop = slices[0].cost * forward_flops(experiment, CIFAR10.shape)
         batch = flop * experiment.evaluation.batch_size / slices[0].stop
         assert flop < 1e13 + batch
+
+
+def test_the_estimate_of_storage_knows_the_size_of_the_networks() -> None:
+    experiment = build("cifar10", 0, ["model.width=16"])
+    state = ResNet18(10, (0.5,) * 3, (0.5,) * 3, 16).state_dict()
+    assert plan._weights(experiment, 3) == pytest.approx(sum(t.numel() for t in state.values()), rel=0.001)
+    one, _ = plan.stored_bytes([experiment], CIFAR10)
+    seeds, _ = plan.stored_bytes([experiment, experiment.model_copy(update={"seed": 1})], CIFAR10)
+    assert seeds == 2 * one
+    gates, _ = plan.stored_bytes([experiment, build("cifar10", 0, ["model.width=16", "gate.kind=hard"])], CIFAR10)
+    assert gates < 2 * one  # the experts are stored once
 
 
 def test_a_slice_can_be_chosen() -> None:

@@ -79,7 +79,7 @@ def _copy(job: Job, source: Store, store: Store) -> None:
     for table in job.tables:
         tables.copy(source, store, job.experiment, table, job.model if table == "metrics" else job.file)
     if job.stage != "evaluate":
-        checkpoints.copy(source, store, job.model)
+        checkpoints.refer(source, store, job.model)
 
 
 def _fit(loop: Callable[[], None], job: Job, store: Store, place: Placement) -> None:

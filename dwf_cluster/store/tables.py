@@ -196,7 +196,7 @@ def row_counts(store: Store, table: str, names: Iterable[str]) -> dict[str, int]
     """How many rows each of these files of a table has, for those that exist. Reads only the ends of the files."""
     names = sorted(names)
     try:
-        ends = store.read_all([_path(table, name) for name in names], last=_FOOTER) if names else []
+        ends = store.read_ends([_path(table, name) for name in names], _FOOTER)
     except IsADirectoryError:
         ends = [_content(store, table, name) for name in names]  # raises for the folder among them
     counts = {}

@@ -256,7 +256,8 @@ def _save(task: Task, model: nn.Module, optimizer: torch.optim.SGD, progress: _P
     if _workers()[0] > 0:
         return
     tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
-    for name, parameter in model.named_parameters():
+    trained = progress.epoch == task.training.epochs  # its optimizer takes no further step
+    for name, parameter in () if trained else model.named_parameters():
         momentum = optimizer.state[parameter].get("momentum_buffer")
         if momentum is not None:
             tensors[f"momentum.{name}"] = momentum
