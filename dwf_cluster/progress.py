@@ -149,17 +149,21 @@ class Progress:
         self._states[job] = event.state
         if job.origin and job.stage == "evaluate" and not event.reason:
             return  # thousands, of no work
+        row = self._job_row(job)
+        for note in (row.get("note") or "").splitlines() if not job.origin else ():
+            self.say(f"warning: {note}")
+        took = f" in {row['seconds']:.1f} s" if row.get("seconds") else ""
         ended = sum(state in ("done", "failed", "stopped") for state in self._states.values())
         what = event.reason or (f"copied from {job.origin}" if job.origin and event.state == "done" else "")
-        self._plain(f"{self.title(job)}: {what or event.state + self._took(job)} ({ended} of {len(self._states)})")
+        self._plain(f"{self.title(job)}: {what or event.state + took} ({ended} of {len(self._states)})")
 
-    def _took(self, job: Job) -> str:
+    def _job_row(self, job: Job) -> dict[str, Any]:
+        """The row of a job in the table `jobs`; empty if it cannot be read."""
         try:
-            seconds = [row["seconds"] for row in self._rows(job, "jobs", job.file)]
+            return next(iter(self._rows(job, "jobs", job.file)), {})
         except Exception as error:  # as for `_look`
             self.warn("progress", f"{self.title(job)}: {_reason(error)}")
-            return ""
-        return f" in {seconds[0]:.1f} s" if seconds and seconds[0] else ""
+            return {}
 
     def _look(self, job: Job, left: bool = False) -> None:
         """Tell of the epochs of a training that have ended since it was last looked at.

@@ -23,8 +23,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0, 1 if the store cannot be read, 2 for bad input."""
     parser = argparse.ArgumentParser(prog="python -m dwf_cluster.status", description="How experiments stand.")
     parser.add_argument("storage", nargs="?", default="./runs", help="path or URL (default: ./runs)")
+    parser.add_argument("--prune", action="store_true", help="list what no run needs any more, ask, and remove it")
+    parser.add_argument("--yes", action="store_true", help="with --prune: do not ask")
     try:
-        for line in lines(parser.parse_args(argv).storage):
+        options = parser.parse_args(argv)
+        if options.prune:
+            from dwf_cluster.store import prune
+
+            return prune.command(options.storage, options.yes)
+        for line in lines(options.storage):
             print(line)
     except InvalidInput as error:
         print(f"error: {error}", file=sys.stderr)

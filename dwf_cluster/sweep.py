@@ -241,6 +241,7 @@ def run(
     progress.planned(STAGES, todo)
     if not todo:
         tell_last_word(stores, sizes, progress, again)
+        outcome = Outcome(sweep, storage)  # that may have merged shards
         outcome.write()
         return outcome
     with opened(list(stores), storage, connect, data_folder, progress, stopping, again) as pipeline:
@@ -290,6 +291,7 @@ def _trials(
     """Joint stage and evaluation of each mixture, as trials of Ray Tune."""
     stores = {trial.experiment: Store(pipeline.storage, trial.experiment.folder) for trial in trials}
     left = {job.folder for job in jobs_left(stores, STAGES, pipeline.sizes) if job.model == MIXTURE}
+    left |= {e.folder for e, store in stores.items() if not results(e, store)}  # shards that are not merged
     if not left:
         return
     # Those that are done tell ASHA again how they fared.

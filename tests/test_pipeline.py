@@ -16,9 +16,12 @@ import pandas as pd
 import psutil
 import pyarrow.parquet as pq
 import pytest
+from safetensors.torch import load_file
 
 from dwf_cluster import status
+from dwf_cluster.data import sources
 from dwf_cluster.experiment import Experiment, build
+from dwf_cluster.plan import stored_bytes
 from dwf_cluster.store import checkpoints, tables
 
 from .conftest import (
@@ -183,6 +186,80 @@ def test_a_killed_worker_is_replaced_and_changes_no_number(
     assert_same(folder, undisturbed[0])
     jobs = pd.read_parquet(folder / "results" / "jobs").set_index("task")
     assert jobs.loc["joint", "attempts"] == 2
+
+
+def test_a_trained_model_is_kept_without_its_optimizer_and_one_to_fall_back_on_with_it(
+    undisturbed: tuple[Path, subprocess.CompletedProcess[str]],
+) -> None:
+    for model in ("pgd-1", "joint"):
+        older, last = sorted((undisturbed[0] / "checkpoints" / model).iterdir())
+        kinds = [{name.partition(".")[0] for name in load_file(f / "tensors.safetensors")} for f in (older, last)]
+        assert kinds == [{"model", "momentum"}, {"model"}]
+
+
+def test_the_dry_run_knew_what_would_be_stored(undisturbed: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    experiment = build("digits", 0, [*TINY, *SLOWER])
+    estimates = stored_bytes([experiment], sources.sizes(experiment.data))
+    for folder, estimate in zip(("checkpoints", "results"), estimates, strict=True):
+        stored = sum(path.stat().st_size for path in (undisturbed[0] / folder).rglob("*") if path.is_file())
+        assert 0.5 < estimate / stored < 2, (folder, estimate, stored)
+
+
+def _remove(folder: Path, *files: str) -> None:
+    for file in files:
+        path = folder / "results" / file
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def test_removed_evaluations_are_added_up_again_without_ray(
+    launch: Launch, undisturbed: tuple[Path, subprocess.CompletedProcess[str]]
+) -> None:
+    copy = launch.folder / "runs" / undisturbed[0].name
+    shutil.copytree(undisturbed[0], copy)
+    table = undisturbed[1].stdout[undisturbed[1].stdout.index("Accuracy in percent") :]
+    for removed in ("evaluations/evaluate-pgd-1-paper.parquet", "evaluations"):
+        _remove(copy, removed)
+        result = launch(*ARGUMENTS)
+        assert result.returncode == 0, result.stderr
+        assert "Ray dashboard" not in result.stdout
+        assert table.replace(str(undisturbed[0]), str(copy)) in result.stdout
+        assert_same(copy, undisturbed[0])
+
+
+def test_removed_tables_and_a_damaged_model_are_made_anew_bit_for_bit(
+    launch: Launch, undisturbed: tuple[Path, subprocess.CompletedProcess[str]]
+) -> None:
+    copy = launch.folder / "runs" / undisturbed[0].name
+    shutil.copytree(undisturbed[0], copy)
+    tasks = set(pd.read_parquet(copy / "results" / "jobs").task)
+    saved = {path: path.stat().st_mtime_ns for path in (copy / "checkpoints").rglob("*")}
+    _remove(copy, *tables.SCHEMAS)
+    result = launch(*ARGUMENTS)
+    assert result.returncode == 0, result.stderr
+    # Nothing is trained: checkpoints have the rows.
+    assert {path: path.stat().st_mtime_ns for path in (copy / "checkpoints").rglob("*")} == saved
+    assert_same(copy, undisturbed[0])
+    assert set(pd.read_parquet(copy / "results" / "jobs").task) == tasks
+
+    evaluation = "evaluate-{}-000000000.parquet"
+    _remove(copy, "metrics/fgsm-1.parquet", "jobs/joint.parquet", "evaluations/evaluate-mixture-noise.parquet")
+    for table, file in (("shards", "benign-noise"), ("predictions", "pgd-1-noise"), ("checks", "pgd-1-checks")):
+        _remove(copy, f"{table}/{evaluation.format(file)}")
+    last = copy / "checkpoints" / "benign" / "epoch-00003"
+    (last / "tensors.safetensors").write_bytes((last / "tensors.safetensors").read_bytes()[::-1])
+    result = launch(*ARGUMENTS)
+    assert result.returncode == 1
+    assert result.stderr.splitlines()[0] == (
+        "failed: stage evaluate, evaluate benign noise 0-23: CheckpointLost: benign is not trained to the end: no "
+        f"checkpoint of epoch 3 (damaged checkpoint {last} removed; used is {last.with_name('epoch-00002')}); "
+        "the same command again trains it"
+    )
+    assert "Traceback" not in result.stderr
+    result = launch(*ARGUMENTS)
+    assert result.returncode == 0, result.stderr
+    assert "expert benign: done in" in result.stdout
+    assert_same(copy, undisturbed[0])
+    assert set(pd.read_parquet(copy / "results" / "jobs").task) == tasks
 
 
 def test_one_worker_or_two_and_a_slice_again_come_to_the_same_rows(

@@ -22,7 +22,8 @@ from dwf_cluster.store import Store, tables
 def _epoch(store: Store, experiment: Experiment, job: Job, epoch: int) -> None:
     row = {"stage": job.stage, "model": job.model, "epoch": epoch, "loss": 0.5, "clean_accuracy": 0.9}
     row |= {"probe_pgd_accuracy": 0.25, "images_per_second": 321.0, "seconds": 61.0}
-    tables.upsert(store, "metrics", job.model, tables.rows_of(experiment, [row])[0], key="epoch")
+    before = tables.metrics_until(store, job.model, epoch - 1)
+    tables.write(store, "metrics", job.model, tables.rows_of(experiment, [*before, row]))
 
 
 @pytest.fixture
@@ -53,6 +54,20 @@ def test_elsewhere_each_epoch_and_each_end_is_a_plain_line(store: Store, tiny: E
         "expert pgd-1: done (1 of 3)",
         "expert fgsm-1: NonFiniteLoss: the loss became nan (2 of 3)",
         "expert benign: stopped (3 of 3)",
+    ]
+
+
+def test_what_a_job_noted_is_a_warning(store: Store, tiny: Experiment, experts: list[Job]) -> None:
+    note = "damaged checkpoint 2 removed; used is 1\nrows are lost"
+    tables.write(store, "jobs", experts[0].file, tables.rows_of(tiny, [{"state": "done", "note": note}]))
+    printed = io.StringIO()
+    progress = _progress(store, tiny, Console(file=printed))
+    with progress.watching(experts):
+        progress.update(Ended(experts[0], "done"))
+    assert printed.getvalue().splitlines() == [
+        "warning: damaged checkpoint 2 removed; used is 1",
+        "warning: rows are lost",
+        "expert pgd-1: done (1 of 3)",
     ]
 
 

@@ -155,6 +155,11 @@ def test_the_store_has_a_folders_manners(s3: str) -> None:
     assert store.create("lease/00001.json", b"one")  # the answer to the first was lost, say
     assert not store.create("lease/00001.json", b"two")
     assert store.read_all(["a/b/file", "gone"]) == [b"content", None]
+    store.write("a/b/empty", b"")
+    names = ["a/b/file", "gone", "a/b/empty"]
+    assert store.read_ends(names, 3) == [b"ent", None, b""]
+    assert store.read_ends(names, 100) == [b"content", None, b""]
+    store.remove("a/b/empty")
     store.remove("a")
     store.remove("a")
     assert (store.read("a/b/file"), store.names("a/b")) == (None, [])

@@ -240,6 +240,7 @@ def test_experts_are_trained_once_and_copied_with_their_rows(
     assert copied.seconds["expert pgd-1"] == trained.seconds["expert pgd-1"]
     state = json.loads(sorted((hard / "checkpoints" / "pgd-1").glob("*/state.json"))[-1].read_text())
     assert state["copied_from"] == soft.name
+    assert not list((hard / "checkpoints" / "pgd-1").glob("*/tensors.safetensors"))  # stored once
     metrics = pd.read_parquet(hard / "results" / "metrics")
     assert set(metrics.experiment) == {hard.name.rpartition("-")[2]}
     assert metrics.groupby("model").epoch.apply(list).to_dict() == {

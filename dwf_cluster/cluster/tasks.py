@@ -35,7 +35,7 @@ from dwf_cluster.determinism import make_deterministic
 from dwf_cluster.evaluation import check, evaluate
 from dwf_cluster.experiment import MIXTURE, Experiment
 from dwf_cluster.grid import CHECKS
-from dwf_cluster.plan import Job, is_trained
+from dwf_cluster.plan import Job, is_trained, prepare_training
 from dwf_cluster.store import Store, checkpoints, tables
 from dwf_cluster.store.jobs import recorded
 from dwf_cluster.training import expert, joint
@@ -73,7 +73,11 @@ def run_job(job: Job, store: Store, images: ray.ObjectRef, place: Placement, con
             if job.stage == "evaluate":
                 _evaluate(job, store, images, place, control)
             else:
-                _fit(functools.partial(_train, job, store, images, place, control), job, store, place)
+                row["note"] = "\n".join(prepare_training(job, store)) or None
+                if checkpoints.latest_path(store, job.model):  # also where its row was removed
+                    row["attempts"] = max(2, row["attempts"])
+                if not is_trained(job.experiment, store, job.stage, job.model):
+                    _fit(functools.partial(_train, job, store, images, place, control), job, store, place)
         finally:  # Only the processes that compute know their devices, and they have told the control actor.
             claims = _get(control.claims.remote((job.folder, job.name)))
             row["device"] = ", ".join(sorted({claim.hardware for claim in claims})) or row["device"]
@@ -89,7 +93,7 @@ def _copy(job: Job, source: Store, store: Store) -> None:
     for table in job.tables:
         tables.copy(source, store, job.experiment, table, job.model if table == "metrics" else job.file)
     if job.stage != "evaluate":
-        checkpoints.copy(source, store, job.model)
+        checkpoints.refer(source, store, job.model)
 
 
 def _fit(loop: Callable[[], None], job: Job, store: Store, place: Placement) -> None:
@@ -179,10 +183,8 @@ def _evaluate(job: Job, store: Store, images: ray.ObjectRef, place: Placement, c
 
 def _trained(experiment: Experiment, store: Store, images: Images, name: str) -> nn.Module:
     model = joint.build(experiment, images) if name == MIXTURE else expert.build(experiment, images, name)
-    checkpoint = checkpoints.load_latest(store, name)
-    if checkpoint is None:
-        raise FileNotFoundError(f"{name} has no checkpoint that can be read")
-    model.load_state_dict(weights(checkpoint))
+    epochs = experiment.training("joint" if name == MIXTURE else "experts").epochs
+    model.load_state_dict(weights(checkpoints.load_trained(store, name, epochs)))
     return model
 
 

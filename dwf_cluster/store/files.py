@@ -201,6 +201,28 @@ class Store:
             for name, content in zip(names, contents, strict=True)
         ]
 
+    def read_start(self, name: str, count: int) -> bytes | None:
+        """The first `count` bytes of one file; None if there is none."""
+        try:
+            content: bytes = self._ask("read", name, lambda: self.files.cat_file(self._key(name), start=0, end=count))
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+            return None
+        return content
+
+    def read_ends(self, names: Sequence[str], count: int) -> list[bytes | None]:
+        """At least the last `count` bytes of many files, at once where the store can do that; None for each absent."""
+        keys = [self._key(name) for name in names]
+        if self.is_local:
+            ends: list[object] = [_end(key, count) for key in keys]
+        else:
+            found = self._ask("read", "", lambda: self.files.cat(keys, on_error="return", start=-count)) if keys else {}
+            ends = [found.get(key) for key in keys]
+        # What else went wrong is asked for once more, with patience.
+        return [
+            end if isinstance(end, bytes) else None if _is_absent(end) else self.read(name)
+            for name, end in zip(names, ends, strict=True)
+        ]
+
     def size(self, name: str) -> int | None:
         """Bytes of one file; None if there is none."""
         try:
@@ -357,6 +379,18 @@ class Store:
                     raise StorageFailed(f"{self.path(name)}: cannot be {what}: {_reason(error)}") from error
             time.sleep(random.uniform(0, pause))
             pause = min(2 * pause, _LONGEST_PAUSE)
+
+
+def _end(path: str, count: int) -> bytes | OSError:
+    """The last bytes of a file of this machine, or why they cannot be read."""
+    try:
+        if not os.path.isfile(path):
+            return FileNotFoundError(path) if not os.path.lexists(path) else OSError(path)
+        with open(path, "rb") as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - count))
+            return file.read()
+    except OSError as error:
+        return error
 
 
 def _is_absent(result: object) -> bool:
