@@ -328,12 +328,12 @@ def test_what_ends_by_itself_is_not_started_again(submit: Callable[..., Job]) ->
 @pytest.mark.parametrize(
     ("left", "lives", "message"),
     [
-        ("", 1, "failed: Ray has not started on all nodes; see {log}\nresume: again\n"),
+        ("", 3, "Ray has not started on all nodes; see {log}; resume: again\n"),
         ("joined", 3, "the Ray cluster was lost; see {log}; resume: again\n"),
         ("1", 1, ""),
     ],
 )
-def test_only_a_lost_cluster_is_started_again(
+def test_a_cluster_that_was_lost_or_has_not_started_is_started_again_and_a_failed_run_is_not(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
