@@ -15,7 +15,7 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from dwf_cluster.experiment import PRESETS, STAGES, Experiment, InvalidInput, build, describe
+from dwf_cluster.experiment import PRESETS, STAGES, Experiment, InvalidInput, build, describe, printable_lines
 from dwf_cluster.store import StorageFailed, check_url
 
 if TYPE_CHECKING:
@@ -217,12 +217,15 @@ def main(argv: Sequence[str] | None = None, again: str | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     again = again or f"python -m dwf_cluster.launch {shlex.join(arguments)}"
     try:
+        for argument in arguments:
+            if re.search("[\ud800-\udfff]", argument):  # how Python holds bytes that are no UTF-8
+                raise InvalidInput(f"{argument!r} cannot be used: allowed is text in UTF-8")
         return _run(_parser().parse_args(arguments), again)
     except InvalidInput as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except StorageFailed as error:
-        print(f"failed: {error}\nresume: {again}", file=sys.stderr)
+        print(f"failed: {printable_lines(error)}\nresume: {again}", file=sys.stderr)
         return 1
 
 
@@ -335,7 +338,7 @@ def _go(
         print(f"interrupted; what is done is kept\nresume: {again}", file=sys.stderr)
         return 130
     except (StageFailed, DataUnavailable, Held) as error:
-        print(f"failed: {error}\nresume: {again}", file=sys.stderr)
+        print(f"failed: {printable_lines(error)}\nresume: {again}", file=sys.stderr)
         return 1
     if sweep and outcome:
         summary.sweep_results(console, sweep, outcome)
