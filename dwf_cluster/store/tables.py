@@ -118,6 +118,26 @@ SCHEMAS: Mapping[str, pa.Schema] = {
 }
 
 
+MAX_ROWS = {"predictions": 50_000_000}
+MAX_ROWS_ELSEWHERE = 1_000_000
+MAX_FILE_BYTES = 2 << 30
+"""Rows of one file, and bytes when it is decompressed: a few kilobytes on a disk can stand for all of the memory."""
+
+
+def refuse_large(table: str, metadata: pq.FileMetaData) -> None:
+    """Refuse a file before its rows are read.
+
+    Raises:
+        pa.ArrowInvalid: if its footer promises more than a table's file may hold.
+    """
+    rows, largest = metadata.num_rows, MAX_ROWS.get(table, MAX_ROWS_ELSEWHERE)
+    if rows > largest:
+        raise pa.ArrowInvalid(f"{rows} rows, allowed are {largest}")
+    size = sum(metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups))
+    if size > MAX_FILE_BYTES:
+        raise pa.ArrowInvalid(f"{size} bytes decompressed, allowed are {MAX_FILE_BYTES}")
+
+
 def folder(table: str) -> str:
     """A table's folder below the experiment's."""
     return f"results/{table}"
@@ -205,7 +225,11 @@ def _read_file(store: Store, table: str, file: str) -> pa.Table:
 def _parquet(store: Store, table: str, file: str) -> pq.ParquetFile | None:
     content = store.read(f"{folder(table)}/{file}.parquet")
     try:
-        return None if content is None else pq.ParquetFile(pa.BufferReader(content), pre_buffer=False)
+        if content is None:
+            return None
+        parquet = pq.ParquetFile(pa.BufferReader(content), pre_buffer=False)
+        refuse_large(table, parquet.metadata)
+        return parquet
     except pa.ArrowException as error:
         raise _damaged(store, table, file, error) from None
 
