@@ -41,6 +41,9 @@ _NAME_CHARACTERS = 100
 
 _EXPERIMENT = "experiment.json"
 
+_DEEPEST = 20
+"""Objects and lists within each other that it may have."""
+
 
 @dataclass(frozen=True)
 class Run:
@@ -334,13 +337,20 @@ def _run(url: str, store: Store, content: bytes | StorageFailed) -> Run:
     if isinstance(content, StorageFailed):
         raise content
     try:
-        fields = json.loads(content)
+        fields = json.loads(content.decode())
         experiment = Experiment.from_json(json.dumps(_known(Experiment, fields)))
+        if _depth(fields) > _DEEPEST:
+            raise ValueError(f"nested more than {_DEEPEST} deep")
         settings = {name: value for name, value in flat(fields).items() if name != "seed"}
     # No JSON, no object, a value out of range, or too deep.
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise InvalidInput(f"{url}/{_EXPERIMENT}: {_line(error)}") from None
     return Run(url, store, settings, experiment)
+
+
+def _depth(value: Any) -> int:
+    inner = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
+    return 1 + max(map(_depth, inner), default=0)
 
 
 def _known(part: type[BaseModel], fields: Mapping[str, Any]) -> dict[str, Any]:

@@ -48,7 +48,7 @@ _RANGES: Mapping[str, Range] = {
     "probe_pgd_accuracy": _SHARE,
     "label": (0, 9999),
     "prediction": (0, 9999),
-    "epoch": (0, 1e9),
+    "epoch": (1, 1e9),
     "loss": (-_FINITE, _FINITE),
     "seconds": (0, _FINITE),
     "gpus": (0, 1e6),
