@@ -10,7 +10,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from dwf_cluster.experiment import InvalidInput
+from dwf_cluster.experiment import InvalidInput, printable
+from dwf_cluster.store import StorageFailed
 
 
 class Parser(argparse.ArgumentParser):
@@ -34,9 +35,9 @@ def run(do: Callable[[Sequence[str]], None]) -> int:
         return 1
     except Exception as error:
         # A store that does not answer; botocore's own have no class in common with others.
-        if not isinstance(error, OSError) and not type(error).__module__.startswith("botocore."):
+        if not isinstance(error, OSError | StorageFailed) and not type(error).__module__.startswith("botocore."):
             raise
-        print(f"failed: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
+        print(f"failed: {printable(' '.join(str(error).split()) or type(error).__name__)}", file=sys.stderr)
         return 1
     return 0
 

@@ -64,13 +64,12 @@ def attack(run: Run, data_folder: Path) -> Attacked:
     from dwf_cluster.data.device import to_float
     from dwf_cluster.data.sources import load as load_images
     from dwf_cluster.models import Mixture
-    from dwf_cluster.store import Store, checkpoints
+    from dwf_cluster.store import checkpoints
     from dwf_cluster.training.joint import build
     from dwf_cluster.training.loop import weights
 
     experiment = run.experiment
-    storage, _, folder = run.url.rpartition("/")
-    checkpoint = checkpoints.load_latest(Store(storage or ".", folder), MIXTURE)
+    checkpoint = checkpoints.load_latest(run.store, MIXTURE)
     if checkpoint is None:
         raise InvalidInput(f"{run.url}: cannot be used: its mixture has no checkpoint, `--stages joint` makes it")
     images = load_images(experiment.data, data_folder)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from dwf_cluster.experiment import PRESETS, STAGES, Experiment, InvalidInput, build, describe
+from dwf_cluster.experiment import PRESETS, STAGES, Experiment, InvalidInput, build, describe, printable_lines
 from dwf_cluster.store import StorageFailed, check_url
 from dwf_cluster.terminal import Stop, lasting_output
 
@@ -216,12 +216,15 @@ def main(argv: Sequence[str] | None = None, again: str | None = None) -> int:
     again = again or f"python -m dwf_cluster.launch {shlex.join(arguments)}"
     with lasting_output():
         try:
+            for argument in arguments:
+                if re.search("[\ud800-\udfff]", argument):  # how Python holds bytes that are no UTF-8
+                    raise InvalidInput(f"{argument!r} cannot be used: allowed is text in UTF-8")
             return _run(_parser().parse_args(arguments), again)
         except InvalidInput as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
         except StorageFailed as error:
-            print(f"failed: {error}\nresume: {again}", file=sys.stderr)
+            print(f"failed: {printable_lines(error)}\nresume: {again}", file=sys.stderr)
             return 1
         except KeyboardInterrupt:
             print(f"interrupted; what is done is kept\nresume: {again}", file=sys.stderr)
@@ -336,7 +339,7 @@ def _go(
         connection = stop.heeded(connect)
         outcome = go(options.storage, connection, options.data_folder, progress, stop.is_set, again)
     except (StageFailed, DataUnavailable, Held) as error:
-        print(f"failed: {error}\nresume: {again}", file=sys.stderr)
+        print(f"failed: {printable_lines(error)}\nresume: {again}", file=sys.stderr)
         return 1
     if sweep and outcome:
         summary.sweep_results(console, sweep, outcome)

@@ -13,13 +13,15 @@ import os
 import random
 import re
 import secrets
+import stat
 import time
+import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, TypeVar
 
-from dwf_cluster.experiment import InvalidInput
+from dwf_cluster.experiment import MAX_JSON_BYTES, InvalidInput
 from dwf_cluster.store import disk
 
 if TYPE_CHECKING:
@@ -79,6 +81,8 @@ def check_url(url: str) -> None:
     Raises:
         InvalidInput: with what might be a secret left out.
     """
+    if any(unicodedata.category(character) in ("Cc", "Cs") for character in url):  # Cs: bytes that are no UTF-8
+        raise InvalidInput(f"--storage: {url!r} cannot be used: allowed are printable characters in UTF-8")
     kind, separator, rest = url.partition("://")
     if not separator:
         return
@@ -92,11 +96,14 @@ def check_url(url: str) -> None:
             "keys and endpoint come from the environment, the profile or the machine"
         )
     import fsspec
+    from fsspec.archive import AbstractArchiveFileSystem
 
     try:
-        fsspec.get_filesystem_class(kind)
+        files = fsspec.get_filesystem_class(kind)
     except (ValueError, ImportError) as error:
         raise InvalidInput(f"--storage: {url!r} cannot be used: {error}") from None
+    if issubclass(files, AbstractArchiveFileSystem) or kind == "data":
+        raise InvalidInput(f"--storage: {url!r} cannot be used: {kind} has no files that can be replaced")
 
 
 def lock_file(number: int) -> str:
@@ -126,6 +133,7 @@ class Store:
         check_url(self.url)
         if "://" not in self.url:  # workers have another working directory
             object.__setattr__(self, "url", os.path.abspath(self.url))
+            check_url(self.url)
 
     @cached_property
     def files(self) -> AbstractFileSystem:
@@ -185,26 +193,30 @@ class Store:
     def read(self, name: str) -> bytes | None:
         """The content of one file; None if there is none."""
         try:
-            content: bytes = self._ask("read", name, lambda: self.files.cat_file(self._key(name)))
+            content: bytes = self._ask("read", name, lambda: self._content(self._key(name)))
         except (FileNotFoundError, NotADirectoryError):
             return None
         return content
 
-    def read_all(self, names: Sequence[str]) -> list[bytes | None]:
-        """The contents of many files, in parallel where the store can do that; None for each that is no file."""
+    def read_all(self, names: Sequence[str]) -> list[bytes | StorageFailed | None]:
+        """The contents of many files, in parallel where the store can do that.
+
+        Returns:
+            For each file its content, None if there is none, or why it cannot be read: the others still can.
+        """
         keys = [self._key(name) for name in names]
-        results = self._ask("read", "", lambda: self.files.cat(keys, on_error="return"))
+        results = {} if self.is_local else self._ask("read", "", lambda: self.files.cat(keys, on_error="return"))
         contents = [results.get(key) for key in keys]
         # Other errors: read the file once more, with retries.
         return [
-            content if isinstance(content, bytes) else None if _is_absent(content) else self.read(name)
+            content if isinstance(content, bytes) else None if _is_absent(content) else self._read_or_reason(name)
             for name, content in zip(names, contents, strict=True)
         ]
 
     def read_start(self, name: str, count: int) -> bytes | None:
         """The first `count` bytes of one file; None if there is none."""
         try:
-            content: bytes = self._ask("read", name, lambda: self.files.cat_file(self._key(name), start=0, end=count))
+            content: bytes = self._ask("read", name, lambda: self._content(self._key(name), count))
         except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
             return None
         return content
@@ -222,6 +234,12 @@ class Store:
             end if isinstance(end, bytes) else None if _is_absent(end) else self.read(name)
             for name, end in zip(names, ends, strict=True)
         ]
+
+    def _read_or_reason(self, name: str) -> bytes | StorageFailed | None:
+        try:
+            return self.read(name)
+        except StorageFailed as error:
+            return error
 
     def size(self, name: str) -> int | None:
         """Bytes of one file; None if there is none."""
@@ -317,6 +335,19 @@ class Store:
         """Remove what earlier runs have left half-written. No other run may be writing."""
         if self.is_local:
             self._ask("removed", "", lambda: disk.sweep(self._key(""), self.run))
+
+    def _content(self, key: str, count: int | None = None) -> bytes:
+        """The content of a file, or its first `count` bytes; on a disk only of a regular one: a pipe has no end."""
+        if self.is_local:
+            status = os.stat(key)
+            if stat.S_ISDIR(status.st_mode):
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+            if not stat.S_ISREG(status.st_mode):
+                raise OSError(errno.EINVAL, "not a regular file")
+            if key.endswith(".json") and status.st_size > MAX_JSON_BYTES:
+                raise OSError(errno.EFBIG, f"{status.st_size} bytes of JSON, allowed are {MAX_JSON_BYTES}")
+        content: bytes = self.files.cat_file(key, start=None if count is None else 0, end=count)
+        return content
 
     def _key(self, name: str) -> str:
         return str(self.files._strip_protocol(self.path(name)))

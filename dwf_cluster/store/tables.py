@@ -122,6 +122,26 @@ SCHEMAS: Mapping[str, pa.Schema] = {
 }
 
 
+MAX_ROWS = {"predictions": 50_000_000}
+MAX_ROWS_ELSEWHERE = 1_000_000
+MAX_FILE_BYTES = 2 << 30
+"""Rows of one file, and bytes when it is decompressed: a few kilobytes on a disk can stand for all of the memory."""
+
+
+def refuse_large(table: str, metadata: pq.FileMetaData) -> None:
+    """Refuse a file before its rows are read.
+
+    Raises:
+        pa.ArrowInvalid: if its footer promises more than a table's file may hold.
+    """
+    rows, largest = metadata.num_rows, MAX_ROWS.get(table, MAX_ROWS_ELSEWHERE)
+    if rows > largest:
+        raise pa.ArrowInvalid(f"{rows} rows, allowed are {largest}")
+    size = sum(metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups))
+    if size > MAX_FILE_BYTES:
+        raise pa.ArrowInvalid(f"{size} bytes decompressed, allowed are {MAX_FILE_BYTES}")
+
+
 def folder(table: str) -> str:
     """A table's folder below the experiment's."""
     return f"results/{table}"
@@ -227,6 +247,7 @@ def _read_file(store: Store, table: str, file: str) -> pa.Table:
         return schema.empty_table()
     try:
         parquet = pq.ParquetFile(pa.BufferReader(content), pre_buffer=False)
+        refuse_large(table, parquet.metadata)
         # Not with Arrow's threads: one that outlives the interpreter takes the process down with it.
         rows = parquet.read(use_threads=False)
         # Columns that an older version did not have are null.
