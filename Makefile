@@ -1,6 +1,7 @@
 # Two commands do all the set-up: `make demo` and `make test`.
 PYTHON ?= python3
 BIN := .venv/bin
+LOWEST := .venv-lowest/bin
 
 demo: .venv/analysis
 	$(BIN)/python -m dwf_cluster.launch --local
@@ -18,6 +19,10 @@ interruptions: .venv/test
 soak: .venv/test
 	$(BIN)/python -m pytest -m soak -s
 
+# The lowest versions that pyproject.toml allows: the store on a disk and on S3, and whole runs.
+lowest: .venv-lowest/installed
+	$(LOWEST)/python -m pytest tests/store tests/test_storage.py tests/test_pipeline.py
+
 lint: .venv/lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -26,14 +31,23 @@ lint: .venv/lint
 audit: .venv/audit
 	$(BIN)/pip-audit --local --skip-editable
 
-# A stamp for each set of extras that is installed.
+# A stamp for each set of extras that is installed. pip is upgraded first: the one of Debian 12 needs most of an hour
+# to choose the versions.
 .venv/test: EXTRA := [test]
 .venv/lint: EXTRA := [lint]
 .venv/audit: EXTRA := [audit]
 .venv/analysis: EXTRA := [analysis]
 .venv/test .venv/lint .venv/audit .venv/analysis: pyproject.toml
 	test -d .venv || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet --editable '.$(EXTRA)'
+	test $@ != .venv/test || $(BIN)/pip install --quiet --no-deps --group torchattacks
 	touch $@
 
-.PHONY: demo report test interruptions soak lint audit
+.venv-lowest/installed: pyproject.toml
+	$(PYTHON) -m venv .venv-lowest
+	$(LOWEST)/pip install --quiet uv
+	$(LOWEST)/uv pip install --quiet --python $(LOWEST)/python --resolution lowest-direct --editable '.[test]'
+	touch $@
+
+.PHONY: demo report test interruptions soak lowest lint audit

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NoReturn
 
-from dwf_cluster.experiment import InvalidInput
+from dwf_cluster.experiment import InvalidInput, printable
+from dwf_cluster.store import StorageFailed
 
 
 class Parser(argparse.ArgumentParser):
@@ -32,8 +35,27 @@ def run(do: Callable[[Sequence[str]], None]) -> int:
         return 1
     except Exception as error:
         # A store that does not answer; botocore's own have no class in common with others.
-        if not isinstance(error, OSError) and not type(error).__module__.startswith("botocore."):
+        if not isinstance(error, OSError | StorageFailed) and not type(error).__module__.startswith("botocore."):
             raise
-        print(f"failed: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
+        print(f"failed: {printable(' '.join(str(error).split()) or type(error).__name__)}", file=sys.stderr)
         return 1
     return 0
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all: when the disk is full, one that was there before stays as it was.
+
+    Raises:
+        OSError: if it cannot be written.
+    """
+    if path.exists() and not path.is_file():  # such as /dev/stdout
+        path.write_bytes(content)
+        return
+    target = Path(os.path.realpath(path))  # of a link, not the link
+    unfinished = target.with_name(f".{target.name}.{os.getpid()}.unfinished")
+    try:
+        unfinished.write_bytes(content)
+        os.replace(unfinished, target)
+    finally:
+        with contextlib.suppress(OSError):  # it was never made, or has its place
+            unfinished.unlink()

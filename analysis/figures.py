@@ -7,6 +7,7 @@ A folder for each group of experiments that differ only in their seed.
 
 from __future__ import annotations
 
+import io
 import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,7 +22,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
-from analysis.command import Parser, run
+from analysis.command import Parser, run, write_whole
 from analysis.outcomes import Outcomes, outcomes
 from analysis.results import Group, as_place, each, load, place
 from analysis.tables import accuracies
@@ -332,7 +333,9 @@ def save(figures: Mapping[str, Figure | None], folder: str | Path) -> list[Path]
         for name, figure in figures.items():
             for kind in ("pdf", "svg", "png") if figure else ():
                 paths.append(Path(folder) / f"{name}.{kind}")
-                write(figure, paths[-1], kind)
+                content = io.BytesIO()
+                write(figure, content, kind)
+                write_whole(paths[-1], content.getvalue())
     except OSError as error:
         raise InvalidInput(f"--out: {str(folder)!r} cannot be used: {error.strerror}") from None
     return paths
@@ -340,7 +343,7 @@ def save(figures: Mapping[str, Figure | None], folder: str | Path) -> list[Path]
 
 @styled()
 def write(figure: Figure | None, file: Any, kind: str) -> None:
-    """Write one figure to a path or an open file, as `pdf`, `svg` or `png`; the same figure gives the same bytes."""
+    """Write one figure to an open file, as `pdf`, `svg` or `png`; the same figure gives the same bytes."""
     undated = {"pdf": {"CreationDate": None}, "svg": {"Date": None}}.get(kind)
     assert figure is not None
     figure.savefig(file, format=kind, dpi=300, metadata=undated)

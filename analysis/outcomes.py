@@ -11,8 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from analysis.results import Group, Place, Run
-from dwf_cluster.experiment import InvalidInput
+from analysis.results import Group, Place
 
 _KEYS = ["model", "attack", "source", "epsilon", "steps"]
 _ROWS = 1 << 17
@@ -42,7 +41,7 @@ def outcomes(group: Group) -> Outcomes:
     found: dict[tuple[str, Place], list[tuple[int, NDArray[np.int32], NDArray[np.bool_]]]] = {}
     gates: dict[Place, pd.DataFrame] = {}
     for seed, run in enumerate(group.runs):
-        for rows in _batches(group, run):
+        for rows in run.batches("predictions", [*_KEYS, "example", "label", "prediction", "gate"], _ROWS):
             example = rows["example"].to_numpy().astype(np.int32)
             label = rows["label"].to_numpy()
             right = label == rows["prediction"].to_numpy()
@@ -61,26 +60,6 @@ def outcomes(group: Group) -> Outcomes:
         for seed, example, right in parts:
             correct[key][seed, example] = right
     return Outcomes(correct, gates)
-
-
-def _batches(group: Group, run: Run) -> Iterator[pa.Table]:
-    try:
-        for batch in (
-            Group(group.title, (run,))
-            .dataset("predictions")
-            .to_batches(
-                columns=[*_KEYS, "example", "label", "prediction", "gate"],
-                batch_size=_ROWS,
-                batch_readahead=2,
-                fragment_readahead=2,
-            )
-        ):
-            if len(batch):
-                yield pa.Table.from_batches([batch])
-    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
-        raise InvalidInput(
-            f"{run.url}: table predictions cannot be read: {' '.join(str(error).split())[:200]}"
-        ) from None
 
 
 def _columns(rows: pa.Table) -> Iterator[tuple[str, Place, NDArray[np.int64]]]:

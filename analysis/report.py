@@ -26,7 +26,7 @@ from analysis import command, figures, tables
 from analysis.outcomes import Outcomes, outcomes
 from analysis.results import Group, Run, as_place, each, load
 from analysis.statistics import ALPHA
-from dwf_cluster.experiment import MIXTURE, PRESETS, InvalidInput, written
+from dwf_cluster.experiment import MIXTURE, InvalidInput, invocation, written
 from dwf_cluster.store.tables import SCHEMAS
 
 _TABLES = ("evaluations", "predictions", "metrics", "checks", "jobs")
@@ -145,7 +145,7 @@ class Section:
     @staticmethod
     def _read(run: Run, table: str) -> str:
         files = run.parquet(table)
-        return f"{len(files)} files, {Group('', (run,)).dataset(table).count_rows():,} rows" if files else "none"
+        return f"{len(files)} files, {run.dataset(table).count_rows():,} rows" if files else "none"
 
     @property
     def software(self) -> list[tuple[str, str]]:
@@ -162,8 +162,7 @@ class Section:
     @property
     def command(self) -> str:
         """What measures it again."""
-        experiment = self.group.experiment
-        preset = experiment.preset if experiment.preset in PRESETS else experiment.data.source
+        preset, _ = invocation(self.group.experiment)
         seeds = ",".join(map(str, self.group.seeds))
         changed = [shlex.quote(f"{name}={written(value)}") for name, value in self.group.changed.items()]
         sets = " \\\n    --set " + " ".join(changed) if changed else ""
@@ -222,7 +221,7 @@ def main(arguments: Sequence[str]) -> None:
     options = parser.parse_args(arguments)
     text = page(options.storage)
     try:
-        Path(options.out).write_text(text, encoding="utf-8")
+        command.write_whole(Path(options.out), text.encode())
     except OSError as error:
         raise InvalidInput(f"--out: {options.out!r} cannot be used: {error.strerror}") from None
     print(options.out)

@@ -5,21 +5,30 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pandas as pd
 import pyarrow as pa
 import pyarrow.dataset as ds
 from pydantic import BaseModel
 
-from dwf_cluster.experiment import MIXTURE, PRESETS, Data, Experiment, InvalidInput, written
+from analysis.validation import validate
+from dwf_cluster.experiment import (
+    MIXTURE,
+    Experiment,
+    InvalidInput,
+    flat,
+    invocation,
+    printable,
+    regular_file,
+    written,
+)
 from dwf_cluster.grid import CHECKS, Column, columns, families
-from dwf_cluster.store import Store, tables
-
-if TYPE_CHECKING:
-    from fsspec import AbstractFileSystem
+from dwf_cluster.store import StorageFailed, Store, tables
 
 Place = tuple[str, str | None, float | None, int | None]
 """Attack, source, epsilon, steps: what tells the columns of one experiment apart in every table."""
@@ -27,28 +36,117 @@ Place = tuple[str, str | None, float | None, int | None]
 _NAMED = 4
 """Settings that a title names; the report lists them all."""
 
+_NAME_CHARACTERS = 100
+"""Of a setting and its value in a title."""
+
+_EXPERIMENT = "experiment.json"
+
+_DEEPEST = 20
+"""Objects and lists within each other that it may have."""
+
 
 @dataclass(frozen=True)
 class Run:
     """The folder of one experiment.
 
     Attributes:
-        url: its path or URL, for people.
-        path: the same for `files`.
-        files: the file system that it lies on.
+        url: its path or URL, as the user has given it.
+        store: the same, to read from.
         settings: every field of its `experiment.json` but the seed, by its dotted name.
         experiment: the same, as far as this version knows the fields.
     """
 
     url: str
-    path: str
-    files: AbstractFileSystem
+    store: Store
     settings: Mapping[str, Any]
     experiment: Experiment
 
+    @property
+    def path(self) -> str:
+        """Its path on the store's file system."""
+        return str(self.store.files._strip_protocol(self.store.root))
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """Experts in the order of the gate's outputs, baselines, the mixture."""
+        return (*(regime.name for regime in self.experiment.regimes), MIXTURE)
+
+    @property
+    def is_of_this_version(self) -> bool:
+        """Whether every setting is known, and with them every model."""
+        return set(self.settings) <= set(flat(self.experiment.model_dump(mode="json")))
+
     def parquet(self, table: str) -> list[str]:
-        """Paths of a table's files, sorted; unfinished ones, whose names begin with a dot, left out."""
-        return sorted(self.files.glob(f"{self.path}/{tables.folder(table)}/[!.]*.parquet"))
+        """Paths of a table's files, sorted; unfinished ones, whose names begin with a dot, left out.
+
+        Raises:
+            InvalidInput: if one of them is a directory, a pipe or a device.
+        """
+        folder = f"{self.path}/{tables.folder(table)}"
+        names = self.store.names(tables.folder(table))
+        paths = [f"{folder}/{name}" for name in names if name.endswith(".parquet")]
+        for path in paths if self.store.is_local else ():
+            regular_file(path, f"{self.url}: table {table}")
+        return paths
+
+    def dataset(self, table: str) -> ds.Dataset:
+        """A table, nothing but the footers of its files read yet; a column that a file lacks is null.
+
+        Raises:
+            InvalidInput: if a file is no Parquet, or larger than a table's file may be.
+        """
+        files, schema = self.store.files, tables.SCHEMAS[table]
+        if not (paths := self.parquet(table)):
+            return ds.dataset(schema.empty_table())
+        found = ds.dataset(paths, schema=schema, format="parquet", filesystem=files)
+        with self._reading(table), ThreadPoolExecutor(16) as pool:
+            for metadata in pool.map(lambda fragment: fragment.metadata, found.get_fragments()):
+                tables.refuse_large(table, metadata)
+        return found
+
+    def rows(self, table: str, columns: Sequence[str] | None = None, where: ds.Expression | None = None) -> pa.Table:
+        """A table's rows, validated; arguments as for `Group.frame`.
+
+        Raises:
+            InvalidInput: if a file is no Parquet, its columns are of another type, or a run writes no such value.
+        """
+        found = self.dataset(table)
+        with self._reading(table):
+            rows = found.to_table(columns=list(columns) if columns else None, filter=where)
+        self.validate(table, rows)
+        return rows
+
+    def batches(self, table: str, columns: Sequence[str], size: int) -> Iterator[pa.Table]:
+        """As `rows`, at most `size` rows at a time."""
+        found = self.dataset(table)
+        with self._reading(table):
+            for batch in found.to_batches(columns=columns, batch_size=size, batch_readahead=2, fragment_readahead=2):
+                if len(batch):
+                    rows = pa.Table.from_batches([batch])
+                    self.validate(table, rows)
+                    yield rows
+
+    def validate(self, table: str, rows: pa.Table) -> None:
+        """Check rows of a table.
+
+        Raises:
+            InvalidInput: if a value is none that a run writes.
+        """
+        try:
+            validate(rows, table, self.experiment, self.models if self.is_of_this_version else None)
+        except InvalidInput as error:
+            raise InvalidInput(f"{self.url}: table {table} cannot be used: {error}") from None
+
+    @contextmanager
+    def _reading(self, table: str) -> Iterator[None]:
+        try:
+            yield
+        except InvalidInput:
+            raise
+        except OSError as error:  # of the store; of a damaged page too
+            raise StorageFailed(f"{self.url}: table {table} cannot be read: {_line(error)}") from None
+        except (pa.ArrowException, ValueError) as error:
+            raise InvalidInput(f"{self.url}: table {table} cannot be read: {_line(error)}") from None
 
 
 @dataclass(frozen=True)
@@ -81,11 +179,9 @@ class Group:
     @property
     def changed(self) -> Mapping[str, Any]:
         """The settings that `--set` must be given beside `--preset`."""
-        experiment = self.experiment
-        own_images = Experiment(preset=experiment.preset, data=Data(source=experiment.data.source))
-        base = PRESETS[experiment.preset][0] if experiment.preset in PRESETS else own_images
-        known = _flat("", base.model_dump(mode="json")) | {"data.sha256": self.settings.get("data.sha256")}
-        return {name: value for name, value in self.settings.items() if name not in known or known[name] != value}
+        _, differ = invocation(self.experiment)
+        known = flat(self.experiment.model_dump(mode="json"))
+        return {name: value for name, value in self.settings.items() if name in differ or name not in known}
 
     @property
     def name(self) -> str:
@@ -95,7 +191,7 @@ class Group:
     @property
     def models(self) -> tuple[str, ...]:
         """Experts in the order of the gate's outputs, baselines, the mixture."""
-        return (*(regime.name for regime in self.experiment.regimes), MIXTURE)
+        return self.runs[0].models
 
     @property
     def experts(self) -> tuple[str, ...]:
@@ -112,11 +208,6 @@ class Group:
         """The columns of the paper's table 3."""
         return tuple(columns(self.experiment, "paper"))
 
-    def dataset(self, table: str) -> ds.Dataset:
-        """A table over all seeds, nothing of it read yet; a column that a file lacks is null."""
-        found = [self._opened(run, table) for run in self.runs if run.parquet(table)]
-        return ds.dataset(found) if found else ds.dataset(tables.SCHEMAS[table].empty_table())
-
     def frame(
         self, table: str, columns: Sequence[str] | None = None, where: ds.Expression | None = None
     ) -> pd.DataFrame:
@@ -131,18 +222,11 @@ class Group:
             Columns as docs/results.md has them, and `group`, the group's title. Strings are categories.
 
         Raises:
-            InvalidInput: if a file is no Parquet, or its columns are of another type.
+            InvalidInput: as `Run.rows`.
         """
-        try:
-            rows = self.dataset(table).to_table(columns=list(columns) if columns else None, filter=where)
-        except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
-            raise InvalidInput(f"{self.runs[0].url}: table {table} cannot be read: {_line(error)}") from None
+        rows = pa.concat_tables([run.rows(table, columns, where) for run in self.runs])
         frame: pd.DataFrame = rows.to_pandas(strings_to_categorical=True)
         return frame.assign(group=pd.Categorical([self.title] * len(frame), [self.title]))
-
-    @staticmethod
-    def _opened(run: Run, table: str) -> ds.Dataset:
-        return ds.dataset(run.parquet(table), schema=tables.SCHEMAS[table], format="parquet", filesystem=run.files)
 
 
 class Results:
@@ -231,38 +315,42 @@ def each(frame: pd.DataFrame) -> Iterator[Any]:
     yield from frame.itertuples(index=False)
 
 
-def _flat(prefix: str, fields: Mapping[str, Any]) -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in fields.items():
-        flat |= _flat(f"{prefix}{name}.", value) if isinstance(value, Mapping) else {prefix + name: value}
-    return flat
-
-
 def _find(storage: str) -> list[Run]:
-    try:
-        files = Store(storage, "").files
-        root = files._strip_protocol(storage).rstrip("/")
-        own = files.exists(f"{root}/experiment.json")
-        found = [f"{root}/experiment.json"] if own else sorted(files.glob(f"{root}/*/experiment.json"))
-    except (ValueError, ImportError) as error:
-        raise InvalidInput(f"storage: {storage!r} cannot be used: {_line(error)}") from None
-    if not found:
+    store = Store(storage, "")
+    if own := store.read(_EXPERIMENT):
+        root, _, folder = store.url.rstrip("/").rpartition("/")
+        return [_run(storage.rstrip("/"), Store(root, folder), own)]
+    names = store.names("")
+    runs = []
+    for name, content in zip(names, store.read_all([f"{name}/{_EXPERIMENT}" for name in names]), strict=True):
+        if content is not None:
+            runs.append(_run(f"{storage.rstrip('/')}/{name}", Store(storage, name), content))
+    if not runs:
         raise InvalidInput(
             f"storage: {storage!r} cannot be used: it holds no experiment.json, "
             "allowed are a storage of experiments or an experiment's folder"
         )
-    runs = []
-    for file in found:
-        path = file.rsplit("/", 1)[0]
-        url = storage.rstrip("/") if own else f"{storage.rstrip('/')}/{path.rsplit('/', 1)[-1]}"
-        try:
-            fields = json.loads(files.cat_file(file))
-            experiment = Experiment.from_json(json.dumps(_known(Experiment, fields)))
-        except (ValueError, TypeError, AttributeError) as error:  # no JSON, no object, or a value out of range
-            raise InvalidInput(f"{url}/experiment.json: {_line(error)}") from None
-        settings = {name: value for name, value in _flat("", fields).items() if name != "seed"}
-        runs.append(Run(url, path, files, settings, experiment))
     return runs
+
+
+def _run(url: str, store: Store, content: bytes | StorageFailed) -> Run:
+    if isinstance(content, StorageFailed):
+        raise content
+    try:
+        fields = json.loads(content.decode())
+        experiment = Experiment.from_json(json.dumps(_known(Experiment, fields)))
+        if _depth(fields) > _DEEPEST:
+            raise ValueError(f"nested more than {_DEEPEST} deep")
+        settings = {name: value for name, value in flat(fields).items() if name != "seed"}
+    # No JSON, no object, a value out of range, or too deep.
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise InvalidInput(f"{url}/{_EXPERIMENT}: {_line(error)}") from None
+    return Run(url, store, settings, experiment)
+
+
+def _depth(value: Any) -> int:
+    inner = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
+    return 1 + max(map(_depth, inner), default=0)
 
 
 def _known(part: type[BaseModel], fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -290,11 +378,11 @@ def _title(run: Run, all_of_them: Sequence[Run]) -> str:
     preset = run.experiment.preset
     siblings = [other.settings for other in all_of_them if other.experiment.preset == preset]
     differ = [name for name, value in run.settings.items() if any(other.get(name) != value for other in siblings)]
-    named = [f"{name}={written(run.settings[name])}" for name in differ]
+    named = [printable(f"{name}={written(run.settings[name])}", _NAME_CHARACTERS) for name in differ]
     if len(named) > _NAMED:  # the signature tells it from groups that share these
         named = [*named[:_NAMED], f"{len(named) - _NAMED} more ({run.experiment.signature})"]
     return ", ".join([preset, *named])
 
 
 def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200]
+    return printable(" ".join(str(error).split()), 200)

@@ -7,6 +7,7 @@ The first images of the test set: nobody chose them.
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from analysis.command import Parser, run
+from analysis.command import Parser, run, write_whole
 from analysis.figures import COLOURS, styled
 from analysis.results import Run, load
 from dwf_cluster.experiment import MIXTURE, InvalidInput
@@ -63,13 +64,12 @@ def attack(run: Run, data_folder: Path) -> Attacked:
     from dwf_cluster.data.device import to_float
     from dwf_cluster.data.sources import load as load_images
     from dwf_cluster.models import Mixture
-    from dwf_cluster.store import Store, checkpoints
+    from dwf_cluster.store import checkpoints
     from dwf_cluster.training.joint import build
     from dwf_cluster.training.loop import weights
 
     experiment = run.experiment
-    storage, _, folder = run.url.rpartition("/")
-    checkpoint = checkpoints.load_latest(Store(storage or ".", folder), MIXTURE)
+    checkpoint = checkpoints.load_latest(run.store, MIXTURE)
     if checkpoint is None:
         raise InvalidInput(f"{run.url}: cannot be used: its mixture has no checkpoint, `--stages joint` makes it")
     images = load_images(experiment.data, data_folder)
@@ -139,8 +139,10 @@ def main(arguments: Sequence[str]) -> None:
             f"folder: {options.folder!r} cannot be used: it holds {len(runs)} experiments, allowed is one"
         )
     figure = draw(runs[0], attack(runs[0], Path(options.data_folder)))
+    content = io.BytesIO()
+    figure.savefig(content, format=out.suffix[1:], dpi=300)
     try:
-        figure.savefig(out, dpi=300)
+        write_whole(out, content.getvalue())
     except OSError as error:
         raise InvalidInput(f"--out: {options.out!r} cannot be used: {error.strerror}") from None
     print(out)

@@ -24,7 +24,7 @@ from analysis.command import Parser, run
 from analysis.outcomes import Outcomes, outcomes
 from analysis.results import Group, Place, as_place, each, load, place
 from analysis.statistics import ALPHA, comparisons, wilson
-from dwf_cluster.experiment import MIXTURE, written
+from dwf_cluster.experiment import MIXTURE, printable, written
 from dwf_cluster.grid import Column
 
 PAPER_MODELS = {
@@ -243,7 +243,7 @@ def beside_paper(group: Group, measured: pd.DataFrame) -> Table | None:
             (f"paper: {PAPER_MODELS[model]}", ["" if row is None else _published_percent(row) for row in of]),
             ("difference", ["" if row is None else _signed(100 * (row.mean - row.paper)) for row in of]),
         ]
-    changed = ", ".join(f"{name}={written(value)}" for name, value in group.changed.items())
+    changed = ", ".join(printable(f"{name}={written(value)}", 100) for name, value in group.changed.items())
     notes = [_pgd_warning(group)] + ([f"Settings that are not the preset's: {changed}."] if changed else [])
     lines = frozenset(range(3, len(rows), 3))
     return Table(f"{group.title}: beside the paper", [_head(c) for c in columns], rows, frozenset(), notes, lines)
@@ -279,7 +279,7 @@ def _pgd_warning(group: Group) -> str:
 def no_paper(group: Group) -> str:
     """Why there is nothing to put beside ours."""
     if group.experiment.data.source not in PAPER_DATASETS:
-        return f"The paper has no figures for {group.experiment.data.source}."
+        return f"The paper has no figures for {printable(group.experiment.data.source)}."
     return "The paper has no cell for these models and strengths."
 
 

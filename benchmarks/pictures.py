@@ -39,7 +39,8 @@ def dashboard(url: str, token: str) -> None:
         wait = WebDriverWait(chrome, 60)
 
         def find(tag: str, text: str) -> WebElement:
-            return wait.until(lambda c: c.find_element(By.XPATH, f"//{tag}[text()='{text}']"))
+            element: WebElement = wait.until(lambda c: c.find_element(By.XPATH, f"//{tag}[text()='{text}']"))
+            return element
 
         chrome.get(url)
         field = wait.until(lambda c: c.find_elements(By.CSS_SELECTOR, "[role=dialog] input"))[0]

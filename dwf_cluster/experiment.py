@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import re
+import stat
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -21,12 +22,31 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 
+def printable(text: object, limit: int | None = None) -> str:
+    """Text that a terminal shows as it is, on one line.
+
+    Line breaks, escape sequences, characters that change the direction of writing and bytes that are no UTF-8 become
+    escapes such as `\\x1b`. Whatever comes from a store, a file or a command line passes through this function before
+    it is printed.
+
+    Args:
+        text: to be shown.
+        limit: characters to show; a longer text ends in `...`.
+    """
+    shown = "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
+    return shown if limit is None or len(shown) <= limit else shown[: limit - 3] + "..."
+
+
+def printable_lines(text: object) -> str:
+    """As `printable`, for text of several lines."""
+    return "\n".join(map(printable, str(text).split("\n")))
+
+
 class InvalidInput(ValueError):
     """A value that cannot be used. Its text is one line: the field, the value, and what is allowed."""
 
     def __init__(self, text: str) -> None:
-        # Names and values are a stranger's: they must neither break the line nor reach the terminal.
-        super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in text))
+        super().__init__(printable(text))
 
 
 # --------------------------------------------------------------------------------------- field types
@@ -79,6 +99,9 @@ Baselines = Annotated[tuple[Literal["fgsm-at", "pgd-at"], ...], BeforeValidator(
 
 MIXTURE = "mixture"
 """Name of the jointly trained model, beside the names of the experts."""
+
+MAX_JSON_BYTES = 1 << 20
+"""Largest `experiment.json`, `status.json` or other JSON file that is read; what a run writes has a few thousand."""
 
 STAGES = ("experts", "joint", "evaluate")
 """The pipeline, in order."""
@@ -140,7 +163,7 @@ class Data(_Part):
     @field_validator("source")
     @classmethod
     def _known_source(cls, source: str) -> str:
-        if source not in SOURCES and not source.endswith(".npz"):
+        if (source not in SOURCES and not source.endswith(".npz")) or "\0" in source:
             raise ValueError(f"one of {', '.join(SOURCES)}, or the path of an .npz file")
         return source
 
@@ -477,11 +500,24 @@ def build(preset: str, seed: int | None = None, assignments: Sequence[str] = ())
     Raises:
         InvalidInput: for the first value that cannot be used.
     """
+    experiment = assemble(preset, seed, assignments)
+    if not experiment.data.source.endswith(".npz"):
+        return experiment
+    status = regular_file(experiment.data.source, "data.source")
+    try:
+        sha256 = _sha256(experiment.data.source, status.st_mtime_ns, status.st_size)
+    except OSError as error:
+        raise InvalidInput(f"data.source: {experiment.data.source!r} cannot be read: {error.strerror}") from None
+    data = experiment.data.model_copy(update={"sha256": sha256})
+    return experiment.model_copy(update={"data": data})
+
+
+def assemble(preset: str, seed: int | None, assignments: Sequence[str]) -> Experiment:
+    """As `build`, but an `.npz` file is not read and has no digest."""
     if preset in PRESETS:
         fields = PRESETS[preset][0].model_dump(mode="json")
     elif preset.endswith(".npz"):
-        name = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(preset).stem).strip("-._")[:64] or "images"
-        fields = Experiment(preset=name, data=Data(source=preset)).model_dump(mode="json")
+        fields = _own_images(preset).model_dump(mode="json")
     elif preset.endswith(".json"):
         fields = _read_json(preset)
     else:
@@ -494,16 +530,58 @@ def build(preset: str, seed: int | None = None, assignments: Sequence[str] = ())
     if seed is not None:
         fields["seed"] = seed
     fields["data"]["sha256"] = None
-    experiment = Experiment.from_json(json.dumps(fields))
-    if not experiment.data.source.endswith(".npz"):
-        return experiment
+    return Experiment.from_json(json.dumps(fields))
+
+
+def invocation(experiment: Experiment) -> tuple[str, dict[str, Any]]:
+    """What `--preset` and `--set` are given, beside `--seed`, to get an experiment again.
+
+    Returns:
+        The value of `--preset`, and each field that differs from what it stands for, by its dotted name.
+    """
+    source = experiment.data.source
+    if experiment.preset in PRESETS:
+        preset, base = experiment.preset, PRESETS[experiment.preset][0]
+    elif source.endswith(".npz"):
+        preset, base = source, _own_images(source)
+    else:  # a .json file of the user's, which may be gone
+        preset, base = "cifar10", PRESETS["cifar10"][0]
+    known = flat(base.model_dump(mode="json"))
+    fields = flat(experiment.model_dump(mode="json"))
+    return preset, {n: v for n, v in fields.items() if v != known[n] and n not in ("seed", "data.sha256")}
+
+
+def flat(fields: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested fields by their dotted names."""
+    found: dict[str, Any] = {}
+    for name, value in fields.items():
+        found |= flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
+    return found
+
+
+def _own_images(source: str) -> Experiment:
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(source).stem).strip("-._")[:64] or "images"
+    return Experiment(preset=name, data=Data(source=source))
+
+
+def regular_file(path: str, field: str) -> os.stat_result:
+    """What the file system says of a file that can be read to its end: pipes and devices have none.
+
+    Args:
+        path: of the file.
+        field: that names it, for the message.
+
+    Raises:
+        InvalidInput: if there is no such file, or it is not a regular one.
+    """
     try:
-        status = os.stat(experiment.data.source)
-        sha256 = _sha256(experiment.data.source, status.st_mtime_ns, status.st_size)
-    except OSError as error:
-        raise InvalidInput(f"data.source: {experiment.data.source!r} cannot be read: {error.strerror}") from None
-    data = experiment.data.model_copy(update={"sha256": sha256})
-    return experiment.model_copy(update={"data": data})
+        status = os.stat(path)
+    except (OSError, ValueError) as error:  # ValueError: a zero byte, or characters that no path can have
+        raise InvalidInput(f"{field}: {path!r} cannot be read: {getattr(error, 'strerror', error)}") from None
+    if not stat.S_ISREG(status.st_mode):
+        kind = "a directory" if stat.S_ISDIR(status.st_mode) else "a pipe, a socket or a device"
+        raise InvalidInput(f"{field}: {path!r} cannot be read: it is {kind}; allowed is a regular file")
+    return status
 
 
 @functools.cache  # a sweep has a thousand experiments of one file
@@ -523,12 +601,15 @@ def written(value: Any) -> str:
 
 
 def _read_json(path: str) -> dict[str, Any]:
+    size = regular_file(path, "preset").st_size
+    if size > MAX_JSON_BYTES:
+        raise InvalidInput(f"preset: {path!r} cannot be used: it has {size} bytes, allowed are {MAX_JSON_BYTES}")
     try:
-        return Experiment.from_json(Path(path).read_text()).model_dump(mode="json")
+        return Experiment.from_json(Path(path).read_text(encoding="utf-8")).model_dump(mode="json")
     except OSError as error:
         raise InvalidInput(f"preset: {path!r} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
-        raise InvalidInput(f"preset: {path!r} cannot be used: it is not text") from None
+        raise InvalidInput(f"preset: {path!r} cannot be used: it is not text in UTF-8") from None
 
 
 def _assign(fields: dict[str, Any], name: str, text: str) -> None:

@@ -7,20 +7,17 @@ import functools
 import os
 import re
 import shlex
-import signal
 import sys
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
-from dwf_cluster.experiment import PRESETS, STAGES, Experiment, InvalidInput, build, describe
+from dwf_cluster.experiment import PRESETS, STAGES, Experiment, InvalidInput, build, describe, printable_lines
 from dwf_cluster.store import StorageFailed, check_url
+from dwf_cluster.terminal import Stop, lasting_output
 
 if TYPE_CHECKING:
     from dwf_cluster.cluster.placement import Limits, Resources
-    from dwf_cluster.cluster.ray import Cluster
     from dwf_cluster.sweep import Sweep
 
 _RAY_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
@@ -112,7 +109,8 @@ def _parser() -> argparse.ArgumentParser:
         epilog=f"presets:\n{presets}\n  path/to/file.npz       your own images: x_train, y_train, x_test, y_test\n"
         "  path/to/experiment.json  an experiment as a run has written it\n\n"
         f"fields for --set (type; default before the preset):\n{fields}\n\n"
-        "exit status: 0 all stages done; 1 a run that failed; 2 bad input; 130 interrupted, nothing lost",
+        "exit status: 0 all stages done; 1 a run that failed; 2 bad input; 130 interrupted (Ctrl-C, SIGTERM, a closed "
+        "terminal), nothing lost",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -216,14 +214,21 @@ def main(argv: Sequence[str] | None = None, again: str | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     again = again or f"python -m dwf_cluster.launch {shlex.join(arguments)}"
-    try:
-        return _run(_parser().parse_args(arguments), again)
-    except InvalidInput as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except StorageFailed as error:
-        print(f"failed: {error}\nresume: {again}", file=sys.stderr)
-        return 1
+    with lasting_output():
+        try:
+            for argument in arguments:
+                if re.search("[\ud800-\udfff]", argument):  # how Python holds bytes that are no UTF-8
+                    raise InvalidInput(f"{argument!r} cannot be used: allowed is text in UTF-8")
+            return _run(_parser().parse_args(arguments), again)
+        except InvalidInput as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        except StorageFailed as error:
+            print(f"failed: {printable_lines(error)}\nresume: {again}", file=sys.stderr)
+            return 1
+        except KeyboardInterrupt:
+            print(f"interrupted; what is done is kept\nresume: {again}", file=sys.stderr)
+            return 130
 
 
 def job(name: str, *options: str) -> int:
@@ -321,21 +326,20 @@ def _go(
         connect = functools.partial(attached, options.address, _limits(options))
     else:
         connect = functools.partial(local, _here(options))
-    console, stop = Console(), _Stop()
+    console, stop = Console(), Stop()
     progress = Progress(names, options.storage, console)
     if options.tensorboard:
+        from dwf_cluster.plan import models
         from dwf_cluster.tensorboard import EventFiles
 
-        progress.heard = EventFiles(options.tensorboard).add
+        names_of_models = {experiment.folder: models(experiment) for experiment in experiments}
+        progress.heard = EventFiles(options.tensorboard, names_of_models, progress.warn).add
     go = functools.partial(sweeps.run, sweep) if sweep else functools.partial(run, experiments, options.stages)
     try:
         connection = stop.heeded(connect)
         outcome = go(options.storage, connection, options.data_folder, progress, stop.is_set, again)
-    except KeyboardInterrupt:
-        print(f"interrupted; what is done is kept\nresume: {again}", file=sys.stderr)
-        return 130
     except (StageFailed, DataUnavailable, Held) as error:
-        print(f"failed: {error}\nresume: {again}", file=sys.stderr)
+        print(f"failed: {printable_lines(error)}\nresume: {again}", file=sys.stderr)
         return 1
     if sweep and outcome:
         summary.sweep_results(console, sweep, outcome)
@@ -396,29 +400,6 @@ def _roots(options: argparse.Namespace, experiments: Sequence[Experiment]) -> li
     from dwf_cluster.store import Store
 
     return [Store(options.storage, experiment.folder).root for experiment in experiments]
-
-
-class _Stop(threading.Event):
-    """Set by the first Ctrl-C or SIGTERM of a run; the second ends it at once."""
-
-    def heeded(self, connect: Callable[[], AbstractContextManager[Cluster]]) -> Callable[[], Any]:
-        """The same connection, and signals heeded from its beginning to its end."""
-
-        @contextmanager
-        def connection() -> Iterator[Cluster]:
-            signal.signal(signal.SIGTERM, signal.default_int_handler)
-            with connect() as cluster:
-                for signum in (signal.SIGINT, signal.SIGTERM):  # Ray has set SIGTERM's while it started
-                    signal.signal(signum, self._ask)
-                yield cluster
-
-        return connection
-
-    def _ask(self, signum: int, frame: object) -> None:
-        if self.is_set():
-            raise KeyboardInterrupt
-        self.set()
-        print("stopping: trainings save what they have; again to stop at once", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,10 +22,7 @@ from dwf_cluster.experiment import STAGES, Experiment, InvalidInput
 from dwf_cluster.grid import AUTOATTACK_CLASSES, CHECKS
 from dwf_cluster.progress import Progress
 from dwf_cluster.standing import Standing
-from dwf_cluster.store import Store, checkpoints, lease, shards
-
-_AT_ONCE = 16
-"""Experiments that are taken hold of at once."""
+from dwf_cluster.store import LockLost, Store, lease, shards
 
 
 class StageFailed(RuntimeError):
@@ -84,17 +81,16 @@ class Pipeline:
         places = place(plan.shared(everything, ()), self.cluster.resources)
         with _held(stores, self.sizes, progress, self.again, self.pid) as standing:
             todo = [job for job in jobs_left(stores, stages, self.sizes) if model in (None, job.model)]
+            for experiment, store in standing.stores.items():
+                shards.forget(store, {job.merged_file for job in todo if job.experiment == experiment})
             with progress.watching(todo):
-                for event in self.cluster.run(
-                    todo,
-                    places,
-                    self.storage,
-                    self.images,
-                    progress.title,
-                    lambda: self.stopping() or standing.is_lost,
-                ):
-                    progress.update(event)
-                    standing.update(event)
+                fenced = {experiment.folder: store for experiment, store in standing.stores.items()}
+                events = self.cluster.run(todo, places, fenced, self.images, progress.title, self.stopping)
+                with closing(events):  # which cancels what still runs
+                    for event in events:
+                        standing.fail_if_lost()
+                        progress.update(event)
+                        standing.update(event)
             if failures := [f"stage {j.stage}, {progress.title(j)}: {reason}" for j, reason in standing.failures]:
                 raise StageFailed("\n".join(failures))
             if self.stopping() and standing.ended < len(todo):
@@ -180,12 +176,13 @@ def tell_last_word(stores: Mapping[Experiment, Store], sizes: Sizes, progress: P
 
 
 def _untold(stores: Mapping[Experiment, Store], sizes: Sizes) -> dict[Experiment, Store]:
-    """The experiments that nobody runs, and whose last word is not how they stand."""
+    """The experiments that nobody runs, and whose last word is not how they stand, or whose shards are not merged."""
     untold = {}
     for experiment, store in stores.items():
         word = lease.last_word(store)
         complete = not any(plan.unfinished(experiment, store, sizes).values())
-        if not lease.is_held(store) and (word is None or (word == "done") != complete):
+        unmerged = shards.unmerged(store, _shards(experiment, sizes))
+        if not lease.is_held(store) and (word is None or (word == "done") != complete or unmerged):
             untold[experiment] = store
     return untold
 
@@ -197,20 +194,19 @@ def _held(
     """Hold experiments while the body runs: nobody else does. At its end, put together what it came to."""
 
     def hold(experiment: Experiment) -> lease.Lease:
-        store = stores[experiment]
-        store.check()
-        taken = lease.take(store, pid=pid)
-        store.sweep()
-        store.write("experiment.json", experiment.to_json().encode())  # what the results are results of
+        stores[experiment].check()
+        taken = lease.take(stores[experiment], pid=pid)
+        try:
+            taken.store.write("experiment.json", experiment.to_json().encode())  # what the results are results of
+        except LockLost as error:
+            raise taken.loss() from error
         return taken
 
-    with ThreadPoolExecutor(_AT_ONCE) as threads:  # it may take a while to see that a holder is dead
+    # All at once: each may have to be looked at for a while before its former owner is known to be dead.
+    with ThreadPoolExecutor(max(1, len(stores))) as threads:
         leases = dict(zip(stores, threads.map(hold, stores), strict=True))
     with Standing(leases, sizes, again).told() as standing:
-        for experiment, store in stores.items():
-            for model in plan.models(experiment):
-                if line := checkpoints.discard_damaged(store, model):
-                    progress.say(f"warning: {line}")
+        stores = standing.stores
         standing.count()
         try:
             yield standing
@@ -231,8 +227,13 @@ def _refuse_too_few_classes(experiment: Experiment, classes: int) -> None:
 def _merge(stores: Mapping[Experiment, Store], sizes: Sizes) -> None:
     """Put together what the slices of the test set came to, for each model and family that is complete."""
     for experiment, store in stores.items():
-        slices: dict[str, list[plan.Job]] = {}
-        for job in plan.jobs(experiment, "evaluate", sizes):
-            if job.family != CHECKS:
-                slices.setdefault(job.merged_file, []).append(job)
-        shards.merge(store, {f: [j.file for j in sorted(js, key=lambda j: j.first)] for f, js in slices.items()})
+        shards.merge(store, _shards(experiment, sizes))
+
+
+def _shards(experiment: Experiment, sizes: Sizes) -> dict[str, list[str]]:
+    """For each file of `evaluations` the files of its shards, in the order of the test set."""
+    slices: dict[str, list[plan.Job]] = {}
+    for job in plan.jobs(experiment, "evaluate", sizes):
+        if job.family != CHECKS:
+            slices.setdefault(job.merged_file, []).append(job)
+    return {file: [job.file for job in sorted(jobs, key=lambda job: job.first)] for file, jobs in slices.items()}

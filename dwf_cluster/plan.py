@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
@@ -10,11 +11,14 @@ from statistics import fmean
 
 from dwf_cluster.data.sources import Sizes
 from dwf_cluster.experiment import MIXTURE, STAGES, Experiment, InvalidInput, Regime
-from dwf_cluster.grid import CHECK_QUERIES, CHECKS, families
+from dwf_cluster.grid import CHECK_QUERIES, CHECKS, columns, families
 from dwf_cluster.store import Store, checkpoints, tables
 
 _SHARD_FLOP, _SHARD_EXAMPLES = 1e13, 8192
 """The most that one evaluation task does, whole batches aside: minutes of a CPU core, and rows that fit into memory."""
+
+_ROW_BYTES, _FILE_BYTES = 8, 5000
+"""Of a row of `predictions` without its gate, and of a file of a few rows: as measured."""
 
 
 @dataclass(frozen=True)
@@ -88,13 +92,8 @@ class Job:
         return self.family == "paper" and "transfer" in self.experiment.evaluation.beyond
 
     @property
-    def product(self) -> tuple[str, str] | None:
-        """For the evaluate stage, table and file that are written last: when they are there, the job is done."""
-        return (CHECKS if self.family == CHECKS else "shards", self.file) if self.stage == "evaluate" else None
-
-    @property
     def tables(self) -> tuple[str, ...]:
-        """The tables that it writes a file of, that of `product` last; `jobs` aside."""
+        """The tables that it writes a file of, besides `jobs`."""
         if self.stage != "evaluate":
             return ("metrics",)
         return (CHECKS,) if self.family == CHECKS else ("predictions", "shards")
@@ -167,16 +166,47 @@ def _evaluation(experiment: Experiment, family: str) -> float:
 
 
 def unfinished(experiment: Experiment, store: Store, sizes: Sizes) -> dict[str, list[Job]]:
-    """The jobs that the store does not hold yet, by stage, in the order of `STAGES`."""
-    products = {(table, file) for table in ("shards", CHECKS) for file in tables.files(store, table)}
-    return {
-        stage: [
-            job
-            for job in jobs(experiment, stage, sizes)
-            if (job.product not in products if job.product else not is_trained(experiment, store, stage, job.model))
-        ]
-        for stage in STAGES
-    }
+    """The jobs that are not done, by stage, in the order of `STAGES`.
+
+    An evaluation is done when the files of all its tables exist; a training when its row of `jobs` exists, its
+    checkpoint is at the last epoch, and `metrics` has a row for each epoch.
+    """
+    files = {table: tables.files(store, table) for table in ("predictions", "shards", CHECKS, "jobs")}
+    epochs = tables.row_counts(store, "metrics", models(experiment))
+
+    def is_done(job: Job) -> bool:
+        if job.file not in files["jobs"]:
+            return False
+        if job.stage == "evaluate":
+            return all(job.file in files[table] for table in job.tables)
+        rows = epochs.get(job.model)
+        return rows == experiment.training(job.stage).epochs and is_trained(experiment, store, job.stage, job.model)
+
+    return {stage: [job for job in jobs(experiment, stage, sizes) if not is_done(job)] for stage in STAGES}
+
+
+def prepare_training(job: Job, store: Store) -> list[str]:
+    """Make a model's checkpoints and its rows of `metrics` agree, before a training goes on from them.
+
+    Removes damaged checkpoints. Writes rows that the table lacks from `state.json`. Removes checkpoints whose rows
+    are in neither (`state.json` of earlier versions has none): only training again brings these rows back.
+
+    Returns:
+        A line for each thing removed, for people.
+    """
+    damage = checkpoints.discard_damaged(store, job.model)
+    notes = [damage] if damage else []
+    while state := checkpoints.latest_state(store, job.model):
+        epochs = list(range(1, state["epoch"] + 1))
+        written = tables.metrics_until(store, job.model, len(epochs))
+        rows = state.get("metrics", written)
+        if [row["epoch"] for row in rows] == epochs:
+            if [row["epoch"] for row in written] != epochs:
+                tables.write(store, "metrics", job.model, tables.rows_of(job.experiment, rows))
+            break
+        path = checkpoints.remove_latest(store, job.model)
+        notes.append(f"rows of metrics of {job.model} are lost: checkpoint {path} removed, to train these epochs again")
+    return notes
 
 
 def shared(todo: Sequence[Job], done: Iterable[Job]) -> list[Job]:
@@ -231,6 +261,40 @@ def select(todo: Mapping[str, list[Job]], stages: Iterable[str]) -> list[Job]:
                 f"allowed is --stages {','.join((*needed, stage))}"
             )
     return [job for stage in STAGES if stage in wanted for job in todo[stage]]
+
+
+def stored_bytes(experiments: Sequence[Experiment], sizes: Sizes) -> tuple[float, float]:
+    """Estimate what experiments store when they are done.
+
+    Returns:
+        Bytes of checkpoints (of each trained model the newest, and the one before with its momentum; models that
+        experiments share count once), and bytes of tables.
+    """
+    every = [job for experiment in experiments for stage in STAGES for job in jobs(experiment, stage, sizes)]
+    in_checkpoints = in_tables = 0.0
+    for job in shared(every, ()):
+        e, networks = job.experiment, len(job.experiment.mixture_regimes) if job.model == MIXTURE else 1
+        in_tables += _FILE_BYTES * (1 + len(job.tables))
+        if job.stage == "evaluate":
+            assert job.family is not None
+            others = len(models(e)) - 1 if job._is_transferred else 0
+            rows = (len(columns(e, job.family)) + others) * (job.stop - job.first)
+            in_tables += rows * (_ROW_BYTES + (4 * networks if job.model == MIXTURE else 0))
+        elif not job.origin:
+            gate = e.gate.hidden * (math.prod(sizes.shape) + networks) if job.model == MIXTURE else 0
+            numbers = networks * _weights(e, sizes.shape[0]) + gate
+            in_checkpoints += 4 * numbers * (1 + 2 * (checkpoints.KEPT - 1))
+    return in_checkpoints, in_tables
+
+
+def _weights(experiment: Experiment, channels: int) -> int:
+    """Numbers in the state of one ResNet-18 for ten classes: convolutions, four vectors a BatchNorm, the last layer."""
+    w = experiment.model.width
+    count = 9 * channels * w + 4 * w + 10 * (8 * w + 1)
+    for inputs, outputs in ((w, w), (w, 2 * w), (2 * w, 4 * w), (4 * w, 8 * w)):
+        shortcut = 0 if inputs == outputs else inputs * outputs + 4 * outputs
+        count += 9 * inputs * outputs + 3 * 9 * outputs * outputs + 4 * 4 * outputs + shortcut
+    return count
 
 
 def forward_flops(experiment: Experiment, shape: tuple[int, int, int]) -> float:

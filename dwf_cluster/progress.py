@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -11,10 +14,10 @@ from rich.live import Live
 from rich.table import Table
 
 from dwf_cluster.cluster.control import Claim
-from dwf_cluster.cluster.ray import Ended, Started
+from dwf_cluster.cluster.ray import Ended, Note, Started
 from dwf_cluster.experiment import STAGES
 from dwf_cluster.plan import Job
-from dwf_cluster.store import Store, tables
+from dwf_cluster.store import StorageFailed, Store, tables
 
 if TYPE_CHECKING:
     from dwf_cluster.cluster.ray import Cluster
@@ -22,9 +25,14 @@ if TYPE_CHECKING:
 _SHOWN_JOBS = 16
 """Of more jobs than this only those are shown that run."""
 
+_LAST_SECONDS = 10.0
+"""How long after the end of a stage the store is still asked for what is left to tell."""
+
 
 class Progress:
-    """Tells a person, or a log, how a run is getting on.
+    """Tells a person, or a log, how a run is getting on. What goes wrong while it does is a warning, never a failure.
+
+    The store is read in a thread of its own, so that a slow one does not hold up the scheduling of jobs.
 
     Args:
         names: of the experiments, if there are several: `{experiment.folder: "seed 3"}`.
@@ -46,13 +54,27 @@ class Progress:
         self._storage = storage
         self._console = console
         self.heard: Callable[[str, Mapping[str, Any]], None] = lambda folder, row: None
-        self._states: dict[Job, str] = {}
-        self._metrics: dict[Job, dict[str, Any]] = {}
+        self._warned: set[str] = set()
         self._live: Live | None = None
+        self._start([])
+
+    def _start(self, jobs: Sequence[Job]) -> None:
+        """Forget the jobs of earlier stages."""
+        self._states: dict[Job, str] = dict.fromkeys(jobs, "waiting")
+        self._metrics: dict[Job, dict[str, Any]] = {}
+        self._unreadable: set[Job] = set()
+        self._look_waits = False
+        self._deadline = math.inf
 
     def say(self, line: str) -> None:
         """One line of its own."""
         self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    def warn(self, channel: str, reason: str) -> None:
+        """Say, once for each channel (progress, TensorBoard), what is missing from it; the run goes on."""
+        if channel not in self._warned:
+            self._warned.add(channel)
+            self.say(f"warning: {channel}: {reason}; the run goes on")
 
     def title(self, job: Job) -> str:
         """What a person calls a job: its name and, if there are several experiments, which."""
@@ -77,55 +99,98 @@ class Progress:
     @contextmanager
     def watching(self, jobs: Sequence[Job]) -> Iterator[None]:
         """Show these jobs while the body runs."""
-        self._states, self._metrics = dict.fromkeys(jobs, "waiting"), {}
-        for job in jobs:  # what an interrupted run has left
-            for row in self._rows(job, "metrics", job.model) if job.stage != "evaluate" else ():
-                self._metrics[job] = row
-                self.heard(job.folder, row)
-        if not self._console.is_terminal:
-            yield
-            return
-        with Live(get_renderable=self._table, console=self._console, refresh_per_second=2) as self._live:
-            yield
-        self._live = None
+        self._start(jobs)
+        for job in jobs:
+            self._look(job, left=True)
+        with ExitStack() as stack:
+            if self._console.is_terminal:
+                self._live = Live(get_renderable=self._table, console=self._console, refresh_per_second=2)
+                stack.callback(setattr, self, "_live", None)
+                stack.enter_context(self._live)
+            self._thread = stack.enter_context(ThreadPoolExecutor(1, "progress"))
+            try:
+                yield
+            finally:
+                self._deadline = time.monotonic() + _LAST_SECONDS
 
-    def update(self, event: Started | Claim | Ended | None) -> None:
-        """Take what `Cluster.run` yields."""
+    def update(self, event: Started | Claim | Ended | Note | None) -> None:
+        """Take what `Cluster.run` yields, while watching; returns at once."""
+        if event is None and self._look_waits:
+            return
+        self._look_waits |= event is None
+        self._thread.submit(self._follow, event)
+
+    def _follow(self, event: Started | Claim | Ended | Note | None) -> None:
+        try:
+            self._tell(event)
+        except Exception as error:  # of any class: what is only watched must not end a run
+            self.warn("progress", _reason(error))
+
+    def _tell(self, event: Started | Claim | Ended | Note | None) -> None:
         if isinstance(event, Started):
             self._states[event.job] = "running"
+        elif isinstance(event, Note):
+            self.say(event.text)
         elif isinstance(event, Claim):
             if event.share:
-                self._plain(f"{event.job[1]}: worker {event.worker} on {event}")
+                self._plain(f"{event.job[1]}: worker {event.worker} on {event} (process {event.process})")
         elif isinstance(event, Ended):
-            job = event.job
-            self._look(job)
-            self._states[job] = event.state
-            ended = sum(state in ("done", "failed", "stopped") for state in self._states.values())
-            took = [f" in {row['seconds']:.1f} s" for row in self._rows(job, "jobs", job.file) if row["seconds"]]
-            done = f"copied from {job.origin}" if job.origin and event.state == "done" else event.state + "".join(took)
-            if job.origin and job.stage == "evaluate" and not event.reason:
-                return  # thousands, of no work
-            what = event.reason or done
-            self._plain(f"{self.title(job)}: {what} ({ended} of {len(self._states)})")
+            self._tell_end(event)
         else:
+            self._look_waits = False
             for job, state in self._states.items():
                 if state == "running":
                     self._look(job)
 
-    def _look(self, job: Job) -> None:
-        """Tell of the epochs of a training that have ended since it was last looked at."""
-        if job.stage == "evaluate":
+    def _tell_end(self, event: Ended) -> None:
+        job = event.job
+        self._unreadable.discard(job)
+        self._look(job)
+        self._states[job] = event.state
+        if job.origin and job.stage == "evaluate" and not event.reason:
+            return  # thousands, of no work
+        row = self._job_row(job)
+        for note in (row.get("note") or "").splitlines() if not job.origin else ():
+            self.say(f"warning: {note}")
+        took = f" in {row['seconds']:.1f} s" if row.get("seconds") else ""
+        ended = sum(state in ("done", "failed", "stopped") for state in self._states.values())
+        what = event.reason or (f"copied from {job.origin}" if job.origin and event.state == "done" else "")
+        self._plain(f"{self.title(job)}: {what or event.state + took} ({ended} of {len(self._states)})")
+
+    def _job_row(self, job: Job) -> dict[str, Any]:
+        """The row of a job in the table `jobs`; empty if it cannot be read."""
+        try:
+            return next(iter(self._rows(job, "jobs", job.file)), {})
+        except Exception as error:  # as for `_look`
+            self.warn("progress", f"{self.title(job)}: {_reason(error)}")
+            return {}
+
+    def _look(self, job: Job, left: bool = False) -> None:
+        """Tell of the epochs of a training that have ended since it was last looked at.
+
+        Args:
+            job: of any stage.
+            left: whether they are those that an interrupted run has left: these are not said.
+        """
+        if job.stage == "evaluate" or job in self._unreadable:
             return
         seen = self._metrics.get(job, {}).get("epoch", 0)
-        for row in self._rows(job, "metrics", job.model):
-            if row["epoch"] > seen:
-                self._metrics[job] = row
-                self.heard(job.folder, row)
-                if job.origin:
-                    continue  # others' epochs were told as they came
-                self._plain(f"{self.title(job)}: {epoch_line(row, job.experiment.training(job.stage).epochs)}")
+        try:
+            for row in self._rows(job, "metrics", job.model):
+                if row["epoch"] > seen:
+                    line = f"{self.title(job)}: {epoch_line(row, job.experiment.training(job.stage).epochs)}"
+                    self._metrics[job] = row
+                    self.heard(job.folder, row)
+                    if not left and not job.origin:  # others' epochs were told as they came
+                        self._plain(line)
+        except Exception as error:  # a store that does not answer, or a file that holds anything
+            # Not looked at again before its end: a store that stays silent for a minute ends the job itself.
+            self._unreadable.add(job)
+            self.warn("progress", f"{self.title(job)}: {_reason(error)}")
 
     def _rows(self, job: Job, table: str, file: str) -> list[dict[str, Any]]:
+        if time.monotonic() > self._deadline:
+            return []
         rows: list[dict[str, Any]] = tables.read(Store(self._storage, job.folder), table, [file]).to_pylist()
         return rows
 
@@ -149,6 +214,13 @@ class Progress:
     def _cells(self, job: Job) -> tuple[str, ...]:
         row, epochs = self._metrics.get(job), job.experiment.training(job.stage).epochs
         return _cells(row, epochs) if row else (f"0/{epochs}", "", "", "", "", "")
+
+
+def _reason(error: Exception) -> str:
+    """One line."""
+    text = str(error).strip().splitlines()
+    line = text[0] if text else "no message"
+    return line if isinstance(error, StorageFailed) else f"{type(error).__name__}: {line}"
 
 
 def epoch_line(row: Mapping[str, Any], epochs: int) -> str:

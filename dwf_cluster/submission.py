@@ -1,4 +1,4 @@
-"""`--slurm`: hand experiments to SLURM, look on, and judge by the store what has come of them."""
+"""`--slurm`: submit experiments to SLURM, follow their jobs, and read from the store whether they are done."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ def run(
     arguments: Callable[[Experiment], tuple[str, ...]],
     again: str,
 ) -> int:
-    """Submit what is not done and not in the queue yet, follow it to its end; returns the exit status.
+    """Submit the experiments that are neither done nor queued, follow all to their ends; returns the exit status.
 
     Args:
-        experiments: one job each.
+        experiments: each becomes one job.
         storage: URL below which each has its folder.
         stages: some of `experiment.STAGES`.
         request: what to ask SLURM for.
         arguments: what an experiment's job passes to `dwf_cluster.launch`.
-        again: the command that comes back, for people.
+        again: the command that follows the jobs again, for people.
 
     Raises:
-        InvalidInput: if SLURM does not take it.
+        InvalidInput: if SLURM refuses a job.
     """
     stores = {experiment: Store(storage, experiment.folder) for experiment in experiments}
     sizes = sources.sizes(experiments[0].data)
@@ -44,16 +44,17 @@ def run(
     say = functools.partial(print, flush=True)
     jobs = slurm.submit(list(runs.values()), request, say)
     if jobs:
-        say(f"Ctrl-C ends the looking on, not the job. Come back: {again}")
+        say(f"Ctrl-C stops following; the job continues. Follow it again: {again}")
     try:
         slurm.follow(jobs, request, say)
     except KeyboardInterrupt:
-        print(f"the job goes on. Come back: {again}", file=sys.stderr)
+        print(f"the job continues. Follow it again: {again}", file=sys.stderr)
         return 130
     failed = [experiment for experiment in runs if not is_done(experiment)]
+    words = slurm.last_words(jobs[runs[experiment]] for experiment in failed)
     for experiment in failed:
         job = jobs[runs[experiment]]
-        word = slurm.last_word(job)
+        word = words.get(job.job_id)
         print(
             f"failed: job {job.job_id} ended before all was done{f' ({word})' if word else ''}; "
             f"log: {job.paths.stdout}\nresume: {again}",
@@ -70,5 +71,5 @@ def script(
     arguments: Callable[[Experiment], tuple[str, ...]],
     again: str,
 ) -> str:
-    """The batch script that `run` would hand to sbatch if nothing were done; arguments as there."""
+    """The batch script that `run` would submit if nothing were done; arguments as there."""
     return slurm.script([slurm.Run(e.folder, arguments(e), again) for e in experiments], request)

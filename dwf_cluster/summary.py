@@ -15,9 +15,10 @@ from dwf_cluster.cluster.schedule import Placement, lower_bound, timeline
 from dwf_cluster.data.sources import Sizes
 from dwf_cluster.experiment import MIXTURE, STAGES, Experiment, written
 from dwf_cluster.grid import Column, columns, families, transfer
-from dwf_cluster.plan import Job, forward_flops, models, shared
+from dwf_cluster.plan import Job, forward_flops, models, shared, stored_bytes
 from dwf_cluster.plan import jobs as plan_jobs
 from dwf_cluster.store import Store, tables
+from dwf_cluster.store.prune import size
 from dwf_cluster.sweep import Outcome, Sweep, headline
 
 GPU_FLOPS = 8.4e13, "estimate for an H100 with TF32, not measured"
@@ -85,7 +86,16 @@ def plan(
             f"{'measured on finished jobs' if stage in measured else why}"
             for stage in sorted({job.stage for job in todo}, key=STAGES.index)
         ),
+        _storage_line(experiments, sizes, storage),
     ]
+
+
+def _storage_line(experiments: Sequence[Experiment], sizes: Sizes, storage: str) -> str:
+    in_checkpoints, in_tables = stored_bytes(experiments, sizes)
+    return (
+        f"storage: about {size(in_checkpoints + in_tables)} below {storage} when all of it is done "
+        f"({size(in_checkpoints)} of checkpoints, {size(in_tables)} of tables)"
+    )
 
 
 def measured_speeds(jobs: Sequence[Job], places: Mapping[Job, Placement], storage: str) -> dict[str, float]:
@@ -192,13 +202,14 @@ def _accuracies(experiment: Experiment, store: Store, title: str, heads: Mapping
     rows = tables.read(store, "evaluations").to_pylist()
     keys = list(next(iter(heads)).settings)
     accuracy = {(row["model"], *(row[key] for key in keys)): row["accuracy"] for row in rows}
-    table = _table(f"{title}, {rows[0]['examples']} test images")
+    table = _table(f"{title}, {rows[0]['examples'] if rows else 0} test images")
     table.add_column("model", no_wrap=True)
     for head in heads.values():
         table.add_column(head, justify="right", no_wrap=True)
     for model in models(experiment):
         cells = [accuracy.get((model, *column.settings.values())) for column in heads]
-        table.add_row(model, *("" if cell is None else f"{100 * cell:.1f}" for cell in cells))
+        if any(cell is not None for cell in cells):  # else another run is at it
+            table.add_row(model, *("" if cell is None else f"{100 * cell:.1f}" for cell in cells))
     return table
 
 
@@ -208,7 +219,7 @@ def warnings(experiment: Experiment, store: Store) -> list[str]:
     order = {model: place for place, model in enumerate(models(experiment))}
     fired = sorted((row for row in rows if row["fired"]), key=lambda row: order[row["model"]])
     lines = [f"warning: {row['model']}, {row['check']}: {row['meaning']}" for row in fired]
-    looked = f"{len(rows)} checks of {len(order)} models on {rows[0]['examples']} images"
+    looked = f"{len(rows)} checks of {len(order)} models on {rows[0]['examples'] if rows else 0} images"
     return [*lines, f"signs of gradient masking: {len(lines) or 'none'} in {looked}"]
 
 

@@ -24,6 +24,7 @@ import pyarrow.parquet as pq
 from rich.console import Console
 
 from dwf_cluster import plan
+from dwf_cluster.cluster.failures import one_line
 from dwf_cluster.cluster.placement import place
 from dwf_cluster.cluster.ray import Cluster
 from dwf_cluster.cluster.tune import run_trials
@@ -240,6 +241,7 @@ def run(
     progress.planned(STAGES, todo)
     if not todo:
         tell_last_word(stores, sizes, progress, again)
+        outcome = Outcome(sweep, storage)  # that may have merged shards
         outcome.write()
         return outcome
     with opened(list(stores), storage, connect, data_folder, progress, stopping, again) as pipeline:
@@ -289,6 +291,7 @@ def _trials(
     """Joint stage and evaluation of each mixture, as trials of Ray Tune."""
     stores = {trial.experiment: Store(pipeline.storage, trial.experiment.folder) for trial in trials}
     left = {job.folder for job in jobs_left(stores, STAGES, pipeline.sizes) if job.model == MIXTURE}
+    left |= {e.folder for e, store in stores.items() if not results(e, store)}  # shards that are not merged
     if not left:
         return
     # Those that are done tell ASHA again how they fared.
@@ -377,5 +380,5 @@ class _Work:
         except (StageFailed, StorageFailed, Held) as error:
             return {**last, "state": "failed", "reason": str(error)}
         except Exception as error:  # of any class: Tune would run it again, and again
-            return {**last, "state": "failed", "reason": f"{type(error).__name__}: {error}"}
+            return {**last, "state": "failed", "reason": one_line(error)}
         return {**last, "state": "done", "results": results(experiment, store)}

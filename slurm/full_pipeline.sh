@@ -12,4 +12,13 @@
 # Two minutes before the time is over: trainings save what they have, and the job is requeued.
 #SBATCH --signal=USR2@120
 
-exec "${DWF_PYTHON:-python}" -m dwf_cluster.cluster.allocation "$@"
+# The environment that `make` has made beside slurm/, unless DWF_PYTHON names another Python. `bash slurm/full_pipeline.sh`
+# on the login node runs this check without submitting anything.
+python="${DWF_PYTHON:-${SLURM_SUBMIT_DIR:-.}/.venv/bin/python}"
+if [ -z "${DWF_PYTHON:-}" ] && [ ! -x "$python" ]; then python=python; fi
+if ! "$python" -c "import dwf_cluster" 2> /dev/null; then
+    echo "error: $python cannot import dwf_cluster: run \`make demo\` in the folder that you submit from, activate its" \
+        "environment before sbatch, or set DWF_PYTHON=/path/to/python" >&2
+    exit 2
+fi
+exec "$python" -m dwf_cluster.cluster.allocation "$@"

@@ -9,6 +9,8 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -47,6 +49,10 @@ TINY = [
     "evaluation.probe_steps=2",
 ]
 """Assignments that make the digits preset a matter of seconds: three experts, 96 images."""
+
+
+PATIENCE = 1200.0
+"""Seconds after which what a test waits for will not come: no test depends on the speed of a machine."""
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -113,7 +119,7 @@ class Launch:
     def __call__(self, *arguments: str | os.PathLike[str]) -> subprocess.CompletedProcess[str]:
         """Run to the end."""
         return subprocess.run(
-            self._command(arguments), cwd=self.folder, capture_output=True, text=True, timeout=400, check=False
+            self._command(arguments), cwd=self.folder, capture_output=True, text=True, timeout=PATIENCE, check=False
         )
 
     def until(
@@ -165,10 +171,13 @@ def held(folder: Path, job: str) -> psutil.Process:
     """
 
     def is_it(process: psutil.Process) -> bool:
-        return re.match(rf"ray::(\S+ )?{job}", title(process)) is not None
+        try:  # another run on this machine may have a job of that name
+            return re.match(rf"ray::(\S+ )?{job}", title(process)) is not None and folder.samefile(process.cwd())
+        except (psutil.Error, OSError):  # it has ended
+            return False
 
     saved = f"runs/*/checkpoints/{job.rsplit(maxsplit=1)[-1]}/epoch-00001/manifest.json"
-    deadline, process = time.monotonic() + 120, None
+    deadline, process = time.monotonic() + PATIENCE, None
     while True:
         if process is None or not is_it(process):
             process = next(filter(is_it, psutil.process_iter()), None)
@@ -183,6 +192,23 @@ def go_on_to_stop(training: psutil.Process) -> None:
     """Let a held training go on, so that it meets its run's wish to stop."""
     time.sleep(2)  # until the wish has got there: less than a quarter of that, and nothing tells of it
     training.resume()
+
+
+def answer(request: urllib.request.Request | str) -> str:
+    """What a service answers to a request. One that is starting, or busy, may refuse the first connections."""
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        try:
+            with urllib.request.urlopen(request, timeout=PATIENCE) as response:
+                text: str = response.read().decode()
+                return text
+        except urllib.error.HTTPError as error:
+            if error.code < 500 or time.monotonic() > deadline:
+                raise
+        except OSError:  # refused, reset, timed out
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(0.2)  # a service does not tell when it is ready
 
 
 def title(process: psutil.Process) -> str:

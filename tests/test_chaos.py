@@ -67,7 +67,7 @@ class Chaos:
 
     def _kill_in_the_middle_of(self, kind: str) -> bool:
         """The writer's process is in the name of the unfinished file: it is held, then all are killed."""
-        pattern = {"checkpoint": "checkpoints/*/*/.*.unfinished", "table": "results/*/.*.unfinished"}[kind]
+        pattern = {"checkpoint": ".run-*/checkpoints-*.unfinished", "table": ".run-*/results-*.unfinished"}[kind]
         skipped = self.random.randrange(6)
         while self._driver.poll() is None:
             time.sleep(0.001)  # nothing tells of another process's unfinished file

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
+import pty
 import re
+import secrets
 import subprocess
 import sys
+import termios
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from dwf_cluster.experiment import PRESETS, describe
+from dwf_cluster.store import checkpoints, tables
+from dwf_cluster.store.status import Status
 
-from .conftest import TINY, Launch
+from .conftest import ARGUMENTS, TINY, Launch, go_on_to_stop, held, store_of
 
 
 def test_help_names_every_preset_and_every_field_with_its_default(launch: Launch) -> None:
@@ -118,3 +126,71 @@ def test_without_a_network_the_run_fails_in_one_line_that_says_what_to_do(
     assert first.startswith("failed: SVHN is not in ")
     assert second.startswith("resume: python -m dwf_cluster.launch --local --preset svhn")
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.fixture
+def short_path(small_disk: Path) -> Iterator[Path]:
+    """A link to the small disk, whose path is short enough for sockets below it."""
+    link = Path("/tmp", secrets.token_hex(4))
+    link.symlink_to(small_disk)
+    yield link
+    link.unlink()
+
+
+def test_a_temporary_folder_without_room_is_one_line(
+    launch: Launch, short_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(short_path))
+    result = launch(*ARGUMENTS)
+    assert result.returncode == 2
+    (line,) = result.stderr.splitlines()
+    assert line.startswith(f"error: TMPDIR: '{short_path}' cannot be used: No space left on device; allowed is ")
+    assert list(short_path.iterdir()) == []
+    assert not (launch.folder / "runs").exists()
+
+
+def test_output_that_cannot_be_written_ends_no_run(launch: Launch) -> None:
+    command = [sys.executable, "-m", "dwf_cluster.launch", "--local", "--gpus", "0", "--set", *TINY]
+    with open("/dev/full", "w") as full:
+        result = subprocess.run(
+            [*command, "--dry-run"], cwd=launch.folder, stdout=full, stderr=subprocess.PIPE, text=True, check=False
+        )
+        assert (result.returncode, result.stderr) == (0, "")
+        result = subprocess.run(
+            [*command, "no=field"], cwd=launch.folder, stdout=full, stderr=full, text=True, check=False
+        )
+        assert result.returncode == 2
+
+
+@pytest.mark.interruptions
+def test_closing_the_terminal_saves_as_ctrl_c_does(launch: Launch) -> None:
+    terminal, ours = pty.openpty()
+
+    def begin() -> None:
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+    command = [sys.executable, "-m", "dwf_cluster.launch", *ARGUMENTS]
+    with subprocess.Popen(
+        command,
+        cwd=launch.folder,
+        stdin=ours,
+        stdout=ours,
+        stderr=ours,
+        start_new_session=True,
+        preexec_fn=begin,  # noqa: PLW1509, no other thread has begun
+    ) as driver:
+        os.close(ours)
+        printed = b""
+        while b"Ray dashboard" not in printed:
+            printed += os.read(terminal, 4096)
+        training = held(launch.folder, "expert pgd-1")
+        os.close(terminal)
+        go_on_to_stop(training)
+        assert driver.wait(120) == 130
+    (folder,) = (launch.folder / "runs").iterdir()
+    status = Status.read(store_of(folder))
+    assert status is not None
+    assert status.state == "stopped"
+    assert checkpoints.latest_epoch(store_of(folder), "pgd-1") in (1, 2)
+    (job,) = tables.read(store_of(folder), "jobs", ["expert-pgd-1"]).to_pylist()
+    assert job["state"] == "stopped"  # its process outlived the terminal

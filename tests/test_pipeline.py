@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import platform
 import re
 import shutil
@@ -15,12 +16,28 @@ import pandas as pd
 import psutil
 import pyarrow.parquet as pq
 import pytest
+from safetensors.torch import load_file
 
 from dwf_cluster import status
+from dwf_cluster.data import sources
 from dwf_cluster.experiment import Experiment, build
+from dwf_cluster.plan import stored_bytes
 from dwf_cluster.store import checkpoints, tables
 
-from .conftest import ARGUMENTS, LOCAL, MODELS, SLOWER, TINY, Launch, assert_same, go_on_to_stop, held, store_of, title
+from .conftest import (
+    ARGUMENTS,
+    LOCAL,
+    MODELS,
+    SLOWER,
+    TINY,
+    Launch,
+    answer,
+    assert_same,
+    go_on_to_stop,
+    held,
+    store_of,
+    title,
+)
 
 
 def test_it_leaves_checkpoints_tables_and_the_experiment(
@@ -171,6 +188,80 @@ def test_a_killed_worker_is_replaced_and_changes_no_number(
     assert jobs.loc["joint", "attempts"] == 2
 
 
+def test_a_trained_model_is_kept_without_its_optimizer_and_one_to_fall_back_on_with_it(
+    undisturbed: tuple[Path, subprocess.CompletedProcess[str]],
+) -> None:
+    for model in ("pgd-1", "joint"):
+        older, last = sorted((undisturbed[0] / "checkpoints" / model).iterdir())
+        kinds = [{name.partition(".")[0] for name in load_file(f / "tensors.safetensors")} for f in (older, last)]
+        assert kinds == [{"model", "momentum"}, {"model"}]
+
+
+def test_the_dry_run_knew_what_would_be_stored(undisturbed: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    experiment = build("digits", 0, [*TINY, *SLOWER])
+    estimates = stored_bytes([experiment], sources.sizes(experiment.data))
+    for folder, estimate in zip(("checkpoints", "results"), estimates, strict=True):
+        stored = sum(path.stat().st_size for path in (undisturbed[0] / folder).rglob("*") if path.is_file())
+        assert 0.5 < estimate / stored < 2, (folder, estimate, stored)
+
+
+def _remove(folder: Path, *files: str) -> None:
+    for file in files:
+        path = folder / "results" / file
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def test_removed_evaluations_are_added_up_again_without_ray(
+    launch: Launch, undisturbed: tuple[Path, subprocess.CompletedProcess[str]]
+) -> None:
+    copy = launch.folder / "runs" / undisturbed[0].name
+    shutil.copytree(undisturbed[0], copy)
+    table = undisturbed[1].stdout[undisturbed[1].stdout.index("Accuracy in percent") :]
+    for removed in ("evaluations/evaluate-pgd-1-paper.parquet", "evaluations"):
+        _remove(copy, removed)
+        result = launch(*ARGUMENTS)
+        assert result.returncode == 0, result.stderr
+        assert "Ray dashboard" not in result.stdout
+        assert table.replace(str(undisturbed[0]), str(copy)) in result.stdout
+        assert_same(copy, undisturbed[0])
+
+
+def test_removed_tables_and_a_damaged_model_are_made_anew_bit_for_bit(
+    launch: Launch, undisturbed: tuple[Path, subprocess.CompletedProcess[str]]
+) -> None:
+    copy = launch.folder / "runs" / undisturbed[0].name
+    shutil.copytree(undisturbed[0], copy)
+    tasks = set(pd.read_parquet(copy / "results" / "jobs").task)
+    saved = {path: path.stat().st_mtime_ns for path in (copy / "checkpoints").rglob("*")}
+    _remove(copy, *tables.SCHEMAS)
+    result = launch(*ARGUMENTS)
+    assert result.returncode == 0, result.stderr
+    # Nothing is trained: checkpoints have the rows.
+    assert {path: path.stat().st_mtime_ns for path in (copy / "checkpoints").rglob("*")} == saved
+    assert_same(copy, undisturbed[0])
+    assert set(pd.read_parquet(copy / "results" / "jobs").task) == tasks
+
+    evaluation = "evaluate-{}-000000000.parquet"
+    _remove(copy, "metrics/fgsm-1.parquet", "jobs/joint.parquet", "evaluations/evaluate-mixture-noise.parquet")
+    for table, file in (("shards", "benign-noise"), ("predictions", "pgd-1-noise"), ("checks", "pgd-1-checks")):
+        _remove(copy, f"{table}/{evaluation.format(file)}")
+    last = copy / "checkpoints" / "benign" / "epoch-00003"
+    (last / "tensors.safetensors").write_bytes((last / "tensors.safetensors").read_bytes()[::-1])
+    result = launch(*ARGUMENTS)
+    assert result.returncode == 1
+    assert result.stderr.splitlines()[0] == (
+        "failed: stage evaluate, evaluate benign noise 0-23: CheckpointLost: benign is not trained to the end: no "
+        f"checkpoint of epoch 3 (damaged checkpoint {last} removed; used is {last.with_name('epoch-00002')}); "
+        "the same command again trains it"
+    )
+    assert "Traceback" not in result.stderr
+    result = launch(*ARGUMENTS)
+    assert result.returncode == 0, result.stderr
+    assert "expert benign: done in" in result.stdout
+    assert_same(copy, undisturbed[0])
+    assert set(pd.read_parquet(copy / "results" / "jobs").task) == tasks
+
+
 def test_one_worker_or_two_and_a_slice_again_come_to_the_same_rows(
     launch: Launch, undisturbed: tuple[Path, subprocess.CompletedProcess[str]]
 ) -> None:
@@ -247,11 +338,11 @@ def test_all_listens_on_loopback_and_the_dashboard_refuses_whoever_has_no_token(
         assert token_file.stat().st_mode & 0o777 == 0o600
         assert token_file.parent.stat().st_mode & 0o777 == 0o700
         with pytest.raises(urllib.error.HTTPError) as refused:
-            urllib.request.urlopen(f"{found[1]}/api/jobs/", timeout=30)
+            answer(f"{found[1]}/api/jobs/")
         assert refused.value.code in (401, 403)
         headers = {"Authorization": f"Bearer {token_file.read_text()}"}
         request = urllib.request.Request(f"{found[1]}/api/jobs/", headers=headers)
-        assert urllib.request.urlopen(request, timeout=30).status == 200
+        assert [job["type"] for job in json.loads(answer(request))] == ["DRIVER"]
         driver.send_signal(signal.SIGINT)
 
     code, _ = launch.until("^Ray dashboard", knock, *ARGUMENTS)

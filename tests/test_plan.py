@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
+from dwf_cluster import plan
 from dwf_cluster.data.sources import Sizes
-from dwf_cluster.experiment import Experiment, InvalidInput, build
-from dwf_cluster.plan import forward_flops, jobs, select, unfinished
-from dwf_cluster.store import Store, tables
+from dwf_cluster.experiment import STAGES, Experiment, InvalidInput, build
+from dwf_cluster.models import ResNet18
+from dwf_cluster.plan import Job, forward_flops, jobs, prepare_training, select, unfinished
+from dwf_cluster.store import Store, checkpoints, tables
 
 CIFAR10, TINY_SIZES = Sizes(50_000, 10_000, (3, 32, 32)), Sizes(96, 40, (1, 8, 8))
 
@@ -57,6 +60,17 @@ def test_slices_are_whole_batches_cover_the_test_set_and_take_minutes() -> None:
         assert flop < 1e13 + batch
 
 
+def test_the_estimate_of_storage_knows_the_size_of_the_networks() -> None:
+    experiment = build("cifar10", 0, ["model.width=16"])
+    state = ResNet18(10, (0.5,) * 3, (0.5,) * 3, 16).state_dict()
+    assert plan._weights(experiment, 3) == pytest.approx(sum(t.numel() for t in state.values()), rel=0.001)
+    one, _ = plan.stored_bytes([experiment], CIFAR10)
+    seeds, _ = plan.stored_bytes([experiment, experiment.model_copy(update={"seed": 1})], CIFAR10)
+    assert seeds == 2 * one
+    gates, _ = plan.stored_bytes([experiment, build("cifar10", 0, ["model.width=16", "gate.kind=hard"])], CIFAR10)
+    assert gates < 2 * one  # the experts are stored once
+
+
 def test_a_slice_can_be_chosen() -> None:
     experiment = build("digits", 0, ["evaluation.shard_examples=100", "evaluation.batch_size=64"])
     slices = [j for j in jobs(experiment, "evaluate", Sizes(1, 360, (1, 8, 8))) if j.family == "paper"]
@@ -64,14 +78,87 @@ def test_a_slice_can_be_chosen() -> None:
     assert "evaluate mixture paper 256-359" in {job.name for job in slices}
 
 
-def test_what_is_done_is_left_out(store: Store, tiny: Experiment) -> None:
-    before = unfinished(tiny, store, TINY_SIZES)["evaluate"]
-    for table, family in (("shards", "paper"), ("checks", "checks")):
-        job = next(job for job in before if (job.model, job.family) == ("benign", family))
-        tables.write(store, table, job.file, [])
-        assert job.product == (table, job.file)
-        assert job not in unfinished(tiny, store, TINY_SIZES)["evaluate"]
-    assert len(unfinished(tiny, store, TINY_SIZES)["evaluate"]) == len(before) - 2
+def _finish(store: Store, job: Job, metrics: bool = True) -> None:
+    """Write what a job leaves; `metrics`: whether the checkpoint has its rows, as those of this version do."""
+    rows = [{"stage": job.stage, "model": job.model, "epoch": epoch, "loss": 1 / epoch} for epoch in (1, 2, 3)]
+    for epoch in () if job.stage == "evaluate" else (2, 3):
+        state = {"metrics": rows[:epoch]} if metrics else {}
+        checkpoints.save(store, job.model, epoch, 0, {"model.weight": torch.zeros(1)}, state)
+    for table in (*job.tables, "jobs"):
+        name, content = (job.model, rows) if table == "metrics" else (job.file, [{}])
+        tables.write(store, table, name, tables.rows_of(job.experiment, content))
+
+
+def _left(experiment: Experiment, store: Store) -> set[str]:
+    return {job.name for found in unfinished(experiment, store, TINY_SIZES).values() for job in found}
+
+
+def _job(experiment: Experiment, name: str) -> Job:
+    every = [job for stage in STAGES for job in jobs(experiment, stage, TINY_SIZES)]
+    return next(job for job in every if job.name == name)
+
+
+@pytest.mark.parametrize("name", ["expert pgd-1", "evaluate benign paper 0-23", "evaluate benign checks 0-7"])
+def test_a_job_is_done_when_all_of_its_files_are_there(store: Store, tiny: Experiment, name: str) -> None:
+    job, before = _job(tiny, name), _left(tiny, store)
+    _finish(store, job)
+    assert _left(tiny, store) == before - {name}
+    for table in (*job.tables, "jobs"):
+        tables.remove(store, table, job.model if table == "metrics" else job.file)
+        assert name in _left(tiny, store)
+        _finish(store, job)
+        assert name not in _left(tiny, store)
+
+
+def test_rows_that_another_writer_lost_come_back_from_the_checkpoint(store: Store, tiny: Experiment) -> None:
+    job = _job(tiny, "expert pgd-1")
+    _finish(store, job)
+    whole = tables.read(store, "metrics")
+    for rows in ([], whole.to_pylist()[:2], [whole.to_pylist()[n] for n in (0, 2)]):
+        tables.write(store, "metrics", job.model, rows)
+        assert job.name in _left(tiny, store)
+        assert prepare_training(job, store) == []
+        assert tables.read(store, "metrics").equals(whole)
+        assert job.name not in _left(tiny, store)
+
+
+def test_rows_that_no_checkpoint_has_are_trained_again(store: Store, tiny: Experiment) -> None:
+    job = _job(tiny, "expert pgd-1")
+    _finish(store, job, metrics=False)
+    assert prepare_training(job, store) == []  # the table of an earlier version is enough
+    tables.write(store, "metrics", job.model, tables.read(store, "metrics").to_pylist()[:2])
+    (note,) = prepare_training(job, store)
+    assert note == (
+        f"rows of metrics of pgd-1 are lost: checkpoint {store.path('checkpoints/pgd-1/epoch-00003')} removed, "
+        "to train these epochs again"
+    )
+    assert checkpoints.latest_epoch(store, job.model) == 2
+    tables.remove(store, "metrics", job.model)
+    assert len(prepare_training(job, store)) == 1
+    assert checkpoints.latest_path(store, job.model) is None
+
+
+def test_a_damaged_checkpoint_is_said_before_training_goes_on(store: Store, tiny: Experiment) -> None:
+    job = _job(tiny, "expert pgd-1")
+    _finish(store, job)
+    store.write("checkpoints/pgd-1/epoch-00003/tensors.safetensors", b"something else")
+    folder = store.path("checkpoints/pgd-1/epoch-0000")
+    assert prepare_training(job, store) == [f"damaged checkpoint {folder}3 removed; used is {folder}2"]
+
+
+def test_what_is_done_is_seen_without_a_look_at_tensors(
+    store: Store, tiny: Experiment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for job in jobs(tiny, "experts", TINY_SIZES):
+        _finish(store, job)
+    read = Store.read
+
+    def watched(store: Store, name: str) -> bytes | None:
+        assert not name.endswith("safetensors")
+        return read(store, name)
+
+    monkeypatch.setattr(Store, "read", watched)
+    assert unfinished(tiny, store, TINY_SIZES)["experts"] == []
 
 
 def test_a_stage_whose_forerunner_is_missing_is_refused_with_the_way_out(store: Store, tiny: Experiment) -> None:

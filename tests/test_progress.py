@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import io
+import threading
+from collections.abc import Mapping
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -19,7 +22,8 @@ from dwf_cluster.store import Store, tables
 def _epoch(store: Store, experiment: Experiment, job: Job, epoch: int) -> None:
     row = {"stage": job.stage, "model": job.model, "epoch": epoch, "loss": 0.5, "clean_accuracy": 0.9}
     row |= {"probe_pgd_accuracy": 0.25, "images_per_second": 321.0, "seconds": 61.0}
-    tables.upsert(store, "metrics", job.model, tables.rows_of(experiment, [row])[0], key="epoch")
+    before = tables.metrics_until(store, job.model, epoch - 1)
+    tables.write(store, "metrics", job.model, tables.rows_of(experiment, [*before, row]))
 
 
 @pytest.fixture
@@ -36,8 +40,8 @@ def test_elsewhere_each_epoch_and_each_end_is_a_plain_line(store: Store, tiny: E
     progress = _progress(store, tiny, Console(file=printed))
     with progress.watching(experts):
         progress.update(Started(experts[0]))
-        progress.update(Claim((tiny.folder, "expert pgd-1"), 0, "n1", "H100 GPU-1", 0.5))
-        progress.update(Claim((tiny.folder, "expert fgsm-1"), 0, "n1", "cpu", 0))
+        progress.update(Claim((tiny.folder, "expert pgd-1"), 0, "n1", "H100 GPU-1", 0.5, "H100", 7))
+        progress.update(Claim((tiny.folder, "expert fgsm-1"), 0, "n1", "cpu", 0, "cpu", 8))
         _epoch(store, tiny, experts[0], 1)
         progress.update(None)
         progress.update(None)
@@ -45,11 +49,25 @@ def test_elsewhere_each_epoch_and_each_end_is_a_plain_line(store: Store, tiny: E
         progress.update(Ended(experts[1], "failed", "NonFiniteLoss: the loss became nan"))
         progress.update(Ended(experts[2], "stopped"))
     assert printed.getvalue().splitlines() == [
-        "expert pgd-1: worker 0 on n1: H100 GPU-1",
+        "expert pgd-1: worker 0 on n1: H100 GPU-1 (process 7)",
         "expert pgd-1: epoch 1/3, loss 0.500, clean 90.0%, PGD probe 25.0%, 321 images/s, 2:02 left",
         "expert pgd-1: done (1 of 3)",
         "expert fgsm-1: NonFiniteLoss: the loss became nan (2 of 3)",
         "expert benign: stopped (3 of 3)",
+    ]
+
+
+def test_what_a_job_noted_is_a_warning(store: Store, tiny: Experiment, experts: list[Job]) -> None:
+    note = "damaged checkpoint 2 removed; used is 1\nrows are lost"
+    tables.write(store, "jobs", experts[0].file, tables.rows_of(tiny, [{"state": "done", "note": note}]))
+    printed = io.StringIO()
+    progress = _progress(store, tiny, Console(file=printed))
+    with progress.watching(experts):
+        progress.update(Ended(experts[0], "done"))
+    assert printed.getvalue().splitlines() == [
+        "warning: damaged checkpoint 2 removed; used is 1",
+        "warning: rows are lost",
+        "expert pgd-1: done (1 of 3)",
     ]
 
 
@@ -74,12 +92,12 @@ def test_what_an_interrupted_run_left_is_not_taken_for_this_runs(
     printed = io.StringIO()
     progress = _progress(store, tiny, Console(file=printed))
     with progress.watching(experts):
-        progress.update(Started(experts[0]))
-        progress.update(None)
-        assert printed.getvalue() == ""
         _epoch(store, tiny, experts[0], 2)
-        progress.update(None)
-    assert printed.getvalue().startswith("expert pgd-1: epoch 2/3")
+        progress.update(Ended(experts[0], "done"))
+    assert [line.split(",")[0] for line in printed.getvalue().splitlines()] == [
+        "expert pgd-1: epoch 2/3",
+        "expert pgd-1: done (1 of 3)",
+    ]
 
 
 def test_of_several_seeds_each_line_says_which(store: Store, tiny: Experiment) -> None:
@@ -90,3 +108,88 @@ def test_of_several_seeds_each_line_says_which(store: Store, tiny: Experiment) -
     with progress.watching(found):
         progress.update(Ended(found[0], "done"))
     assert printed.getvalue() == "seed 7 expert pgd-1: done (1 of 3)\n"
+
+
+def test_a_store_that_answers_slowly_does_not_hold_up_the_run(
+    store: Store, tiny: Experiment, experts: list[Job], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers, reads = threading.Event(), 0
+    read = tables.read
+
+    def wait(*arguments: Any) -> Any:
+        nonlocal reads
+        reads += 1
+        assert answers.wait(60)
+        return read(*arguments)
+
+    printed = io.StringIO()
+    progress = _progress(store, tiny, Console(file=printed))
+    with progress.watching(experts):
+        monkeypatch.setattr(tables, "read", wait)
+        progress.update(Started(experts[0]))
+        for _ in range(100):  # a minute and a half
+            progress.update(None)
+        _epoch(store, tiny, experts[0], 1)
+        progress.update(Ended(experts[0], "done"))
+        assert printed.getvalue() == ""
+        answers.set()
+    assert [line.split(",")[0] for line in printed.getvalue().splitlines()] == [
+        "expert pgd-1: epoch 1/3",
+        "expert pgd-1: done (1 of 3)",
+    ]
+    looks = 2  # that begun and that asked for meanwhile
+    assert reads <= looks + 2  # and metrics and the job's row at its end
+
+
+def test_a_store_that_cannot_be_read_is_one_warning_and_every_end_is_still_told(
+    store: Store, tiny: Experiment, experts: list[Job]
+) -> None:
+    printed = io.StringIO()
+    progress = _progress(store, tiny, Console(file=printed))
+    store.write("results/metrics/pgd-1.parquet", b"damaged")
+    store.write("results/metrics/fgsm-1.parquet", b"damaged")
+    with progress.watching(experts):
+        for job in experts:
+            progress.update(Started(job))
+        progress.update(None)
+        for job in experts:
+            progress.update(Ended(job, "done"))
+    first, *others = printed.getvalue().splitlines()
+    assert first.startswith(f"warning: progress: expert pgd-1: {store.path('results/metrics/pgd-1.parquet')}: not the")
+    assert first.endswith("; the run goes on")
+    assert others == [
+        "expert pgd-1: done (1 of 3)",
+        "expert fgsm-1: done (2 of 3)",
+        "expert benign: done (3 of 3)",
+    ]
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_metrics_with_missing_values_are_a_warning(
+    terminal: bool, store: Store, tiny: Experiment, experts: list[Job]
+) -> None:
+    row = {"stage": "experts", "model": "pgd-1", "epoch": 1, "loss": None, "seconds": float("nan")}
+    tables.write(store, "metrics", "pgd-1", tables.rows_of(tiny, [row]))
+    console = Console(file=io.StringIO(), force_terminal=terminal, width=200, record=True)
+    progress = _progress(store, tiny, console)
+    with progress.watching(experts):
+        progress.update(Ended(experts[0], "done"))
+    text = console.export_text()
+    assert "warning: progress: expert pgd-1: TypeError: " in text
+    assert text.count("warning") == 1
+
+
+def test_who_listens_and_fails_is_a_warning(store: Store, tiny: Experiment, experts: list[Job]) -> None:
+    def fail(folder: str, row: Mapping[str, Any]) -> None:
+        raise RuntimeError("no more paper")
+
+    printed = io.StringIO()
+    progress = _progress(store, tiny, Console(file=printed))
+    progress.heard = fail
+    with progress.watching(experts):
+        _epoch(store, tiny, experts[0], 1)
+        progress.update(Ended(experts[0], "done"))
+    assert printed.getvalue().splitlines() == [
+        "warning: progress: expert pgd-1: RuntimeError: no more paper; the run goes on",
+        "expert pgd-1: done (1 of 3)",
+    ]

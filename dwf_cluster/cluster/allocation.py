@@ -1,13 +1,15 @@
-"""A SLURM allocation becomes a Ray cluster: what the batch script runs, on the first node.
+"""Run the pipeline on the nodes of a SLURM allocation. The batch script runs this module on the first node.
 
     python -m dwf_cluster.cluster.allocation [arguments of dwf_cluster.launch]
 
-It starts one process on each node with srun (`node.py`), and outlives them: asks SLURM to run the job again when its
-time is over, and starts the cluster again when it was lost.
+It starts one process on each node with srun (`node.py`), which together make a Ray cluster. It starts a lost cluster
+again, and has SLURM requeue the job when its time is over.
 """
 
 from __future__ import annotations
 
+import contextlib
+import ipaddress
 import os
 import secrets
 import shlex
@@ -16,41 +18,44 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from dwf_cluster.cluster.ray import make_private
+from dwf_cluster.cluster.temporary import make_private
 
 RESTARTS = 2
-"""How often a lost Ray cluster is started again within one allocation."""
+"""How often a Ray cluster that was lost, or has not started, is started again within one allocation."""
 
 REQUEUE = 75
-"""Exit status of a run that SLURM told that its time is over: to be continued (EX_TEMPFAIL of sysexits.h)."""
+"""Exit status of a run whose time is over and that is to be continued (EX_TEMPFAIL of sysexits.h)."""
+
+JOINED = "joined"
+"""What the status file holds from the moment that all nodes have joined until the driver has ended."""
 
 _FIRST_PORT, _LAST_PORT = 20_000, 32_000
-"""Below those that Linux gives to programs that ask for any."""
+"""Below the ports that Linux hands out by itself."""
+
+_LONGEST_FOLDER = 107 - len("/ray/session_2026-01-01_00-00-00_000000_4194304/sockets/dash_TaskEventsHead")
+"""Linux takes paths of sockets of at most 107 bytes, and Ray's sockets lie this deep in the private folder."""
 
 
 @dataclass(frozen=True)
 class Ports:
-    """The ports of the first node that others must know, or that cannot be chosen by the system.
+    """The ports of the first node that must be known before Ray starts.
 
     Attributes:
         head: of Ray's head, where the other nodes join.
         dashboard: on 127.0.0.1.
-        client: for `ray://`.
     """
 
     head: int
     dashboard: int
-    client: int
 
     @staticmethod
     def free(job: int) -> Ports:
-        """Ports that nobody listens on; those of two jobs on one node are looked for in different places.
+        """Ports that nobody listens on. The search begins at another place for each job number.
 
         Raises:
             RuntimeError: if there are none.
@@ -70,8 +75,33 @@ class Ports:
 
 
 def folder() -> Path:
-    """The private folder of this job, at the same place on each of its nodes: Ray wants that, and a short path."""
-    return Path(f"/tmp/dwf-{os.environ['SLURM_JOB_ID']}")
+    """The private folder of this life of the cluster. Ray needs the same path on all nodes."""
+    return Path(os.environ["DWF_FOLDER"])
+
+
+def new_folder() -> Path:
+    """A path for the private folder that nobody can guess, in TMPDIR, or in /tmp if TMPDIR is too long for sockets."""
+    name = f"dwf-{os.environ['SLURM_JOB_ID']}-{secrets.token_urlsafe(3)}"
+    parent = os.environ.get("TMPDIR", "")
+    fits = os.path.isabs(parent) and len(os.fsencode(os.path.join(parent, name))) <= _LONGEST_FOLDER
+    return Path(parent if fits and os.access(parent, os.W_OK | os.X_OK) else "/tmp", name)
+
+
+def remove_old_folders(current: Path) -> None:
+    """Remove the private folders that killed lives of this job have left on this node; keep everybody else's."""
+    for old in current.parent.glob(f"dwf-{os.environ['SLURM_JOB_ID']}-*"):
+        with contextlib.suppress(FileNotFoundError):  # two nodes of a test cluster share one /tmp
+            if old != current and old.lstat().st_uid == os.getuid():
+                shutil.rmtree(old, ignore_errors=True)
+
+
+def status_file() -> Path:
+    """Where the first node's process leaves its driver's exit status.
+
+    It lies in the folder that all nodes share: in a container, or where each step has its own /tmp, the process sees
+    other temporary folders than the batch script.
+    """
+    return Path(os.environ["SLURM_SUBMIT_DIR"], f"slurm-{os.environ['SLURM_JOB_ID']}.status")
 
 
 def run(arguments: Sequence[str], again: str) -> int:
@@ -81,29 +111,36 @@ def run(arguments: Sequence[str], again: str) -> int:
         arguments: of `dwf_cluster.launch`, without the choice of where to run.
         again: the command that resumes the run, for people.
     """
-    told: list[str] = []
+    if wrong := _wrong_setting():
+        print(f"error: {wrong}", file=sys.stderr, flush=True)
+        return 2
+    stopped: list[str] = []
 
-    def tell(signum: int, frame: object) -> None:
-        if not told:
-            told.append(again)
+    def on_stop(signum: int, frame: object) -> None:
+        if not stopped:
+            stopped.append(again)
             print(
                 f"stopped by SLURM; what is done is kept. Unless the job is requeued by itself:\nresume: {again}",
                 file=sys.stderr,
                 flush=True,
             )
 
-    signal.signal(signal.SIGTERM, tell)  # scancel, preemption: all processes of the job get it, then SIGKILL
-    signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # for the first node's process
+    signal.signal(signal.SIGTERM, on_stop)  # scancel, preemption: all processes of the job get it, then SIGKILL
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # the first node's process handles it
     for attempt in range(1 + RESTARTS):
-        status = _step(arguments, again)
-        if told:
+        try:
+            status = _run_cluster(arguments, again)
+        except OSError as error:
+            print(f"failed: {error}\nresume: {again}", file=sys.stderr, flush=True)
+            return 1
+        if stopped:
             return 130
-        if status == REQUEUE:
-            return _requeue(again)
-        if status is not None:
-            return status
+        if status.isdigit():
+            return _requeue(again) if int(status) == REQUEUE else int(status)
+        # Not to have started counts as lost: Ray gives its nodes 30 s, which is too short for a busy file system.
+        cause = "the Ray cluster was lost" if status == JOINED else "Ray has not started on all nodes"
         print(
-            f"the Ray cluster was lost; see {' '.join(log_files())}; "
+            f"{cause}; see {' '.join(log_file(node) for node in hostnames())}; "
             + (f"starting it again ({attempt + 1} of {RESTARTS})" if attempt < RESTARTS else f"resume: {again}"),
             file=sys.stderr,
             flush=True,
@@ -111,32 +148,68 @@ def run(arguments: Sequence[str], again: str) -> int:
     return 1
 
 
-def _step(arguments: Sequence[str], again: str) -> int | None:
-    """One life of the cluster; returns its driver's exit status, None if it had no time to leave one."""
+def _run_cluster(arguments: Sequence[str], again: str) -> str:
+    """Run one life of the cluster.
+
+    Returns:
+        The driver's exit status; `JOINED` if the cluster was lost before the driver could leave one; an empty text if
+        the nodes have not come together.
+
+    Raises:
+        OSError: if the private folder cannot be made or srun cannot be run.
+    """
     ports = Ports.free(int(os.environ["SLURM_JOB_ID"]))
-    token = secrets.token_hex(32)
-    make_private(str(folder()), token)
-    environment = {
-        **os.environ,
-        "DWF_TOKEN": token,
-        "DWF_AGAIN": again,
-        **{f"DWF_{name.upper()}_PORT": str(port) for name, port in asdict(ports).items()},
-    }
+    token, path, status = secrets.token_hex(32), new_folder(), status_file()
+    remove_old_folders(path)
+    status.unlink(missing_ok=True)
+    try:
+        make_private(str(path), token)
+        command = [*_srun(), os.environ.get("DWF_PYTHON", sys.executable), "-m", "dwf_cluster.cluster.node", *arguments]
+        # Not srun's exit status: that is the highest of all processes, killed ones included.
+        subprocess.run(command, env=_environment(path, token, ports, again), check=False)
+        return status.read_text() if status.exists() else ""
+    finally:
+        status.unlink(missing_ok=True)
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _srun() -> list[str]:
+    """The srun command that starts one process on each node, which may use all that the job has there."""
     nodes = os.environ["SLURM_JOB_NUM_NODES"]
-    command = ["srun", f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1"]
+    # No --cpus-per-task: nodes may have unequal numbers, and without it a step has all CPUs of the job on each node.
+    command = ["srun", f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1", "--cpu-bind=none"]
     # When one process fails the others end; when the first ends, the others have ten seconds.
     command += ["--kill-on-bad-exit=1", "--wait=10"]
-    cpus = os.environ.get("SLURM_JOB_CPUS_PER_NODE", "").partition("(")[0]
-    if cpus.isdigit():  # equal on all nodes: the one process is bound to all CPUs of the allocation
-        command.append(f"--cpus-per-task={cpus}")
-    python = os.environ.get("DWF_PYTHON", sys.executable)  # a container's start script, say
-    node = [python, "-m", "dwf_cluster.cluster.node", *arguments]
-    # Not its exit status: srun's own is the highest of all processes, killed ones included.
-    with tempfile.NamedTemporaryFile("r", prefix="dwf-status-") as status:
-        subprocess.run([*command, *node], env=environment | {"DWF_STATUS": status.name}, check=False)
-        text = status.read()
-    shutil.rmtree(folder(), ignore_errors=True)
-    return int(text) if text else None
+    # Ray is no MPI program; and the token must reach the nodes also where sbatch was given --export=NONE.
+    return [*command, "--mpi=none", "--export=ALL"]
+
+
+def _environment(path: Path, token: str, ports: Ports, again: str) -> dict[str, str]:
+    """The environment of srun, and through it of the process on each node."""
+    environment = dict(os.environ)
+    dropped = ["SLURM_CPUS_PER_TASK", "SRUN_CPUS_PER_TASK"]  # srun would read them as --cpus-per-task
+    if "SLURM_GPUS_ON_NODE" in environment:
+        dropped += ["CUDA_VISIBLE_DEVICES", "GPU_DEVICE_ORDINAL"]  # SLURM's, of this node; the step has its own
+    for name in dropped:
+        environment.pop(name, None)
+    numbers = {f"DWF_{name.upper()}_PORT": str(port) for name, port in asdict(ports).items()}
+    return environment | numbers | {"DWF_FOLDER": str(path), "DWF_TOKEN": token, "DWF_AGAIN": again}
+
+
+def _wrong_setting() -> str | None:
+    """What is wrong with the variables that a site may set; None if nothing is."""
+    gpus = os.environ.get("DWF_GPUS", "0")
+    if not (gpus.isascii() and gpus.isdigit()):
+        return f"DWF_GPUS: {gpus!r} cannot be used: allowed is the number of GPUs to use on each node"
+    address = os.environ.get("DWF_HEAD_ADDRESS")
+    if address is not None:
+        try:
+            family = socket.AF_INET6 if ipaddress.ip_address(address).version == 6 else socket.AF_INET
+            with socket.socket(family) as probe:
+                probe.bind((address, 0))
+        except (ValueError, OSError):
+            return f"DWF_HEAD_ADDRESS: {address!r} cannot be used: allowed is an IP address of the first node"
+    return None
 
 
 def _requeue(again: str) -> int:
@@ -156,10 +229,9 @@ def hostnames() -> list[str]:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
 
 
-def log_files() -> Iterator[str]:
-    """Where each node's Ray writes what it has to say, in the folder that the job was submitted from."""
-    for node in hostnames():
-        yield f"{os.environ['SLURM_SUBMIT_DIR']}/slurm-{os.environ['SLURM_JOB_ID']}-{node}.log"
+def log_file(node: str) -> str:
+    """Where a node's Ray writes its output, in the folder that the job was submitted from."""
+    return f"{os.environ['SLURM_SUBMIT_DIR']}/slurm-{os.environ['SLURM_JOB_ID']}-{node}.log"
 
 
 if __name__ == "__main__":

@@ -17,6 +17,8 @@ class Claim:
         node: host name.
         device: `cpu`, or the GPU's name and UUID.
         share: of a GPU, 0..1; 0 on a CPU.
+        hardware: what torch computes on: `cpu`, or the GPU's name.
+        process: its process ID.
     """
 
     job: tuple[str, str]
@@ -24,13 +26,18 @@ class Claim:
     node: str
     device: str
     share: float
+    hardware: str
+    process: int
 
     def __str__(self) -> str:
         return f"{self.node}: {self.device}"
 
 
 class Control:
-    """Ray actor, one for each run."""
+    """Ray actor, one for each run.
+
+    It may be killed and started again at any time, without what it knew: the driver tells it with each `news`.
+    """
 
     def __init__(self) -> None:
         self._stopped: set[str] = set()
@@ -51,11 +58,12 @@ class Control:
             return self._stopped
 
     async def claim(self, claim: Claim) -> str | None:
-        """Note who computes where; returns the complaint if the device has no room for it. A retry claims anew."""
-        self._claims[claim.job, claim.worker] = claim
-        self._news.append(claim)
+        """Note who computes where, or return why the device has no room for it. A retry's claim replaces the last."""
+        self._claims.pop((claim.job, claim.worker), None)
         sharing = [c for c in self._claims.values() if (c.node, c.device) == (claim.node, claim.device)]
-        if sum(c.share for c in sharing) <= 1 + 1e-9:
+        if sum(c.share for c in (*sharing, claim)) <= 1 + 1e-9:
+            self._claims[claim.job, claim.worker] = claim
+            self._news.append(claim)
             return None
         others = ", ".join(sorted({f"{c.job[1]} of {c.job[0]}" for c in sharing if c.job != claim.job}))
         return f"{claim.device} on {claim.node} is not free: taken by {others or 'another worker of this job'}"
@@ -64,11 +72,20 @@ class Control:
         """Forget the claims of a job that has ended."""
         self._claims = {key: claim for key, claim in self._claims.items() if claim.job != job}
 
-    async def devices(self, job: tuple[str, str]) -> list[str]:
-        """What a job's workers compute on, in the order of their ranks."""
-        return [str(claim) for _, claim in sorted(self._claims.items()) if claim.job == job]
+    async def claims(self, job: tuple[str, str]) -> list[Claim]:
+        """The claims of a job's workers, in the order of their ranks."""
+        return [claim for _, claim in sorted(self._claims.items()) if claim.job == job]
 
-    async def news(self) -> list[Claim]:
-        """The claims since this was last asked."""
+    async def news(self, stopped: Iterable[str] = (), claims: Iterable[Claim] = ()) -> list[Claim]:
+        """The claims since the last call.
+
+        Args:
+            stopped: folders of the experiments that the asking driver knows to be asked to stop.
+            claims: of its running jobs, as far as it knows them.
+        """
+        # Before anything is awaited: a release that was sent after this call must not be overtaken.
+        for claim in claims:
+            self._claims.setdefault((claim.job, claim.worker), claim)
         news, self._news = self._news, []
+        await self.stop(stopped)
         return news

@@ -1,14 +1,18 @@
 """What runs inside a Ray task: an expert's Train run, the joint Train run, one family of attacks on one model.
 
-An expert on a CPU trains in its task's process (Train's local mode); with GPUs the task holds nothing and Train
-starts the worker that holds the GPU. Both ways are one call with another `ScalingConfig`.
+A training without workers of its own runs in its task's process (Train's local mode). With workers, Train starts
+them, and they hold the GPUs; the task that waits for them holds nothing. Such a task must not call CUDA: the first
+call reads CUDA_VISIBLE_DEVICES once and for all, and Ray may give the process a GPU later.
 """
 
 from __future__ import annotations
 
 import functools
+import os
 import platform
 import threading
+import time
+import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -16,12 +20,14 @@ from typing import Any
 
 import ray
 import torch
+import torch.distributed as dist
 from pyarrow.fs import FSSpecHandler, PyFileSystem
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.metrics import Gauge
 from torch import nn
 
+from dwf_cluster.cluster import failures
 from dwf_cluster.cluster.control import Claim
 from dwf_cluster.cluster.schedule import Placement
 from dwf_cluster.data.sources import Images
@@ -29,15 +35,18 @@ from dwf_cluster.determinism import make_deterministic
 from dwf_cluster.evaluation import check, evaluate
 from dwf_cluster.experiment import MIXTURE, Experiment
 from dwf_cluster.grid import CHECKS
-from dwf_cluster.plan import Job, is_trained
+from dwf_cluster.plan import Job, is_trained, prepare_training
 from dwf_cluster.store import Store, checkpoints, tables
 from dwf_cluster.store.jobs import recorded
 from dwf_cluster.training import expert, joint
 from dwf_cluster.training.loop import Stopped, Task, weights
 
+CLAIM_SECONDS = 60.0
+"""How long a process waits for the claim of a job that has left its GPU, but has not ended yet."""
+
 
 class DeviceShared(RuntimeError):
-    """A worker was given a device that others have already. Its text names device, node and both."""
+    """A worker was given a device that another job computes on. The message names device, node and both jobs."""
 
 
 def run_job(job: Job, store: Store, images: ray.ObjectRef, place: Placement, control: Any) -> bool:
@@ -54,16 +63,25 @@ def run_job(job: Job, store: Store, images: ray.ObjectRef, place: Placement, con
         Whether it came to its end; else the run is to stop, and it has saved what it has.
     """
     if job.origin:
-        _copy(job, replace(store, folder=job.origin), store)
+        _copy(job, replace(store, folder=job.origin, run=None), store)
         return True
     columns = {"stage": job.stage, "model": job.model, "task": job.name}
     gpus = place.gpus * max(1, place.workers)
-    with recorded(store, job.experiment, columns, job.file, gpus, _device_name(place)) as row:
-        if job.stage == "evaluate":
-            _evaluate(job, store, images, place, control)
-        else:
-            _fit(functools.partial(_train, job, store, images, place, control), job, store, place)
-        row["devices"] = _get(control.devices.remote((job.folder, job.name)))
+    log = failures.logged(store, job.file)
+    with log, recorded(store, job.experiment, columns, job.file, gpus, None if place.gpus else "cpu") as row:
+        try:
+            if job.stage == "evaluate":
+                _evaluate(job, store, images, place, control)
+            else:
+                row["note"] = "\n".join(prepare_training(job, store)) or None
+                if checkpoints.latest_path(store, job.model):  # also where its row was removed
+                    row["attempts"] = max(2, row["attempts"])
+                if not is_trained(job.experiment, store, job.stage, job.model):
+                    _fit(functools.partial(_train, job, store, images, place, control), job, store, place)
+        finally:  # Only the processes that compute know their devices, and they have told the control actor.
+            claims = _get(control.claims.remote((job.folder, job.name)))
+            row["device"] = ", ".join(sorted({claim.hardware for claim in claims})) or row["device"]
+            row["devices"] = [str(claim) for claim in claims]
         if job.stage != "evaluate" and not is_trained(job.experiment, store, job.stage, job.model):
             row["state"] = "stopped"
     return bool(row["state"] == "done")
@@ -75,12 +93,12 @@ def _copy(job: Job, source: Store, store: Store) -> None:
     for table in job.tables:
         tables.copy(source, store, job.experiment, table, job.model if table == "metrics" else job.file)
     if job.stage != "evaluate":
-        checkpoints.copy(source, store, job.model)
+        checkpoints.refer(source, store, job.model)
 
 
 def _fit(loop: Callable[[], None], job: Job, store: Store, place: Placement) -> None:
     resources = {"CPU": float(place.cpus)} | ({"GPU": float(place.gpus)} if place.gpus else {})
-    cuda = place.gpus > 0 and torch.cuda.is_available()
+    notes = store.path(f"train/run-{store.run or 0:05d}")  # a run that has lost its lock writes into no other's
     TorchTrainer(
         loop,
         scaling_config=ScalingConfig(
@@ -89,15 +107,16 @@ def _fit(loop: Callable[[], None], job: Job, store: Store, place: Placement) -> 
             resources_per_worker=resources,
             label_selector=place.label_selector,
         ),
-        torch_config=TorchConfig(backend="nccl" if cuda else "gloo"),
-        # For workers that die; an error of the loop's own is met again after the last checkpoint, then ends the run.
+        # Undefined: torch chooses in the worker, nccl where there is a GPU and gloo where there is none.
+        torch_config=TorchConfig(backend=dist.Backend.UNDEFINED if place.gpus else "gloo"),
+        # Whatever fails is tried again, or not, by the driver (`failures`).
         # No time stamp in the name: the same run again is the same run.
         run_config=RunConfig(
             name=job.file,
             # Arrow's own S3 would look for credentials and endpoint in other places than the store does.
             storage_filesystem=None if store.is_local else PyFileSystem(FSSpecHandler(store.files)),
-            storage_path=store.path("train") if store.is_local else store.path("train").partition("://")[2],
-            failure_config=FailureConfig(max_failures=2),
+            storage_path=notes if store.is_local else notes.partition("://")[2],
+            failure_config=FailureConfig(max_failures=failures.BY_RAY),
         ),
     ).fit()
 
@@ -105,7 +124,7 @@ def _fit(loop: Callable[[], None], job: Job, store: Store, place: Placement) -> 
 def _train(job: Job, store: Store, images: ray.ObjectRef, place: Placement, control: Any) -> None:
     """One worker's part of a Train run."""
     make_deterministic(place.cpus)
-    _claim(control, job, ray.train.get_context().get_world_rank(), place)
+    device = _claim(control, job, ray.train.get_context().get_world_rank(), place)
     experiment, arrays = job.experiment, _get(images)
     training = experiment.training(job.stage)
     stopped = _stopped(control)
@@ -113,18 +132,25 @@ def _train(job: Job, store: Store, images: ray.ObjectRef, place: Placement, cont
     task = Task(experiment, store, job.stage, job.model, training, report, stopping)
     try:
         if job.stage == "joint":
-            joint.train_joint(task, arrays, _device())
+            joint.train_joint(task, arrays, device)
         else:
             regime = next(r for r in experiment.regimes if r.name == job.model)
-            expert.train_expert(task, arrays, regime, _device())
+            expert.train_expert(task, arrays, regime, device)
     except Stopped:
         return  # to Train, which would take an exception for a failure and try again
+    except Exception:
+        if place.workers:  # of which the job's own process hears only a part
+            failures.keep_log(store, failures.log_name(job.file, ray.train.get_context().get_world_rank()))
+        raise
 
 
 def _report(job: Job, row: dict[str, Any]) -> None:
     """Tell Train of an epoch, and whoever asks Ray for its metrics (Prometheus)."""
-    for name, gauge in _gauges().items():
-        gauge.set(row[name], {"experiment": job.folder, "model": job.model})
+    try:
+        for name, gauge in _gauges().items():
+            gauge.set(row[name], {"experiment": job.folder, "model": job.model})
+    except Exception as error:  # of any class: what is only watched must not end a training
+        warnings.warn(f"Ray's metrics lack epochs of {job.name}: {type(error).__name__}: {error}", stacklevel=2)
     ray.train.report(row)
 
 
@@ -137,8 +163,8 @@ def _gauges() -> dict[str, Gauge]:
 
 def _evaluate(job: Job, store: Store, images: ray.ObjectRef, place: Placement, control: Any) -> None:
     make_deterministic(place.cpus)
-    _claim(control, job, 0, place)
-    experiment, arrays, device = job.experiment, _get(images), _device()
+    device = _claim(control, job, 0, place)
+    experiment, arrays = job.experiment, _get(images)
     assert job.family is not None
     chosen = slice(job.first, job.stop)
     x, y = arrays.x_test[chosen], arrays.y_test[chosen]
@@ -157,10 +183,8 @@ def _evaluate(job: Job, store: Store, images: ray.ObjectRef, place: Placement, c
 
 def _trained(experiment: Experiment, store: Store, images: Images, name: str) -> nn.Module:
     model = joint.build(experiment, images) if name == MIXTURE else expert.build(experiment, images, name)
-    checkpoint = checkpoints.load_latest(store, name)
-    if checkpoint is None:
-        raise FileNotFoundError(f"{name} has no checkpoint that can be read")
-    model.load_state_dict(weights(checkpoint))
+    epochs = experiment.training("joint" if name == MIXTURE else "experts").epochs
+    model.load_state_dict(weights(checkpoints.load_trained(store, name, epochs)))
     return model
 
 
@@ -170,22 +194,28 @@ def _get(reference: Any) -> Any:
         return thread.submit(ray.get, reference).result()
 
 
-def _claim(control: Any, job: Job, worker: int, place: Placement) -> None:
-    """Say which device this process got.
+def _claim(control: Any, job: Job, worker: int, place: Placement) -> torch.device:
+    """Tell the control actor which device this process computes on; return the device.
 
     Raises:
-        DeviceShared: if it is not free.
+        DeviceShared: if another job still claims the device after `CLAIM_SECONDS`. Ray takes a GPU back as soon as
+            the process that held it is gone, which may be before that process's job has ended.
     """
-    if not place.gpus:
-        device = "cpu"
-    elif torch.cuda.is_available():
-        device = f"{torch.cuda.get_device_name(0)} GPU-{torch.cuda.get_device_properties(0).uuid}"
-    else:  # Ray was told of GPUs that this machine does not have
-        device = "GPU " + ",".join(ray.get_runtime_context().get_accelerator_ids()["GPU"])
-    claim = Claim((job.folder, job.name), worker, platform.node(), device, place.gpus)
-    complaint = _get(control.claim.remote(claim))
-    if complaint:
-        raise DeviceShared(complaint)
+    device, hardware, name = torch.device("cpu"), "cpu", "cpu"
+    if place.gpus and torch.cuda.is_available():
+        # All workers of a Train run on a node see all its GPUs there; Train has made each worker's own the current one.
+        device = torch.device("cuda", torch.cuda.current_device())
+        hardware = torch.cuda.get_device_name(device)
+        name = f"{hardware} GPU-{torch.cuda.get_device_properties(device).uuid}"
+    elif place.gpus:  # Ray was told of GPUs that this machine does not have
+        name = "GPU " + ",".join(map(str, ray.get_runtime_context().get_accelerator_ids()["GPU"]))
+    claim = Claim((job.folder, job.name), worker, platform.node(), name, place.gpus, hardware, os.getpid())
+    deadline = time.monotonic() + CLAIM_SECONDS
+    while complaint := _get(control.claim.remote(claim)):
+        if time.monotonic() > deadline:
+            raise DeviceShared(complaint)
+        time.sleep(0.1)
+    return device
 
 
 class _Stopped:
@@ -209,11 +239,3 @@ class _Stopped:
 
 _stopped = functools.cache(_Stopped)
 """One for each run that this process works for."""
-
-
-def _device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def _device_name(place: Placement) -> str:
-    return str(torch.cuda.get_device_name(0)) if place.gpus and torch.cuda.is_available() else "cpu"

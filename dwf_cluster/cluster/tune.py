@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 import os
 import queue
-import tempfile
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+
+from dwf_cluster.cluster import failures, temporary
 
 REDUCTION, GRACE = 2, 0.25
 """ASHA: of the trials that reach a rung, one in so many goes on; the first rung, as a share of all epochs."""
@@ -107,7 +108,7 @@ def run_trials(
     # All that a trial's process asks for is to be on this node, where Tune's own notes are; the store has ours.
     (node,) = (node for node in ray.nodes() if node["NodeID"] == ray.get_runtime_context().get_node_id())
     here = next(name for name in node["Resources"] if name.startswith("node:") and name != "node:__internal_head__")
-    with tempfile.TemporaryDirectory(prefix="dwf-", dir="/tmp") as folder:
+    with temporary.folder() as folder:
         tune.Tuner(
             tune.with_resources(tune.with_parameters(Trial, work=work), {"cpu": 0, here: 0.001}),
             param_space={"trial": tune.grid_search(list(names))},
@@ -123,6 +124,8 @@ def run_trials(
                 verbose=0,
                 callbacks=[Watch()],
                 checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
-                failure_config=tune.FailureConfig(max_failures=2),  # a trial whose process died
+                failure_config=tune.FailureConfig(
+                    max_failures=failures.WORKER_DIED.retries
+                ),  # a trial whose process died
             ),
         ).fit()

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import gzip
+import math
+import os
+import warnings
 import zipfile
 import zlib
 from collections.abc import Callable
@@ -13,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dwf_cluster.experiment import SOURCES, Data, InvalidInput
+from dwf_cluster.experiment import SOURCES, Data, InvalidInput, printable, regular_file
 
 Bytes = NDArray[np.uint8]
 Labels = NDArray[np.int64]
@@ -202,17 +205,49 @@ def _fashion_mnist(folder: Path) -> _Raw:
 
 
 def _idx(path: Path) -> Bytes:
-    """Read an IDX file of bytes: two zero bytes, 0x08, the number of dimensions, each size, the values."""
+    """Read an IDX file of bytes: two zero bytes, 0x08, the number of dimensions, each size, the values.
+
+    Never more is decompressed than the sizes in its header say, and they must fit into memory.
+    """
     try:
-        content = gzip.decompress(path.read_bytes())
+        with gzip.open(path) as file:
+            start = file.read(4)
+            dimensions = start[3] if len(start) == 4 and start[:3] == b"\0\0\x08" else 0
+            header = file.read(4 * dimensions) if dimensions in (1, 3) else b""
+            sizes = [int(size) for size in np.frombuffer(header[: len(header) // 4 * 4], dtype=">u4")]
+            if not sizes or len(sizes) != dimensions:
+                raise InvalidInput(f"{path}: not an IDX file of unsigned bytes, or cut short")
+            count = math.prod(sizes)
+            _fits(str(path), count)
+            content = file.read(count + 1)  # one more than there may be, which also compares the checksum
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise InvalidInput(f"{path}: not a gzip file ({error})") from None
-    dimensions = content[3] if len(content) > 3 and content[:3] == b"\0\0\x08" else 0
-    offset = 4 + 4 * dimensions
-    sizes = np.frombuffer(content[4:offset], dtype=">u4").astype(np.int64)
-    if dimensions == 0 or len(sizes) != dimensions or len(content) != offset + sizes.prod():
+    if len(content) != count:
         raise InvalidInput(f"{path}: not an IDX file of unsigned bytes, or cut short")
-    return np.frombuffer(content, dtype=np.uint8, offset=offset).reshape(sizes)
+    return np.frombuffer(content, dtype=np.uint8).reshape(sizes)
+
+
+def _fits(name: str, size: int) -> None:
+    """Refuse data of which there is not room for two copies: as read, and as prepared.
+
+    Raises:
+        InvalidInput: if so.
+    """
+    allowed = _available_memory() // 2
+    if size > allowed:
+        raise InvalidInput(
+            f"{name}: {size:,} bytes decompressed cannot be used: allowed are {allowed:,}, half of this machine's free "
+            "memory"
+        )
+
+
+def _available_memory() -> int:
+    """Bytes of memory that a process of this machine can still get."""
+    try:
+        (line,) = (line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable:"))
+        return int(line.split()[1]) * 1024
+    except (OSError, ValueError):  # not Linux
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _cifar10(folder: Path) -> _Raw:
@@ -255,22 +290,36 @@ def _download(name: str, folder: Path, remedy: str, splits: tuple[dict[str, obje
 
 def _npz(path: Path) -> _Raw:
     names = ("x_train", "y_train", "x_test", "y_test")
+    regular_file(str(path), "data.source")
     try:
-        with np.load(path, allow_pickle=False) as file:
-            missing = [name for name in names if name not in file.files]
+        with warnings.catch_warnings(), zipfile.ZipFile(path) as archive:
+            warnings.simplefilter("ignore")  # numpy's, of headers in an old form: they are a second line
+            members = {member.filename.removesuffix(".npy"): member for member in archive.infolist()}
+            missing = [name for name in names if name not in members]
             if missing:
                 raise InvalidInput(f"{path}: no array {missing[0]}: {', '.join(names)} are needed")
-            raw = [file[name] for name in names]
+            _fits(str(path), sum(members[name].file_size for name in names))
+            return _Raw(*(_array(archive, members[name]) for name in names))
+    except InvalidInput:
+        raise
     except OSError as error:
-        raise InvalidInput(f"data.source: {str(path)!r} cannot be read: {error.strerror}") from None
-    except (ValueError, zipfile.BadZipFile, zlib.error, EOFError, AttributeError, MemoryError) as error:
-        if isinstance(error, InvalidInput):
-            raise
-        raise InvalidInput(f"{path}: not an .npz file of plain arrays ({error})") from None
-    for name, array in zip(names, raw, strict=True):
-        if not isinstance(array, np.ndarray):
-            raise InvalidInput(f"{path}: not an .npz file of plain arrays ({name} is none)")
-    return _Raw(*raw)
+        raise InvalidInput(f"data.source: {str(path)!r} cannot be read: {error.strerror or error}") from None
+    # Anybody can have made the file. What zipfile, its decompressors and numpy raise on a damaged one is written down
+    # nowhere: RuntimeError, NotImplementedError, LZMAError, TokenError, OverflowError and IndexError among others.
+    except Exception as error:
+        reason = printable(str(error) or type(error).__name__, 200)
+        raise InvalidInput(f"{path}: not an .npz file of plain arrays ({reason})") from None
+
+
+def _array(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> NDArray[np.generic]:
+    """One array of the archive.
+
+    zipfile never returns more than the size in its directory, and memory that numpy has asked for is not taken before
+    it is written to: a header that promises more than the archive holds is an error like any other.
+    """
+    with archive.open(member) as file:
+        array: NDArray[np.generic] = np.lib.format.read_array(file, allow_pickle=False)
+    return array
 
 
 _READERS: dict[str, Callable[[Path], _Raw]] = {

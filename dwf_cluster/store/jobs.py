@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import platform
 import resource
 import subprocess
@@ -21,7 +22,7 @@ from dwf_cluster.store.files import Store
 
 @contextmanager
 def recorded(
-    store: Store, experiment: Experiment, job: Mapping[str, str], file: str, gpus: float, device: str
+    store: Store, experiment: Experiment, job: Mapping[str, str], file: str, gpus: float, device: str | None
 ) -> Iterator[dict[str, Any]]:
     """Keep the row of a job while it runs in this process: `running`, then `done` or `failed`.
 
@@ -33,8 +34,9 @@ def recorded(
         job: its columns `stage`, `model` and `task`.
         file: name of its file in the table.
         gpus: that it was given, fractions included.
-        device: what it computes on.
+        device: what it computes on, if that is known already.
     """
+    _reset_peak()
     before = tables.read(store, "jobs", [file]).to_pylist()
     started, clock = datetime.now(timezone.utc), time.perf_counter()
     row: dict[str, Any] = {
@@ -65,10 +67,25 @@ def recorded(
     finally:
         row["finished"] = datetime.now(timezone.utc)
         row["seconds"] = time.perf_counter() - clock
-        # Of the process, which a task may share with those before it. Linux counts kibibytes, macOS bytes.
-        unit = 1 if platform.system() == "Darwin" else 1024
-        row["peak_memory_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        row["peak_memory_bytes"] = _peak()
         write()
+
+
+def _reset_peak() -> None:
+    """Forget the memory of the jobs that this process did before, where the system can."""
+    with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w") as file:
+        file.write("5")
+
+
+def _peak() -> int:
+    """The most memory that this process has used since `_reset_peak`, in bytes."""
+    with contextlib.suppress(OSError), open("/proc/self/status") as file:
+        for line in file:
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    # Since the process began. Linux counts kibibytes, macOS bytes.
+    unit = 1 if platform.system() == "Darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _commit() -> str | None:

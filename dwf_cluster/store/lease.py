@@ -1,8 +1,9 @@
-"""Who runs an experiment: one at a time, and another only when that one is dead.
+"""The lock of an experiment: one run at a time, and another only when the owner of the lock is dead.
 
-`lease/00003.json` says who began the experiment's third run; the highest number is the holder's. These files are only
-ever created, never replaced, so of many who want to be the fourth one succeeds. Whether the holder lives, its process
-tells on the same machine; on another one, the heartbeat of `status.json`.
+`lease/00003.json` says who began the experiment's third run; the owner of the highest number owns the lock. These files
+are only ever created, never replaced or removed, so of many processes that try to be the fourth, one succeeds, and no
+number is ever given twice. On the same machine the owner's process shows whether it is alive; across machines, the
+heartbeat of its `status.json`. An owner that was wrongly thought dead is fenced off: its writes fail (`Store.run`).
 """
 
 from __future__ import annotations
@@ -10,36 +11,35 @@ from __future__ import annotations
 import os
 import platform
 import secrets
+import subprocess
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from dwf_cluster.store.files import Store
+from dwf_cluster.store.files import LockLost, Store, lock_file
 from dwf_cluster.store.status import HEARTBEAT, Status, Time, age, now
 
-FOLDER = "lease"
-
 SILENCE = 60.0
-"""Seconds without a heartbeat after which a holder on another machine may be dead."""
+"""Seconds without a heartbeat after which an owner on another machine may be dead."""
 
 
 class Held(RuntimeError):
-    """Somebody else runs the experiment. Its text is one line: which, host, process, job, since when."""
+    """Another run owns the lock. Its text is one line: which experiment, host, process, job, since when."""
 
 
 class Holder(BaseModel):
-    """Who runs an experiment.
+    """Who began a run of an experiment.
 
     Attributes:
         host: name of the driver's machine.
-        machine: tells machines and containers of one name apart, and a machine before and after a restart.
-        pid, began: the driver's process, and when it began, as its machine counts.
-        job, life: SLURM's number of the job, and how often it was requeued; empty outside SLURM.
+        machine: distinguishes machines and containers of one name, and a machine before and after a restart.
+        pid, began: the driver's process, and when it started, as its machine counts.
+        job, life: SLURM's job number, and how often the job was requeued; empty outside SLURM.
         since: when the run began; ISO 8601, UTC.
-        token: unlike any other holder's.
+        token: different for every holder.
     """
 
     model_config = ConfigDict(frozen=True, strict=True)
@@ -55,7 +55,7 @@ class Holder(BaseModel):
 
     @staticmethod
     def me(pid: int | None = None) -> Holder:
-        """This process, or another of this machine on whose behalf it acts."""
+        """This process, or another one of this machine on whose behalf it acts."""
         return Holder(
             host=platform.node(),
             machine=_machine(),
@@ -70,12 +70,12 @@ class Holder(BaseModel):
 
 @dataclass(frozen=True)
 class Lease:
-    """This process's hold on an experiment.
+    """This process's lock on an experiment.
 
     Attributes:
-        store: of the experiment.
+        store: of the experiment, fenced: what is written through it appears only while the lock is owned.
         number: of the run.
-        holder: this process.
+        holder: this process, or the one on whose behalf it acts.
     """
 
     store: Store
@@ -83,111 +83,131 @@ class Lease:
     holder: Holder
 
     def is_lost(self) -> bool:
-        """Whether somebody has taken the experiment over."""
-        return self.store.size(_file(self.number + 1)) is not None
+        """Whether a later run has taken the lock."""
+        return self.store.newest_run() > self.number
+
+    def loss(self) -> Held:
+        """The error that says who has taken the lock."""
+        number, holder = _last(self.store)
+        if number == self.number:  # nobody has, but the folder that the run writes from was removed
+            return Held(f"{self.store.folder}: the files of its run {number} were removed while it ran")
+        return Held(f"{self.store.folder} was taken over by {_owner(number, holder)}: this run was silent for too long")
 
 
 def is_held(store: Store) -> bool:
-    """Whether somebody plainly runs the experiment. `take` looks closer."""
+    """Whether another run plainly owns the lock. `take` looks closer."""
     number, holder = _last(store)
-    return bool(holder and _is_alive(store, number, holder))
+    return bool(number and _is_alive(store, number, holder))
 
 
 def refuse_held(store: Store) -> None:
-    """Answer at once where somebody plainly runs the experiment.
+    """Fail at once if another run plainly owns the lock.
 
     Raises:
         Held: if so.
     """
-    _, holder = _last(store)
-    if holder and is_held(store):
-        raise Held(_told(store, holder))
+    number, holder = _last(store)
+    if number and _is_alive(store, number, holder):
+        raise _held(store, number, holder)
 
 
 def take(store: Store, wait: Callable[[float], object] = time.sleep, pid: int | None = None) -> Lease:
-    """Become the holder.
+    """Acquire the lock. When this returns, no write of an earlier run can appear any more.
 
     Args:
         store: of the experiment.
         wait: waits so many seconds.
-        pid: of the process of this machine that is to be known as the holder; None: this one.
+        pid: of the process of this machine that is to be known as the owner; None: this one.
 
     Raises:
-        Held: if somebody else is, and alive.
+        Held: if another run owns it, and is alive.
     """
     while True:
         number, holder = _last(store)
-        alive = _is_alive(store, number, holder) if holder else False
-        if alive is None:  # silent, by clocks that may differ: is it silent while we look?
+        alive = _is_alive(store, number, holder) if number else False
+        if alive is None:  # silent, by clocks that may differ: does a heartbeat come while we look?
             before = store.read(Status.FILE)
             wait(2 * HEARTBEAT)
             alive = store.read(Status.FILE) != before
-        if alive and holder:
-            raise Held(_told(store, holder))
+        if alive:
+            raise _held(store, number, holder)
         me = Holder.me(pid)
-        if store.create(_file(number + 1), (me.model_dump_json(indent=2) + "\n").encode()):
-            for old in store.names(FOLDER)[:-2]:
-                store.remove(f"{FOLDER}/{old}")
-            return Lease(store, number + 1, me)
+        if store.create(lock_file(number + 1), (me.model_dump_json(indent=2) + "\n").encode()):
+            mine = replace(store, run=number + 1)
+            try:
+                mine.begin_run()
+            except LockLost:  # this process was paused for so long that it was itself thought dead
+                continue
+            return Lease(mine, number + 1, me)
 
 
 def last_word(store: Store) -> str | None:
-    """How the experiment's last run ended: `done`, `stopped` or `failed`; None if it has not said so."""
+    """Final state of the experiment's last run: `done`, `stopped` or `failed`; None if it has not written one."""
     number, _ = _last(store)
-    status = Status.read(store)
-    return status.state if status and status.run == number and status.state != "running" else None
+    return _final_state(store, number)
 
 
 def _last(store: Store) -> tuple[int, Holder | None]:
-    """The newest lease: its number, 0 without one, and whose it is; None if that cannot be read."""
-    number = max((int(name[:5]) for name in store.names(FOLDER) if name[:5].isdigit()), default=0)
-    while store.size(_file(number + 1)) is not None:  # a listing may be older than what is there
-        number += 1
+    """The newest lock: its number, 0 without one, and its owner; None if the file cannot be read."""
+    number = store.newest_run()
     if number == 0:
         return 0, None
     try:
-        return number, Holder.model_validate_json(store.read(_file(number)) or b"")
+        return number, Holder.model_validate_json(store.read(lock_file(number)) or b"")
     except ValidationError:
         return number, None
 
 
-def _file(number: int) -> str:
-    return f"{FOLDER}/{number:05d}.json"
-
-
-def _is_alive(store: Store, number: int, holder: Holder) -> bool | None:
-    """Whether the holder still runs the experiment; None: it has been silent for long."""
-    if last_word(store):
-        return False
-    me = Holder.me()
-    if holder.machine == me.machine:
-        state, began = _stat(holder.pid)
-        return state not in ("", "Z") and began == holder.began
-    if me.job and holder.job == me.job and holder.life != me.life:
-        return False  # SLURM has ended the job's former life before it began this one
+def _final_state(store: Store, number: int) -> str | None:
     status = Status.read(store)
-    # Without one it has just begun, or never came to its first.
-    heartbeat = status.heartbeat if status and status.run == number else holder.since
-    return True if age(heartbeat) < SILENCE else None
+    return status.state if status and status.run == number and status.state != "running" else None
 
 
-def _told(store: Store, holder: Holder) -> str:
-    job = f", SLURM job {holder.job}" if holder.job else ""
+def _is_alive(store: Store, number: int, holder: Holder | None) -> bool | None:
+    """Whether the owner of the newest lock still runs the experiment; None: there is no telling without a look."""
+    if _final_state(store, number):
+        return False
+    if holder:
+        me = Holder.me()
+        if holder.machine == me.machine:
+            state, began = _stat(holder.pid)
+            return state not in ("", "Z") and began == holder.began
+        if me.job and holder.job == me.job and holder.life != me.life:
+            return False  # SLURM ends the earlier life of a job before it begins the next one
+    status = Status.read(store)
+    # Without a status, the run has just begun, or was killed before its first heartbeat.
+    beat = status.heartbeat if status and status.run == number else holder.since if holder else None
+    # A heartbeat from the future says only that the clocks differ.
+    return True if beat and 0 <= age(beat) < SILENCE else None
+
+
+def _held(store: Store, number: int, holder: Holder | None) -> Held:
     status = Status.read(store)
     beat = f", last heartbeat {age(status.heartbeat):.0f} s ago" if status else ""
-    return f"{store.folder} is being run by {holder.host} (process {holder.pid}{job}) since {holder.since}{beat}"
+    return Held(f"{store.folder} is being run by {_owner(number, holder)}{beat}")
+
+
+def _owner(number: int, holder: Holder | None) -> str:
+    if holder is None:
+        return f"a run whose lock {lock_file(number)} cannot be read"
+    job = f", SLURM job {holder.job}" if holder.job else ""
+    text = f"{holder.host} (process {holder.pid}{job}) since {holder.since}"
+    return "".join(character if character.isprintable() else "?" for character in text)
 
 
 def _machine() -> str:
+    """This machine since it was last started, and the container: where a process number means this process."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{platform.node()} {boot} {os.stat('/proc/self/ns/pid').st_ino}"
-    except OSError:  # not Linux
-        return platform.node()
+    except OSError:  # macOS: host names alone are often the same
+        command = ["sysctl", "-n", "kern.bootsessionuuid"]
+        boot = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+        return f"{platform.node()} {boot}"
 
 
 def _stat(pid: int) -> tuple[str, str]:
-    """State of a process of this machine, empty if there is none, and when it began, as Linux tells both."""
+    """State of a process of this machine, empty if there is none, and when it started, as Linux says both."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

@@ -2,24 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from dwf_cluster.store import tables
 from dwf_cluster.store.files import Store
 
 
-def merge(store: Store, families: Mapping[str, Sequence[str]]) -> None:
-    """Write the rows of `evaluations`, in the order of the test set, of each family whose shards are all there.
+def unmerged(store: Store, families: Mapping[str, Sequence[str]]) -> list[str]:
+    """Files of `evaluations` that are missing and can be written, because all of their shards exist.
 
     Args:
-        store: holds the table `shards`.
-        families: for each file to write, the files of its shards, in the order of the test set.
+        store: holds the tables.
+        families: for each file of `evaluations`, the files of its shards, in the order of the test set.
     """
-    there, merged = tables.files(store, "shards"), tables.files(store, "evaluations")
-    for file, parts in families.items():
-        if file not in merged and there.issuperset(parts):
-            tables.write(store, "evaluations", file, _summed(tables.read(store, "shards", parts).to_pylist()))
+    shards, merged = tables.files(store, "shards"), tables.files(store, "evaluations")
+    return [file for file, parts in families.items() if file not in merged and shards.issuperset(parts)]
+
+
+def merge(store: Store, families: Mapping[str, Sequence[str]]) -> None:
+    """Write the files of `evaluations` that are missing; arguments as of `unmerged`."""
+    for file in unmerged(store, families):
+        rows = tables.read(store, "shards", families[file]).to_pylist()
+        tables.write(store, "evaluations", file, _summed(rows))
+
+
+def forget(store: Store, files: Iterable[str]) -> None:
+    """Remove files of `evaluations` whose shards are about to be made anew."""
+    if stale := set(files):
+        for file in tables.files(store, "evaluations") & stale:
+            tables.remove(store, "evaluations", file)
 
 
 def _summed(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

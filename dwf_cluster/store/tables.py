@@ -1,17 +1,17 @@
 """The Parquet tables: their schemas, and rows that are replaced and never doubled.
 
-A table is the folder `results/<table>/` with one file for each writer, named after what it holds, so two
-tasks never write to the same file and `pandas.read_parquet(folder)` reads them all.
+A table is the folder `results/<table>/` with one file for each job (`metrics`: for each model), so no two
+tasks write to the same file and `pandas.read_parquet(folder)` reads all of them. A file is always written
+whole, from rows that the writer holds in memory: no writer reads a file in order to add to it.
 """
 
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from dwf_cluster.experiment import Experiment
@@ -19,6 +19,9 @@ from dwf_cluster.store.files import StorageFailed, Store
 
 _EXPERIMENT = [("experiment", pa.string()), ("preset", pa.string()), ("dataset", pa.string()), ("seed", pa.int64())]
 _time = pa.timestamp("us", tz="UTC")
+
+_FOOTER = 16_384
+"""Bytes at the end of a file that hold its footer, with the number of rows: four times the longest that we write."""
 
 
 def _schema(*fields: tuple[str, pa.DataType]) -> pa.Schema:
@@ -114,8 +117,29 @@ SCHEMAS: Mapping[str, pa.Schema] = {
         ("ray_version", pa.string()),
         ("dwf_cluster_version", pa.string()),
         ("git_commit", pa.string()),
+        ("note", pa.string()),
     ),
 }
+
+
+MAX_ROWS = {"predictions": 50_000_000}
+MAX_ROWS_ELSEWHERE = 1_000_000
+MAX_FILE_BYTES = 2 << 30
+"""Rows of one file, and bytes when it is decompressed: a few kilobytes on a disk can stand for all of the memory."""
+
+
+def refuse_large(table: str, metadata: pq.FileMetaData) -> None:
+    """Refuse a file before its rows are read.
+
+    Raises:
+        pa.ArrowInvalid: if its footer promises more than a table's file may hold.
+    """
+    rows, largest = metadata.num_rows, MAX_ROWS.get(table, MAX_ROWS_ELSEWHERE)
+    if rows > largest:
+        raise pa.ArrowInvalid(f"{rows} rows, allowed are {largest}")
+    size = sum(metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups))
+    if size > MAX_FILE_BYTES:
+        raise pa.ArrowInvalid(f"{size} bytes decompressed, allowed are {MAX_FILE_BYTES}")
 
 
 def folder(table: str) -> str:
@@ -124,12 +148,12 @@ def folder(table: str) -> str:
 
 
 def rows_of(experiment: Experiment, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Rows with the four columns that say which experiment they belong to."""
-    of = _of(experiment)
-    return [{**of, **row} for row in rows]
+    """Rows with the four columns that say which experiment they belong to; what these columns said before is lost."""
+    own = _experiment_columns(experiment)
+    return [{**row, **own} for row in rows]
 
 
-def _of(experiment: Experiment) -> dict[str, Any]:
+def _experiment_columns(experiment: Experiment) -> dict[str, Any]:
     return {
         "experiment": experiment.signature,
         "preset": experiment.preset,
@@ -151,19 +175,10 @@ def write(store: Store, table: str, file: str, rows: Sequence[Mapping[str, Any]]
     _write(store, table, file, pa.Table.from_pylist(list(rows), schema=schema))
 
 
-def upsert(store: Store, table: str, file: str, row: Mapping[str, Any], key: str) -> None:
-    """Put one row into a file of a table, in place of the row with the same value of `key`."""
-    schema = SCHEMAS[table]
-    old = _read_file(store, table, file)
-    kept = old.filter(pc.not_equal(old[key], row[key]))
-    new = pa.Table.from_pylist([dict(row)], schema=schema)
-    _write(store, table, file, pa.concat_tables([kept, new]).sort_by(key))
-
-
 def copy(source: Store, store: Store, experiment: Experiment, table: str, file: str, **columns: Any) -> None:
     """Copy one file of another experiment's table, as rows of this experiment, with some columns changed."""
     rows = read(source, table, [file])
-    for name, value in {**_of(experiment), **columns}.items():
+    for name, value in {**_experiment_columns(experiment), **columns}.items():
         field = rows.schema.field(name)
         same = pa.repeat(pa.scalar(value, field.type), len(rows))
         rows = rows.set_column(rows.schema.get_field_index(name), field, same)
@@ -176,6 +191,17 @@ def read(store: Store, table: str, only: Sequence[str] | None = None) -> pa.Tabl
     return pa.concat_tables([SCHEMAS[table].empty_table(), *(_read_file(store, table, name) for name in names)])
 
 
+def metrics_until(store: Store, model: str, epoch: int) -> list[dict[str, Any]]:
+    """The rows of a model's first `epoch` epochs, in their order."""
+    rows: list[dict[str, Any]] = read(store, "metrics", [model]).sort_by("epoch").to_pylist()
+    return [row for row in rows if row["epoch"] <= epoch]
+
+
+def remove(store: Store, table: str, file: str) -> None:
+    """Remove one file of a table, if it is there."""
+    store.remove(_path(table, file))
+
+
 def files(store: Store, table: str) -> frozenset[str]:
     """Which files of the table have been written."""
     return frozenset(name.removesuffix(".parquet") for name in store.names(folder(table)))
@@ -183,40 +209,60 @@ def files(store: Store, table: str) -> frozenset[str]:
 
 def count(store: Store) -> dict[str, int]:
     """How many rows each table has."""
-    found = {table: [_parquet(store, table, file) for file in files(store, table)] for table in SCHEMAS}
-    return {table: sum(file.metadata.num_rows for file in parts if file) for table, parts in found.items()}
+    return {table: sum(row_counts(store, table, files(store, table)).values()) for table in SCHEMAS}
+
+
+def row_counts(store: Store, table: str, names: Iterable[str]) -> dict[str, int]:
+    """How many rows each of these files of a table has, for those that exist. Reads only the ends of the files."""
+    names = sorted(names)
+    try:
+        ends = store.read_ends([_path(table, name) for name in names], _FOOTER)
+    except IsADirectoryError:
+        ends = [_content(store, table, name) for name in names]  # raises for the folder among them
+    counts = {}
+    for name, end in zip(names, ends, strict=True):
+        if end is not None:
+            try:
+                counts[name] = pq.read_metadata(pa.BufferReader(end)).num_rows
+            except pa.ArrowException:  # a longer footer, or a damaged file
+                counts[name] = len(_read_file(store, table, name))
+    return counts
+
+
+def _path(table: str, file: str) -> str:
+    return f"{folder(table)}/{file}.parquet"
+
+
+def _content(store: Store, table: str, file: str) -> bytes | None:
+    try:
+        return store.read(_path(table, file))
+    except IsADirectoryError:
+        raise _damaged(store, table, file, "it is a folder") from None
 
 
 def _read_file(store: Store, table: str, file: str) -> pa.Table:
     schema = SCHEMAS[table]
-    parquet = _parquet(store, table, file)
-    if parquet is None:
+    content = _content(store, table, file)
+    if content is None:
         return schema.empty_table()
     try:
+        parquet = pq.ParquetFile(pa.BufferReader(content), pre_buffer=False)
+        refuse_large(table, parquet.metadata)
         # Not with Arrow's threads: one that outlives the interpreter takes the process down with it.
         rows = parquet.read(use_threads=False)
         # Columns that an older version did not have are null.
         whole = pa.concat_tables([schema.empty_table(), rows], promote_options="permissive")
         return whole.select(schema.names).cast(schema)
     except pa.ArrowException as error:
-        raise _damaged(store, table, file, error) from None
+        raise _damaged(store, table, file, str(error).strip().splitlines()[0]) from None
 
 
-def _parquet(store: Store, table: str, file: str) -> pq.ParquetFile | None:
-    content = store.read(f"{folder(table)}/{file}.parquet")
-    try:
-        return None if content is None else pq.ParquetFile(pa.BufferReader(content), pre_buffer=False)
-    except pa.ArrowException as error:
-        raise _damaged(store, table, file, error) from None
-
-
-def _damaged(store: Store, table: str, file: str, error: Exception) -> StorageFailed:
-    path = store.path(f"{folder(table)}/{file}.parquet")
-    reason = str(error).strip().splitlines()[0]
+def _damaged(store: Store, table: str, file: str, reason: str) -> StorageFailed:
+    path = store.path(_path(table, file))
     return StorageFailed(f"{path}: not the Parquet file that was written ({reason}); remove it, and it is made anew")
 
 
 def _write(store: Store, table: str, file: str, rows: pa.Table) -> None:
     buffer = io.BytesIO()
     pq.write_table(rows, buffer, compression="zstd")
-    store.write(f"{folder(table)}/{file}.parquet", buffer.getvalue())
+    store.write(_path(table, file), buffer.getvalue())

@@ -60,7 +60,5 @@ def train_joint(task: Task, images: Images, device: torch.device) -> None:
 
 def _load_experts(mixture: Mixture, experiment: Experiment, store: Store) -> None:
     for module, regime in zip(mixture.experts, experiment.mixture_regimes, strict=True):
-        checkpoint = checkpoints.load_latest(store, regime.name)
-        if checkpoint is None or checkpoint.epoch != experiment.experts.epochs:
-            raise FileNotFoundError(f"expert {regime.name} is not trained to the end; run the experts stage first")
+        checkpoint = checkpoints.load_trained(store, regime.name, experiment.experts.epochs)
         module.load_state_dict(weights(checkpoint))

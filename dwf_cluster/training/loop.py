@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import torch
@@ -65,12 +65,13 @@ class Task:
 
 @dataclass
 class _Progress:
-    """The completed epochs, and the completed steps of the running epoch with their sums."""
+    """The completed epochs and their rows of `metrics`; the completed steps of the running epoch, with their sums."""
 
     epoch: int = 0
     steps: int = 0
     loss: float = 0.0
     seconds: float = 0.0
+    metrics: list[dict[str, Any]] = field(default_factory=list)
 
 
 def train(task: Task, model: nn.Module, images: DeviceImages, perturb: Perturb) -> nn.Module:
@@ -104,10 +105,10 @@ def train(task: Task, model: nn.Module, images: DeviceImages, perturb: Perturb) 
         if row is None:
             _save(task, model, optimizer, progress)
             raise Stopped
-        progress = _Progress(progress.epoch + 1)
+        progress = _Progress(progress.epoch + 1, metrics=[*progress.metrics, row])
         if rank == 0:
             # Metrics first: killed in between, the epoch is run again and its row replaced.
-            tables.upsert(task.store, "metrics", task.name, tables.rows_of(task.experiment, [row])[0], key="epoch")
+            tables.write(task.store, "metrics", task.name, tables.rows_of(task.experiment, progress.metrics))
         _save(task, model, optimizer, progress)
         task.report(row)
     return model
@@ -171,7 +172,7 @@ def _epoch(
         "learning_rate": optimizer.param_groups[0]["lr"],
         "images_per_second": len(images.x_train) / seconds,
         "seconds": seconds,
-        "device": str(images.x_train.device),
+        "device": images.x_train.device.type,
     }
 
 
@@ -271,7 +272,8 @@ def _save(task: Task, model: nn.Module, optimizer: torch.optim.SGD, progress: _P
     if _workers()[0] > 0:
         return
     tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
-    for name, parameter in model.named_parameters():
+    trained = progress.epoch == task.training.epochs  # its optimizer takes no further step
+    for name, parameter in () if trained else model.named_parameters():
         momentum = optimizer.state[parameter].get("momentum_buffer")
         if momentum is not None:
             tensors[f"momentum.{name}"] = momentum
@@ -290,7 +292,10 @@ def _restore(task: Task, model: nn.Module, optimizer: torch.optim.SGD) -> _Progr
         if momentum is not None:
             # With the parameter's strides, as the optimizer makes it: other strides take other kernels.
             optimizer.state[parameter]["momentum_buffer"] = torch.empty_like(parameter).copy_(momentum)
-    return _Progress(**{field.name: checkpoint.state[field.name] for field in fields(_Progress)})
+    state = checkpoint.state
+    if "metrics" not in state:  # saved by an earlier version
+        state = {**state, "metrics": tables.metrics_until(task.store, task.name, checkpoint.epoch)}
+    return _Progress(**{field.name: state[field.name] for field in fields(_Progress)})
 
 
 def weights(checkpoint: checkpoints.Checkpoint) -> dict[str, torch.Tensor]:

@@ -208,3 +208,38 @@ def test_neither_torch_nor_ray_is_imported(storage: Path, run: Run, tmp_path: Pa
     done = run("without", next(storage.glob("digits-*")))
     assert (done.stdout, done.stderr) == ("report.html\n", "")
     assert (tmp_path / "report.html").exists()
+
+
+def test_a_full_disk_leaves_the_report_that_was_there(storage: Path, small_disk: Path, call: Call) -> None:
+    one, out = next(storage.glob("digits-*")), small_disk / "report.html"
+    out.write_text("before")
+    with pytest.raises(OSError, match="No space left"):
+        (small_disk / "rest").write_bytes(bytes(2 << 20))
+    status, _, err = call(report.main, one, "--out", out)
+    assert (status, err) == (2, f"error: --out: '{out}' cannot be used: No space left on device\n")
+    assert out.read_text() == "before"
+    assert sorted(path.name for path in small_disk.iterdir()) == ["report.html", "rest"]
+
+
+def test_a_full_disk_leaves_the_figures_that_were_there(storage: Path, small_disk: Path, call: Call) -> None:
+    group = load(str(next(storage.glob("digits-*")))).groups[0]
+    drawn = small_disk / "figures" / group.name
+    drawn.mkdir(parents=True)
+    for name in figures.CAPTIONS:
+        (drawn / f"{name}.pdf").write_text("before")
+    with pytest.raises(OSError, match="No space left"):
+        (small_disk / "rest").write_bytes(bytes(2 << 20))
+    status, _, err = call(figures.main, next(storage.glob("digits-*")), "--out", small_disk / "figures")
+    assert status == 2
+    assert "No space left on device" in err
+    assert {path.read_text() for path in drawn.iterdir()} == {"before"}
+
+
+def test_a_report_goes_to_a_device_and_through_a_link(storage: Path, tmp_path: Path, call: Call) -> None:
+    one, link = next(storage.glob("digits-*")), tmp_path / "link.html"
+    link.symlink_to(tmp_path / "report.html")
+    for out in (link, Path("/dev/null")):
+        assert call(report.main, one, "--out", out)[0] == 0
+    assert link.is_symlink()
+    assert (tmp_path / "report.html").read_text().endswith("</html>")
+    assert Path("/dev/null").is_char_device()

@@ -1,7 +1,9 @@
-"""A real SLURM on this machine: munged, slurmctld, and a slurmd for each of several nodes with fake H100s.
+"""A real SLURM on this machine: munged, slurmctld, and a slurmd for each of several nodes.
 
-Everything lies in one folder and listens on loopback. Nodes have host names of their own (n1, n2, ...) but share
-the machine's one address, its processes and its /tmp. GPUs are device files that behave like /dev/null.
+Everything lies in one folder and listens on loopback. Nodes have host names of their own (n1, n2, ...) but share the
+machine's one address, its processes and its /tmp. The partitions `main` and `high` have nodes that are alike, with
+fake H100s: device files that behave like /dev/null. The partition `uneven` has a last node too, with one CPU, whose
+GPUs SLURM does not manage.
 """
 
 from __future__ import annotations
@@ -21,7 +23,10 @@ import psutil
 
 COMMANDS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel")
 NODES, CPUS, GPUS, MEMORY = 2, 2, 2, 8000
-"""Of the cluster: nodes, and CPUs, GPUs and MB of each."""
+"""Number of nodes that are alike, and CPUs, GPUs and MB of each."""
+LAST = f"n{NODES + 1}"
+"""The last node, in the partition `uneven` only."""
+_NAMES = [f"n{i + 1}" for i in range(NODES + 1)]
 
 _CONFIGURATION = """
 ClusterName=test
@@ -58,8 +63,11 @@ MinJobAge=3600
 GresTypes=gpu
 NodeName=n[1-{nodes}] NodeHostname={host} NodeAddr=127.0.0.1 Port=[{first}-{last}] CPUs={cpus} RealMemory={memory} \
 Gres=gpu:h100:{gpus} State=UNKNOWN
-PartitionName=main Nodes=ALL Default=YES DefaultTime=10 PriorityTier=1 PreemptMode=REQUEUE GraceTime=60 State=UP
-PartitionName=high Nodes=ALL DefaultTime=10 PriorityTier=10 PreemptMode=OFF State=UP
+NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port_of_last} CPUs=1 RealMemory={memory} State=UNKNOWN
+PartitionName=main Nodes=n[1-{nodes}] Default=YES DefaultTime=10 PriorityTier=1 PreemptMode=REQUEUE GraceTime=60 \
+State=UP
+PartitionName=high Nodes=n[1-{nodes}] DefaultTime=10 PriorityTier=10 PreemptMode=OFF State=UP
+PartitionName=uneven Nodes=ALL DefaultTime=10 PriorityTier=1 PreemptMode=REQUEUE State=UP
 """
 
 
@@ -79,27 +87,29 @@ class Slurm:
         folder.chmod(0o755)  # munge wants its socket to be within everyone's reach
         self.folder = folder
         self.environment = {**os.environ, "SLURM_CONF": str(folder / "slurm.conf")}
-        for name in ("state", "spool", "dev", *(f"spool/n{i + 1}" for i in range(NODES))):
+        for name in ("state", "spool", "dev", *(f"spool/{name}" for name in _NAMES)):
             (folder / name).mkdir(parents=True)
         for i in range(GPUS):
             os.mknod(folder / "dev" / f"nvidia{i}", 0o666 | stat.S_IFCHR, os.makedev(1, 3))
         (folder / "gres.conf").write_text(
             f"NodeName=n[1-{NODES}] Name=gpu Type=h100 File={folder}/dev/nvidia[0-{GPUS - 1}]\n"
         )
-        port = _free_ports(NODES + 1)
+        port = _free_ports(1 + len(_NAMES))
         settings = _CONFIGURATION.format(
             host=socket.gethostname().partition(".")[0],
             folder=folder,
             port=port,
             first=port + 1,
             last=port + NODES,
+            name=LAST,
+            port_of_last=port + NODES + 1,
             nodes=NODES,
             cpus=CPUS,
             gpus=GPUS,
             memory=MEMORY,
         )
         (folder / "slurm.conf").write_text(settings)
-        hosts = "".join(f"127.0.0.1 n{i + 1}\n" for i in range(NODES))
+        hosts = "".join(f"127.0.0.1 {name}\n" for name in _NAMES)
         (folder / "hosts").write_text(Path("/etc/hosts").read_text() + hosts)
         with open(os.open(folder / "munge.key", os.O_WRONLY | os.O_CREAT, 0o600), "wb") as key:
             key.write(secrets.token_bytes(128))
@@ -111,18 +121,19 @@ class Slurm:
         self("munged", *(f"--{option}={f / name}" for option, name in munge.items()), f"--seed-file={f}/munged.seed")
         self("slurmctld")
         named = 'hostname "$1"; mount --bind "$2/hosts" /etc/hosts; exec slurmd -N "$1"'
-        for i in range(NODES):
-            self("unshare", "--uts", "--mount", "bash", "-c", named, "_", f"n{i + 1}", str(f))
-        self.wait_for(lambda: len(self("sinfo", "-hNt", "idle", "-o", "%N").split()) >= NODES, "idle nodes")
+        for name in _NAMES:
+            self("unshare", "--uts", "--mount", "bash", "-c", named, "_", name, str(f))
+        idle = ("sinfo", "-hNt", "idle", "-o", "%N")
+        self.wait_for(lambda: set(self(*idle).split()) >= set(_NAMES), "idle nodes")
 
     def stop(self) -> None:
-        """Cancel every job, then stop what was started, by its pid file. slurmstepd outlives slurmd, so jobs first."""
+        """Cancel every job, then stop the daemons by their pid files. slurmstepd outlives slurmd, so jobs first."""
         jobs = self("squeue", "-ho", "%A").split()
         if jobs:
             self("scancel", "--signal=KILL", "--full", *set(jobs))
             self("scancel", *set(jobs))
             self.wait_for(lambda: not self("squeue", "-h"), "an empty queue")
-        for name in (*(f"slurmd-n{i + 1}" for i in range(NODES)), "slurmctld", "munged"):
+        for name in (*(f"slurmd-{name}" for name in _NAMES), "slurmctld", "munged"):
             file = self.folder / f"{name}.pid"
             if file.exists():
                 try:
@@ -134,7 +145,7 @@ class Slurm:
         shutil.rmtree(self.folder)
 
     def __call__(self, *command: str | os.PathLike[str], cwd: Path | None = None, **variables: str) -> str:
-        """Run a command of SLURM's; returns what it printed."""
+        """Run a command with this SLURM; returns its output."""
         result = subprocess.run(
             command,
             cwd=cwd or self.folder,
@@ -169,7 +180,7 @@ class Slurm:
         return self.state(job)
 
     def wait_for(self, condition: object, what: str, seconds: float = 120) -> None:
-        """Look every tenth of a second until `condition()` is true: SLURM tells nobody."""
+        """Check every tenth of a second until `condition()` is true: SLURM has no events."""
         assert callable(condition)
         deadline = time.monotonic() + seconds
         while not condition():

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
+import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pandas as pd
 import psutil
 import pytest
 
+from dwf_cluster.cluster import allocation, node
 from dwf_cluster.cluster.allocation import Ports
 
 from ..conftest import SLOWER, TINY, assert_same, go_on_to_stop, held
@@ -29,9 +34,12 @@ ON_CPUS = ["--gpus-per-node=0", "--cpus-per-task=1", "--mem=3G"]
 class Job:
     """A job of a script of `slurm/`, its log, its experiment's folder."""
 
-    def __init__(self, cluster: Slurm, folder: Path, options: list[str], script: str, arguments: list[str]) -> None:
+    def __init__(
+        self, cluster: Slurm, folder: Path, options: list[str], script: str, arguments: list[str], **variables: str
+    ) -> None:
         self.cluster, self.folder = cluster, folder
-        self.number = cluster.submit(*options, SCRIPTS / script, *arguments, cwd=folder, DWF_PYTHON=sys.executable)
+        variables = {"DWF_PYTHON": sys.executable} | variables
+        self.number = cluster.submit(*options, SCRIPTS / script, *arguments, cwd=folder, **variables)
 
     @property
     def log(self) -> str:
@@ -69,18 +77,31 @@ class Job:
 
 @pytest.fixture
 def submit(cluster: Slurm, tmp_path: Path) -> Callable[..., Job]:
-    def submit(*options: str, script: str = "full_pipeline.sh", arguments: list[str] = ARGUMENTS) -> Job:
-        return Job(cluster, tmp_path, [*ON_CPUS, *options], script, arguments)
+    def submit(
+        *options: str,
+        script: str = "full_pipeline.sh",
+        arguments: list[str] = ARGUMENTS,
+        defaults: list[str] = ON_CPUS,
+        **variables: str,
+    ) -> Job:
+        return Job(cluster, tmp_path, [*defaults, *options], script, arguments, **variables)
 
     return submit
 
 
 EXPERTS = ["--stages", "experts", *ARGUMENTS]
+ONE_EXPERT = ["--stages", "experts", "--set", *TINY, "experts.fgsm=0", "experts.pgd=0", "experts.epochs=1"]
 ONE_NODE = ["--nodes=1", "--cpus-per-task=2"]
 
 
 def assert_same_experts(one: Path, other: Path) -> None:
     assert_same(one, other, models=["benign", "fgsm-1", "pgd-1"], tables=["metrics"])
+
+
+def argument(command: list[str], option: str) -> str:
+    """What a command line gives for an option."""
+    (value,) = (part.partition("=")[2] for part in command if part.startswith(f"{option}="))
+    return value
 
 
 def partial(folder: Path) -> list[str]:
@@ -101,7 +122,8 @@ def test_requeued_in_the_middle_two_nodes_come_to_the_tables_of_one_machine(
     jobs = pd.read_parquet(job.results / "results" / "jobs").set_index("task")
     assert sorted(jobs.loc["joint", "devices"]) == ["n1: cpu", "n2: cpu"]
     assert jobs.loc["joint", "attempts"] == 2
-    assert not Path(f"/tmp/dwf-{job.number}").exists()
+    assert not list(Path("/tmp").glob(f"dwf-{job.number}-*"))
+    assert {file.suffix for file in job.folder.glob("slurm-*")} == {".log", ".out"}
 
 
 @pytest.mark.interruptions
@@ -217,28 +239,233 @@ def test_a_node_that_does_not_come_is_named_with_its_log(cluster: Slurm, submit:
     assert "\nresume: sbatch " in job.log
 
 
-def test_two_jobs_on_one_node_do_not_meet_and_have_what_is_theirs(submit: Callable[..., Job]) -> None:
+@pytest.fixture
+def strangers(cluster: Slurm, tmp_path: Path) -> Iterator[list[Path]]:
+    """Somebody else's folders, by the numbers of the jobs that will be submitted next."""
+    number = cluster.submit("--hold", "--wrap=true", cwd=tmp_path)
+    cluster("scancel", number)
+    folders = [Path(f"/tmp/dwf-{int(number) + following}") for following in (1, 2)]
+    for folder in folders:
+        folder.mkdir()
+        (folder / "token").write_text("theirs")
+        os.chown(folder, 65534, 65534)
+    yield folders
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def test_two_jobs_on_one_node_do_not_meet_and_have_what_is_theirs(
+    submit: Callable[..., Job], strangers: list[Path]
+) -> None:
     jobs = [submit("--nodes=1", "--gpus-per-node=h100:1", "--nodelist=n1", arguments=EXPERTS) for _ in range(2)]
     ports = set()
     for job in jobs:
         job.wait_for("^experts: 3 to do")
-        told = job.process("ray.scripts.scripts").cmdline()
-        assert {"--num-cpus=1", "--num-gpus=1", f"--memory={(3 << 30) * 4 // 5 + 1}"} <= set(told), told
+        ray = job.process("ray.scripts.scripts")
+        command = ray.cmdline()
+        assert {"--num-cpus=1", "--num-gpus=1", f"--memory={(3 << 30) * 4 // 5 + 1}"} <= set(command), command
+        assert ray.environ()["GLOO_SOCKET_IFNAME"] == "lo"
+        assert not [p for p in job.cluster.processes(job.number) if "ray.util.client.server" in p.cmdline()]
         ports |= {re.findall(r"^Ray dashboard: http://127.0.0.1:(\d+) ", job.log, re.M)[0]}
-        token = Path(f"/tmp/dwf-{job.number}/token")
+        (token,) = Path("/tmp").glob(f"dwf-{job.number}-*/token")
+        assert f"cat {token}`" in job.log
         assert (token.stat().st_mode & 0o777, token.parent.stat().st_mode & 0o777) == (0o600, 0o700)
     assert len(ports) == 2
     for job in jobs:
         job.cluster("scancel", job.number)
         job.end("CANCELLED")
+    assert [(folder / "token").read_text() for folder in strangers] == ["theirs", "theirs"]
+
+
+def test_three_unequal_nodes_each_give_ray_what_they_have(submit: Callable[..., Job], two_workers: Path) -> None:
+    job = submit("--partition=uneven", "--exclusive", "--nodes=3", arguments=EXPERTS)
+    job.wait_for("^experts: 3 to do")
+    commands = [p.cmdline() for p in job.cluster.processes(job.number) if "--block" in p.cmdline()]
+    given = {(argument(command, "--node-name"), argument(command, "--num-cpus")) for command in commands}
+    assert given == {("n1", str(slurm.CPUS)), ("n2", str(slurm.CPUS)), (slurm.LAST, "1")}
+    job.end()
+    assert_same_experts(job.results, two_workers)
+
+
+def test_gpus_that_slurm_does_not_manage_are_used_on_a_node_that_is_all_ours(
+    submit: Callable[..., Job], tmp_path: Path
+) -> None:
+    script = tmp_path / "site.sh"
+    header = (SCRIPTS / "full_pipeline.sh").read_text()
+    script.write_text(header.replace("#SBATCH --gpus-per-node=h100:8\n", ""))  # as docs/slurm.md has it
+    here = ["--partition=uneven", f"--nodelist={slurm.LAST}", "--nodes=1", "--cpus-per-task=1"]
+    job = submit(script=str(script), defaults=here, CUDA_VISIBLE_DEVICES="5,7")
+    ray = job.process("ray.scripts.scripts")
+    assert "--num-gpus=2" in ray.cmdline()
+    assert ray.environ()["CUDA_VISIBLE_DEVICES"] == "5,7"
+    job.cluster("scancel", job.number)
+    job.end("CANCELLED")
+
+
+def test_a_step_with_a_tmp_of_its_own_can_tell_that_it_is_done(submit: Callable[..., Job], tmp_path: Path) -> None:
+    """As in a container, or where a plugin gives each step a private /tmp."""
+    python = tmp_path / "python"
+    python.write_text(
+        "#!/bin/bash\n"
+        f'exec unshare --mount bash -c \'mount -t tmpfs tmpfs "$TMPDIR"; exec {sys.executable} "$@"\' _ "$@"\n'
+    )
+    python.chmod(0o755)
+    temporary = tempfile.mkdtemp(prefix="t", dir="/tmp")  # not in tmp_path, whose path is too long for Ray's sockets
+    try:
+        job = submit(*ONE_NODE, arguments=ONE_EXPERT, DWF_PYTHON=str(python), TMPDIR=temporary)
+        job.end()
+        assert f" cat {temporary}/dwf-{job.number}-" in job.log
+        assert "lost" not in job.log
+    finally:
+        os.rmdir(temporary)
+
+
+def test_what_ends_by_itself_is_not_started_again(submit: Callable[..., Job]) -> None:
+    job = submit(*ONE_NODE, arguments=["--help"])
+    job.end()
+    assert job.log.count("Ray dashboard: ") == 1
+
+
+@pytest.mark.parametrize(
+    ("left", "lives", "message"),
+    [
+        ("", 3, "Ray has not started on all nodes; see {log}; resume: again\n"),
+        ("joined", 3, "the Ray cluster was lost; see {log}; resume: again\n"),
+        ("1", 1, ""),
+    ],
+)
+def test_a_cluster_that_was_lost_or_has_not_started_is_started_again_and_a_failed_run_is_not(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    left: str,
+    lives: int,
+    message: str,
+) -> None:
+    file = tmp_path / "slurm-7.status"
+    commands = {
+        "srun": f'echo life >> lives; [ -z "{left}" ] || printf "{left}" > {file}; exit 1',
+        "scontrol": "echo n1",
+    }
+    for name, command in commands.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{command}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    for name, value in {"JOB_ID": "7", "JOB_NUM_NODES": "1", "JOB_NODELIST": "n1", "SUBMIT_DIR": tmp_path}.items():
+        monkeypatch.setenv(f"SLURM_{name}", str(value))
+    handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGUSR2)}
+    try:
+        assert allocation.run([], "again") == 1
+    finally:
+        for signum, handler in handlers.items():
+            signal.signal(signum, handler)
+    assert (tmp_path / "lives").read_text().count("life") == lives
+    assert capsys.readouterr().err.endswith(message.format(log=tmp_path / "slurm-7-n1.log"))
+    assert not file.exists()
+
+
+def test_a_fault_of_the_driver_is_no_lost_cluster(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*arguments: object) -> int:
+        raise ZeroDivisionError
+
+    ray = subprocess.Popen(["sleep", "infinity"])
+    monkeypatch.setattr(node, "LOSS_SECONDS", 0.1)
+    monkeypatch.setattr(node, "_start_ray", lambda options: ray)
+    monkeypatch.setattr(node, "_join", lambda head: None)
+    monkeypatch.setattr("dwf_cluster.launch.main", fail)
+    variables = {"SLURM_SUBMIT_DIR": tmp_path, "SLURM_JOB_ID": "7", "SLURMD_NODENAME": "n1", "DWF_FOLDER": tmp_path}
+    variables |= {"DWF_HEAD_PORT": 1, "DWF_DASHBOARD_PORT": 2, "DWF_AGAIN": "again", "SLURM_LAUNCH_NODE_IPADDR": "::1"}
+    for name, value in variables.items():
+        monkeypatch.setenv(name, str(value))
+    handler = signal.getsignal(signal.SIGUSR2)
+    try:
+        assert node._first([]) == 0
+    finally:
+        signal.signal(signal.SIGUSR2, handler)
+    assert allocation.status_file().read_text() == "1"
+    assert capsys.readouterr().err.endswith("ZeroDivisionError\nresume: again\n")
+    assert ray.poll() is not None
+
+
+def test_a_head_with_an_ipv6_address_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("::1", 0), family=socket.AF_INET6) as head:
+        port = head.getsockname()[1]
+        monkeypatch.setenv("SLURM_LAUNCH_NODE_IPADDR", "::1")
+        monkeypatch.setenv("DWF_HEAD_PORT", str(port))
+        node._connect()
+        assert node._url(*node._head()) == f"[::1]:{port}"
+    assert [node._own_address(host) for host in ("::1", "127.0.0.1")] == ["::1", "127.0.0.1"]
+    assert [node._interface(address) for address in ("::1", "127.0.0.1", "192.0.2.1")] == ["lo", "lo", None]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "allowed"),
+    [
+        ("DWF_HEAD_ADDRESS", "n1-ib", "an IP address of the first node"),
+        ("DWF_HEAD_ADDRESS", "192.0.2.1", "an IP address of the first node"),
+        ("DWF_GPUS", "all", "the number of GPUs to use on each node"),
+    ],
+)
+def test_settings_of_a_site_are_checked(name: str, value: str, allowed: str) -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "dwf_cluster.cluster.allocation"],
+        env=os.environ | {"SLURM_JOB_ID": "7", name: value},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 2
+    assert result.stderr == f"error: {name}: {value!r} cannot be used: allowed is {allowed}\n"
+
+
+def test_a_temporary_folder_whose_path_is_too_long_for_sockets_is_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "12345678")
+    for parent, used in ((tmp_path / ("x" * 40), "/tmp"), (Path("/dev/shm"), "/dev/shm"), (Path("/nowhere"), "/tmp")):
+        monkeypatch.setenv("TMPDIR", str(parent))
+        assert str(allocation.new_folder().parent) == used
+    assert allocation.new_folder() != allocation.new_folder()
+
+
+def test_folders_of_killed_lives_are_removed_and_nobody_elses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    current, old, theirs, other_job = (tmp_path / f"dwf-{name}" for name in ("7-new", "7-old", "7-theirs", "71-x"))
+    for folder in (current, old, theirs, other_job):
+        folder.mkdir()
+    os.chown(theirs, 65534, 65534)
+    allocation.remove_old_folders(current)
+    assert {folder.name for folder in tmp_path.iterdir()} == {current.name, theirs.name, other_job.name}
+
+
+@pytest.mark.parametrize("script", ["full_pipeline.sh", "sweep.sh"])
+def test_a_batch_script_uses_the_environment_beside_it_or_says_what_to_do(tmp_path: Path, script: str) -> None:
+    def run(**variables: str) -> subprocess.CompletedProcess[str]:
+        variables = {"PATH": "/usr/bin:/bin", "SLURM_SUBMIT_DIR": str(tmp_path)} | variables
+        command = ["bash", SCRIPTS / script, "seeds=0..1"]
+        return subprocess.run(command, env=variables, cwd="/", capture_output=True, text=True, check=False)
+
+    absent = run()
+    assert (absent.returncode, absent.stderr.count("\n")) == (2, 1)
+    assert absent.stderr.startswith("error: python cannot import dwf_cluster: run `make demo` in the folder that you ")
+    assert run(DWF_PYTHON="/nowhere").stderr.startswith("error: /nowhere cannot import dwf_cluster: ")
+    python = tmp_path / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text('#!/bin/sh\necho "$@"\n')
+    python.chmod(0o755)
+    expected = "-m dwf_cluster.cluster.allocation " + ("--sweep " if script == "sweep.sh" else "") + "seeds=0..1"
+    assert run().stdout.splitlines()[-1] == expected
 
 
 def test_ports_of_neighbouring_jobs_are_disjoint_and_free() -> None:
     with socket.socket() as taken:
         mine = Ports.free(7)
         taken.bind(("", mine.head))
-        others = [Ports.free(7), Ports.free(8), Ports.free(7 + 4000)]
-    used = [port for ports in others for port in (ports.head, ports.dashboard, ports.client)]
+        others = [Ports.free(7), Ports.free(8), Ports.free(7 + 6000)]
+    used = [port for ports in others for port in (ports.head, ports.dashboard)]
     assert mine.head not in used
     assert all(20_000 <= port < 32_000 for port in used)
 

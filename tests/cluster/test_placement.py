@@ -216,7 +216,7 @@ def test_limits_without_room_are_refused(limits: Limits, message: str) -> None:
 
 def test_two_that_should_not_share_a_device_are_an_error_that_names_both() -> None:
     def claim(name: str, worker: int, node: str, share: float) -> Claim:
-        return Claim(("run", name), worker, node, "H100 GPU-1", share)
+        return Claim(("run", name), worker, node, "H100 GPU-1", share, "H100", 7)
 
     async def run() -> list[str | None]:
         control = Control()

@@ -1,16 +1,24 @@
-"""`--slurm`: submission, looking on, coming back; on a real SLURM, and with submitit's local executor."""
+"""`--slurm`: submitting, following, following again; on a real SLURM, and with submitit's local executor."""
 
 from __future__ import annotations
 
+import itertools
+import os
 import re
 import signal
 import subprocess
 import time
+import zipfile
 from pathlib import Path
 
 import pandas as pd
 import psutil
 import pytest
+import submitit
+from ray._private.runtime_env.packaging import create_package
+
+from dwf_cluster.cluster.slurm import RESERVED, Request, Run, follow
+from dwf_cluster.experiment import InvalidInput
 
 from ..conftest import SLOWER, TINY, Launch, assert_same, go_on_to_stop, held, write_npz
 from . import slurm
@@ -68,6 +76,7 @@ def test_a_job_that_ends_too_early_is_a_failure_with_its_log_and_the_command_tha
     assert re.fullmatch(rf"failed: job \d+ ended before all was done; log: {on_slurm.folder}/slurm-jobs/\S+", first)
     assert second.startswith("resume: python -m dwf_cluster.launch --slurm --gpus-per-node 0 ")
     assert "NonFiniteLoss" in result.stdout
+    assert (on_slurm.folder / "slurm-jobs").stat().st_mode & 0o777 == 0o700
 
 
 @needs_slurm
@@ -105,6 +114,15 @@ def test_dry_run_prints_a_script_that_sbatch_takes(on_slurm: Launch, cluster: Sl
         (["--account", "$(reboot)"], "--account: '$(reboot)' cannot be used"),
         (["--sbatch", "qos"], "--sbatch: 'qos' cannot be used: allowed is option=value, such as qos=high"),
         (["--sbatch", "wrap=rm *"], "--sbatch: 'rm *' cannot be used"),
+        (
+            ["--sbatch", "signal=USR1@10"],
+            "--sbatch: 'signal' cannot be used: trainings are told to save 120 s before the ",
+        ),
+        (
+            ["--sbatch", "sig=USR1@10"],
+            "--sbatch: 'sig' cannot be used: trainings are told to save 120 s before the time",
+        ),
+        (["--sbatch", "mem=3G", "cpus-per-task=2"], "--sbatch: 'cpus-per-task' cannot be used: use --cpus-per-node"),
         (["--time", "soon"], "--time: 'soon' cannot be used: allowed are minutes, HH:MM:SS, D-HH or D-HH:MM:SS"),
         (["--executor", "lsf"], "--executor: invalid choice: 'lsf'"),
     ],
@@ -114,6 +132,110 @@ def test_what_sbatch_or_a_shell_must_not_see_is_refused(on_slurm: Launch, argume
     assert result.returncode == 2
     assert result.stderr.startswith(f"error: {message}")
     assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("option", sorted(RESERVED))
+def test_options_of_sbatch_that_jobs_rely_on_are_refused(launch: Launch, option: str) -> None:
+    with pytest.raises(InvalidInput, match=rf"^--sbatch: '{option}' cannot be used: \w"):
+        Request(1, None, None, 60, {option: "1"}, None, "slurm")
+    Request(
+        1, None, None, 60, dict.fromkeys(("gpus", "mem", "qos", "nodelist", "export", "time-min"), "1"), None, "slurm"
+    )
+
+
+@needs_slurm
+@pytest.mark.parametrize("name", ["a\n#SBATCH --wrap=true", "100%j", "a\\b"])
+def test_a_folder_that_sbatch_would_read_is_refused(on_slurm: Launch, name: str) -> None:
+    on_slurm.folder /= name
+    on_slurm.folder.mkdir()
+    result = on_slurm("--slurm", "--dry-run")
+    assert result.returncode == 2, result.stdout
+    assert result.stderr.startswith("error: --slurm: cannot be used in the folder ")
+    assert result.stderr.count("\n") == 1
+
+
+@needs_slurm
+def test_a_python_that_cannot_be_run_is_refused_before_it_is_queued(
+    on_slurm: Launch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DWF_PYTHON", "/nowhere/python")
+    result = on_slurm(*ASK)
+    assert result.returncode == 2
+    assert result.stderr == (
+        "error: DWF_PYTHON: '/nowhere/python' cannot be used: allowed is a command that can be run\n"
+    )
+
+
+def test_slurm_is_asked_once_for_all_jobs_ever_more_seldom_and_at_once_when_a_job_begins_or_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls, queue = tmp_path / "calls", tmp_path / "queue"
+    squeue = tmp_path / "squeue"
+    squeue.write_text(f'#!/bin/sh\necho "$@" >> {calls}\ncat {queue}\n')
+    squeue.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    jobs = {Run(f"seed{i}", (), ""): submitit.SlurmJob[None](tmp_path / "%j", f"7_{i}") for i in range(50)}
+    states = dict.fromkeys(range(50), "RUNNING|None") | {1: "PENDING|Priority"}
+    lines: list[str] = []
+    asked: list[int] = []
+    second, logged, begins, ends = 0, 300, 350, 400
+
+    def write_queue() -> None:
+        queue.write_text("".join(f"7_{i}|{state}\n" for i, state in states.items()))
+
+    def log(number: int) -> Path:
+        path = list(jobs.values())[number].paths.stdout
+        path.parent.mkdir(exist_ok=True)
+        return path
+
+    def wait(seconds: float) -> None:
+        nonlocal second
+        assert seconds == 1
+        asked.extend([second] * (len(calls.read_text().splitlines()) - len(asked)))
+        if second == logged:
+            assert lines[-1] != "seed0: epoch 1"
+            log(0).write_text("epoch 1\nepo")
+        elif second == logged + 1:
+            assert lines[-1] == "seed0: epoch 1"  # not the line that is not whole yet
+        elif second == begins:
+            states[1] = "RUNNING|None"
+            write_queue()
+            log(1).write_text("")
+        elif second == begins + 1:
+            assert lines[-1] == "seed1: job 7_1: RUNNING"
+        elif second == ends:
+            for run, job in jobs.items():
+                log(int(run.folder[4:]))
+                job.paths.result_pickle.touch()
+        second += 1
+
+    write_queue()
+    log(0).write_text("")
+    follow(jobs, Request(1, None, None, 60, {}, None, "slurm"), lines.append, wait)
+    assert second == ends + 1
+    assert set(calls.read_text().splitlines()) == {"--noheader --array --jobs=7 --format=%i|%T|%r"}
+    assert len([line for line in lines if line.endswith(": RUNNING")]) == 50
+    assert "seed1: job 7_1: PENDING (Priority)" in lines
+    assert lines[-1] == "seed0: epo"
+    before = [first for first in asked if first <= begins]
+    pauses = [later - earlier for earlier, later in itertools.pairwise(before)]
+    assert pauses == sorted(pauses)
+    assert (pauses[0], pauses[-1]) == (10, 60)
+    after = [first for first in asked if first > begins]
+    assert after[:2] == [begins + 1, begins + 11]
+
+
+def test_ray_job_submit_uploads_no_results_logs_or_scripts_of_jobs(tmp_path: Path) -> None:
+    folder = tmp_path / "copy"
+    kept = ["slurm/full_pipeline.sh", "dwf_cluster/launch.py"]
+    left = ["slurm-7.out", "slurm-7-n1.log", "slurm-7.status", "slurm-jobs/7/7_submitted.pkl", "runs/x/experiment.json"]
+    for name in (*kept, *left, "report.html"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    (folder / ".gitignore").write_text((Path(__file__).parents[2] / ".gitignore").read_text())
+    create_package(str(folder), tmp_path / "package.zip", include_gitignore=True)
+    with zipfile.ZipFile(tmp_path / "package.zip") as package:
+        assert {name for name in package.namelist() if not name.endswith("/")} == {*kept, ".gitignore"}
 
 
 def test_without_slurm_it_says_so(launch: Launch, monkeypatch: pytest.MonkeyPatch) -> None:

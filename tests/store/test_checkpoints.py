@@ -217,6 +217,22 @@ def test_good_ones_are_left_alone_and_without_any_it_starts_over(store: Store) -
     assert checkpoints.load_latest(store, "pgd-1") is None
 
 
+def test_who_needs_a_trained_model_gets_the_last_epochs_or_an_error_and_the_damage_is_removed(store: Store) -> None:
+    _save(store, 2)
+    _save(store, 3)
+    assert checkpoints.load_trained(store, "pgd-1", 3).epoch == 3
+    _flip_a_bit(_folder(store, 3))
+    with pytest.raises(checkpoints.CheckpointLost) as lost:
+        checkpoints.load_trained(store, "pgd-1", 3)
+    assert str(lost.value) == (
+        f"pgd-1 is not trained to the end: no checkpoint of epoch 3 (damaged checkpoint {_folder(store, 3)} removed; "
+        f"used is {_folder(store, 2)}); the same command again trains it"
+    )
+    assert checkpoints.latest_epoch(store, "pgd-1") == 2  # so it is trained again
+    with pytest.raises(checkpoints.CheckpointLost, match="no checkpoint of epoch 3; the same command again trains it"):
+        checkpoints.load_trained(store, "pgd-1", 3)
+
+
 def test_a_listing_that_is_behind_costs_an_epoch_and_nothing_else(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -230,21 +246,57 @@ def test_a_listing_that_is_behind_costs_an_epoch_and_nothing_else(
     assert checkpoints.latest_epoch(store, "pgd-1") == 2
 
 
-def test_a_copy_is_another_experiments_checkpoint_and_says_where_it_is_from(store: Store) -> None:
+def _others(store: Store) -> tuple[Store, Store]:
+    return Store(store.url, "digits-seed0-0123456789"), Store(store.url, "digits-seed0-abcdef0123")
+
+
+def test_a_shared_model_is_stored_once_and_says_where_it_is_from(store: Store) -> None:
     _save(store, 3)
-    other = Store(store.url, "digits-seed0-0123456789")
-    checkpoints.copy(store, other, "pgd-1")
-    one, copied = (checkpoints.load_latest(s, "pgd-1") for s in (store, other))
-    assert one is not None
-    assert copied is not None
-    assert copied.epoch == 3
-    assert all(torch.equal(tensor, one.tensors[name]) for name, tensor in copied.tensors.items())
-    assert copied.state["experiment"] == "0123456789"
-    assert copied.state["copied_from"] == store.folder
+    second, third = _others(store)
+    checkpoints.refer(store, second, "pgd-1")
+    checkpoints.refer(second, third, "pgd-1")
+    one = checkpoints.load_trained(store, "pgd-1", 3)
+    for other, source in ((second, store), (third, second)):
+        shared = checkpoints.load_trained(other, "pgd-1", 3)
+        assert checkpoints.latest_epoch(other, "pgd-1") == 3
+        assert all(torch.equal(tensor, one.tensors[name]) for name, tensor in shared.tensors.items())
+        assert shared.state["experiment"] == other.folder.rpartition("-")[2]
+        assert shared.state["copied_from"] == source.folder
+        assert other.names("checkpoints/pgd-1/epoch-00003") == ["manifest.json", "state.json"]
+        assert checkpoints.origin(other, "checkpoints/pgd-1/epoch-00003") == (
+            f"{store.folder}/checkpoints/pgd-1/epoch-00003"
+        )
 
 
-def test_what_is_damaged_is_not_copied(store: Store) -> None:
+def test_a_damaged_model_is_not_shared_and_is_removed_so_that_it_is_trained_again(store: Store) -> None:
     _save(store, 3)
     _flip_a_bit(_folder(store, 3))
-    with pytest.raises(FileNotFoundError, match=f"{store.folder} has no checkpoint of pgd-1 that can be read"):
-        checkpoints.copy(store, Store(store.url, "digits-seed0-0123456789"), "pgd-1")
+    with pytest.raises(checkpoints.CheckpointLost, match=f"{store.folder} has no trained pgd-1 \\(damaged checkpoint "):
+        checkpoints.refer(store, _others(store)[0], "pgd-1")
+    assert checkpoints.latest_epoch(store, "pgd-1") == 0
+
+
+@pytest.mark.parametrize("damage", [shutil.rmtree, _flip_a_bit], ids=["gone", "other tensors"])
+def test_a_shared_model_whose_tensors_are_gone_is_said_and_is_not_there(
+    store: Store, damage: Callable[[Path], None]
+) -> None:
+    _save(store, 3)
+    other, _ = _others(store)
+    checkpoints.refer(store, other, "pgd-1")
+    damage(_folder(store, 3))
+    assert checkpoints.load_latest(other, "pgd-1") is None
+    assert checkpoints.discard_damaged(other, "pgd-1") == (
+        f"damaged checkpoint {_folder(other, 3)} (its tensors are those of "
+        f"{store.folder}/checkpoints/pgd-1/epoch-00003) removed; used is none: it starts over"
+    )
+    assert checkpoints.latest_epoch(other, "pgd-1") == 0
+
+
+@pytest.mark.parametrize("place", ["../x/checkpoints/pgd-1/epoch-00003", "/etc/passwd", "a/b", 7, None, "x/../epoch-1"])
+def test_a_manifest_refers_to_checkpoints_only(store: Store, place: object) -> None:
+    _save(store, 3)
+    manifest = json.loads((_folder(store, 3) / "manifest.json").read_text())
+    manifest["tensors.safetensors"]["in"] = place
+    (_folder(store, 3) / "manifest.json").write_text(json.dumps(manifest))
+    assert checkpoints.load_latest(store, "pgd-1") is None
+    assert checkpoints.latest_epoch(store, "pgd-1") == 0

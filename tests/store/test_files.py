@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import multiprocessing
 import os
 import subprocess
@@ -12,10 +13,12 @@ from pathlib import Path
 import fsspec
 import pytest
 import torch
+from botocore.parsers import ResponseParserError
+from fsspec import AbstractFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 
 from dwf_cluster.experiment import InvalidInput
-from dwf_cluster.store import StorageFailed, Store, checkpoints, files
+from dwf_cluster.store import LockLost, StorageFailed, Store, checkpoints, files
 
 
 class Faulty(MemoryFileSystem):
@@ -25,6 +28,7 @@ class Faulty(MemoryFileSystem):
     store: dict[str, object] = {}  # noqa: RUF012, as its parent has it
     pseudo_dirs = [""]  # noqa: RUF012
     faults: list[Exception] = []  # noqa: RUF012
+    put_faults: list[Exception] = []  # noqa: RUF012, of writing only
     asked = 0
     half = False  # whether a fault in writing leaves half of it
 
@@ -43,13 +47,15 @@ class Faulty(MemoryFileSystem):
         if self.half and self.faults:
             super().pipe_file(path, value[: len(value) // 2], mode, **options)
         self._fault()
+        if self.put_faults:
+            raise self.put_faults.pop(0)
         super().pipe_file(path, value, mode, **options)
 
 
 @pytest.fixture
 def faulty(monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
     fsspec.register_implementation("faulty", Faulty, clobber=True)
-    Faulty.faults, Faulty.asked, Faulty.store, Faulty.half = [], 0, {}, False
+    Faulty.faults, Faulty.put_faults, Faulty.asked, Faulty.store, Faulty.half = [], [], 0, {}, False
     monkeypatch.setattr(files, "PATIENCE", 0.5)
     store = Store("faulty://root", "experiment")
     store.write("file", b"before")
@@ -65,6 +71,7 @@ PASSING = [
     OSError(errno.EREMOTEIO, "We encountered an internal error"),  # 500, as s3fs has it
     OSError(errno.EBUSY, "Please reduce your request rate"),  # 503
     OSError("502 Bad Gateway"),
+    ResponseParserError("Unable to parse response (no element found: line 1, column 0), invalid XML received"),
 ]
 
 
@@ -168,16 +175,101 @@ def test_the_preflight_leaves_nothing(store: Store) -> None:
     assert os.listdir(store.root) == []
 
 
-def _create(store: Store, number: int, go: object, won: object) -> None:
+class Overwriting(Faulty):
+    """As s3fs 2024.2.0 and S3 servers that do not know If-None-Match."""
+
+    def pipe_file(self, path: str, value: bytes, mode: str = "overwrite", **options: object) -> None:
+        super().pipe_file(path, value, **options)
+
+
+class Ignorant(Faulty):
+    """As file systems whose `pipe_file` has no mode."""
+
+    def pipe_file(self, path: str, value: bytes) -> None:  # type: ignore[override]
+        super().pipe_file(path, value)
+
+
+class LooksThenWrites(Faulty):
+    """As fsspec's own `pipe_file`, which SFTP, SMB and others have: two processes may both see no file."""
+
+    pipe_file = AbstractFileSystem.pipe_file
+
+
+@pytest.mark.parametrize("kind", [Overwriting, Ignorant, LooksThenWrites])
+def test_a_store_that_two_runs_could_hold_at_once_is_refused(faulty: Store, kind: type[Faulty]) -> None:
+    fsspec.register_implementation("faulty", kind, clobber=True)
+    with pytest.raises(InvalidInput) as refused:
+        Store("faulty://root", "other").check()
+    assert str(refused.value).startswith("--storage: 'faulty://root' cannot be used: it, or the library that opens it")
+    assert "\n" not in str(refused.value)
+    assert Store("faulty://root", "other").names("") == []
+
+
+def test_a_store_that_creates_exclusively_passes(faulty: Store) -> None:
+    faulty.check()
+    assert faulty.names("") == ["file"]
+
+
+def test_the_locks_are_looked_at_before_each_attempt_to_put(faulty: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first attempt fails, another run takes over, the second attempt is not made."""
+    old = Store(faulty.url, faulty.folder, run=1)
+    old.write("file", b"its own")
+    monkeypatch.setattr(files.time, "sleep", lambda seconds: faulty.create("lease/00002.json", b"another's"))
+    Faulty.put_faults = [TimeoutError()]
+    with pytest.raises(LockLost, match="taken over by run 2: run 1 writes nothing more"):
+        old.write("file", b"late")
+    for attempt in (lambda: old.create("new", b"late"), lambda: old.remove("file")):
+        with pytest.raises(LockLost):
+            attempt()
+    assert faulty.read("file") == b"its own"
+    assert faulty.names("") == ["file", "lease"]
+
+
+NO_LINKS = [errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS]
+
+
+def _no_link(number: int, *_: object) -> None:
+    raise OSError(number, os.strerror(number))
+
+
+@pytest.mark.parametrize("number", NO_LINKS, ids=errno.errorcode.get)
+def test_without_hard_links_a_file_is_created_exclusively_too(
+    store: Store, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    monkeypatch.setattr(os, "link", functools.partial(_no_link, number))
+    store.check()
+    assert store.create("lease/00001.json", b"one")
+    assert store.create("lease/00001.json", b"one")  # the answer to the first was lost, say
+    assert not store.create("lease/00001.json", b"two")
+    assert store.read("lease/00001.json") == b"one"
+    assert sorted(os.listdir(store.path("lease"))) == ["00001.json"]
+
+
+def test_a_folder_in_the_place_of_a_file_is_said(store: Store) -> None:
+    os.makedirs(store.path("status.json"))
+    for attempt, tried in (
+        (lambda: store.read("status.json"), "read"),
+        (lambda: store.write("status.json", b"content"), "written"),
+    ):
+        with pytest.raises(StorageFailed, match=f"status.json: cannot be {tried}: Is a directory"):
+            attempt()
+    store.write("file", b"content")
+    assert store.read_all(["file", "status.json"]) == [b"content", None]
+
+
+def _create(store: Store, number: int, links: bool, go: object, won: object) -> None:
+    if not links:
+        os.link = functools.partial(_no_link, errno.EPERM)  # in this process
     go.wait()  # type: ignore[attr-defined]
     if store.create("lease", str(number).encode()):
         won.put(number)  # type: ignore[attr-defined]
 
 
-def test_of_many_processes_that_create_a_file_one_succeeds(store: Store) -> None:
+@pytest.mark.parametrize("links", [True, False])
+def test_of_many_processes_that_create_a_file_one_succeeds(store: Store, links: bool) -> None:
     context = multiprocessing.get_context("spawn")
     go, won = context.Event(), context.Queue()
-    processes = [context.Process(target=_create, args=(store, i, go, won)) for i in range(4)]
+    processes = [context.Process(target=_create, args=(store, i, links, go, won)) for i in range(4)]
     for process in processes:
         process.start()
     go.set()
@@ -198,9 +290,19 @@ def test_what_a_killed_process_left_half_written_is_swept(store: Store) -> None:
     assert store.read("results/jobs/a.parquet") == b"whole"
 
 
+@pytest.mark.parametrize("kind", ["abfs", "abfss"])
+def test_azures_usual_urls_are_accepted(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    monkeypatch.setattr(fsspec, "get_filesystem_class", lambda kind: Faulty)
+    url = f"{kind}://container@account.dfs.core.windows.net/runs"
+    assert Store(url, "experiment").path("file") == f"{url}/experiment/file"
+
+
 @pytest.mark.parametrize(
     ("url", "shown"),
     [
+        ("s3://key@bucket/runs", "s3://bucket/runs"),
+        ("abfs://container:secret@account.dfs.core.windows.net/runs", "abfs://account.dfs.core.windows.net/runs"),
+        ("abfs://secret@container@account/runs", "abfs://account/runs"),
         ("s3://key:secret@bucket/runs", "s3://bucket/runs"),
         ("s3://bucket/runs?AWSAccessKeyId=secret", "s3://bucket/runs"),
         ("s3://bucket/runs#secret", "s3://bucket/runs"),

@@ -9,10 +9,11 @@ import subprocess
 import sys
 from collections.abc import Callable
 from datetime import datetime, timedelta, timezone
+from pathlib import Path
 
 import pytest
 
-from dwf_cluster.store import Store, lease
+from dwf_cluster.store import LockLost, Store, lease
 from dwf_cluster.store.lease import Held, Holder
 from dwf_cluster.store.status import Status, now
 
@@ -141,12 +142,179 @@ def test_one_that_was_thought_dead_learns_that_it_has_lost(store: Store) -> None
     assert first.is_lost()
 
 
-def test_a_lease_that_nobody_can_read_is_nobodys(store: Store) -> None:
-    for number, content in enumerate((b"", b"{}", b"[" * 100_000, b'{"host": 1}', b"\xff"), start=1):
-        store.write(f"lease/{number:05d}.json", content)
-        assert not lease.is_held(store)
-    assert lease.take(store).number == 6
-    assert store.names("lease") == ["00005.json", "00006.json"]
+UNREADABLE = [b"", b"{}", b"[" * 100_000, b'{"host": 1}', b"\xff"]
+
+
+@pytest.mark.parametrize("content", UNREADABLE, ids=range(len(UNREADABLE)))
+def test_an_unreadable_lock_is_taken_only_if_no_heartbeat_comes(store: Store, content: bytes) -> None:
+    store.write("lease/00003.json", content)
+    assert not lease.is_held(store)
+    waited: list[float] = []
+    with pytest.raises(Held, match=r"run by a run whose lock lease/00003\.json cannot be read, last heartbeat"):
+        lease.take(store, lambda seconds: _beat(store, 3, seconds_ago=300))
+    assert lease.take(store, waited.append).number == 4
+    assert waited == [20.0]
+
+
+def test_an_unreadable_lock_of_a_run_that_beats_is_refused_at_once(store: Store) -> None:
+    store.write("lease/00003.json", b"of another version")
+    _beat(store, 3, seconds_ago=1)
+    assert lease.is_held(store)
+    for refuse in (lease.refuse_held, lambda store: lease.take(store, _unreachable)):
+        with pytest.raises(Held, match="cannot be read, last heartbeat 1 s ago"):
+            refuse(store)
+
+
+@pytest.mark.parametrize("content", UNREADABLE, ids=range(len(UNREADABLE)))
+def test_an_unreadable_lock_of_a_run_that_has_ended_is_taken_at_once(store: Store, content: bytes) -> None:
+    store.write("lease/00003.json", content)
+    _beat(store, 3, "stopped")
+    assert lease.take(store, _unreachable).number == 4
+
+
+@pytest.mark.parametrize("hours", [2, -2])
+def test_a_dead_owner_whose_clock_differed_is_taken_over_after_one_look(store: Store, hours: int) -> None:
+    ahead = (datetime.now(timezone.utc) + timedelta(hours=hours)).isoformat()
+    _write(store, 1, **ELSEWHERE, since=ahead)
+    waited: list[float] = []
+    assert lease.take(store, waited.append).number == 2  # it never came to its first heartbeat
+    _write(store, 3, **ELSEWHERE, since=ahead)
+    _beat(store, 3, seconds_ago=-3600 * hours)
+    assert lease.take(store, waited.append).number == 4
+    assert waited == [20.0, 20.0]
+
+
+@pytest.mark.parametrize("higher", [2, 3, 7])
+def test_any_higher_number_means_that_the_lock_is_lost(store: Store, higher: int) -> None:
+    mine = lease.take(store)
+    assert not mine.is_lost()
+    _write(store, higher, **ELSEWHERE)
+    assert mine.is_lost()
+
+
+def test_a_process_that_was_paused_before_it_created_its_lock_gets_no_number_a_second_time(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four others take turns between its look at the locks and its attempt to create the next one."""
+    numbers: list[int] = []
+    create = Store.create
+
+    def paused(self: Store, name: str, content: bytes) -> bool:
+        monkeypatch.setattr(Store, "create", create)
+        for _ in range(4):
+            numbers.append(lease.take(store, pid=_dead()).number)
+        _beat(store, numbers[-1], "stopped")
+        return self.create(name, content)
+
+    monkeypatch.setattr(Store, "create", paused)
+    mine = lease.take(store, _unreachable)
+    assert [*numbers, mine.number] == [1, 2, 3, 4, 5]
+    assert not mine.is_lost()
+
+
+def _dead() -> int:
+    """Number of a process that has ended."""
+    with subprocess.Popen([sys.executable, "-c", "pass"]) as process:
+        process.wait()
+    return process.pid
+
+
+def test_a_run_that_was_paused_before_it_made_its_folder_finds_that_it_is_lost(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next run removes the folders of those before it; this one makes its own only after that."""
+    begin = Store.begin_run
+    others: list[lease.Lease] = []
+
+    def paused(self: Store) -> None:
+        monkeypatch.setattr(Store, "begin_run", begin)
+        store.remove("lease/00001.json")
+        _write(store, 1, began="long ago")  # else it is this process, alive
+        others.append(lease.take(store))
+        self.begin_run()
+
+    monkeypatch.setattr(Store, "begin_run", paused)
+    with pytest.raises(Held, match=f"process {os.getpid()}"):
+        lease.take(store, _unreachable)
+    assert [other.number for other in others] == [2]
+    assert sorted(os.listdir(store.root)) == [".run-00002", "lease"]
+
+
+def test_a_run_that_was_taken_over_writes_creates_and_removes_nothing(store: Store) -> None:
+    old = lease.take(store).store
+    old.write("results/jobs/a.parquet", b"before")
+    assert old.create("created", b"before")
+    _write(store, 2, began="long ago")
+    new = lease.take(store).store
+    before = _content(store)
+    for attempt in (
+        lambda: old.write("results/jobs/a.parquet", b"after"),
+        lambda: old.write("results/jobs/b.parquet", b"after"),
+        lambda: old.create("other", b"after"),
+        lambda: old.remove("results/jobs/a.parquet"),
+        lambda: old.remove("results"),
+    ):
+        with pytest.raises(LockLost, match="taken over by run 3: run 1 writes nothing more"):
+            attempt()
+    assert _content(store) == before
+    new.write("results/jobs/a.parquet", b"after")
+    new.remove("created")
+    assert (store.read("results/jobs/a.parquet"), store.read("created")) == (b"after", None)
+
+
+def _content(store: Store) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in Path(store.root).rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("function", ["replace", "link", "rename"])
+def test_a_run_that_is_paused_in_the_last_instant_before_a_change_does_not_make_it(
+    store: Store, monkeypatch: pytest.MonkeyPatch, function: str
+) -> None:
+    """The file is written and synced, the locks are as they were; then it is paused, and another takes over."""
+    old = lease.take(store).store
+    old.write("file", b"before")
+    _beat(store, 1, "stopped")
+    original = getattr(os, function)
+
+    def paused(source: str, target: str) -> None:
+        monkeypatch.setattr(os, function, original)
+        assert lease.take(store).number == 2
+        original(source, target)
+
+    monkeypatch.setattr(os, function, paused)
+    change: dict[str, Callable[[], object]] = {
+        "replace": lambda: old.write("file", b"after"),
+        "link": lambda: old.create("other", b"after"),
+        "rename": lambda: old.remove("file"),
+    }
+    with pytest.raises(LockLost):
+        change[function]()
+    assert (store.read("file"), store.read("other")) == (b"before", None)
+
+
+def test_nothing_is_written_for_a_run_after_its_end(store: Store) -> None:
+    mine = lease.take(store)
+    mine.store.end_run()
+    with pytest.raises(LockLost, match="run 1 has ended"):
+        mine.store.write("file", b"content")
+    assert os.listdir(store.root) == ["lease"]
+
+
+def test_the_next_run_sweeps_what_killed_ones_left(store: Store) -> None:
+    killed = lease.take(store).store
+    Path(store.root, ".run-00001", "results-jobs-a.parquet.7-ab.unfinished").write_bytes(b"half")
+    killed.write("results/jobs/a.parquet", b"whole")
+    Path(store.path("results/jobs/.b.parquet.7-ab.unfinished")).write_bytes(b"half of an older version's")
+    _beat(store, 1, "stopped")
+    lease.take(store)
+    assert sorted(os.listdir(store.root)) == [".run-00002", "lease", "results", "status.json"]
+    assert os.listdir(store.path("results/jobs")) == ["a.parquet"]
+
+
+def test_messages_about_an_owner_contain_nothing_but_printable_characters(store: Store) -> None:
+    _write(store, 1, **ELSEWHERE | {"host": "n7\x1b[2J"}, since=now())
+    with pytest.raises(Held, match=r"is being run by n7\?\[2J \(process"):
+        lease.refuse_held(store)
 
 
 def test_a_listing_that_is_behind_hides_nobody(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:

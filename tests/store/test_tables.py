@@ -5,8 +5,10 @@ from __future__ import annotations
 import io
 import pickle
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -37,11 +39,17 @@ def test_the_contracts_columns_are_there() -> None:
         assert set(names.split()) <= columns[table]
 
 
-def test_a_row_of_the_same_key_is_replaced(store: Store, tiny: Experiment) -> None:
-    for epoch, loss in [(1, 3.0), (2, 2.0), (1, 1.0)]:
-        tables.upsert(store, "metrics", "pgd-1", _row(tiny, epoch, loss), key="epoch")
-    rows = tables.read(store, "metrics").to_pylist()
-    assert [(row["epoch"], row["loss"]) for row in rows] == [(1, 1.0), (2, 2.0)]
+def test_a_file_that_is_written_again_replaces_its_rows(store: Store, tiny: Experiment) -> None:
+    for losses in ([3.0, 2.0], [1.0]):
+        rows = [_row(tiny, epoch, loss) for epoch, loss in enumerate(losses, start=1)]
+        tables.write(store, "metrics", "pgd-1", rows)
+    assert [(row["epoch"], row["loss"]) for row in tables.read(store, "metrics").to_pylist()] == [(1, 1.0)]
+
+
+def test_rows_belong_to_the_experiment_that_writes_them_whatever_they_said_before(tiny: Experiment) -> None:
+    other = tiny.model_copy(update={"seed": 7})
+    (row,) = tables.rows_of(other, tables.rows_of(tiny, [{"epoch": 1}]))
+    assert (row["experiment"], row["seed"], row["epoch"]) == (other.signature, 7, 1)
 
 
 def test_pandas_reads_a_table_of_several_files(store: Store, tiny: Experiment) -> None:
@@ -81,6 +89,16 @@ def test_a_file_that_is_not_what_was_written_is_named(store: Store, tiny: Experi
         )
 
 
+@pytest.mark.parametrize("table", tables.SCHEMAS)
+def test_a_folder_in_the_place_of_a_file_is_named(store: Store, table: str) -> None:
+    tables.write(store, table, "whole", [])
+    Path(store.path(f"results/{table}/joint.parquet")).mkdir()
+    said = rf"results/{table}/joint\.parquet: not the Parquet file that was written \(it is a folder\); remove it, "
+    for look in (lambda: tables.read(store, table), lambda: tables.count(store)):
+        with pytest.raises(StorageFailed, match=said):
+            look()
+
+
 def test_rows_of_an_older_version_lack_what_it_did_not_know(store: Store, tiny: Experiment) -> None:
     tables.write(store, "jobs", "joint", tables.rows_of(tiny, [{"task": "joint", "devices": ["n1: cpu"]}]))
     old = pd.read_parquet(store.path("results/jobs/joint.parquet")).drop(columns="devices")
@@ -96,6 +114,29 @@ def test_rows_are_counted_and_other_experiments_are_not_looked_at(store: Store, 
     other.write("results/metrics/pgd-1.parquet", b"not to be opened")
     assert tables.count(store) == {**dict.fromkeys(tables.SCHEMAS, 0), "metrics": 6}
     assert tables.read(store, "metrics").num_rows == 6
+
+
+def test_rows_are_counted_without_reading_the_files_whole(
+    store: Store, tiny: Experiment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    random = np.random.default_rng(0)
+    rows = [{"model": "pgd-1", "example": n, "margin": m} for n, m in enumerate(random.random(50_000))]
+    tables.write(store, "predictions", "a", tables.rows_of(tiny, rows))
+    size = store.size("results/predictions/a.parquet")
+    assert size
+    assert size > 100_000
+    sizes: list[int] = []
+    read_ends = Store.read_ends
+
+    def counted(store: Store, names: Sequence[str], count: int) -> list[bytes | None]:
+        ends = read_ends(store, names, count)
+        sizes.extend(len(end or b"") for end in ends)
+        return ends
+
+    monkeypatch.setattr(Store, "read_ends", counted)
+    monkeypatch.setattr(Store, "read", None)
+    assert tables.count(store)["predictions"] == 50_000
+    assert 0 < sum(sizes) < size / 5
 
 
 def test_copied_rows_are_the_other_experiments_with_what_is_changed(store: Store, tiny: Experiment) -> None:

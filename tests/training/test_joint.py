@@ -84,7 +84,7 @@ def test_with_no_good_checkpoint_left_it_starts_from_the_experts_again(
 
 
 def test_it_does_not_start_before_every_expert_is_trained(tiny: Experiment, images: Images, store: Store) -> None:
-    with pytest.raises(FileNotFoundError, match="expert benign is not trained to the end"):
+    with pytest.raises(checkpoints.CheckpointLost, match="benign is not trained to the end"):
         joint.train_joint(Task(tiny, store, "joint", "mixture", tiny.joint), images, CPU)
 
 

@@ -254,10 +254,30 @@ def test_a_loss_that_is_not_finite_names_step_model_and_last_good_checkpoint(
     assert checkpoints.latest_epoch(store, "benign") == 1
 
 
-def test_weights_that_explode_under_attack_are_reported_the_same_way(images: Images, store: Store) -> None:
-    exploding = build("digits", 0, [*TINY, "experts.learning_rate=100", "experts.weight_decay=1", "experts.epochs=9"])
-    with pytest.raises(NonFiniteLoss, match=r"NaN or infinity in epoch \d, step \d+ of pgd-1; last good checkpoint: "):
-        _train(exploding, images, store, PGD, _seeded(NoNorm))
+class OverflowsUnderAttack(NoNorm):
+    """Its logits are infinite in evaluation mode, which attacks use, from its fifth training step on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            self.steps += 1
+            return super().forward(x)
+        return super().forward(x) * (torch.inf if self.steps >= 4 else 1)
+
+
+def test_infinite_logits_under_attack_name_step_model_and_last_good_checkpoint(
+    tiny: Experiment, images: Images, store: Store
+) -> None:
+    """The model decides when they come: with weights that explode, rounding decides whether the loss is first."""
+    with pytest.raises(NonFiniteLoss) as error:
+        _train(tiny, images, store, PGD, _seeded(OverflowsUnderAttack))
+    path = store.path("checkpoints/pgd-1/epoch-00001")
+    assert str(error.value) == (
+        f"the model's outputs contain NaN or infinity in epoch 2, step 5 of pgd-1; last good checkpoint: {path}"
+    )
 
 
 def test_the_baselines_attack_half_of_the_batch() -> None:

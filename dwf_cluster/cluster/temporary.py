@@ -1,0 +1,215 @@
+"""Temporary folders of a run: private, below TMPDIR, removed at its end or, if it was killed, at the next start.
+
+The process that made a folder holds a lock (flock) on it. The kernel releases the lock when the process ends, however
+it ends, so a folder whose lock is free has no owner any more. systemd-tmpfiles leaves locked folders alone too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import platform
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from dwf_cluster.experiment import InvalidInput
+
+SPACE = 8 << 20
+"""Bytes that must be free: Ray writes about 2 MB at its start, and its logs grow."""
+
+_MAX_SOCKET_PATH = 103 if sys.platform == "darwin" else 107
+"""Bytes."""
+
+_REMOVAL_ATTEMPTS = 20
+
+
+@contextlib.contextmanager
+def folder(*, for_sockets: bool = False) -> Iterator[str]:
+    """A folder that only this user can read, for as long as the body runs; those of killed runs are removed first.
+
+    Args:
+        for_sockets: whether it is to hold a Ray's sockets, whose paths must be short: below `/tmp` if TMPDIR is long.
+
+    Raises:
+        InvalidInput: if the temporary folder cannot be written or has no room.
+    """
+    parent = _parent(for_sockets)
+    sweep(parent)
+    try:
+        path, lock = _make(parent)
+    except OSError as error:
+        raise _unusable(parent, error) from None
+    try:
+        try:
+            _require_space(path)
+        except OSError as error:
+            raise _unusable(parent, error) from None
+        yield path
+    finally:
+        _remove(path)
+        os.close(lock)
+
+
+@contextlib.contextmanager
+def used_by_children(folder: str) -> Iterator[None]:
+    """Have processes that start while the body runs put their own temporary files into a folder, with which they go."""
+    tempfile.gettempdir()  # which remembers it: this process's own stay where they are
+    before = os.environ.get("TMPDIR")
+    os.environ["TMPDIR"] = folder
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["TMPDIR"]
+        else:
+            os.environ["TMPDIR"] = before
+
+
+def sweep(parent: str) -> None:
+    """Remove this user's folders below `parent` whose owners, on this host, have ended; end what Ray left running."""
+    try:
+        names = [name for name in os.listdir(parent) if name.startswith(_prefix())]
+    except OSError:  # it cannot be listed
+        return
+    for name in names:
+        path = os.path.join(parent, name)
+        try:
+            lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        except OSError:  # removed meanwhile, no folder, or somebody else's
+            continue
+        try:
+            if os.fstat(lock).st_uid != os.getuid():
+                continue
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for pid in _left_by_ray(path):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            _remove(path)
+        except OSError:  # its owner lives, or this file system has no locks: then nothing shows that it is dead
+            continue
+        finally:
+            os.close(lock)
+
+
+def make_private(folder: str, token: str) -> None:
+    """Make a folder that only this user can read, with a file `token` that only this user can read.
+
+    One of that name is removed first.
+
+    Raises:
+        OSError: if it belongs to somebody else.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    os.mkdir(folder, 0o700)
+    write_token(folder, token)
+
+
+def write_token(folder: str, token: str) -> None:
+    """Write a new file `token` that only this user can read."""
+    with open(os.open(f"{folder}/token", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        file.write(token)
+
+
+def set_environment(folder: str) -> None:
+    """The environment of every Ray process that this one starts: token authentication, nobody is called home."""
+    os.environ.pop("RAY_AUTH_TOKEN", None)
+    # Threads that wait by spinning make the joint stage ten times slower where other programs want the CPUs too.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.update(
+        RAY_AUTH_MODE="token",
+        RAY_AUTH_TOKEN_PATH=f"{folder}/token",
+        RAY_TRAIN_V2_ENABLED="1",
+        RAY_USAGE_STATS_ENABLED="0",
+        RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0",
+        RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S="0",  # what is worth keeping is in the store
+    )
+
+
+def _prefix() -> str:
+    """Of the folders' names. They differ between hosts, since some shared file systems lock for one host only."""
+    return f"dwf-{zlib.crc32(platform.node().encode()) & 0xFFFF:04x}_"
+
+
+def _parent(for_sockets: bool) -> str:
+    """TMPDIR; `/tmp` if there is none, or if sockets below it would have too long a path."""
+    parent = os.path.abspath(os.environ.get("TMPDIR") or "/tmp")
+    if not for_sockets or len(os.fsencode(_longest_socket(parent))) <= _MAX_SOCKET_PATH:
+        return parent
+    room = _MAX_SOCKET_PATH - len(_longest_socket(""))
+    print(
+        f"warning: TMPDIR: {parent!r} is too long for Ray's sockets: allowed are {room} bytes; using /tmp",
+        file=sys.stderr,
+    )
+    return "/tmp"
+
+
+def _longest_socket(parent: str) -> str:
+    """The longest path of a socket that Ray makes: that of a part of its dashboard."""
+    session = f"session_YYYY-MM-DD_hh-mm-ss_ffffff_{os.getpid()}"
+    return f"{parent}/{_prefix()}01234567/ray/{session}/sockets/dash_TaskEventsHead"
+
+
+def _make(parent: str) -> tuple[str, int]:
+    """Make a folder and lock it; returns its path and the lock."""
+    while True:
+        path = tempfile.mkdtemp(prefix=_prefix(), dir=parent)
+        try:
+            lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        except FileNotFoundError:  # another run's sweep was faster than the lock
+            continue
+        try:
+            # Shared, since NFS gives no exclusive lock to a reader; there a sweep gets none either.
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:  # another run is removing it
+            os.close(lock)
+            continue
+        except OSError:  # no locks on this file system: nobody will sweep here
+            return path, lock
+        if os.path.exists(path):
+            return path, lock
+        os.close(lock)
+
+
+def _require_space(path: str) -> None:
+    """Write as much as a run needs, as quotas and full disks show only then."""
+    trial = os.path.join(path, "trial")
+    with open(trial, "wb") as file:
+        file.write(os.urandom(SPACE))
+    os.remove(trial)
+
+
+def _unusable(parent: str, error: OSError) -> InvalidInput:
+    return InvalidInput(
+        f"TMPDIR: {parent!r} cannot be used: {error.strerror or error}; "
+        f"allowed is a folder with {SPACE >> 20} MiB free that this user can write to"
+    )
+
+
+def _remove(path: str) -> None:
+    """Remove a folder. Parts of Ray may still write to it for a moment, so one attempt may not be enough."""
+    for _ in range(_REMOVAL_ATTEMPTS):
+        shutil.rmtree(path, ignore_errors=True)
+        if not os.path.lexists(path):
+            return
+        time.sleep(0.1)
+
+
+def _left_by_ray(path: str) -> Iterator[int]:
+    """Processes of Ray, of this user, with an open file below a folder. Its agents outlive a killed driver by minutes.
+
+    Where there is no /proc, none are found.
+    """
+    below = f"{os.path.realpath(path)}/"
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has ended, or belongs to somebody else
+            if (process / "comm").read_text().startswith("ray") and any(
+                os.readlink(file).startswith(below) for file in (process / "fd").iterdir()
+            ):
+                yield int(process.name)

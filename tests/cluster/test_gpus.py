@@ -1,0 +1,251 @@
+"""Which GPU each process computes on: told with a `torch.cuda` that is a stub, and with a Ray that is told of GPUs."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import os
+import platform
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+import torch.distributed as dist
+
+from dwf_cluster.cluster import tasks
+from dwf_cluster.cluster.control import Claim, Control
+from dwf_cluster.cluster.schedule import Placement
+from dwf_cluster.data import sources
+from dwf_cluster.data.device import DeviceImages
+from dwf_cluster.experiment import Experiment
+from dwf_cluster.plan import Job, jobs
+from dwf_cluster.store import Store, tables
+from dwf_cluster.training import expert
+from dwf_cluster.training.loop import Task, train
+
+from ..conftest import TINY, Launch
+
+
+class DirectControl:
+    """A real `Control` whose methods are called as an actor's are: `control.method.remote(...)`."""
+
+    def __init__(self) -> None:
+        self.control = Control()
+
+    def __getattr__(self, name: str) -> Any:
+        method = getattr(self.control, name)
+        return SimpleNamespace(remote=lambda *arguments: asyncio.run(method(*arguments)))
+
+
+@pytest.fixture
+def control(monkeypatch: pytest.MonkeyPatch) -> DirectControl:
+    monkeypatch.setattr(tasks, "_get", lambda value: value)
+    return DirectControl()
+
+
+@pytest.fixture
+def second_of_two_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A `torch.cuda` as in a worker of Ray Train that sees two GPUs and was given the second."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "H100")
+    uuids = ["5e70", "0e1f"]
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid=uuids[torch.device(device).index])
+    )
+
+
+def _jobs(experiment: Experiment) -> list[Job]:
+    sizes = sources.sizes(experiment.data)
+    return [job for stage in ("experts", "joint", "evaluate") for job in jobs(experiment, stage, sizes)]
+
+
+def _job(experiment: Experiment, name: str) -> Job:
+    return next(job for job in _jobs(experiment) if job.name == name)
+
+
+def _claim_by(job: Job, device: str, share: float = 1.0, worker: int = 0) -> Claim:
+    return Claim((job.folder, job.name), worker, platform.node(), device, share, "H100", 7)
+
+
+@pytest.mark.usefixtures("second_of_two_gpus")
+def test_a_worker_claims_and_uses_the_gpu_that_train_gave_it(tiny: Experiment, control: DirectControl) -> None:
+    job = _job(tiny, "joint")
+    device = tasks._claim(control, job, 1, Placement(workers=2, cpus=1, gpus=1))
+    assert device == torch.device("cuda", 1)
+    expected = Claim((job.folder, "joint"), 1, platform.node(), "H100 GPU-0e1f", 1, "H100", os.getpid())
+    assert control.claims.remote((job.folder, "joint")) == [expected]
+
+
+@pytest.mark.usefixtures("second_of_two_gpus")
+def test_a_job_without_gpus_computes_on_the_cpu_of_a_machine_that_has_some(
+    tiny: Experiment, control: DirectControl
+) -> None:
+    assert tasks._claim(control, _job(tiny, "joint"), 0, Placement(workers=0, cpus=1, gpus=0)) == torch.device("cpu")
+
+
+@pytest.mark.usefixtures("second_of_two_gpus")
+def test_a_claim_waits_for_a_job_that_has_left_the_gpu_but_has_not_ended_yet(
+    tiny: Experiment, control: DirectControl, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ending, starting = _job(tiny, "expert pgd-1"), _job(tiny, "expert benign")
+    control.claim.remote(_claim_by(ending, "H100 GPU-0e1f"))
+    pauses: list[float] = []
+
+    def end_the_job(pause: float) -> None:
+        pauses.append(pause)
+        control.release.remote((ending.folder, ending.name))
+
+    monkeypatch.setattr(tasks.time, "sleep", end_the_job)
+    tasks._claim(control, starting, 0, Placement(workers=1, cpus=1, gpus=1))
+    assert len(pauses) == 1
+    assert [claim.device for claim in control.claims.remote((starting.folder, starting.name))] == ["H100 GPU-0e1f"]
+
+
+@pytest.mark.usefixtures("second_of_two_gpus")
+def test_a_gpu_that_stays_taken_is_an_error_that_names_the_other_job(
+    tiny: Experiment, control: DirectControl, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other, job = _job(tiny, "expert pgd-1"), _job(tiny, "expert benign")
+    control.claim.remote(_claim_by(other, "H100 GPU-0e1f", share=0.5))
+    tasks._claim(control, job, 0, Placement(workers=1, cpus=1, gpus=0.5))
+    monkeypatch.setattr(tasks, "CLAIM_SECONDS", -1.0)
+    with pytest.raises(tasks.DeviceShared, match=r"^H100 GPU-0e1f on \S+ is not free: taken by expert pgd-1 of digits"):
+        tasks._claim(control, job, 0, Placement(workers=1, cpus=1, gpus=1))
+
+
+def test_workers_that_were_replaced_may_swap_their_gpus(tiny: Experiment, control: DirectControl) -> None:
+    job = _job(tiny, "joint")
+    for worker, device in enumerate(("GPU 0", "GPU 1")):
+        assert control.claim.remote(_claim_by(job, device, worker=worker)) is None
+    first, second = _claim_by(job, "GPU 1", worker=0), _claim_by(job, "GPU 0", worker=1)
+    assert control.claim.remote(first) == f"GPU 1 on {platform.node()} is not free: taken by another worker of this job"
+    assert control.claim.remote(second) is None
+    assert control.claim.remote(first) is None
+
+
+@pytest.mark.parametrize("accelerator", [None, torch.device("cuda")])
+def test_the_task_that_waits_for_a_training_leaves_cuda_alone(
+    accelerator: torch.device | None,
+    tiny: Experiment,
+    store: Store,
+    control: DirectControl,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What it does not know it does not decide: the backend is chosen, and the device named, by the workers."""
+    job = _job(tiny, "joint")
+
+    def refuse() -> None:
+        raise AssertionError("a task that holds no GPU called CUDA")
+
+    class Trainer:
+        def __init__(self, loop: Callable[[], None], torch_config: Any, **others: Any) -> None:
+            self.backend = torch_config.backend
+
+        def fit(self) -> None:
+            for worker in range(2):
+                claim = _claim_by(job, f"H100 GPU-{worker}", worker=worker)
+                assert control.claim.remote(claim) is None
+            # In a worker, as Train would call `init_process_group`.
+            with monkeypatch.context() as worker_machine:
+                worker_machine.setattr(torch.accelerator, "current_accelerator", lambda *_, **__: accelerator)
+                # Older torch asks here.
+                worker_machine.setattr(torch._C, "_get_accelerator", lambda: accelerator or torch.device("cpu"))
+                backends.update(dist.BackendConfig(self.backend).get_device_backend_map())
+
+    backends: dict[str, str] = {}
+    monkeypatch.setattr(tasks, "TorchTrainer", Trainer)
+    monkeypatch.setattr(torch.cuda, "is_available", refuse)
+    monkeypatch.setattr(torch._C, "_cuda_getDeviceCount", refuse, raising=False)
+    tasks.run_job(job, store, None, Placement(workers=2, cpus=1, gpus=1), control)  # type: ignore[arg-type]
+    assert backends == ({"cuda": "nccl"} if accelerator else {"cpu": "gloo"})
+    (row,) = tables.read(store, "jobs", [job.file]).to_pylist()
+    assert row["device"] == "H100"
+    assert row["devices"] == [f"{platform.node()}: H100 GPU-{worker}" for worker in range(2)]
+
+
+class OnAnotherGpu:
+    """Images on the CPU that are said to lie on a GPU."""
+
+    def __init__(self, images: DeviceImages, index: int) -> None:
+        self._images = images
+        self.x_train = SecondHand(len(images.x_train), torch.device("cuda", index))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._images, name)
+
+
+class SecondHand:
+    """What the epoch loop asks training images for: their number and their device."""
+
+    def __init__(self, count: int, device: torch.device) -> None:
+        self.count, self.device = count, device
+
+    def __len__(self) -> int:
+        return self.count
+
+
+def test_the_device_in_metrics_is_its_type_whichever_gpu_it_is(
+    tiny: Experiment, store: Store, images: sources.Images
+) -> None:
+    regime = next(regime for regime in tiny.regimes if regime.name == "benign")
+    arrays = DeviceImages(images, tiny.data, torch.device("cpu"))
+    for index, epochs in enumerate((1, 2)):  # stopped after the first epoch, resumed on another GPU
+        task = Task(tiny, store, "experts", "benign", tiny.experts.model_copy(update={"epochs": epochs}))
+        model = expert.build(tiny, images, "benign")
+        train(task, model, OnAnotherGpu(arrays, index), expert.adversary(regime, tiny.pgd))  # type: ignore[arg-type]
+    assert tables.read(store, "metrics", ["benign"])["device"].to_pylist() == ["cuda", "cuda"]
+
+
+SMALL = [
+    "data.test_examples=16",
+    "experts.pgd=0",
+    "experts.epochs=1",
+    "joint.epochs=1",
+    "joint.batch_size=96",
+    "evaluation.beyond=",
+    "evaluation.batch_size=16",
+    "evaluation.shard_examples=16",
+    "evaluation.probe_examples=16",
+]
+CLAIM = re.compile(r"^(?P<job>.+): worker (?P<worker>\d+) on \S+: (?P<device>GPU \d+) \(process (?P<process>\d+)\)$")
+END = re.compile(r"^(?P<job>.+): \S+ in [\d.]+ s \(\d+ of \d+\)$")
+
+
+@pytest.mark.parametrize(("gpus", "workers", "share"), [(4, 3, 1.0), (3, 2, 0.5)])
+def test_on_several_gpus_a_process_has_one_ever_and_jobs_share_none(
+    gpus: int, workers: int, share: float, launch: Launch
+) -> None:
+    resources = ["--local", "--gpus", str(gpus), "--cpus", str(gpus), "--joint-workers", str(workers)]
+    result = launch(*resources, "--gpus-per-expert", str(share), "--set", *TINY, *SMALL)
+    assert result.returncode == 0, result.stderr
+    devices_of = defaultdict[str, set[str]](set)
+    jobs_of = defaultdict[str, set[str]](set)
+    holders = defaultdict[str, Counter[str]](Counter)  # by device: share of each job that has not ended
+    for line in result.stdout.splitlines():
+        if claim := CLAIM.match(line):
+            job, device, process = claim["job"], claim["device"], claim["process"]
+            devices_of[process].add(device)
+            jobs_of[process].add(job)
+            holders[device][job] += share if job.startswith("expert") else 1  # type: ignore[assignment]
+            assert holders[device].total() <= 1, f"{device} is shared by {list(holders[device])}"
+        elif end := END.match(line):
+            for shares in holders.values():
+                shares.pop(end["job"], None)
+    assert {len(devices) for devices in devices_of.values()} == {1}, devices_of
+    assert {len(jobs) for jobs in jobs_of.values()} == {1}, jobs_of
+
+    table = pd.read_parquet(Path(result.stdout.splitlines()[-1]) / "results" / "jobs").set_index("task")
+    assert set(table.state) == {"done"}
+    assert set(table.index) == functools.reduce(set.union, jobs_of.values())  # every job has claimed what it used
+    joint = table.loc["joint"]
+    assert len(set(joint.devices)) == workers
+    beside = table[(table.stage == "evaluate") & (table.started < joint.finished) & (table.finished > joint.started)]
+    assert len(beside) >= 1
+    assert set(table.device) == {"cpu"}  # where such a GPU computes

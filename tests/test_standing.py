@@ -1,0 +1,165 @@
+"""Runs of a thousand experiments: heartbeats often enough, and all former owners looked at together. Without a clock:
+operations of the store are counted."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import threading
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar
+
+import fsspec
+import pytest
+from fsspec import AbstractFileSystem
+from rich.console import Console
+
+from dwf_cluster import pipeline, standing
+from dwf_cluster.data.sources import Sizes
+from dwf_cluster.experiment import Experiment, build
+from dwf_cluster.progress import Progress
+from dwf_cluster.standing import Standing
+from dwf_cluster.store import Store, files, lease, tables
+from dwf_cluster.store.lease import Held, Holder, Lease
+from dwf_cluster.store.status import HEARTBEAT, Status
+
+from .conftest import TINY
+
+EXPERIMENTS, LATENCY, LIMIT = 1000, 0.07, 15.0
+"""Experiments of one run, seconds an operation, seconds between two heartbeats."""
+
+SIZES = Sizes(96, 40, (1, 8, 8))
+URL = "counted://root"
+
+
+class Counted(AbstractFileSystem):
+    """An object store in memory, that counts the operations of each thread."""
+
+    protocol = "counted"
+    objects: ClassVar[dict[str, dict[str, bytes]]] = {}
+    operations: ClassVar[Counter[int]] = Counter()
+    beats: ClassVar[dict[str, list[tuple[int, int]]]] = {}
+    changed = threading.Condition()
+
+    def _count(self) -> None:
+        self.operations[threading.get_ident()] += 1
+
+    def cat_file(self, path: str, **options: Any) -> bytes:
+        self._count()
+        folder, _, name = path.rpartition("/")
+        try:
+            return self.objects[folder][name]
+        except KeyError:
+            raise FileNotFoundError(path) from None
+
+    def pipe_file(self, path: str, value: bytes, mode: str = "overwrite", **options: Any) -> None:
+        self._count()
+        folder, _, name = path.rpartition("/")
+        with self.changed:
+            objects = self.objects.setdefault(folder, {})
+            if mode == "create" and name in objects:
+                raise FileExistsError(path)
+            objects[name] = value
+            if name == Status.FILE:
+                thread = threading.get_ident()
+                self.beats.setdefault(folder.rpartition("/")[2], []).append((thread, self.operations[thread]))
+                self.changed.notify_all()
+
+    def ls(self, path: str, detail: bool = False, **options: Any) -> list[str]:
+        self._count()
+        if path not in self.objects:
+            raise FileNotFoundError(path)
+        return [f"{path}/{name}" for name in list(self.objects[path])]
+
+    def rm(self, path: str, recursive: bool = False, maxdepth: int | None = None) -> None:
+        self._count()
+        folder, _, name = path.rpartition("/")
+        del self.objects[folder][name]
+
+    @classmethod
+    def wait_for(cls, condition: Callable[[], bool]) -> None:
+        """Until it holds; looked at with each heartbeat."""
+        with cls.changed:
+            assert cls.changed.wait_for(condition, timeout=300)
+
+
+@pytest.fixture(autouse=True)
+def _counted() -> Iterator[None]:
+    fsspec.register_implementation("counted", Counted, clobber=True)
+    yield
+    for record in (Counted.objects, Counted.operations, Counted.beats):
+        record.clear()
+
+
+@pytest.fixture(scope="module")
+def experiments() -> list[Experiment]:
+    return [build("digits", seed, TINY) for seed in range(EXPERIMENTS)]
+
+
+def test_a_thousand_experiments_beat_in_time_until_the_final_state_of_each_is_written(
+    experiments: list[Experiment], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(standing, "HEARTBEAT", 0.01)
+    leases = {e: Lease(Store(URL, e.folder, run=1), 1, Holder.me()) for e in experiments}
+
+    def beats() -> int:
+        return min(len(Counted.beats[e.folder]) for e in experiments)
+
+    def count(store: Store) -> dict[str, int]:
+        """Takes as long as two more heartbeats of this experiment."""
+        known = len(Counted.beats[store.folder])
+        Counted.wait_for(lambda: len(Counted.beats[store.folder]) >= known + 2)
+        return {"metrics": 7}
+
+    monkeypatch.setattr(tables, "count", count)
+    with Standing(leases, SIZES, "the command").told() as told:
+        Counted.wait_for(lambda: beats() >= 3)
+        told.count()
+
+    rounds = defaultdict(list)
+    for experiment in experiments:
+        _first, *running, _final = Counted.beats[experiment.folder]
+        for (thread, before), (same, after) in itertools.pairwise(running):
+            assert thread == same
+            rounds[thread].append(after - before)
+    assert len(rounds) <= files._CONNECTIONS
+    assert HEARTBEAT + LATENCY * max(map(max, rounds.values())) <= LIMIT
+    for store in (held.store for held in leases.values()):
+        status = Status.read(store)
+        assert status is not None
+        assert (status.state, status.rows, status.stages["experts"]) == ("stopped", {"metrics": 7}, (0, 3))
+
+
+def test_a_run_that_loses_one_of_its_experiments_says_to_whom_and_gives_the_others_their_final_state(
+    experiments: list[Experiment],
+) -> None:
+    lost, other = experiments[:2]
+    leases = {e: lease.take(Store(URL, e.folder)) for e in (lost, other)}
+    successor = Holder.me().model_copy(update={"host": "n7", "pid": 4711, "since": "2026-11-23T12:00:00+00:00"})
+
+    def run() -> None:
+        with Standing(leases, SIZES, "the command").told() as told:
+            told.count()
+            Store(URL, lost.folder).create("lease/00002.json", successor.model_dump_json().encode())
+
+    with pytest.raises(Held) as held:
+        run()
+    assert str(held.value) == (
+        f"{lost.folder} was taken over by n7 (process 4711) since 2026-11-23T12:00:00+00:00: "
+        "this run was silent for too long"
+    )
+    states = [status.state for e in (lost, other) if (status := Status.read(leases[e].store))]
+    assert states == ["running", "stopped"]
+
+
+def test_silent_owners_are_looked_at_together(experiments: list[Experiment], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each look waits for all others to have begun."""
+    stores = {e: Store(URL, e.folder) for e in experiments[:100]}
+    silent = Holder.me().model_copy(update={"machine": "another", "since": "2026-01-01T00:00:00+00:00"})
+    for store in stores.values():
+        store.create("lease/00001.json", silent.model_dump_json().encode())
+    together, take = threading.Barrier(len(stores), timeout=120), lease.take
+    monkeypatch.setattr(lease, "take", lambda store, pid: take(store, lambda seconds: together.wait(), pid))
+    with pipeline._held(stores, SIZES, Progress({}, URL, Console(quiet=True)), "the command", os.getpid()) as told:
+        assert {store.run for store in told.stores.values()} == {2}
