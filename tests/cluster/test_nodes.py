@@ -107,5 +107,6 @@ def test_jobs_run_on_the_alike_gpu_nodes_and_the_others_are_named(rays: Rays, la
 def test_a_head_without_cpus_alone_is_one_line(rays: Rays, launch: Launch) -> None:
     result = launch("--address", rays.address, "--set", *TINY)
     assert result.returncode == 2
-    assert result.stderr.splitlines() == ["error: --address: no node of that Ray has a CPU for jobs"]
+    assert result.stderr.splitlines()[-1] == "error: --address: no node of that Ray has a CPU for jobs"
+    assert "Traceback" not in result.stderr
     assert not (launch.folder / "runs").exists()
