@@ -158,7 +158,7 @@ class Cluster:
                 if not running:
                     return
                 ended, _ = self._ray.wait(list(running), timeout=0.2)
-                yield from self._news()
+                yield from self._news(running.values())
                 for reference in ended:
                     job = running.pop(reference)
                     self._release(job)
@@ -240,8 +240,8 @@ class Cluster:
         self._claims = {worker: claim for worker, claim in self._claims.items() if claim.job != key}
         self._ask("release", key)
 
-    def _news(self) -> list[Claim]:
-        """The claims since the last call.
+    def _news(self, running: Iterable[Job]) -> list[Claim]:
+        """The claims since the last call; those of running jobs are kept.
 
         The driver tells the control actor what it knows, as that may have been started again. Should it be
         starting now, its answer comes with a later call.
@@ -251,7 +251,8 @@ class Cluster:
         if claims is None:
             return []
         self._asked = None
-        self._claims |= {(claim.job, claim.worker): claim for claim in claims}
+        keys = {(job.folder, job.name) for job in running}
+        self._claims |= {(claim.job, claim.worker): claim for claim in claims if claim.job in keys}
         return list(claims)
 
     def _ask(self, method: str, *arguments: Any) -> Any:

@@ -317,6 +317,7 @@ def test_low_memory_ends_the_run_with_one_line_after_a_bounded_number_of_attempt
     assert "memory users" not in log
 
 
+@pytest.mark.interruptions
 def test_a_control_actor_that_is_killed_comes_back_and_the_run_still_hears_that_it_is_to_stop(launch: Launch) -> None:
     def kill_then_interrupt(driver: psutil.Process, line: str) -> None:
         training = held(launch.folder, "expert pgd-1")
@@ -356,11 +357,11 @@ def run_job(job, store, images, place, control):
     memory = ray.get_runtime_context().get_assigned_resources().get("memory", 0)
     with open(folder / job.model, "a") as file:
         file.write(f"{memory} {os.getpid()}\\n")
-    print(f"{job.model} is here", flush=True)
-    if job.model == "fgsm-1":
-        time.sleep(2)  # Ray's dashboard learns once a second which process it is
-        os._exit(1)
     with failures.logged(store, job.file):
+        print(f"{job.model} is here", flush=True)
+        if job.model == "fgsm-1":
+            time.sleep(2)  # Ray's dashboard learns once a second which process it is
+            os._exit(1)
         if job.model == "pgd-1":
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. GPU 0 has none")
     ray.get(control.claim.remote(Claim((job.folder, job.name), 0, "n1", "cpu", 0.0)))
