@@ -19,7 +19,7 @@ from dwf_cluster.cluster.placement import Limits, Resources, alike_nodes
 from dwf_cluster.cluster.schedule import Placement, Schedule
 from dwf_cluster.experiment import InvalidInput
 from dwf_cluster.plan import Job
-from dwf_cluster.store import StorageFailed, Store
+from dwf_cluster.store import LockLost, StorageFailed, Store
 
 STOP_SECONDS = 60.0
 """How long a run that is to stop waits for trainings to save what they have."""
@@ -55,6 +55,10 @@ class Note:
     """One line for the user: a job is tried again, or waits."""
 
     text: str
+
+
+class RayNotStarted(RuntimeError):
+    """Ray did not start on this machine. Its text is one line."""
 
 
 class Cluster:
@@ -230,7 +234,7 @@ class Cluster:
         try:
             if failure.killed:  # it could not write its log itself
                 store.write(name, failures.log(failure.text, _worker_log(failure, reference)))
-        except StorageFailed as error:
+        except (StorageFailed, LockLost) as error:
             return f"; no log: {error}"
         return f"; log: {store.path(name)}"
 
@@ -341,6 +345,7 @@ def local(resources: Resources) -> Iterator[Cluster]:
 
     Raises:
         InvalidInput: if the temporary folder cannot be used.
+        RayNotStarted: if Ray does not start.
     """
     with temporary.folder(for_sockets=True) as folder:
         temporary.write_token(folder, secrets.token_hex(32))
@@ -350,7 +355,7 @@ def local(resources: Resources) -> Iterator[Cluster]:
         import ray
 
         try:
-            with temporary.used_by_children(folder):
+            with temporary.used_by_children(folder), _starting():
                 context = ray.init(
                     address="local",
                     num_cpus=resources.cpus,
@@ -364,6 +369,14 @@ def local(resources: Resources) -> Iterator[Cluster]:
             yield Cluster(resources, f"http://{context.dashboard_url}", f"{folder}/token")
         finally:
             ray.shutdown()
+
+
+@contextmanager
+def _starting() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # Ray raises this very class, with the last lines of a log
+        raise RayNotStarted(f"Ray did not start: {failures.last_line(failures.clean(str(error)))}") from None
 
 
 @contextmanager
