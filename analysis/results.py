@@ -319,7 +319,8 @@ def _find(storage: str) -> list[Run]:
     store = Store(storage, "")
     if own := store.read(_EXPERIMENT):
         root, _, folder = store.url.rstrip("/").rpartition("/")
-        return [_run(storage.rstrip("/"), Store(root, folder), own)]
+        at_top = not root or root.endswith(":/")  # a bucket, or the root of a disk
+        return [_run(storage.rstrip("/"), store if at_top else Store(root, folder), own)]
     names = store.names("")
     runs = []
     for name, content in zip(names, store.read_all([f"{name}/{_EXPERIMENT}" for name in names]), strict=True):

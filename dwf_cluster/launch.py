@@ -315,7 +315,7 @@ def _go(
 
     from dwf_cluster import summary
     from dwf_cluster import sweep as sweeps
-    from dwf_cluster.cluster.ray import attached, local
+    from dwf_cluster.cluster.ray import RayNotStarted, attached, local
     from dwf_cluster.data.sources import DataUnavailable
     from dwf_cluster.pipeline import StageFailed, run
     from dwf_cluster.progress import Progress
@@ -338,7 +338,7 @@ def _go(
     try:
         connection = stop.heeded(connect)
         outcome = go(options.storage, connection, options.data_folder, progress, stop.is_set, again)
-    except (StageFailed, DataUnavailable, Held) as error:
+    except (StageFailed, DataUnavailable, Held, RayNotStarted) as error:
         print(f"failed: {printable_lines(error)}\nresume: {again}", file=sys.stderr)
         return 1
     if sweep and outcome:

@@ -1,6 +1,6 @@
 """The paper's section 4: pre-train the experts, train them jointly behind the gate, attack them all.
 
-What the store holds already is skipped; what was interrupted goes on from its last checkpoint.
+Jobs whose results are in the store are skipped; interrupted ones resume from their last checkpoint.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from dwf_cluster.store import LockLost, Store, lease, shards
 
 
 class StageFailed(RuntimeError):
-    """A stage that did not end well. Its text has a line for each job that failed: stage, job, reason."""
+    """Jobs failed. Its text has a line for each: stage, job, reason."""
 
 
 class Interrupted(KeyboardInterrupt):
-    """The run was asked to stop, and did; nothing is lost."""
+    """The run was asked to stop, and stopped; nothing is lost."""
 
 
 @dataclass(frozen=True)
@@ -38,13 +38,13 @@ class Pipeline:
     """What stages run with.
 
     Attributes:
-        storage: URL below which each experiment has its folder, that holds what is done and takes what comes out.
-        cluster: where they run.
+        storage: URL below which each experiment has its folder.
+        cluster: where the jobs run.
         sizes: of the data set.
         images: reference to a `data.sources.Images`.
         stopping: says whether the run is to stop.
         again: the command that resumes the run, for people.
-        pid: of the run's own process, with which its hold on the experiments ends.
+        pid: of the driver's process, which owns the locks: trials of a sweep act on its behalf.
     """
 
     storage: str
@@ -62,19 +62,19 @@ class Pipeline:
         progress: Progress,
         model: str | None = None,
     ) -> None:
-        """Run the given stages of experiments on one data set; of work that is the same, one does it for all.
+        """Run the given stages of experiments on one data set; of jobs with equal results, one runs.
 
         Args:
             experiments: decide the numbers.
             stages: some of `experiment.STAGES`.
-            progress: is told what happens.
-            model: do only what this one needs to be done; None: all of them.
+            progress: is given every event.
+            model: run only the jobs of this one; None: of all.
 
         Raises:
-            Held: if somebody else runs one of the experiments.
-            StorageFailed: if the store does not do what it must; what it holds is whole.
-            StageFailed: after all has ended that did not need what failed.
-            Interrupted: if `stopping` became true before all was done.
+            Held: if another run owns one of the experiments, or took it over; then all jobs have been cancelled.
+            StorageFailed: if the store fails; the files in it are whole.
+            StageFailed: if jobs failed, after all others have ended that do not depend on them.
+            Interrupted: if `stopping` became true before all jobs were done.
         """
         stores = {experiment: Store(self.storage, experiment.folder) for experiment in experiments}
         everything = [job for e in experiments for stage in STAGES for job in plan.jobs(e, stage, self.sizes)]
@@ -111,13 +111,13 @@ def opened(
 
     Args:
         experiments: that it will run.
-        connect: gives the Ray to run on, while the body of its `with` runs.
+        connect: context manager of the Ray cluster to run on.
         data_folder: where downloaded data sets lie.
         storage, progress, stopping, again: as in `Pipeline`.
 
     Raises:
         InvalidInput, DataUnavailable: before anything is written.
-        Held: if somebody else runs one of the experiments.
+        Held: if another run owns one of the experiments.
     """
     for experiment in experiments:
         lease.refuse_held(Store(storage, experiment.folder))
@@ -170,41 +170,45 @@ def jobs_left(stores: Mapping[Experiment, Store], stages: Sequence[str], sizes: 
 
 
 def tell_last_word(stores: Mapping[Experiment, Store], sizes: Sizes, progress: Progress, again: str) -> None:
-    """Have done what runs of these experiments left undone that were killed before their last word."""
+    """Finish the bookkeeping of killed runs: merge shards, write the final state."""
     with _held(_untold(stores, sizes), sizes, progress, again, os.getpid()):
         return
 
 
 def _untold(stores: Mapping[Experiment, Store], sizes: Sizes) -> dict[Experiment, Store]:
-    """The experiments that nobody runs, and whose last word is not how they stand, or whose shards are not merged."""
-    untold = {}
+    """The experiments that no run owns, and whose final state is missing or wrong, or whose shards are not merged."""
+    stale = {}
     for experiment, store in stores.items():
-        word = lease.last_word(store)
+        state = lease.last_word(store)
         complete = not any(plan.unfinished(experiment, store, sizes).values())
         unmerged = shards.unmerged(store, _shards(experiment, sizes))
-        if not lease.is_held(store) and (word is None or (word == "done") != complete or unmerged):
-            untold[experiment] = store
-    return untold
+        if not lease.is_held(store) and (state is None or (state == "done") != complete or unmerged):
+            stale[experiment] = store
+    return stale
 
 
 @contextmanager
 def _held(
     stores: Mapping[Experiment, Store], sizes: Sizes, progress: Progress, again: str, pid: int
 ) -> Iterator[Standing]:
-    """Hold experiments while the body runs: nobody else does. At its end, put together what it came to."""
+    """Own the locks of experiments while the body runs, then merge the shards of their evaluations.
 
-    def hold(experiment: Experiment) -> lease.Lease:
+    Raises:
+        Held: if another run owns one of them, or takes it over.
+    """
+
+    def acquire(experiment: Experiment) -> lease.Lease:
         stores[experiment].check()
         taken = lease.take(stores[experiment], pid=pid)
         try:
-            taken.store.write("experiment.json", experiment.to_json().encode())  # what the results are results of
+            taken.store.write("experiment.json", experiment.to_json().encode())
         except LockLost as error:
             raise taken.loss() from error
         return taken
 
-    # All at once: each may have to be looked at for a while before its former owner is known to be dead.
+    # All at once: for each, it may take twenty seconds to see that its former owner is dead.
     with ThreadPoolExecutor(max(1, len(stores))) as threads:
-        leases = dict(zip(stores, threads.map(hold, stores), strict=True))
+        leases = dict(zip(stores, threads.map(acquire, stores), strict=True))
     with Standing(leases, sizes, again).told() as standing:
         stores = standing.stores
         standing.count()

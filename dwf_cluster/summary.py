@@ -13,7 +13,7 @@ from rich.table import Table
 from dwf_cluster.cluster.placement import Resources, place
 from dwf_cluster.cluster.schedule import Placement, lower_bound, timeline
 from dwf_cluster.data.sources import Sizes
-from dwf_cluster.experiment import MIXTURE, STAGES, Experiment, written
+from dwf_cluster.experiment import MIXTURE, STAGES, Experiment, printable, written
 from dwf_cluster.grid import Column, columns, families, transfer
 from dwf_cluster.plan import Job, forward_flops, models, shared, stored_bytes
 from dwf_cluster.plan import jobs as plan_jobs
@@ -141,7 +141,7 @@ def results(console: Console, experiment: Experiment, store: Store) -> None:
         f"predictions: {predictions}",
         f"read them: import pandas; pandas.read_parquet({evaluations!r})",
     ):
-        print(line)
+        print(printable(line))
 
 
 def result_table(experiment: Experiment, store: Store) -> Table:

@@ -11,15 +11,12 @@ import shlex
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from dwf_cluster import status
-from dwf_cluster.experiment import Experiment, InvalidInput, build, describe
+from dwf_cluster.experiment import MAX_JSON_BYTES, build
 from dwf_cluster.launch import main
 
 from .conftest import TINY, write_npz
@@ -75,7 +72,21 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "deep": json.dumps({**good, "experts": {**good["experts"], "epochs": {"a": [1]}}}),
     }.items():
         (tmp_path / f"{name}.json").write_text(content)
-    (tmp_path / "binary.json").write_bytes(b"\xff\xfe\x00\x01")
+    text = json.dumps(good)
+    for name, encoded in {
+        "binary": b"\xff\xfe\x00\x01",
+        "utf-16": text.encode("utf-16"),
+        "bom": b"\xef\xbb\xbf" + text.encode(),
+        "latin-1": text.replace("digits", "caf\xe9").encode("latin-1"),
+        "surrogate": text.replace('"source": "digits"', '"source": "\\udcff.npz"').encode(),
+        "zero": text.replace('"source": "digits"', '"source": "a\\u0000.npz"').encode(),
+        "nan": text.replace('"checkpoint_minutes": 10.0', '"checkpoint_minutes": NaN').encode(),
+        "long": text.replace('"seed": 0', '"seed": ' + "9" * 5000).encode(),
+        "url": text.replace('"source": "digits"', '"source": "https://example.org/x.npz"').encode(),
+        "large": b" " * MAX_JSON_BYTES + text.encode(),
+        "twice": text.replace('"seed": 0', '"seed": 7, "seed": 4').encode(),
+    }.items():
+        (tmp_path / f"{name}.json").write_bytes(encoded)
     return tmp_path
 
 
@@ -143,6 +154,15 @@ CASES: list[tuple[list[str], str]] = [
     (_local("--storage", "nosuch://bucket"), "--storage: 'nosuch://bucket' cannot be used: "),
     (_local("--storage", "s3://key:secret@bucket/x"), "--storage: 's3://bucket/x' with a password"),
     (_local("--storage", "s3://bucket/x?secret=1"), "--storage: 's3://bucket/x' with a password"),
+    (
+        _local("--storage", "zip://runs"),
+        "--storage: 'zip://runs' cannot be used: zip has no files that can be replaced",
+    ),
+    (_local("--storage", "data://runs"), "--storage: 'data://runs' cannot be used: data has no files that can be rep"),
+    (_local("--storage", "runs\udcff"), "'runs\\udcff' cannot be used: allowed is text in UTF-8"),
+    (_local("--storage", "runs\n$(id)"), "--storage: 'runs\\n$(id)' cannot be used: allowed are printable characters"),
+    (_local("--storage", "runs\x1b[31m"), "--storage: 'runs\\x1b[31m' cannot be used: allowed are printable"),
+    (_local("--data-folder", "\udcff"), "'\\udcff' cannot be used: allowed is text in UTF-8"),
     # presets and experiment files
     (_local("--preset", "mnist"), "preset: 'mnist' is none of digits, fashion-mnist, cifar10, svhn"),
     (_local("--preset", ""), "preset: '' is none of"),
@@ -153,6 +173,17 @@ CASES: list[tuple[list[str], str]] = [
     (_local("--preset", "number.json"), "experiment: "),
     (_local("--preset", "bottomless.json"), "experiment: "),
     (_local("--preset", "binary.json"), "preset: 'binary.json' cannot be used: it is not text"),
+    (_local("--preset", "utf-16.json"), "preset: 'utf-16.json' cannot be used: it is not text in UTF-8"),
+    (_local("--preset", "bom.json"), "experiment: "),
+    (_local("--preset", "latin-1.json"), "preset: 'latin-1.json' cannot be used: it is not text in UTF-8"),
+    (_local("--preset", "surrogate.json"), "experiment: "),
+    (_local("--preset", "zero.json"), "data.source: 'a\\x00.npz' cannot be used"),
+    (_local("--preset", "nan.json"), "checkpoint_minutes: nan cannot be used"),
+    (_local("--preset", "long.json"), "experiment: "),
+    (_local("--preset", "url.json"), "data.source: 'https://example.org/x.npz' cannot be read: No such file"),
+    (_local("--preset", "large.json"), "preset: 'large.json' cannot be used: it has "),
+    (_local("--preset", "a\0.json"), "preset: 'a\\x00.json' cannot be read: "),
+    (_local("--preset", "\udcff.npz"), "'\\udcff.npz' cannot be used: allowed is text in UTF-8"),
     (_local("--preset", "unknown.json"), "colour: no such field"),
     (_local("--preset", "outside.json"), "preset: '../../etc' cannot be used"),
     (_local("--preset", "shell.json"), "preset: '$(touch pwned)' cannot be used"),
@@ -182,6 +213,7 @@ CASES: list[tuple[list[str], str]] = [
     (_set("data.train_examples=2000"), "data.train_examples: 2000 cannot be used: allowed are 2"),
     (_set("data.train_examples=1"), "data.train_examples: 1 cannot be used: allowed are 2"),
     (_set("data.mean=0.1,0.2", "data.std=1,1"), "data.mean: 2 values cannot be used: the images have 1"),
+    (_set("data.source=a\0.npz"), "data.source: 'a\\x00.npz' cannot be used"),
     (_set("data.source=/etc/passwd"), "data.source: '/etc/passwd' cannot be used: one of digits"),
     # images
     (_local("--preset", "gone.npz"), "data.source: 'gone.npz' cannot be read: No such file or directory"),
@@ -278,6 +310,10 @@ def test_a_folder_of_a_checkpoint_that_is_none_is_no_checkpoint(here: Path, caps
     assert "expert pgd-1" in capsys.readouterr().out
 
 
+def test_of_a_field_that_is_given_twice_the_last_value_counts(here: Path) -> None:
+    assert build("twice.json").seed == 4
+
+
 def test_an_experiment_that_a_run_has_written_is_a_preset(here: Path) -> None:
     experiment = build("digits", 3, ["experts.epochs=7", "checkpoint_minutes=2"])
     (here / "experiment.json").write_text(experiment.to_json())
@@ -292,57 +328,3 @@ def test_minutes_between_checkpoints_are_no_part_of_the_signature() -> None:
 def test_status_of_what_is_no_store(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert status.main(["file"]) == 2
     assert capsys.readouterr().err == "error: storage: 'file' cannot be used: no experiments there\n"
-
-
-# ------------------------------------------------------------------------------------------------- fuzz
-
-JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=12), inner, max_size=4),
-    max_leaves=12,
-)
-FIELDS = st.sampled_from([field.name for field in describe()])
-NAMES = FIELDS | st.text(max_size=30)
-VALUES = st.text(max_size=40) | JSON.map(json.dumps) | st.sampled_from(["1", "0.5", "1,2", "true", "null"])
-
-
-def _answers(make: Callable[[], Experiment]) -> None:
-    """It is an experiment that survives a round trip, or one line."""
-    try:
-        experiment = make()
-    except InvalidInput as error:
-        (line,) = str(error).splitlines()
-        assert line.isprintable()
-    else:
-        assert Experiment.from_json(experiment.to_json()) == experiment
-        assert "/" not in experiment.folder
-
-
-FUZZ = settings(max_examples=1000, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
-
-
-@FUZZ
-@given(st.lists(st.tuples(NAMES, VALUES).map("=".join) | st.text(max_size=30), max_size=4))
-def test_whatever_is_set_is_answered(assignments: list[str]) -> None:
-    _answers(lambda: build("digits", 0, assignments))
-
-
-@st.composite
-def _damaged(draw: st.DrawFn) -> str:
-    fields: Any = json.loads(build("digits").to_json())
-    for name in draw(st.lists(FIELDS, max_size=3)):
-        *parents, leaf = name.split(".")
-        part = fields
-        for parent in parents:
-            part = part[parent] if isinstance(part.get(parent), dict) else {}
-        part[leaf] = draw(JSON)
-    if draw(st.booleans()):
-        fields[draw(st.text(max_size=12) | st.sampled_from(list(fields)))] = draw(JSON)
-    text = json.dumps(fields)
-    return text[: draw(st.integers(0, len(text)))] if draw(st.booleans()) else text
-
-
-@FUZZ
-@given(_damaged() | JSON.map(json.dumps) | st.text(max_size=60))
-def test_whatever_an_experiments_file_says_is_answered(text: str) -> None:
-    _answers(lambda: Experiment.from_json(text))

@@ -18,11 +18,13 @@ from dwf_cluster.plan import Job, jobs
 from dwf_cluster.progress import Progress
 from dwf_cluster.store import Store, tables
 
+from .conftest import PATIENCE
+
 
 def _epoch(store: Store, experiment: Experiment, job: Job, epoch: int) -> None:
     row = {"stage": job.stage, "model": job.model, "epoch": epoch, "loss": 0.5, "clean_accuracy": 0.9}
     row |= {"probe_pgd_accuracy": 0.25, "images_per_second": 321.0, "seconds": 61.0}
-    before = tables.metrics_until(store, job.model, epoch - 1)
+    before = tables.metrics_until(store, job.model, epoch - 1) if epoch > 1 else []
     tables.write(store, "metrics", job.model, tables.rows_of(experiment, [*before, row]))
 
 
@@ -119,7 +121,7 @@ def test_a_store_that_answers_slowly_does_not_hold_up_the_run(
     def wait(*arguments: Any) -> Any:
         nonlocal reads
         reads += 1
-        assert answers.wait(60)
+        assert answers.wait(PATIENCE)
         return read(*arguments)
 
     printed = io.StringIO()

@@ -23,9 +23,10 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from dwf_cluster.cluster.failures import DRIVER
 from dwf_cluster.cluster.temporary import make_private
 
-RESTARTS = 2
+RESTARTS = DRIVER.retries or 0
 """How often a Ray cluster that was lost, or has not started, is started again within one allocation."""
 
 REQUEUE = 75

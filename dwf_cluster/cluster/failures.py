@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dwf_cluster.plan import Job
-from dwf_cluster.store import StorageFailed, Store
+from dwf_cluster.store import LockLost, StorageFailed, Store
 
 BY_RAY = 0
 """`max_retries` of tasks and `max_failures` of Ray Train's runs. 0 also turns off Ray's retries after low memory."""
@@ -71,6 +71,7 @@ _BY_CLASS: Mapping[str, Kind] = {
     "ray.exceptions.WorkerCrashedError": WORKER_DIED,
     "ray.exceptions.RayActorError": WORKER_DIED,
     "dwf_cluster.store.files.StorageFailed": STORE,
+    "dwf_cluster.store.files.LockLost": STORE,
     "dwf_cluster.experiment.InvalidInput": BAD_DATA,
     "dwf_cluster.data.sources.DataUnavailable": BAD_DATA,
     "builtins.FileNotFoundError": BAD_DATA,
@@ -231,7 +232,7 @@ def keep_log(store: Store, name: str, begun: Mapping[str, int] | None = None) ->
             written.append(file.read().decode(errors="replace"))
     try:
         store.write(name, log(traceback.format_exc(), written))
-    except StorageFailed as error:  # the job's own exception is what matters
+    except (StorageFailed, LockLost) as error:  # the job's own exception is what matters
         print(f"this failure's log cannot be kept: {error}", file=sys.stderr)
 
 

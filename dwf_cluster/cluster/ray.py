@@ -19,7 +19,7 @@ from dwf_cluster.cluster.placement import Limits, Resources, alike_nodes
 from dwf_cluster.cluster.schedule import Placement, Schedule
 from dwf_cluster.experiment import InvalidInput
 from dwf_cluster.plan import Job
-from dwf_cluster.store import StorageFailed, Store
+from dwf_cluster.store import LockLost, StorageFailed, Store
 
 STOP_SECONDS = 60.0
 """How long a run that is to stop waits for trainings to save what they have."""
@@ -55,6 +55,10 @@ class Note:
     """One line for the user: a job is tried again, or waits."""
 
     text: str
+
+
+class RayNotStarted(RuntimeError):
+    """Ray did not start on this machine. Its text is one line."""
 
 
 class Cluster:
@@ -158,7 +162,7 @@ class Cluster:
                 if not running:
                     return
                 ended, _ = self._ray.wait(list(running), timeout=0.2)
-                yield from self._news()
+                yield from self._news(running.values())
                 for reference in ended:
                     job = running.pop(reference)
                     self._release(job)
@@ -230,7 +234,7 @@ class Cluster:
         try:
             if failure.killed:  # it could not write its log itself
                 store.write(name, failures.log(failure.text, _worker_log(failure, reference)))
-        except StorageFailed as error:
+        except (StorageFailed, LockLost) as error:
             return f"; no log: {error}"
         return f"; log: {store.path(name)}"
 
@@ -240,8 +244,8 @@ class Cluster:
         self._claims = {worker: claim for worker, claim in self._claims.items() if claim.job != key}
         self._ask("release", key)
 
-    def _news(self) -> list[Claim]:
-        """The claims since the last call.
+    def _news(self, running: Iterable[Job]) -> list[Claim]:
+        """The claims since the last call; those of running jobs are kept.
 
         The driver tells the control actor what it knows, as that may have been started again. Should it be
         starting now, its answer comes with a later call.
@@ -251,7 +255,8 @@ class Cluster:
         if claims is None:
             return []
         self._asked = None
-        self._claims |= {(claim.job, claim.worker): claim for claim in claims}
+        keys = {(job.folder, job.name) for job in running}
+        self._claims |= {(claim.job, claim.worker): claim for claim in claims if claim.job in keys}
         return list(claims)
 
     def _ask(self, method: str, *arguments: Any) -> Any:
@@ -340,6 +345,7 @@ def local(resources: Resources) -> Iterator[Cluster]:
 
     Raises:
         InvalidInput: if the temporary folder cannot be used.
+        RayNotStarted: if Ray does not start.
     """
     with temporary.folder(for_sockets=True) as folder:
         temporary.write_token(folder, secrets.token_hex(32))
@@ -349,7 +355,7 @@ def local(resources: Resources) -> Iterator[Cluster]:
         import ray
 
         try:
-            with temporary.used_by_children(folder):
+            with temporary.used_by_children(folder), _starting():
                 context = ray.init(
                     address="local",
                     num_cpus=resources.cpus,
@@ -363,6 +369,14 @@ def local(resources: Resources) -> Iterator[Cluster]:
             yield Cluster(resources, f"http://{context.dashboard_url}", f"{folder}/token")
         finally:
             ray.shutdown()
+
+
+@contextmanager
+def _starting() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # Ray raises this very class, with the last lines of a log
+        raise RayNotStarted(f"Ray did not start: {failures.last_line(failures.clean(str(error)))}") from None
 
 
 @contextmanager

@@ -71,6 +71,10 @@ class StorageFailed(RuntimeError):
     """The store does not answer, does not let us in, or is full. Its text is one line: file, what was tried, why."""
 
 
+class NotAFile(StorageFailed):
+    """A folder stands where a file is expected."""
+
+
 class LockLost(RuntimeError):
     """A later run has taken the experiment over, or this run has ended: it may write nothing more."""
 
@@ -217,7 +221,7 @@ class Store:
         """The first `count` bytes of one file; None if there is none."""
         try:
             content: bytes = self._ask("read", name, lambda: self._content(self._key(name), count))
-        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        except (FileNotFoundError, NotADirectoryError, NotAFile):
             return None
         return content
 
@@ -396,6 +400,8 @@ class Store:
                 return call()
             except (FileExistsError, NotADirectoryError):
                 raise
+            except IsADirectoryError as error:
+                raise NotAFile(f"{self.path(name)}: cannot be {what}: {_reason(error)}") from None
             except FileNotFoundError as error:
                 if what == "written":
                     raise StorageFailed(f"{self.path(name)}: cannot be written: {_reason(error)}") from None
@@ -425,7 +431,7 @@ def _end(path: str, count: int) -> bytes | OSError:
 
 
 def _is_absent(result: object) -> bool:
-    return isinstance(result, FileNotFoundError | NotADirectoryError | IsADirectoryError)
+    return isinstance(result, FileNotFoundError | NotADirectoryError)
 
 
 def _is_passing(error: Exception) -> bool:

@@ -1,4 +1,4 @@
-"""How an experiment stands: `status.json`, which its run writes anew with every heartbeat."""
+"""The status of an experiment: `status.json`, which its run rewrites with every heartbeat."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ class Status(BaseModel):
     """What `status.json` says.
 
     Attributes:
-        run: number of the lease under which it was written.
-        state: `running`; `done`: all stages; `stopped`: at its user's request, or stages are left; `failed`.
+        run: number of the run that wrote it.
+        state: `running`; `done`: all stages; `stopped`: at the user's request, or stages are left; `failed`.
         host, job: where the driver runs or ran; job is SLURM's number, empty outside SLURM.
-        started, heartbeat: of the run, and of this file; ISO 8601, UTC.
-        seconds: that all runs of the experiment have taken so far.
-        stages: of each stage, jobs that are done and jobs in all.
+        started, heartbeat: when the run began, and when this file was written; ISO 8601, UTC.
+        seconds: wall-clock time of all runs of the experiment so far.
+        stages: of each stage, the number of jobs that are done and of all jobs.
         reason: a line for each job that failed.
-        resume: the command that goes on.
-        rows: of each table, as of the end of the last run.
+        resume: the command that resumes it.
+        rows: of each table, at the end of the last run.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore", strict=True)
@@ -55,28 +55,28 @@ class Status(BaseModel):
 
     @staticmethod
     def read(store: Store) -> Status | None:
-        """What is there; None if there is nothing, or nothing of this kind."""
+        """The status in a store; None if there is none, or it cannot be parsed."""
         content = store.read(Status.FILE)
         return Status.parse(content) if content else None
 
     @staticmethod
     def parse(content: bytes) -> Status | None:
-        """What a file's content says; None if it is nothing of this kind."""
+        """The status in a file's content; None if it cannot be parsed."""
         try:
             return Status.model_validate_json(content)
         except ValidationError:
             return None
 
     def write(self, store: Store) -> None:
-        """Put it in its place."""
+        """Replace the status in a store."""
         store.write(Status.FILE, (self.model_dump_json(indent=2) + "\n").encode())
 
 
 def now() -> str:
-    """The time as the files have it: ISO 8601, UTC."""
+    """The present time, as it is stored: ISO 8601, UTC."""
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
 def age(time: str) -> float:
-    """Seconds since a time that `now` gave, by this machine's clock."""
+    """Seconds since a stored time, by this machine's clock; negative if it is from the future."""
     return (datetime.now(timezone.utc) - datetime.fromisoformat(time)).total_seconds()

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dwf_cluster.experiment import Experiment
-from dwf_cluster.store.files import StorageFailed, Store
+from dwf_cluster.store.files import NotAFile, StorageFailed, Store
 
 _EXPERIMENT = [("experiment", pa.string()), ("preset", pa.string()), ("dataset", pa.string()), ("seed", pa.int64())]
 _time = pa.timestamp("us", tz="UTC")
@@ -217,7 +217,7 @@ def row_counts(store: Store, table: str, names: Iterable[str]) -> dict[str, int]
     names = sorted(names)
     try:
         ends = store.read_ends([_path(table, name) for name in names], _FOOTER)
-    except IsADirectoryError:
+    except NotAFile:
         ends = [_content(store, table, name) for name in names]  # raises for the folder among them
     counts = {}
     for name, end in zip(names, ends, strict=True):
@@ -236,7 +236,7 @@ def _path(table: str, file: str) -> str:
 def _content(store: Store, table: str, file: str) -> bytes | None:
     try:
         return store.read(_path(table, file))
-    except IsADirectoryError:
+    except NotAFile:
         raise _damaged(store, table, file, "it is a folder") from None
 
 

@@ -22,7 +22,8 @@ from dwf_cluster.cluster import failures
 from dwf_cluster.cluster.control import Claim, Control
 from dwf_cluster.cluster.failures import KINDS, Kind, clean, failure, kind_of, last_line
 from dwf_cluster.cluster.memory import Memory
-from dwf_cluster.cluster.ray import fits
+from dwf_cluster.cluster.placement import Resources
+from dwf_cluster.cluster.ray import RayNotStarted, fits, local
 from dwf_cluster.cluster.schedule import Placement
 from dwf_cluster.data.sources import Sizes
 from dwf_cluster.experiment import Experiment
@@ -30,10 +31,25 @@ from dwf_cluster.plan import Job, jobs
 from dwf_cluster.store import StorageFailed, Store, checkpoints, tables
 from dwf_cluster.store.jobs import recorded
 
-from ..conftest import ARGUMENTS, LOCAL, TINY, Launch, go_on_to_stop, held, store_of, title
+from ..conftest import ARGUMENTS, LOCAL, PATIENCE, TINY, Launch, go_on_to_stop, held, store_of, title
 
 ROOT = Path(__file__).parents[2]
 SIZES = Sizes(96, 40, (1, 8, 8))
+
+
+def test_a_ray_that_does_not_start_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    log = "ERROR dashboard\nTraceback\nRuntimeError: Module MetricsHead failed to start. Timeout after 30.0 seconds."
+
+    def fail(**options: object) -> None:
+        raise Exception(log)
+
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"):
+        monkeypatch.setenv(name, "")  # so that what is set is gone after the test
+    monkeypatch.setattr("ray.init", fail)
+    expected = "Ray did not start: RuntimeError: Module MetricsHead failed to start. Timeout after 30.0 seconds."
+    with pytest.raises(RayNotStarted, match=re.escape(expected) + "$"), local(Resources(1, 0)):
+        pass
+
 
 LOW_MEMORY = """1 worker(s) were killed due to the node running low on memory. Memory on the node \
 (IP: 10.0.0.7, ID: f125) was 22.53GB used / 23.54GB limit (0.957)
@@ -270,7 +286,7 @@ def test_memory_is_that_of_the_job_and_not_of_those_before_it_in_the_process(tin
 
 def test_a_control_actor_that_has_started_again_learns_from_the_driver_what_it_knew() -> None:
     def claim(job: str) -> Claim:
-        return Claim(("run", job), 0, "n1", "GPU-0", 1.0)
+        return Claim(("run", job), 0, "n1", "GPU-0", 1.0, "H100", 7)
 
     async def restarted() -> tuple[list[Claim], set[str], str | None, str | None]:
         control = Control()
@@ -317,6 +333,7 @@ def test_low_memory_ends_the_run_with_one_line_after_a_bounded_number_of_attempt
     assert "memory users" not in log
 
 
+@pytest.mark.interruptions
 def test_a_control_actor_that_is_killed_comes_back_and_the_run_still_hears_that_it_is_to_stop(launch: Launch) -> None:
     def kill_then_interrupt(driver: psutil.Process, line: str) -> None:
         training = held(launch.folder, "expert pgd-1")
@@ -344,6 +361,7 @@ from dwf_cluster.cluster.schedule import Placement
 from dwf_cluster.data.sources import Sizes
 from dwf_cluster.experiment import build
 from dwf_cluster.plan import jobs
+from dwf_cluster.store import Store
 
 TINY, folder = json.loads(sys.argv[1]), Path(sys.argv[2])
 
@@ -356,14 +374,14 @@ def run_job(job, store, images, place, control):
     memory = ray.get_runtime_context().get_assigned_resources().get("memory", 0)
     with open(folder / job.model, "a") as file:
         file.write(f"{memory} {os.getpid()}\\n")
-    print(f"{job.model} is here", flush=True)
-    if job.model == "fgsm-1":
-        time.sleep(2)  # Ray's dashboard learns once a second which process it is
-        os._exit(1)
     with failures.logged(store, job.file):
+        print(f"{job.model} is here", flush=True)
+        if job.model == "fgsm-1":
+            time.sleep(2)  # Ray's dashboard learns once a second which process it is
+            os._exit(1)
         if job.model == "pgd-1":
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. GPU 0 has none")
-    ray.get(control.claim.remote(Claim((job.folder, job.name), 0, "n1", "cpu", 0.0)))
+    ray.get(control.claim.remote(Claim((job.folder, job.name), 0, "n1", "cpu", 0.0, "cpu", os.getpid())))
     return True
 
 
@@ -377,7 +395,8 @@ with local(Resources(2, 0)) as cluster:
     events = []
     for todo, place in ((experts, Placement(0, 1, 0)), ([joint], Placement(0, 64, 0))):
         places = dict.fromkeys(todo, place)
-        events += cluster.run(todo, places, str(folder), cluster.share(None), lambda job: job.name, bool)
+        stores = {experiment.folder: Store(str(folder), experiment.folder)}
+        events += cluster.run(todo, places, stores, cluster.share(None), lambda job: job.name, bool)
 told = {e.job.name: (e.state, e.reason) for e in events if isinstance(e, Ended)}
 print(json.dumps({"told": told, "notes": [e.text for e in events if isinstance(e, Note)]}))
 """
@@ -388,7 +407,7 @@ def troubled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, 
     """A real Ray: one expert is done, one's process dies, one's GPU is full, and the joint stage does not fit."""
     folder = tmp_path_factory.mktemp("troubled")
     command = [sys.executable, "-c", SCRIPT, json.dumps(TINY), folder]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, cwd=ROOT)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False, cwd=ROOT)
     assert result.returncode == 0, result.stderr
     return folder, json.loads(result.stdout.splitlines()[-1])
 

@@ -159,13 +159,13 @@ def test_a_killed_runs_ray_below_tmpdir_is_swept_with_all_that_it_left(
         driver = Owner(RAY)
         (socket,) = driver.folder.glob("ray/session_2*/sockets/plasma_store")
         assert socket.is_socket()
-        agents: list[psutil.Process] = []
-        while not agents:  # a process's title is no event
-            agents = [process for process in psutil.Process(driver.pid).children(recursive=True) if _is_agent(process)]
+        processes: list[psutil.Process] = []
+        while not any(map(_is_agent, processes)):  # a process's title is no event
+            processes = psutil.Process(driver.pid).children(recursive=True)
         driver.kill()
         temporary.sweep(str(link))
         assert list(link.iterdir()) == []  # nor what Ray's processes put into TMPDIR themselves
-        _, alive = psutil.wait_procs(agents, timeout=60)
+        _, alive = psutil.wait_procs(processes, timeout=60)
         assert alive == []
     finally:
         link.unlink()

@@ -254,7 +254,9 @@ def test_a_folder_in_the_place_of_a_file_is_said(store: Store) -> None:
         with pytest.raises(StorageFailed, match=f"status.json: cannot be {tried}: Is a directory"):
             attempt()
     store.write("file", b"content")
-    assert store.read_all(["file", "status.json"]) == [b"content", None]
+    content, reason = store.read_all(["file", "status.json"])
+    assert content == b"content"
+    assert isinstance(reason, StorageFailed)
 
 
 def _create(store: Store, number: int, links: bool, go: object, won: object) -> None:

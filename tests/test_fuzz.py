@@ -1,0 +1,63 @@
+"""Whatever is written into an assignment or an experiment's file: it is an experiment, or one line says why not."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from dwf_cluster.experiment import Experiment, InvalidInput, build, describe
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=12), inner, max_size=4),
+    max_leaves=12,
+)
+FIELDS = st.sampled_from([field.name for field in describe()])
+NAMES = FIELDS | st.text(max_size=30)
+VALUES = st.text(max_size=40) | JSON.map(json.dumps) | st.sampled_from(["1", "0.5", "1,2", "true", "null"])
+
+
+def _answers(make: Callable[[], Experiment]) -> None:
+    """It is an experiment that survives a round trip, or one line."""
+    try:
+        experiment = make()
+    except InvalidInput as error:
+        (line,) = str(error).splitlines()
+        assert line.isprintable()
+    else:
+        assert Experiment.from_json(experiment.to_json()) == experiment
+        assert "/" not in experiment.folder
+
+
+FUZZ = settings(max_examples=1000, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+
+
+@FUZZ
+@given(st.lists(st.tuples(NAMES, VALUES).map("=".join) | st.text(max_size=30), max_size=4))
+def test_whatever_is_set_is_answered(assignments: list[str]) -> None:
+    _answers(lambda: build("digits", 0, assignments))
+
+
+@st.composite
+def _damaged(draw: st.DrawFn) -> str:
+    fields: Any = json.loads(build("digits").to_json())
+    for name in draw(st.lists(FIELDS, max_size=3)):
+        *parents, leaf = name.split(".")
+        part = fields
+        for parent in parents:
+            part = part[parent] if isinstance(part.get(parent), dict) else {}
+        part[leaf] = draw(JSON)
+    if draw(st.booleans()):
+        fields[draw(st.text(max_size=12) | st.sampled_from(list(fields)))] = draw(JSON)
+    text = json.dumps(fields)
+    return text[: draw(st.integers(0, len(text)))] if draw(st.booleans()) else text
+
+
+@FUZZ
+@given(_damaged() | JSON.map(json.dumps) | st.text(max_size=60))
+def test_whatever_an_experiments_file_says_is_answered(text: str) -> None:
+    _answers(lambda: Experiment.from_json(text))
