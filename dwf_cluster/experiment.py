@@ -100,8 +100,8 @@ Baselines = Annotated[tuple[Literal["fgsm-at", "pgd-at"], ...], BeforeValidator(
 MIXTURE = "mixture"
 """Name of the jointly trained model, beside the names of the experts."""
 
-MAX_JSON_BYTES = 1 << 20
-"""Largest `experiment.json`, `status.json` or other JSON file that is read; what a run writes has a few thousand."""
+MAX_JSON_BYTES = 64 << 20
+"""Of one file. The largest is a checkpoint's `state.json`, with a row of metrics for each epoch: 100,000 epochs fit."""
 
 STAGES = ("experts", "joint", "evaluate")
 """The pipeline, in order."""
