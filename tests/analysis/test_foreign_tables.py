@@ -273,7 +273,10 @@ def test_an_experiments_file_in_another_form_is_one_line(
     [
         (lambda path: path.mkdir(), "Is a directory"),
         (os.mkfifo, "not a regular file"),
-        (lambda path: path.write_bytes(b" " * (MAX_JSON_BYTES + 1)), f"{MAX_JSON_BYTES + 1} bytes of JSON, allowed are {MAX_JSON_BYTES}"),
+        (
+            lambda path: path.write_bytes(b" " * (MAX_JSON_BYTES + 1)),
+            f"{MAX_JSON_BYTES + 1} bytes of JSON, allowed are {MAX_JSON_BYTES}",
+        ),
     ],
     ids=["directory", "pipe", "large"],
 )
