@@ -211,6 +211,21 @@ def answer(request: urllib.request.Request | str) -> str:
         time.sleep(0.2)  # a service does not tell when it is ready
 
 
+def on_machine(name: str, arguments: Sequence[str], impatient: bool = True) -> list[str]:
+    """A launch on a machine of another name.
+
+    Args:
+        name: its host name.
+        arguments: of the launch.
+        impatient: whether another machine's silence of two seconds seems long to it: not two waits of a minute.
+    """
+    root = [] if os.geteuid() == 0 else ["--map-root-user"]
+    patience = "from dwf_cluster.store import lease; lease.SILENCE, lease.HEARTBEAT = 2, 1; " if impatient else ""
+    program = f"{patience}import sys; from dwf_cluster.launch import main; sys.exit(main(sys.argv[1:]))"
+    rename = ["sh", "-c", 'hostname "$0" && exec "$@"', name]
+    return ["unshare", *root, "--uts", *rename, sys.executable, "-c", program, *arguments]
+
+
 def title(process: psutil.Process) -> str:
     """A process's command line; empty if it has ended."""
     try:

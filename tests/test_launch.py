@@ -70,7 +70,8 @@ def test_dry_run_shows_when_and_where_how_long_all_takes_and_how_long_at_least(l
     alone = launch("--local", "--dry-run", *arguments[:2], *arguments[4:]).stdout
     (longest,) = (line for line in alone.splitlines() if "expert pgd-3" in line)
     assert re.search(r" 1 CPU, 1 GPU +2 +0:00:00 +\d:\d\d:\d\d ", longest)
-    makespan, bound, speed, _ = lines[-4:]
+    heads = ("makespan: ", "lower bound: ", "speed of ")
+    makespan, bound, speed = (next(line for line in lines if line.startswith(head)) for head in heads)
     hours = [int(h) * 60 + int(m) for h, m in re.findall(r": (\d+):(\d+):\d+", f"{makespan}\n{bound}")]
     assert hours[1] <= hours[0] <= 1.05 * hours[1]
     assert speed == "speed of experts: 84 TFLOP/s a GPU, estimate for an H100 with TF32, not measured"

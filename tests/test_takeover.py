@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pandas as pd
@@ -14,18 +12,7 @@ import pytest
 
 from dwf_cluster.store.status import Status
 
-from .conftest import ARGUMENTS, Launch, assert_same, held, store_of
-
-_IMPATIENT = "from dwf_cluster.store import lease; lease.SILENCE, lease.HEARTBEAT = 2, 1"
-"""For the second machine, to which the first one's silence then seems long enough: not two waits of a minute."""
-
-
-def _on(host: str, *before: str) -> list[str]:
-    """A launch on a machine of that name; `before` is run first."""
-    root = [] if os.geteuid() == 0 else ["--map-root-user"]
-    program = "; ".join((*before, "import sys; from dwf_cluster.launch import main; sys.exit(main(sys.argv[1:]))"))
-    name = ["sh", "-c", 'hostname "$0" && exec "$@"', host]
-    return ["unshare", *root, "--uts", *name, sys.executable, "-c", program, *ARGUMENTS]
+from .conftest import ARGUMENTS, Launch, assert_same, held, on_machine, store_of
 
 
 @pytest.mark.interruptions
@@ -33,7 +20,7 @@ def test_a_run_that_stood_still_and_was_taken_over_writes_nothing_more_and_says_
     launch: Launch, undisturbed: tuple[Path, subprocess.CompletedProcess[str]]
 ) -> None:
     pipes = {"cwd": launch.folder, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen(_on("first"), **pipes) as first:  # type: ignore[call-overload]
+    with subprocess.Popen(on_machine("first", ARGUMENTS, impatient=False), **pipes) as first:  # type: ignore[call-overload]
         training = held(launch.folder, "expert pgd-1")
         driver = psutil.Process(first.pid)
         tree = [driver, *driver.children(recursive=True)]
@@ -43,7 +30,7 @@ def test_a_run_that_stood_still_and_was_taken_over_writes_nothing_more_and_says_
         status = Status.read(store_of(folder))
         assert status is not None
         assert (status.run, status.host) == (1, "first")
-        with subprocess.Popen(_on("second", _IMPATIENT), **pipes) as second:  # type: ignore[call-overload]
+        with subprocess.Popen(on_machine("second", ARGUMENTS), **pipes) as second:  # type: ignore[call-overload]
             for line in second.stdout:
                 if re.match(r"expert pgd-1: epoch \d/3", line):
                     break

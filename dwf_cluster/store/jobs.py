@@ -78,12 +78,13 @@ def _reset_peak() -> None:
 
 
 def _peak() -> int:
-    """The most memory that this process has used since `_reset_peak`, in bytes."""
-    with contextlib.suppress(OSError), open("/proc/self/status") as file:
-        for line in file:
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    # Since the process began. Linux counts kibibytes, macOS bytes.
+    """The most memory that this process has had to itself since `_reset_peak`, in bytes."""
+    with contextlib.suppress(OSError, KeyError), open("/proc/self/status") as file:
+        sizes = {name: value.split() for name, _, value in (line.partition(":") for line in file)}
+        # torch's libraries and the images are in memory once, however many processes use them.
+        peak, *shared = (int(sizes[name][0]) for name in ("VmHWM", "RssFile", "RssShmem"))
+        return (peak - sum(shared)) * 1024
+    # All of it, since the process began. Linux counts kibibytes, macOS bytes.
     unit = 1 if platform.system() == "Darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 

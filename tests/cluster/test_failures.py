@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import re
 import signal
 import subprocess
@@ -35,20 +36,6 @@ from ..conftest import ARGUMENTS, LOCAL, PATIENCE, TINY, Launch, go_on_to_stop, 
 
 ROOT = Path(__file__).parents[2]
 SIZES = Sizes(96, 40, (1, 8, 8))
-
-
-def test_a_ray_that_does_not_start_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    log = "ERROR dashboard\nTraceback\nRuntimeError: Module MetricsHead failed to start. Timeout after 30.0 seconds."
-
-    def fail(**options: object) -> None:
-        raise Exception(log)
-
-    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"):
-        monkeypatch.setenv(name, "")  # so that what is set is gone after the test
-    monkeypatch.setattr("ray.init", fail)
-    expected = "Ray did not start: RuntimeError: Module MetricsHead failed to start. Timeout after 30.0 seconds."
-    with pytest.raises(RayNotStarted, match=re.escape(expected) + "$"), local(Resources(1, 0)):
-        pass
 
 
 LOW_MEMORY = """1 worker(s) were killed due to the node running low on memory. Memory on the node \
@@ -450,3 +437,16 @@ def test_a_job_that_no_node_can_hold_any_more_does_not_wait_for_ever(troubled: t
     _, found = troubled
     assert found["told"]["joint"] == ["failed", "node lost: no nodes are left that can hold 64 CPU"]
     assert any(note.startswith("joint: node lost: ") for note in found["notes"])
+
+
+def test_a_ray_that_does_not_start_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    log = "ERROR dashboard\nTraceback\nRuntimeError: Module MetricsHead failed to start. Timeout after 30.0 seconds."
+
+    def fail(**options: object) -> None:
+        raise Exception(log)
+
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    monkeypatch.setattr("ray.init", fail)
+    expected = "Ray did not start: RuntimeError: Module MetricsHead failed to start. Timeout after 30.0 seconds."
+    with pytest.raises(RayNotStarted, match=re.escape(expected) + "$"), local(Resources(1, 0)):
+        pass
