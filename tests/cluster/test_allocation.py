@@ -20,7 +20,7 @@ import pytest
 from dwf_cluster.cluster import allocation, node
 from dwf_cluster.cluster.allocation import Ports
 
-from ..conftest import SLOWER, TINY, assert_same, go_on_to_stop, held
+from ..conftest import SLOWER, TINY, assert_same, go_on_to_stop, held, title
 from . import slurm
 from .slurm import Slurm
 
@@ -277,12 +277,23 @@ def test_two_jobs_on_one_node_do_not_meet_and_have_what_is_theirs(
     assert [(folder / "token").read_text() for folder in strangers] == ["theirs", "theirs"]
 
 
-def test_three_unequal_nodes_each_give_ray_what_they_have(submit: Callable[..., Job], two_workers: Path) -> None:
+def test_three_unequal_nodes_each_give_ray_what_they_have(submit: Callable[..., Job], cluster: Slurm) -> None:
     job = submit("--partition=uneven", "--exclusive", "--nodes=3", arguments=EXPERTS)
-    job.wait_for("^experts: 3 to do")
-    commands = [p.cmdline() for p in job.cluster.processes(job.number) if "--block" in p.cmdline()]
-    given = {(argument(command, "--node-name"), argument(command, "--num-cpus")) for command in commands}
-    assert given == {("n1", str(slurm.CPUS)), ("n2", str(slurm.CPUS)), (slurm.LAST, "1")}
+
+    def started() -> bool:
+        commands = [title(process).split() for process in cluster.processes(job.number)]
+        rays = [command for command in commands if "--block" in command]
+        given = {(argument(command, "--node-name"), argument(command, "--num-cpus")) for command in rays}
+        return given == {("n1", str(slurm.CPUS)), ("n2", str(slurm.CPUS)), (slurm.LAST, "1")}
+
+    cluster.wait_for(started, "Ray on three nodes")
+    cluster("scancel", job.number)
+    job.end("CANCELLED")
+
+
+@pytest.mark.interruptions
+def test_unequal_nodes_come_to_the_same_tables(submit: Callable[..., Job], two_workers: Path) -> None:
+    job = submit("--partition=uneven", "--exclusive", "--nodes=2", f"--nodelist=n1,{slurm.LAST}", arguments=EXPERTS)
     job.end()
     assert_same_experts(job.results, two_workers)
 
