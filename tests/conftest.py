@@ -211,7 +211,7 @@ def answer(request: urllib.request.Request | str) -> str:
         time.sleep(0.2)  # a service does not tell when it is ready
 
 
-def on_machine(name: str, arguments: Sequence[str], impatient: bool = True) -> list[str]:
+def on_machine(name: str, arguments: Sequence[str], impatient: bool = False) -> list[str]:
     """A launch on a machine of another name.
 
     Args:

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import psutil
 
+from .conftest import PATIENCE
+
 
 class S3:
     """The server, which can be stopped and started again with all that it holds."""
@@ -47,7 +49,7 @@ class S3:
             self._process = subprocess.Popen(
                 [str(part) for part in command], stdout=log, stderr=log, cwd=self.folder, env=self.environment
             )
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + PATIENCE
         while not self._answers():
             assert self._process.poll() is None, (self.folder / "weed.log").read_text()
             assert time.monotonic() < deadline, (self.folder / "weed.log").read_text()

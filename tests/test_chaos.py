@@ -90,7 +90,9 @@ class Chaos:
         _send(stopped, signal.SIGSTOP)
         before = len(self._locks())
         with open(self.folder / "second", "wb") as log:
-            second = subprocess.Popen(on_machine("second", self.arguments), cwd=self.folder, stdout=log, stderr=log)
+            second = subprocess.Popen(
+                on_machine("second", self.arguments, impatient=True), cwd=self.folder, stdout=log, stderr=log
+            )
             while second.poll() is None and len(self._locks()) == before:
                 time.sleep(0.01)  # nothing tells of another process's file
             _send(stopped, signal.SIGCONT)

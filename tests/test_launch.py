@@ -19,7 +19,7 @@ from dwf_cluster.experiment import PRESETS, describe
 from dwf_cluster.store import checkpoints, tables
 from dwf_cluster.store.status import Status
 
-from .conftest import ARGUMENTS, TINY, Launch, go_on_to_stop, held, store_of
+from .conftest import ARGUMENTS, PATIENCE, TINY, Launch, go_on_to_stop, held, store_of
 
 
 def test_help_names_every_preset_and_every_field_with_its_default(launch: Launch) -> None:
@@ -187,7 +187,7 @@ def test_closing_the_terminal_saves_as_ctrl_c_does(launch: Launch) -> None:
         training = held(launch.folder, "expert pgd-1")
         os.close(terminal)
         go_on_to_stop(training)
-        assert driver.wait(120) == 130
+        assert driver.wait(PATIENCE) == 130
     (folder,) = (launch.folder / "runs").iterdir()
     status = Status.read(store_of(folder))
     assert status is not None

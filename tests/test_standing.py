@@ -24,7 +24,7 @@ from dwf_cluster.store import Store, files, lease, tables
 from dwf_cluster.store.lease import Held, Holder, Lease
 from dwf_cluster.store.status import HEARTBEAT, Status
 
-from .conftest import TINY
+from .conftest import PATIENCE, TINY
 
 EXPERIMENTS, LATENCY, LIMIT = 1000, 0.07, 15.0
 """Experiments of one run, seconds an operation, seconds between two heartbeats."""
@@ -81,7 +81,7 @@ class Counted(AbstractFileSystem):
     def wait_for(cls, condition: Callable[[], bool]) -> None:
         """Until it holds; looked at with each heartbeat."""
         with cls.changed:
-            assert cls.changed.wait_for(condition, timeout=300)
+            assert cls.changed.wait_for(condition, timeout=PATIENCE)
 
 
 @pytest.fixture(autouse=True)
@@ -159,7 +159,7 @@ def test_silent_owners_are_looked_at_together(experiments: list[Experiment], mon
     silent = Holder.me().model_copy(update={"machine": "another", "since": "2026-01-01T00:00:00+00:00"})
     for store in stores.values():
         store.create("lease/00001.json", silent.model_dump_json().encode())
-    together, take = threading.Barrier(len(stores), timeout=120), lease.take
+    together, take = threading.Barrier(len(stores), timeout=PATIENCE), lease.take
     monkeypatch.setattr(lease, "take", lambda store, pid: take(store, lambda seconds: together.wait(), pid))
     with pipeline._held(stores, SIZES, Progress({}, URL, Console(quiet=True)), "the command", os.getpid()) as told:
         assert {store.run for store in told.stores.values()} == {2}

@@ -21,7 +21,7 @@ from dwf_cluster import status
 from dwf_cluster.experiment import InvalidInput
 from dwf_cluster.store import LockLost, StorageFailed, Store, files, lease
 
-from .conftest import ARGUMENTS, Launch, assert_same
+from .conftest import ARGUMENTS, PATIENCE, Launch, assert_same
 from .s3 import S3
 
 
@@ -184,7 +184,7 @@ def test_of_many_at_once_one_gets_it(s3: str) -> None:
     for process in processes:
         process.start()
     go.set()
-    told = dict(answers.get(timeout=120) for _ in processes)
+    told = dict(answers.get(timeout=PATIENCE) for _ in processes)
     end.set()
     for process in processes:
         process.join()

@@ -12,7 +12,7 @@ import pytest
 
 from dwf_cluster.store.status import Status
 
-from .conftest import ARGUMENTS, Launch, assert_same, held, on_machine, store_of
+from .conftest import ARGUMENTS, PATIENCE, Launch, assert_same, held, on_machine, store_of
 
 
 @pytest.mark.interruptions
@@ -20,7 +20,7 @@ def test_a_run_that_stood_still_and_was_taken_over_writes_nothing_more_and_says_
     launch: Launch, undisturbed: tuple[Path, subprocess.CompletedProcess[str]]
 ) -> None:
     pipes = {"cwd": launch.folder, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen(on_machine("first", ARGUMENTS, impatient=False), **pipes) as first:  # type: ignore[call-overload]
+    with subprocess.Popen(on_machine("first", ARGUMENTS), **pipes) as first:  # type: ignore[call-overload]
         training = held(launch.folder, "expert pgd-1")
         driver = psutil.Process(first.pid)
         tree = [driver, *driver.children(recursive=True)]
@@ -38,7 +38,7 @@ def test_a_run_that_stood_still_and_was_taken_over_writes_nothing_more_and_says_
             for process in tree:
                 process.resume()
             training.resume()
-            _, errors = first.communicate(timeout=200)
+            _, errors = first.communicate(timeout=PATIENCE)
             second.stdout.read()
             assert second.wait() == 0, second.stderr.read()
     lines = errors.splitlines()

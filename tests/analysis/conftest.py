@@ -17,6 +17,8 @@ from analysis.tables import accuracies
 from benchmarks.analysis import make_up
 from dwf_cluster.experiment import build
 
+from ..conftest import PATIENCE
+
 ROOT = Path(__file__).parents[2]
 EXAMPLES = 400
 FEW = ["experts.fgsm=1", "experts.pgd=2", "evaluation.beyond=pgd_gate,noise,transfer"]
@@ -86,7 +88,7 @@ def run(tmp_path: Path) -> Run:
             env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", **variables},
             capture_output=True,
             text=True,
-            timeout=100,
+            timeout=PATIENCE,
             check=False,
         )
 

@@ -21,6 +21,8 @@ from pathlib import Path
 
 import psutil
 
+from ..conftest import PATIENCE
+
 COMMANDS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel")
 NODES, CPUS, GPUS, MEMORY = 2, 2, 2, 8000
 """Number of nodes that are alike, and CPUs, GPUs and MB of each."""
@@ -139,7 +141,7 @@ class Slurm:
                 try:
                     process = psutil.Process(int(file.read_text()))
                     process.terminate()
-                    psutil.wait_procs([process], timeout=30)
+                    psutil.wait_procs([process], timeout=PATIENCE)
                 except psutil.NoSuchProcess:
                     continue
         shutil.rmtree(self.folder)
@@ -152,7 +154,7 @@ class Slurm:
             env=self.environment | variables,
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=PATIENCE,
             check=False,
         )
         assert result.returncode == 0, (command, result.stdout, result.stderr)
@@ -174,12 +176,12 @@ class Slurm:
         """`PENDING`, `RUNNING`, `COMPLETED`, ..."""
         return self.field(job, "JobState")
 
-    def wait(self, job: str, seconds: float = 300) -> str:
+    def wait(self, job: str, seconds: float = PATIENCE) -> str:
         """Wait until a job is no longer in the queue; returns its last state."""
         self.wait_for(lambda: not self("squeue", "-hj", job, "-o", "%T").strip(), f"the end of job {job}", seconds)
         return self.state(job)
 
-    def wait_for(self, condition: object, what: str, seconds: float = 120) -> None:
+    def wait_for(self, condition: object, what: str, seconds: float = PATIENCE) -> None:
         """Check every tenth of a second until `condition()` is true: SLURM has no events."""
         assert callable(condition)
         deadline = time.monotonic() + seconds

@@ -63,7 +63,7 @@ class Job:
     def end(self, state: str = "COMPLETED") -> None:
         """Wait for the end; nothing of the job may outlive it."""
         assert self.cluster.wait(self.number) == state, self.log
-        self.cluster.wait_for(lambda: not self.cluster.processes(self.number), "end of all processes", 30)
+        self.cluster.wait_for(lambda: not self.cluster.processes(self.number), "end of all processes")
 
     def process(self, title: str) -> psutil.Process:
         """The process of this job whose command line matches."""

@@ -15,7 +15,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from ..conftest import TINY, Launch
+from ..conftest import PATIENCE, TINY, Launch
 
 ROOT = Path(__file__).parents[2]
 TWO = [*TINY, "experts.pgd=0", "experts.epochs=1"]
@@ -81,7 +81,7 @@ def test_a_stage_as_a_ray_job_and_another_run_from_outside(ray: tuple[str, str],
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=PATIENCE,
         check=False,
     )
     assert result.returncode == 0, result.stdout + result.stderr

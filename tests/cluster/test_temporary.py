@@ -17,7 +17,7 @@ import pytest
 from dwf_cluster.cluster import temporary
 from dwf_cluster.experiment import InvalidInput
 
-from ..conftest import title
+from ..conftest import PATIENCE, title
 
 HOLD = """
 import sys
@@ -141,7 +141,7 @@ def test_a_process_that_ray_left_running_ends_with_its_folder(tmpdir: Path) -> N
         process.stdout.readline()
     temporary.sweep(str(tmpdir))
     agent, other = processes
-    assert agent.wait(60) < 0
+    assert agent.wait(PATIENCE) < 0
     assert other.poll() is None  # a user who reads the log
     for process in processes:
         process.communicate()
@@ -165,7 +165,7 @@ def test_a_killed_runs_ray_below_tmpdir_is_swept_with_all_that_it_left(
         driver.kill()
         temporary.sweep(str(link))
         assert list(link.iterdir()) == []  # nor what Ray's processes put into TMPDIR themselves
-        _, alive = psutil.wait_procs(processes, timeout=60)
+        _, alive = psutil.wait_procs(processes, timeout=PATIENCE)
         assert alive == []
     finally:
         link.unlink()

@@ -20,6 +20,8 @@ from fsspec.implementations.memory import MemoryFileSystem
 from dwf_cluster.experiment import InvalidInput
 from dwf_cluster.store import LockLost, StorageFailed, Store, checkpoints, files
 
+from ..conftest import PATIENCE
+
 
 class Faulty(MemoryFileSystem):
     """Raises what it is told to, then works."""
@@ -277,7 +279,7 @@ def test_of_many_processes_that_create_a_file_one_succeeds(store: Store, links: 
     go.set()
     for process in processes:
         process.join()
-    winner = won.get(timeout=10)
+    winner = won.get(timeout=PATIENCE)
     assert won.empty()
     assert store.read("lease") == str(winner).encode()
     assert store.names("") == ["lease"]

@@ -17,6 +17,8 @@ from dwf_cluster.store import LockLost, Store, lease
 from dwf_cluster.store.lease import Held, Holder
 from dwf_cluster.store.status import Status, now
 
+from ..conftest import PATIENCE
+
 
 def _write(store: Store, number: int, **changed: object) -> None:
     holder = Holder.me().model_dump() | changed
@@ -353,7 +355,7 @@ def test_of_many_at_once_one_gets_it(store: Store) -> None:
     for process in processes:
         process.start()
     gate.open()
-    told = [answers.get(timeout=60) for _ in processes]
+    told = [answers.get(timeout=PATIENCE) for _ in processes]
     gate.close()
     for process in processes:
         process.join()

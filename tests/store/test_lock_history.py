@@ -33,6 +33,7 @@ from dwf_cluster.store import LockLost, Store, lease, status
 from dwf_cluster.store.lease import Held
 from dwf_cluster.store.status import Status
 
+from ..conftest import PATIENCE
 from ..s3 import S3
 
 PROCESSES = 4
@@ -98,7 +99,7 @@ def _history(store: Store, folder: Path) -> _History:
     for log, process in zip(logs, processes, strict=True):
         log.touch()
         process.start()
-    deadline, events = time.monotonic() + 240, list[dict[str, Any]]()
+    deadline, events = time.monotonic() + PATIENCE, list[dict[str, Any]]()
     try:
         counts: Counter[str] = Counter()
         while counts["acquired"] < TAKEN or counts["lost"] < LOST or counts["repeats"] < REPEATED:
@@ -114,7 +115,7 @@ def _history(store: Store, folder: Path) -> _History:
             counts = Counter(event["what"] for event in events)
         over.set()
         for process in processes:
-            process.join(60)
+            process.join(PATIENCE)
             assert process.exitcode == 0
     finally:
         for process in processes:

@@ -26,7 +26,7 @@ from dwf_cluster.store import Store, checkpoints
 from dwf_cluster.training import expert, joint
 from dwf_cluster.training.loop import Stopped, Task, train
 
-from ..conftest import ARGUMENTS, TINY, Launch, assert_same, go_on_to_stop, title
+from ..conftest import ARGUMENTS, PATIENCE, TINY, Launch, assert_same, go_on_to_stop, title
 from .gloo import run_workers
 
 MODELS = ("pgd-1", MIXTURE)
@@ -105,7 +105,7 @@ JOINT = ["--stages", "joint", *ARGUMENTS, "--cpus", "3", "--joint-workers", "3"]
 
 def _suspended_worker(folder: Path, epoch: int) -> psutil.Process:
     """Suspend a worker of the joint stage as soon as an epoch is saved: the others wait for its gradients."""
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + PATIENCE
     while not any(folder.glob(f"runs/*/checkpoints/joint/epoch-{epoch:05d}/manifest.json")):
         assert time.monotonic() < deadline, "no checkpoint"
         time.sleep(0.01)  # nothing tells of another process's file
