@@ -355,8 +355,8 @@ def local(resources: Resources) -> Iterator[Cluster]:
         import ray
 
         try:
-            with temporary.used_by_children(folder), _starting():
-                context = ray.init(
+            with temporary.used_by_children(folder):
+                context = _start(
                     address="local",
                     num_cpus=resources.cpus,
                     num_gpus=resources.gpus,
@@ -371,12 +371,21 @@ def local(resources: Resources) -> Iterator[Cluster]:
             ray.shutdown()
 
 
-@contextmanager
-def _starting() -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:  # Ray raises this very class, with the last lines of a log
-        raise RayNotStarted(f"Ray did not start: {failures.last_line(failures.clean(str(error)))}") from None
+def _start(**options: Any) -> Any:
+    """`ray.init`, tried again as a driver is: Ray gives its parts fixed times to start, too short on a busy machine.
+
+    Raises:
+        RayNotStarted: if the last attempt fails too.
+    """
+    import ray
+
+    for attempt in range(1 + (failures.DRIVER.retries or 0)):
+        try:
+            return ray.init(**options)
+        except Exception as error:  # Ray raises this very class, with the last lines of a log
+            reason = failures.last_line(failures.clean(str(error)))
+            ray.shutdown()
+    raise RayNotStarted(f"Ray did not start in {1 + attempt} attempts: {reason}")
 
 
 @contextmanager

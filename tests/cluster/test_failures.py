@@ -439,7 +439,7 @@ def test_a_job_that_no_node_can_hold_any_more_does_not_wait_for_ever(troubled: t
     assert any(note.startswith("joint: node lost: ") for note in found["notes"])
 
 
-def test_a_ray_that_does_not_start_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_ray_that_does_not_start_is_tried_again_and_then_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     log = "ERROR dashboard\nTraceback\nRuntimeError: Module MetricsHead failed to start. Timeout after 30.0 seconds."
 
     def fail(**options: object) -> None:
@@ -447,6 +447,8 @@ def test_a_ray_that_does_not_start_is_one_line(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(os, "environ", os.environ.copy())
     monkeypatch.setattr("ray.init", fail)
-    expected = "Ray did not start: RuntimeError: Module MetricsHead failed to start. Timeout after 30.0 seconds."
+    expected = (
+        "Ray did not start in 3 attempts: RuntimeError: Module MetricsHead failed to start. Timeout after 30.0 seconds."
+    )
     with pytest.raises(RayNotStarted, match=re.escape(expected) + "$"), local(Resources(1, 0)):
         pass
