@@ -13,6 +13,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -91,7 +92,8 @@ def write_npz(path: Path, **changed: np.ndarray | None) -> Path:
         "x_test": (random.integers(0, 120, (16, 8, 8, 3)) + y_test[:, None, None, None] * 60).astype(np.uint8),
         "y_test": y_test,
     } | changed
-    np.savez(path, **{name: array for name, array in arrays.items() if array is not None})
+    kept: dict[str, Any] = {name: array for name, array in arrays.items() if array is not None}
+    np.savez(path, **kept)
     return path
 
 

@@ -379,13 +379,14 @@ def _start(**options: Any) -> Any:
     """
     import ray
 
-    for attempt in range(1 + (failures.DRIVER.retries or 0)):
+    attempts = 1 + (failures.DRIVER.retries or 0)
+    for _ in range(attempts):
         try:
             return ray.init(**options)
         except Exception as error:  # Ray raises this very class, with the last lines of a log
             reason = failures.last_line(failures.clean(str(error)))
             ray.shutdown()
-    raise RayNotStarted(f"Ray did not start in {1 + attempt} attempts: {reason}")
+    raise RayNotStarted(f"Ray did not start in {attempts} attempts: {reason}")
 
 
 @contextmanager
