@@ -24,7 +24,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from dwf_cluster.cluster.failures import DRIVER
-from dwf_cluster.cluster.temporary import make_private
+from dwf_cluster.cluster.temporary import make_private, sockets_fit
 
 RESTARTS = DRIVER.retries or 0
 """How often a Ray cluster that was lost, or has not started, is started again within one allocation."""
@@ -37,9 +37,6 @@ JOINED = "joined"
 
 _FIRST_PORT, _LAST_PORT = 20_000, 32_000
 """Below the ports that Linux hands out by itself."""
-
-_LONGEST_FOLDER = 107 - len("/ray/session_2026-01-01_00-00-00_000000_4194304/sockets/dash_TaskEventsHead")
-"""Linux takes paths of sockets of at most 107 bytes, and Ray's sockets lie this deep in the private folder."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +81,7 @@ def new_folder() -> Path:
     """A path for the private folder that nobody can guess, in TMPDIR, or in /tmp if TMPDIR is too long for sockets."""
     name = f"dwf-{os.environ['SLURM_JOB_ID']}-{secrets.token_urlsafe(3)}"
     parent = os.environ.get("TMPDIR", "")
-    fits = os.path.isabs(parent) and len(os.fsencode(os.path.join(parent, name))) <= _LONGEST_FOLDER
+    fits = os.path.isabs(parent) and sockets_fit(os.path.join(parent, name))
     return Path(parent if fits and os.access(parent, os.W_OK | os.X_OK) else "/tmp", name)
 
 

@@ -138,23 +138,28 @@ def _prefix() -> str:
     return f"dwf-{zlib.crc32(platform.node().encode()) & 0xFFFF:04x}_"
 
 
+def sockets_fit(folder: str) -> bool:
+    """Whether the sockets of a Ray below `folder` have paths that the system takes."""
+    return len(os.fsencode(_longest_socket(folder))) <= _MAX_SOCKET_PATH
+
+
+def _longest_socket(folder: str) -> str:
+    """The longest path of a socket that Ray makes: that of a part of its dashboard."""
+    return f"{folder}/ray/session_YYYY-MM-DD_hh-mm-ss_ffffff_{os.getpid():07d}/sockets/dash_TaskEventsHead"
+
+
 def _parent(for_sockets: bool) -> str:
     """TMPDIR; `/tmp` if there is none, or if sockets below it would have too long a path."""
     parent = os.path.abspath(os.environ.get("TMPDIR") or "/tmp")
-    if not for_sockets or len(os.fsencode(_longest_socket(parent))) <= _MAX_SOCKET_PATH:
+    below = f"/{_prefix()}01234567"
+    if not for_sockets or sockets_fit(parent + below):
         return parent
-    room = _MAX_SOCKET_PATH - len(_longest_socket(""))
+    room = _MAX_SOCKET_PATH - len(_longest_socket(below))
     print(
         f"warning: TMPDIR: {parent!r} is too long for Ray's sockets: allowed are {room} bytes; using /tmp",
         file=sys.stderr,
     )
     return "/tmp"
-
-
-def _longest_socket(parent: str) -> str:
-    """The longest path of a socket that Ray makes: that of a part of its dashboard."""
-    session = f"session_YYYY-MM-DD_hh-mm-ss_ffffff_{os.getpid()}"
-    return f"{parent}/{_prefix()}01234567/ray/{session}/sockets/dash_TaskEventsHead"
 
 
 def _make(parent: str) -> tuple[str, int]:
