@@ -234,6 +234,8 @@ class Cluster:
         try:
             if failure.killed:  # it could not write its log itself
                 store.write(name, failures.log(failure.text, _worker_log(failure, reference)))
+            elif store.size(name) is None:
+                return "; no log: the job could not write it"
         except (StorageFailed, LockLost) as error:
             return f"; no log: {error}"
         return f"; log: {store.path(name)}"
