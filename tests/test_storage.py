@@ -159,6 +159,7 @@ def test_the_store_has_a_folders_manners(s3: str) -> None:
     assert store.create("lease/00001.json", b"one")  # the answer to the first was lost, say
     assert not store.create("lease/00001.json", b"two")
     assert store.read_all(["a/b/file", "gone"]) == [b"content", None]
+    assert store.read_all([]) == store.read_ends([], 4) == []
     store.write("a/b/empty", b"")
     names = ["a/b/file", "gone", "a/b/empty"]
     assert store.read_ends(names, 3) == [b"ent", None, b""]

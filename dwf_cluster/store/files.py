@@ -209,7 +209,8 @@ class Store:
             For each file its content, None if there is none, or why it cannot be read: the others still can.
         """
         keys = [self._key(name) for name in names]
-        results = {} if self.is_local else self._ask("read", "", lambda: self.files.cat(keys, on_error="return"))
+        remote = bool(keys) and not self.is_local  # `cat` takes no empty list
+        results = self._ask("read", "", lambda: self.files.cat(keys, on_error="return")) if remote else {}
         contents = [results.get(key) for key in keys]
         # Other errors: read the file once more, with retries.
         return [
