@@ -61,16 +61,20 @@ def test_a_finished_experiment_is_skipped(done: Path, capsys: pytest.CaptureFixt
     assert out[-1] == str(done)
 
 
+FOLDER, PIPE = "cannot be read: Is a directory", "cannot be read: not a regular file"
+TABLE_FOLDER = "not the Parquet file that was written (it is a folder); remove it, and it is made anew"
+
+
 @pytest.mark.parametrize(
     ("damage", "reason"),
     [
-        (_folder("lease/00001.json"), "Is a directory"),
-        (_pipe("lease/00001.json"), "not a regular file"),
-        (_folder("results/evaluations/x.parquet"), "Is a directory"),
-        (_pipe("results/evaluations/x.parquet"), "not a regular file"),
-        (_folder("results/checks/x.parquet"), "Is a directory"),
-        (_folder("checkpoints/pgd-1/epoch-00003/manifest.json"), "Is a directory"),
-        (_pipe("checkpoints/pgd-1/epoch-00003/manifest.json"), "not a regular file"),
+        (_folder("lease/00001.json"), FOLDER),
+        (_pipe("lease/00001.json"), PIPE),
+        (_folder("results/evaluations/x.parquet"), TABLE_FOLDER),
+        (_pipe("results/evaluations/x.parquet"), PIPE),
+        (_folder("results/checks/x.parquet"), TABLE_FOLDER),
+        (_folder("checkpoints/pgd-1/epoch-00003/manifest.json"), FOLDER),
+        (_pipe("checkpoints/pgd-1/epoch-00003/manifest.json"), PIPE),
     ],
     ids=["lease", "lease-pipe", "evaluations", "evaluations-pipe", "checks", "manifest", "manifest-pipe"],
 )
@@ -81,7 +85,7 @@ def test_what_is_no_file_is_named(
     code, _, err = _launch(done, capsys)
     assert code == 1
     first, second = err
-    assert first == f"failed: {path}: cannot be read: {reason}"
+    assert first == f"failed: {path}: {reason}"
     assert second.startswith("resume: python -m dwf_cluster.launch ")
 
 
@@ -89,7 +93,7 @@ def test_a_folder_among_the_jobs_is_named_by_the_plan(done: Path, capsys: pytest
     path = _folder("results/jobs/expert-pgd-1.parquet")(done)
     code, _, err = _launch(done, capsys, "--dry-run")
     assert code == 1
-    assert err[0] == f"failed: {path}: cannot be read: Is a directory"
+    assert err[0] == f"failed: {path}: {TABLE_FOLDER}"
 
 
 def test_a_file_that_is_no_table_is_left_alone(done: Path, capsys: pytest.CaptureFixture[str]) -> None:

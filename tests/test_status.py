@@ -254,7 +254,7 @@ def _status_large(path: Path) -> None:
         (_status_pipe, "not a regular file"),
         (_status_loop, "Too many levels of symbolic links"),
         (_status_device, "not a regular file"),
-        (_status_large, "1048577 bytes of JSON, allowed are 1048576"),
+        (_status_large, f"{MAX_JSON_BYTES + 1} bytes of JSON, allowed are {MAX_JSON_BYTES}"),
     ],
 )
 def test_a_status_that_is_no_file_does_not_hide_the_other_experiments(

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from dwf_cluster.experiment import printable
 from dwf_cluster.store.files import LockLost, Store, lock_file
 from dwf_cluster.store.status import HEARTBEAT, Status, Time, age, now
 
@@ -191,8 +192,7 @@ def _owner(number: int, holder: Holder | None) -> str:
     if holder is None:
         return f"a run whose lock {lock_file(number)} cannot be read"
     job = f", SLURM job {holder.job}" if holder.job else ""
-    text = f"{holder.host} (process {holder.pid}{job}) since {holder.since}"
-    return "".join(character if character.isprintable() else "?" for character in text)
+    return printable(f"{holder.host} (process {holder.pid}{job}) since {holder.since}")
 
 
 def _machine() -> str:
