@@ -26,6 +26,8 @@ from dwf_cluster.data import sources
 from dwf_cluster.experiment import Experiment, build
 from dwf_cluster.store import Store, checkpoints
 
+from . import PATIENCE
+
 TINY = [
     "data.train_examples=96",
     "data.test_examples=40",
@@ -50,10 +52,6 @@ TINY = [
     "evaluation.probe_steps=2",
 ]
 """Assignments that make the digits preset a matter of seconds: three experts, 96 images."""
-
-
-PATIENCE = 1200.0
-"""Seconds after which what a test waits for will not come: no test depends on the speed of a machine."""
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 
-from .conftest import PATIENCE
+from . import PATIENCE
 
 
 class S3:

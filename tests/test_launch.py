@@ -19,7 +19,8 @@ from dwf_cluster.experiment import PRESETS, describe
 from dwf_cluster.store import checkpoints, tables
 from dwf_cluster.store.status import Status
 
-from .conftest import ARGUMENTS, PATIENCE, TINY, Launch, go_on_to_stop, held, store_of
+from . import PATIENCE
+from .conftest import ARGUMENTS, TINY, Launch, go_on_to_stop, held, store_of
 
 
 def test_help_names_every_preset_and_every_field_with_its_default(launch: Launch) -> None:

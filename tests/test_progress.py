@@ -18,7 +18,7 @@ from dwf_cluster.plan import Job, jobs
 from dwf_cluster.progress import Progress
 from dwf_cluster.store import Store, tables
 
-from .conftest import PATIENCE
+from . import PATIENCE
 
 
 def _epoch(store: Store, experiment: Experiment, job: Job, epoch: int) -> None:

@@ -24,7 +24,8 @@ from dwf_cluster.store import Store, files, lease, tables
 from dwf_cluster.store.lease import Held, Holder, Lease
 from dwf_cluster.store.status import HEARTBEAT, Status
 
-from .conftest import PATIENCE, TINY
+from . import PATIENCE
+from .conftest import TINY
 
 EXPERIMENTS, LATENCY, LIMIT = 1000, 0.07, 15.0
 """Experiments of one run, seconds an operation, seconds between two heartbeats."""

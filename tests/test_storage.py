@@ -21,7 +21,8 @@ from dwf_cluster import status
 from dwf_cluster.experiment import InvalidInput
 from dwf_cluster.store import LockLost, StorageFailed, Store, files, lease
 
-from .conftest import ARGUMENTS, PATIENCE, Launch, assert_same
+from . import PATIENCE
+from .conftest import ARGUMENTS, Launch, assert_same
 from .s3 import S3
 
 

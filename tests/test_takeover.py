@@ -12,7 +12,8 @@ import pytest
 
 from dwf_cluster.store.status import Status
 
-from .conftest import ARGUMENTS, PATIENCE, Launch, assert_same, held, on_machine, store_of
+from . import PATIENCE
+from .conftest import ARGUMENTS, Launch, assert_same, held, on_machine, store_of
 
 
 @pytest.mark.interruptions

@@ -17,7 +17,7 @@ from analysis.tables import accuracies
 from benchmarks.analysis import make_up
 from dwf_cluster.experiment import build
 
-from ..conftest import PATIENCE
+from .. import PATIENCE
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = 400

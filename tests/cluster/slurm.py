@@ -21,7 +21,7 @@ from pathlib import Path
 
 import psutil
 
-from ..conftest import PATIENCE
+from .. import PATIENCE
 
 COMMANDS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel")
 NODES, CPUS, GPUS, MEMORY = 2, 2, 2, 8000

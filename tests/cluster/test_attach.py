@@ -15,7 +15,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from ..conftest import PATIENCE, TINY, Launch
+from .. import PATIENCE
+from ..conftest import TINY, Launch
 
 ROOT = Path(__file__).parents[2]
 TWO = [*TINY, "experts.pgd=0", "experts.epochs=1"]

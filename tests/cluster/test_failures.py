@@ -32,7 +32,8 @@ from dwf_cluster.plan import Job, jobs
 from dwf_cluster.store import StorageFailed, Store, checkpoints, tables
 from dwf_cluster.store.jobs import recorded
 
-from ..conftest import ARGUMENTS, LOCAL, PATIENCE, TINY, Launch, go_on_to_stop, held, store_of, title
+from .. import PATIENCE
+from ..conftest import ARGUMENTS, LOCAL, TINY, Launch, go_on_to_stop, held, store_of, title
 
 ROOT = Path(__file__).parents[2]
 SIZES = Sizes(96, 40, (1, 8, 8))

@@ -17,7 +17,8 @@ import pytest
 from dwf_cluster.cluster import temporary
 from dwf_cluster.experiment import InvalidInput
 
-from ..conftest import PATIENCE, title
+from .. import PATIENCE
+from ..conftest import title
 
 HOLD = """
 import sys

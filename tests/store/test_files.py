@@ -20,7 +20,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from dwf_cluster.experiment import InvalidInput
 from dwf_cluster.store import LockLost, StorageFailed, Store, checkpoints, files
 
-from ..conftest import PATIENCE
+from .. import PATIENCE
 
 
 class Faulty(MemoryFileSystem):

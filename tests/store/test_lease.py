@@ -17,7 +17,7 @@ from dwf_cluster.store import LockLost, Store, lease
 from dwf_cluster.store.lease import Held, Holder
 from dwf_cluster.store.status import Status, now
 
-from ..conftest import PATIENCE
+from .. import PATIENCE
 
 
 def _write(store: Store, number: int, **changed: object) -> None:

@@ -33,7 +33,7 @@ from dwf_cluster.store import LockLost, Store, lease, status
 from dwf_cluster.store.lease import Held
 from dwf_cluster.store.status import Status
 
-from ..conftest import PATIENCE
+from .. import PATIENCE
 from ..s3 import S3
 
 PROCESSES = 4

@@ -26,7 +26,8 @@ from dwf_cluster.store import Store, checkpoints
 from dwf_cluster.training import expert, joint
 from dwf_cluster.training.loop import Stopped, Task, train
 
-from ..conftest import ARGUMENTS, PATIENCE, TINY, Launch, assert_same, go_on_to_stop, title
+from .. import PATIENCE
+from ..conftest import ARGUMENTS, TINY, Launch, assert_same, go_on_to_stop, title
 from .gloo import run_workers
 
 MODELS = ("pgd-1", MIXTURE)
