@@ -2,6 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 LOWEST := .venv-lowest/bin
+WHOLE_RUN := test_interrupted_and_killed_it_goes_on_and_ends_with_the_same_bits
 
 demo: .venv/analysis
 	$(BIN)/python -m dwf_cluster.launch --local
@@ -19,9 +20,9 @@ interruptions: .venv/test
 soak: .venv/test
 	$(BIN)/python -m pytest -m soak -s
 
-# The lowest versions that pyproject.toml allows: the store on a disk and on S3, and whole runs.
+# The lowest versions that pyproject.toml allows: the store on a disk and on S3, and whole runs, one of them interrupted.
 lowest: .venv-lowest/installed
-	$(LOWEST)/python -m pytest tests/store tests/test_storage.py tests/test_pipeline.py
+	$(LOWEST)/python -m pytest tests/store tests/test_storage.py tests/test_pipeline.py::$(WHOLE_RUN)
 
 lint: .venv/lint
 	$(BIN)/ruff check .
