@@ -46,7 +46,7 @@ audit: .venv/audit
 	touch $@
 
 .venv-lowest/installed: pyproject.toml
-	$(PYTHON) -m venv .venv-lowest
+	$(PYTHON) -m venv --clear .venv-lowest
 	$(LOWEST)/pip install --quiet uv
 	$(LOWEST)/uv pip install --quiet --python $(LOWEST)/python --resolution lowest-direct --editable '.[test]'
 	touch $@
