@@ -31,7 +31,7 @@ def test_a_run_that_stood_still_and_was_taken_over_writes_nothing_more_and_says_
         status = Status.read(store_of(folder))
         assert status is not None
         assert (status.run, status.host) == (1, "first")
-        with subprocess.Popen(on_machine("second", ARGUMENTS), **pipes) as second:  # type: ignore[call-overload]
+        with subprocess.Popen(on_machine("second", ARGUMENTS, impatient=True), **pipes) as second:  # type: ignore[call-overload]
             for line in second.stdout:
                 if re.match(r"expert pgd-1: epoch \d/3", line):
                     break
