@@ -10,7 +10,7 @@ from torch import nn
 from dwf_cluster.attacks.apgd import apgd, targeted_dlr
 from dwf_cluster.attacks.ball import Ball
 from dwf_cluster.attacks.fab import fab_targeted
-from dwf_cluster.attacks.pgd import Iterate, Standing, WorstCase
+from dwf_cluster.attacks.pgd import Iterate, Remaining, WorstCase
 from dwf_cluster.attacks.square import square
 
 TARGETS = 9
@@ -21,7 +21,7 @@ SQUARE_PLANNED = 10_000
 
 
 def autoattack(model: nn.Module, epsilon: float, worst: WorstCase, *, steps: int = 100, queries: int = 5000) -> None:
-    """APGD on cross-entropy, APGD on the targeted DLR, targeted FAB, Square; each on what stands yet.
+    """APGD on cross-entropy, APGD on the targeted DLR, targeted FAB, Square; each on the images that are still robust.
 
     Args:
         model: frozen view, pixels in, logits of at least four classes out.
@@ -33,22 +33,22 @@ def autoattack(model: nn.Module, epsilon: float, worst: WorstCase, *, steps: int
         NotLogits: if the model returns NaN or probabilities.
     """
     ball = Ball("linf", epsilon)
-    targets = worst.logits.argsort(1, descending=True)[:, 1 : TARGETS + 1]  # of those that stand, the first is true
+    targets = worst.logits.argsort(1, descending=True)[:, 1 : TARGETS + 1]  # of images that are still robust, the first is true
 
-    def apgd_targeted(some: Standing, rank: int) -> Iterator[Iterate]:
-        goal = targets[some.index, rank]
-        arguments = (model, some.x, some.y, ball, some.generators)
+    def apgd_targeted(rest: Remaining, rank: int) -> Iterator[Iterate]:
+        goal = targets[rest.index, rank]
+        arguments = (model, rest.x, rest.y, ball, rest.generators)
         return apgd(*arguments, steps=steps, objective=targeted_dlr, target=goal)
 
-    worst.attack(lambda some: apgd(model, some.x, some.y, ball, some.generators, steps=steps))
+    worst.attack(lambda rest: apgd(model, rest.x, rest.y, ball, rest.generators, steps=steps))
     for rank in range(targets.shape[1]):
         worst.attack(functools.partial(apgd_targeted, rank=rank))
     for rank in range(targets.shape[1]):
         worst.attack(
-            lambda some, rank=rank: fab_targeted(  # type: ignore[misc]
-                model, some.x, some.y, epsilon, targets[some.index, rank], steps=steps
+            lambda rest, rank=rank: fab_targeted(  # type: ignore[misc]
+                model, rest.x, rest.y, epsilon, targets[rest.index, rank], steps=steps
             )
         )
     worst.attack(
-        lambda some: square(model, some.x, some.y, epsilon, some.generators, queries=queries, planned=SQUARE_PLANNED)
+        lambda rest: square(model, rest.x, rest.y, epsilon, rest.generators, queries=queries, planned=SQUARE_PLANNED)
     )

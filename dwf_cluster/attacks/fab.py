@@ -45,7 +45,7 @@ def fab_targeted(
         logits = predict(model, point)
         fooled = logits.argmax(1) != labels[:, 0]
         done = fooled & ((point - x).flatten(1).abs().amax(1) <= epsilon)
-        yield Iterate(step, index[done], point[done], logits[done], spent=len(index))
+        yield Iterate(step, index[done], point[done], logits[done], gradient_count=len(index))
         if bool(done.all()):
             return
         point = torch.where(fooled[:, None, None, None], x + _BACKWARD * (point - x), point)

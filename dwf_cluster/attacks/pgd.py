@@ -22,7 +22,7 @@ class Iterate:
         x: the adversarial images, shape (n, channels, height, width).
         logits: the model's at x, shape (n, classes), where the attack came to know them.
         gradient: of the attack's loss at x, shape of x, where the attack goes on.
-        spent: gradient evaluations of single images that it took to know `gradient`.
+        gradient_count: gradient evaluations of single images that it took to know `gradient`.
     """
 
     step: int
@@ -30,7 +30,7 @@ class Iterate:
     x: torch.Tensor
     logits: torch.Tensor | None = None
     gradient: torch.Tensor | None = None
-    spent: int = 0
+    gradient_count: int = 0
 
 
 def fgsm(x: torch.Tensor, gradient: torch.Tensor, epsilon: float) -> torch.Tensor:
@@ -106,13 +106,13 @@ def with_logits(model: nn.Module, iterate: Iterate) -> Iterate:
 
 
 @dataclass(frozen=True)
-class Standing:
-    """The n images of a batch that stand yet.
+class Remaining:
+    """The n images of a batch that no attack has fooled yet.
 
     Attributes:
         index: which of the batch they are, shape (n,).
         x, y: clean images and labels.
-        generators: theirs; none if the batch has none.
+        generators: of random draws, one an image; empty if the batch has none.
     """
 
     index: torch.Tensor
@@ -127,8 +127,8 @@ class WorstCase:
     Attributes:
         x: the adversarial images so far: the first that fooled the model, else the last that was seen.
         logits: the model's at x, shape (n, classes).
-        standing: which images were classified correctly in all versions so far, shape (n,).
-        spent: gradient evaluations of single images in `attack`.
+        robust: which images were classified correctly in all versions so far, shape (n,).
+        gradient_count: gradient evaluations of single images in `attack`.
     """
 
     def __init__(
@@ -142,24 +142,24 @@ class WorstCase:
         """Begin with clean images, labels, the model's logits and, for random attacks, one generator an image."""
         self._model, self._x, self._y, self._generators = model, x, y, generators
         self.x, self.logits = x.clone(), logits.clone()
-        self.standing = logits.argmax(1) == y
-        self.spent = 0
+        self.robust = logits.argmax(1) == y
+        self.gradient_count = 0
 
     def see(self, iterate: Iterate) -> None:
         """Take one more version of some images."""
         logits = with_logits(self._model, iterate).logits
         assert logits is not None
-        news = self.standing[iterate.index]
+        news = self.robust[iterate.index]
         index = iterate.index[news]
         self.x[index], self.logits[index] = iterate.x[news], logits[news]
-        self.standing[index] = self.logits[index].argmax(1) == self._y[index]
+        self.robust[index] = self.logits[index].argmax(1) == self._y[index]
 
-    def attack(self, run: Callable[[Standing], Iterator[Iterate]]) -> None:
-        """Attack those that stand; the run counts them from 0 in its iterates."""
-        who = self.standing.nonzero().squeeze(1)
-        if len(who) == 0:
+    def attack(self, run: Callable[[Remaining], Iterator[Iterate]]) -> None:
+        """Attack the images that are still robust; the run counts them from 0 in its iterates."""
+        remaining = self.robust.nonzero().squeeze(1)
+        if len(remaining) == 0:
             return
-        generators = [self._generators[i] for i in who.tolist()] if self._generators else []
-        for it in run(Standing(who, self._x[who], self._y[who], generators)):
-            self.see(replace(it, index=who[it.index]))
-            self.spent += it.spent
+        generators = [self._generators[i] for i in remaining.tolist()] if self._generators else []
+        for it in run(Remaining(remaining, self._x[remaining], self._y[remaining], generators)):
+            self.see(replace(it, index=remaining[it.index]))
+            self.gradient_count += it.gradient_count

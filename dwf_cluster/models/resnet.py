@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from dwf_cluster.data.registry import ImageFormat
+
 
 class Normalize(nn.Module):
     """Per-channel (x - mean) / std, as buffers, so that attacks work in pixel space.
@@ -83,3 +85,8 @@ class ResNet18(nn.Module):
         # A mean, not adaptive pooling: the latter has no deterministic gradient on CUDA.
         logits: torch.Tensor = self.classifier(features.mean(dim=(2, 3)))
         return logits
+
+
+def resnet18(images: ImageFormat, width: int) -> ResNet18:
+    """The backbone `resnet18` for images of this format."""
+    return ResNet18(images.classes, images.mean, images.std, width)

@@ -16,7 +16,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from dwf_cluster.experiment import MIXTURE
 from dwf_cluster.store.files import Store
 
 if TYPE_CHECKING:
@@ -31,6 +30,9 @@ _ELSEWHERE = re.compile(r"([A-Za-z0-9][\w.-]*)/(checkpoints/[A-Za-z0-9][\w.-]*/e
 
 _HEADER = 1 << 20
 """Bytes at the start of a tensors file that hold its header: twice those of a mixture of nine."""
+
+_STORED_NAMES = {"mixture": "joint"}
+"""Models whose checkpoints lie in a folder of another name, which other people's scripts know."""
 
 KEPT = 2
 """The newest checkpoint, and one to fall back on."""
@@ -51,6 +53,12 @@ class Checkpoint:
     epoch: int
     tensors: dict[str, torch.Tensor]
     state: dict[str, Any]
+
+    @property
+    def weights(self) -> dict[str, torch.Tensor]:
+        """The model's tensors, for `load_state_dict`."""
+        named = self.tensors.items()
+        return {name.removeprefix("model."): tensor for name, tensor in named if name.startswith("model.")}
 
 
 def save(
@@ -211,8 +219,18 @@ def drop_momentum(store: Store, model: str) -> None:
         save(store, model, checkpoint.epoch, checkpoint.state["steps"], weights, checkpoint.state)
 
 
+def stored_name(model: str) -> str:
+    """Name of the folder that holds a model's checkpoints."""
+    return _STORED_NAMES.get(model, model)
+
+
+def model_name(stored: str) -> str:
+    """Name of the model whose checkpoints lie in a folder of this name."""
+    return next((model for model, name in _STORED_NAMES.items() if name == stored), stored)
+
+
 def _model_folder(model: str) -> str:
-    return f"checkpoints/{'joint' if model == MIXTURE else model}"
+    return f"checkpoints/{stored_name(model)}"
 
 
 def folders(store: Store, model: str) -> list[str]:

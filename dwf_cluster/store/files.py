@@ -116,6 +116,23 @@ def lock_file(number: int) -> str:
 
 
 @dataclass(frozen=True)
+class Labels:
+    """The columns of every table that say which experiment a row belongs to.
+
+    Attributes:
+        experiment: its signature.
+        preset: the name of the preset it started from.
+        dataset: name of the data set, or of the file with the images.
+        seed: of every random draw.
+    """
+
+    experiment: str
+    preset: str
+    dataset: str
+    seed: int
+
+
+@dataclass(frozen=True)
 class Store:
     """An experiment's folder. Picklable: each process opens the file system for itself.
 
@@ -127,11 +144,13 @@ class Store:
         folder: the experiment's folder below it; empty: the root itself.
         run: number of the run that writes; then every write, create and remove raises `LockLost` once a later run
             has taken the experiment over. None: writes are not fenced.
+        labels: of the rows that are written to tables; None: no rows can be.
     """
 
     url: str
     folder: str
     run: int | None = None
+    labels: Labels | None = None
 
     def __post_init__(self) -> None:
         check_url(self.url)

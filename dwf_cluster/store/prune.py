@@ -99,7 +99,7 @@ def size(count: float) -> str:
 
 def _models(store: Store) -> list[str]:
     names = (name for name in store.names("checkpoints") if _MODEL.fullmatch(name))
-    return [MIXTURE if name == "joint" else name for name in names]
+    return [checkpoints.model_name(name) for name in names]
 
 
 def _referred(store: Store) -> Iterator[str]:

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dwf_cluster.experiment import Experiment
 from dwf_cluster.store.files import NotAFile, StorageFailed, Store
 
 _EXPERIMENT = [("experiment", pa.string()), ("preset", pa.string()), ("dataset", pa.string()), ("seed", pa.int64())]
@@ -147,42 +147,33 @@ def folder(table: str) -> str:
     return f"results/{table}"
 
 
-def rows_of(experiment: Experiment, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Rows with the four columns that say which experiment they belong to; what these columns said before is lost."""
-    own = _experiment_columns(experiment)
-    return [{**row, **own} for row in rows]
-
-
-def _experiment_columns(experiment: Experiment) -> dict[str, Any]:
-    return {
-        "experiment": experiment.signature,
-        "preset": experiment.preset,
-        "dataset": experiment.data.source.replace("\\", "/").rsplit("/", 1)[-1],
-        "seed": experiment.seed,
-    }
-
-
 def write(store: Store, table: str, file: str, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write one file of a table; rows that it held before are replaced.
+    """Write one file of a table, with the store's labels in each row; rows that it held before are replaced.
 
     Raises:
         KeyError: if a row has a column that the schema does not.
     """
-    schema = SCHEMAS[table]
+    schema, labels = SCHEMAS[table], _labels(store)
+    rows = [{**row, **labels} for row in rows]
     unknown = {column for row in rows for column in row} - set(schema.names)
     if unknown:
         raise KeyError(f"{table} has no column {sorted(unknown)}")
-    _write(store, table, file, pa.Table.from_pylist(list(rows), schema=schema))
+    _write(store, table, file, pa.Table.from_pylist(rows, schema=schema))
 
 
-def copy(source: Store, store: Store, experiment: Experiment, table: str, file: str, **columns: Any) -> None:
-    """Copy one file of another experiment's table, as rows of this experiment, with some columns changed."""
+def copy(source: Store, store: Store, table: str, file: str, **columns: Any) -> None:
+    """Copy one file of another experiment's table, as rows of this store's experiment, with some columns changed."""
     rows = read(source, table, [file])
-    for name, value in {**_experiment_columns(experiment), **columns}.items():
+    for name, value in {**_labels(store), **columns}.items():
         field = rows.schema.field(name)
         same = pa.repeat(pa.scalar(value, field.type), len(rows))
         rows = rows.set_column(rows.schema.get_field_index(name), field, same)
     _write(store, table, file, rows)
+
+
+def _labels(store: Store) -> dict[str, Any]:
+    assert store.labels is not None  # only a store that an experiment has made is written to
+    return asdict(store.labels)
 
 
 def read(store: Store, table: str, only: Sequence[str] | None = None) -> pa.Table:

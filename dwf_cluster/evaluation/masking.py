@@ -14,7 +14,7 @@ from torch import nn
 
 from dwf_cluster import attacks
 from dwf_cluster.attacks.gradient import look_like_probabilities
-from dwf_cluster.grid import CHECK_QUERIES
+from dwf_cluster.evaluation.registry import CHECK_QUERIES, Threat
 
 HUGE = 1.0
 """An L-infinity radius that lets an attack paint any image."""
@@ -49,8 +49,7 @@ def masking(
     model: nn.Module,
     x: torch.Tensor,
     y: torch.Tensor,
-    epsilon: float,
-    step_size: float,
+    threat: Threat,
     steps: int,
     generators: Sequence[torch.Generator],
 ) -> Iterator[Check]:
@@ -60,7 +59,7 @@ def masking(
         model: as it is attacked: a frozen view, or any other module.
         x: float in [0, 1], shape (n, channels, height, width); a hundred images are enough.
         y: int64, shape (n,).
-        epsilon, step_size: of the L-infinity PGD that is looked at, pixels in [0, 1].
+        threat: of the PGD that is looked at.
         steps: iterations of a short run; a long one has four times as many.
         generators: one an image.
     """
@@ -69,7 +68,7 @@ def masking(
         if sign.check in ("nan", "probabilities", "train_mode") and sign.fired:
             return
     try:
-        yield from _attacks(model, x, y, epsilon, step_size, steps, generators)
+        yield from _attacks(model, x, y, threat, steps, generators)
     except attacks.NotLogits as error:
         yield Check("nan_under_attack", 1.0, 0.0, f"on attacked images {error}")
 
@@ -96,11 +95,11 @@ def _attacks(
     model: nn.Module,
     x: torch.Tensor,
     y: torch.Tensor,
-    epsilon: float,
-    step_size: float,
+    threat: Threat,
     steps: int,
     generators: Sequence[torch.Generator],
 ) -> Iterator[Check]:
+    epsilon, step_size = threat.epsilon, threat.step_size
     ball, begun, logits = attacks.Ball("linf", epsilon), x.clone(), attacks.predict(model, x.clone())
     worst, accuracy = attacks.WorstCase(model, x, y, logits, generators), {}
     for it in attacks.pgd(model, x, y, ball, step_size=step_size, steps=4 * steps):
@@ -108,8 +107,8 @@ def _attacks(
             assert it.gradient is not None
             one_step = attacks.fgsm(x, it.gradient, epsilon)
             accuracy["fgsm"] = _accuracy(model, one_step, y)
-            zero = ~it.gradient.flatten(1).any(1) & worst.standing
-            value = float(zero.double().sum() / worst.standing.sum().clamp(min=1))
+            zero = ~it.gradient.flatten(1).any(1) & worst.robust
+            value = float(zero.double().sum() / worst.robust.sum().clamp(min=1))
             yield Check("zero_gradients", value, 0.01, f"{value:.0%} of correct images have no gradient at all")
         elif it.step in (steps, 4 * steps):
             accuracy[f"{it.step}"] = _accuracy(model, it.x, y)
@@ -122,7 +121,7 @@ def _attacks(
     yield Check("more_steps", long - short, NOISE, meaning)
 
     short_run = functools.partial(attacks.pgd, model, step_size=step_size, steps=steps, drop_fooled=True)
-    worst.attack(lambda some: short_run(some.x, some.y, ball, start=ball.random_point(some.x, some.generators)))
+    worst.attack(lambda rest: short_run(rest.x, rest.y, ball, start=ball.random_point(rest.x, rest.generators)))
     restarted = _accuracy(model, worst.x, y)
     meaning = f"PGD-{4 * steps} leaves {long:.1%}, the worst case over it and a restart {restarted:.1%}"
     yield Check("restarts", restarted - long, NOISE, meaning)
@@ -132,16 +131,16 @@ def _attacks(
     meaning = f"images moved by up to {moved:.4g} and left [0, 1] by {outside:.4g}, where {epsilon:.4g} is allowed"
     yield Check("perturbation", max(moved - epsilon, outside), 1e-5, meaning)
 
-    white = worst.standing.clone()
-    worst.attack(lambda some: attacks.square(model, some.x, some.y, epsilon, some.generators, queries=CHECK_QUERIES))
-    value = float((white & ~worst.standing).double().mean())
+    white = worst.robust.clone()
+    worst.attack(lambda rest: attacks.square(model, rest.x, rest.y, epsilon, rest.generators, queries=CHECK_QUERIES))
+    value = float((white & ~worst.robust).double().mean())
     meaning = f"a black-box attack fools {value:.1%} that resisted the white-box attacks"
     yield Check("black_box", value, NOISE, meaning)
 
     worst = attacks.WorstCase(model, x, y, logits)
     long_run = functools.partial(attacks.pgd, model, step_size=HUGE / 10, steps=2 * steps, drop_fooled=True)
-    worst.attack(lambda some: long_run(some.x, some.y, attacks.Ball("linf", HUGE)))
-    value = float(worst.standing.double().mean())
+    worst.attack(lambda rest: long_run(rest.x, rest.y, attacks.Ball("linf", HUGE)))
+    value = float(worst.robust.double().mean())
     meaning = f"{value:.1%} stand at an epsilon of {HUGE:g}, at which any image can be painted"
     yield Check("huge_epsilon", value, NOISE, meaning)
 

@@ -15,14 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import dwf_cluster
-from dwf_cluster.experiment import Experiment
 from dwf_cluster.store import tables
 from dwf_cluster.store.files import Store
 
 
 @contextmanager
 def recorded(
-    store: Store, experiment: Experiment, job: Mapping[str, str], file: str, gpus: float, device: str | None
+    store: Store, job: Mapping[str, str], file: str, gpus: float, device: str | None
 ) -> Iterator[dict[str, Any]]:
     """Keep the row of a job while it runs in this process: `running`, then `done` or `failed`.
 
@@ -30,7 +29,6 @@ def recorded(
 
     Args:
         store: takes the row.
-        experiment: that the job belongs to.
         job: its columns `stage`, `model` and `task`.
         file: name of its file in the table.
         gpus: that it was given, fractions included.
@@ -55,7 +53,7 @@ def recorded(
     }
 
     def write() -> None:
-        tables.write(store, "jobs", file, tables.rows_of(experiment, [row]))
+        tables.write(store, "jobs", file, [row])
 
     write()
     try:

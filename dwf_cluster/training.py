@@ -7,29 +7,28 @@ from __future__ import annotations
 
 import functools
 import math
+import pkgutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from dwf_cluster import attacks
+from dwf_cluster.attacks.ball import Ball
+from dwf_cluster.attacks.gradient import NotLogits, predict
+from dwf_cluster.attacks.pgd import pgd
 from dwf_cluster.data.device import DeviceImages, to_float
+from dwf_cluster.defences.loss import Loss
+from dwf_cluster.defences.registry import METHODS, ModelSpec, Training
 from dwf_cluster.determinism import Draws
-from dwf_cluster.experiment import Experiment, Gate, Training
+from dwf_cluster.evaluation.registry import Threat
+from dwf_cluster.models.frozen import frozen
 from dwf_cluster.store import Store, checkpoints, tables
-
-Perturb = Callable[[Callable[[], nn.Module], torch.Tensor, torch.Tensor, Draws], tuple[torch.Tensor, torch.Tensor]]
-"""(frozen model, images, labels, draws of the step) -> images and labels to train on.
-
-The frozen model is a function that builds it, so a step that attacks nothing does not pay for it.
-"""
 
 
 class NonFiniteLoss(RuntimeError):
@@ -41,26 +40,53 @@ class Stopped(Exception):
 
 
 @dataclass(frozen=True)
+class Probe:
+    """The short PGD that follows every epoch and shows catastrophic overfitting.
+
+    Attributes:
+        threat: epsilon and step size.
+        steps: iterations.
+        examples: number of test images, the first ones.
+    """
+
+    threat: Threat
+    steps: int
+    examples: int
+
+
+@dataclass(frozen=True)
 class Task:
     """The training of one model, and where its metrics and checkpoints go.
 
     Attributes:
-        experiment: decides the numbers.
+        spec: the model: method, epochs, learning rate and so on.
+        stage: stored with its metrics and checkpoints.
+        seed: of every random draw.
+        probe: follows every epoch.
+        checkpoint_minutes: between checkpoints within an epoch that takes longer.
         store: for metrics and checkpoints.
-        stage: `experts` or `joint`.
-        name: of the model: `fgsm-2`, `mixture`.
-        training: epochs, learning rate, ... of this stage.
-        report: called after each epoch with the row of `metrics`, on every worker.
+        on_epoch: called after each epoch with the row of `metrics`, on every worker.
         stopping: called at each step; if it returns true on any worker, all workers stop after that step.
     """
 
-    experiment: Experiment
-    store: Store
+    spec: ModelSpec
     stage: str
-    name: str
-    training: Training
-    report: Callable[[dict[str, Any]], None] = lambda row: None
+    seed: int
+    probe: Probe
+    checkpoint_minutes: float
+    store: Store
+    on_epoch: Callable[[dict[str, Any]], None] = lambda row: None
     stopping: Callable[[], bool] = lambda: False
+
+    @property
+    def name(self) -> str:
+        """The model's name."""
+        return self.spec.name
+
+    @property
+    def training(self) -> Training:
+        """Epochs, learning rate and so on."""
+        return self.spec.training
 
 
 @dataclass
@@ -74,7 +100,7 @@ class _Progress:
     metrics: list[dict[str, Any]] = field(default_factory=list)
 
 
-def train(task: Task, model: nn.Module, images: DeviceImages, perturb: Perturb) -> nn.Module:
+def train(task: Task, model: nn.Module, images: DeviceImages) -> nn.Module:
     """Train from the last checkpoint, or from `model` as it is, to the last epoch.
 
     In a process group (`torch.distributed`), each worker trains on its part of every batch and the gradients
@@ -83,10 +109,8 @@ def train(task: Task, model: nn.Module, images: DeviceImages, perturb: Perturb) 
 
     Args:
         task: the settings, and the store to resume from.
-        model: on the device of `images`; changed in place. Parameters of a submodule `gate` get the gate's
-            learning rate and weight decay.
+        model: on the device of `images`; changed in place.
         images: the data set.
-        perturb: makes the batch to train on from a clean one; its images may be several times as many.
 
     Returns:
         The model.
@@ -97,20 +121,20 @@ def train(task: Task, model: nn.Module, images: DeviceImages, perturb: Perturb) 
     """
     rank, workers = _workers()
     model.to(memory_format=torch.channels_last)
-    optimizer = _optimizer(model, task.training, task.experiment.gate)
+    optimizer = _optimizer(model, task.spec)
     progress = _restore(task, model, optimizer)
     parallel = _distributed(model) if workers > 1 else model
     while progress.epoch < task.training.epochs:
-        row = _epoch(task, progress, model, parallel, optimizer, images, perturb)
+        row = _epoch(task, progress, model, parallel, optimizer, images)
         if row is None:
             _save(task, model, optimizer, progress)
             raise Stopped
         progress = _Progress(progress.epoch + 1, metrics=[*progress.metrics, row])
         if rank == 0:
             # Metrics first: killed in between, the epoch is run again and its row replaced.
-            tables.write(task.store, "metrics", task.name, tables.rows_of(task.experiment, progress.metrics))
+            tables.write(task.store, "metrics", task.name, progress.metrics)
         _save(task, model, optimizer, progress)
-        task.report(row)
+        task.on_epoch(row)
     return model
 
 
@@ -121,14 +145,13 @@ def _epoch(
     parallel: nn.Module,
     optimizer: torch.optim.SGD,
     images: DeviceImages,
-    perturb: Perturb,
 ) -> dict[str, Any] | None:
     """Train to the end of an epoch, then probe; returns the row of `metrics`, or None if training is to stop."""
     epoch = progress.epoch
-    started, key = time.perf_counter() - progress.seconds, (task.experiment.seed, task.name, epoch)
+    started, key = time.perf_counter() - progress.seconds, (task.seed, task.name, epoch)
     batches = images.epoch(task.training.batch_size, Draws(key))
     first, last = epoch * len(batches), task.training.epochs * len(batches)
-    pause = 60 * task.experiment.checkpoint_minutes
+    pause = 60 * task.checkpoint_minutes
     due = time.perf_counter() + pause
     model.train()
     step = first
@@ -137,12 +160,7 @@ def _epoch(
             factor = (1 + math.cos(math.pi * step / last)) / 2
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * factor
-            loss, stopping = _accumulate(task, parallel, images, indices, perturb, Draws((*key, step - first)))
-            if not math.isfinite(loss):
-                raise attacks.NotLogits(f"the loss became {loss}")
-            optimizer.step()
-            optimizer.zero_grad()
-            _average_statistics(model)
+            loss, stopping = _step(task, model, parallel, optimizer, images, indices, Draws((*key, step - first)))
             progress.loss += loss * len(indices)
             progress.steps += 1
             progress.seconds = time.perf_counter() - started
@@ -155,8 +173,8 @@ def _epoch(
                     started += time.perf_counter() - saving
                     due = time.perf_counter() + pause
         seconds = time.perf_counter() - started
-        clean, robust = probe(model, images, task.experiment)
-    except attacks.NotLogits as error:
+        clean, robust = run_probe(model, images, task.probe)
+    except NotLogits as error:
         saved = checkpoints.latest_path(task.store, task.name)
         raise NonFiniteLoss(
             f"{error} in epoch {epoch + 1}, step {step + 1} of {task.name}; last good checkpoint: {saved or 'none'}"
@@ -176,50 +194,73 @@ def _epoch(
     }
 
 
-def probe(model: nn.Module, images: DeviceImages, experiment: Experiment) -> tuple[float, float]:
-    """Accuracy (0..1) on the first test images, clean and under a short PGD: shows catastrophic overfitting."""
-    view, count = attacks.frozen(model), experiment.evaluation.probe_examples
-    x, y = to_float(images.x_test[:count]), images.y_test[:count]
-    pgd, steps = experiment.pgd, experiment.evaluation.probe_steps
-    ball = attacks.Ball("linf", pgd.epsilon)
-    first, *_, last = attacks.pgd(view, x, y, ball, step_size=pgd.step_size, steps=steps)
+def run_probe(model: nn.Module, images: DeviceImages, probe: Probe) -> tuple[float, float]:
+    """Accuracy (0..1) on the first test images, clean and under the probe's PGD."""
+    view = frozen(model)
+    x, y = to_float(images.x_test[: probe.examples]), images.y_test[: probe.examples]
+    ball = Ball("linf", probe.threat.epsilon)
+    first, *_, last = pgd(view, x, y, ball, step_size=probe.threat.step_size, steps=probe.steps)
     assert first.logits is not None
-    clean, robust = (float((z.argmax(1) == y).double().mean()) for z in (first.logits, attacks.predict(view, last.x)))
+    clean, robust = (float((z.argmax(1) == y).double().mean()) for z in (first.logits, predict(view, last.x)))
     return clean, robust
 
 
-def _accumulate(
+def _step(
     task: Task,
+    model: nn.Module,
     parallel: nn.Module,
+    optimizer: torch.optim.SGD,
     images: DeviceImages,
     indices: torch.Tensor,
-    perturb: Perturb,
     draws: Draws,
 ) -> tuple[float, bool]:
-    """Accumulate one batch's gradients on every worker; returns the batch's mean loss, and whether to stop."""
+    """Train on one batch, one optimiser step for each loss of the method.
+
+    Returns:
+        The batch's mean loss, averaged over its optimiser steps, and whether to stop.
+
+    Raises:
+        NotLogits: if the loss is not finite.
+    """
     rank, workers = _workers()
     start, stop = len(indices) * rank // workers, len(indices) * (rank + 1) // workers
     cuts = torch.arange(start, stop).tensor_split(task.training.accumulation)
     parts = [slice(int(cut[0]), int(cut[-1]) + 1) for cut in cuts if len(cut)]
-    model = parallel.module if isinstance(parallel, DistributedDataParallel) else parallel
-    # Built by the first part's attack, so all parts attack the model as it is before the step.
-    frozen = functools.cache(functools.partial(attacks.frozen, model))
-    # The request to stop is reduced with the loss, so all workers see it after the same step.
-    total = torch.tensor([0.0, task.stopping()], device=indices.device)
-    for number, part in enumerate(parts, start=1):
-        x, y = perturb(frozen, *images.train_batch(indices, draws, part), draws)
-        copies = len(y) // (part.stop - part.start)
-        waits = isinstance(parallel, DistributedDataParallel) and number < len(parts)
-        with parallel.no_sync() if waits else nullcontext():  # type: ignore[operator]
-            logits = parallel(x.contiguous(memory_format=torch.channels_last))
-            # DDP averages over workers, so the factor `workers` makes the sum of parts the whole batch's mean.
-            loss = F.cross_entropy(logits, y, reduction="sum") * (workers / (copies * len(indices)))
-            loss.backward()  # type: ignore[no-untyped-call]
-        total[0] += loss.detach() / workers
-    if workers > 1:
-        dist.all_reduce(total)
-    mean, stopping = total.tolist()
-    return mean, stopping > 0
+    # Built by the first part's attack, so all parts attack the model as it is before the optimiser's step.
+    frozen_model = functools.cache(functools.partial(frozen, model))
+    method = pkgutil.resolve_name(METHODS[task.spec.method].losses)
+
+    def losses(part: slice) -> Iterator[Loss]:
+        x, y = images.train_batch(indices, draws, part)
+        yield from method(task.spec, parallel, frozen_model, x, y, draws)
+
+    generators = [losses(part) for part in parts]
+    means: list[float] = []
+    while True:
+        for number, (part, generator) in enumerate(zip(parts, generators, strict=True), start=1):
+            waits = isinstance(parallel, DistributedDataParallel) and number < len(parts)
+            with parallel.no_sync() if waits else nullcontext():  # type: ignore[operator]
+                loss = next(generator, None)
+                if loss is None:
+                    return sum(means) / len(means), stopping > 0
+                if number == 1:
+                    # The request to stop is reduced with the loss, so all workers see it after the same step.
+                    total = torch.tensor([0.0, task.stopping()], device=indices.device)
+                # DDP averages over workers, so the factor `workers` makes the sum of parts the whole batch's mean.
+                versions = loss.rows // (part.stop - part.start)
+                mean = loss.total * (workers / (versions * len(indices)))
+                mean.backward()  # type: ignore[no-untyped-call]
+            total[0] += mean.detach() / workers
+        if workers > 1:
+            dist.all_reduce(total)
+        mean_loss, stopping = total.tolist()
+        if not math.isfinite(mean_loss):
+            raise NotLogits(f"the loss became {mean_loss}")
+        means.append(mean_loss)
+        optimizer.step()
+        optimizer.zero_grad()
+        frozen_model.cache_clear()
+        _average_statistics(model)
 
 
 def _workers() -> tuple[int, int]:
@@ -239,15 +280,16 @@ def _distributed(model: nn.Module) -> DistributedDataParallel:
     return DistributedDataParallel(model, find_unused_parameters=True, broadcast_buffers=False)
 
 
-def _optimizer(model: nn.Module, training: Training, gate: Gate) -> torch.optim.SGD:
+def _optimizer(model: nn.Module, spec: ModelSpec) -> torch.optim.SGD:
+    """SGD; parameters of the submodules in `spec.own_rates` have their own learning rate and weight decay."""
+    training = spec.training
     trained = [p for p in model.parameters() if p.requires_grad]
-    gates = {id(p) for n, m in model.named_children() if n == "gate" for p in m.parameters()}
-    groups = [
-        ([p for p in trained if id(p) not in gates], training.learning_rate, training.weight_decay),
-        ([p for p in trained if id(p) in gates], gate.learning_rate, gate.weight_decay),
-    ]
+    own = {name: {id(p) for p in model.get_submodule(name).parameters()} for name, _, _ in spec.own_rates}
+    others = [p for p in trained if not any(id(p) in ids for ids in own.values())]
+    groups = [(others, training.learning_rate, training.weight_decay)]
+    groups += [([p for p in trained if id(p) in own[name]], rate, decay) for name, rate, decay in spec.own_rates]
     return torch.optim.SGD(
-        [{"params": p, "lr": lr, "peak": lr, "weight_decay": decay} for p, lr, decay in groups if p],
+        [{"params": p, "lr": rate, "peak": rate, "weight_decay": decay} for p, rate, decay in groups if p],
         momentum=training.momentum,
     )
 
@@ -286,7 +328,7 @@ def _restore(task: Task, model: nn.Module, optimizer: torch.optim.SGD) -> _Progr
     checkpoint = checkpoints.load_latest(task.store, task.name)
     if checkpoint is None:
         return _Progress()
-    model.load_state_dict(weights(checkpoint))
+    model.load_state_dict(checkpoint.weights)
     for name, parameter in model.named_parameters():
         momentum = checkpoint.tensors.get(f"momentum.{name}")
         if momentum is not None:
@@ -297,8 +339,3 @@ def _restore(task: Task, model: nn.Module, optimizer: torch.optim.SGD) -> _Progr
         state = {**state, "metrics": tables.metrics_until(task.store, task.name, checkpoint.epoch)}
     return _Progress(**{field.name: state[field.name] for field in fields(_Progress)})
 
-
-def weights(checkpoint: checkpoints.Checkpoint) -> dict[str, torch.Tensor]:
-    """The model's tensors of a checkpoint, for `load_state_dict`."""
-    named = checkpoint.tensors.items()
-    return {name.removeprefix("model."): tensor for name, tensor in named if name.startswith("model.")}

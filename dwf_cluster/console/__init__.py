@@ -1,0 +1,1 @@
+"""What a person sees of a run: progress, tables, TensorBoard, and how the terminal ends it."""

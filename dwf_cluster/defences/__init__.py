@@ -1,0 +1,1 @@
+"""How models are trained: standard and adversarial training, the Divided We Fall mixture."""

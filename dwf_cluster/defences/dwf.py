@@ -1,0 +1,50 @@
+"""Divided We Fall: a soft-gated mixture, experts and gate trained together end to end (algorithm 3)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+
+import torch
+from torch import nn
+
+from dwf_cluster.attacks.ball import Ball
+from dwf_cluster.attacks.pgd import fgsm, pgd
+from dwf_cluster.data.registry import ImageFormat
+from dwf_cluster.defences.adversarial import cross_entropy
+from dwf_cluster.defences.loss import Loss
+from dwf_cluster.defences.registry import ModelSpec
+from dwf_cluster.determinism import Draws
+from dwf_cluster.models.mixture import Gate, Mixture
+
+
+def build(spec: ModelSpec, images: ImageFormat, parents: Mapping[str, nn.Module]) -> Mixture:
+    """The mixture of the parents behind an untrained gate.
+
+    Options: `gate_hidden`, units of the gate's hidden layer; `gate_kind`, `soft` or `hard`; `freeze_experts`, whether
+    the gate alone is trained. The paper freezes nothing.
+    """
+    is_hard = spec.option("gate_kind") == "hard"
+    gate = Gate(len(parents), images.shape, images.mean, images.std, spec.option("gate_hidden"), is_hard)
+    mixture = Mixture(parents.values(), gate)
+    mixture.experts.requires_grad_(not spec.option("freeze_experts"))
+    return mixture
+
+
+def losses(
+    spec: ModelSpec,
+    model: nn.Module,
+    frozen: Callable[[], nn.Module],
+    x: torch.Tensor,
+    y: torch.Tensor,
+    draws: Draws,
+) -> Iterator[Loss]:
+    """Cross-entropy of three versions of each image: clean, FGSM's and PGD's against the whole mixture.
+
+    Options: `epsilons` of FGSM and `steps` of PGD, which are drawn for each batch; `epsilon` and `step_size` of PGD,
+    pixels in [0, 1].
+    """
+    epsilon, steps = draws.choice("epsilon", spec.option("epsilons")), draws.choice("steps", spec.option("steps"))
+    ball = Ball("linf", spec.option("epsilon"))
+    first, *_, last = pgd(frozen(), x, y, ball, step_size=spec.option("step_size"), steps=steps)
+    assert first.gradient is not None  # FGSM's too
+    yield cross_entropy(model, torch.cat([x, fgsm(x, first.gradient, epsilon), last.x]), torch.cat([y, y, y]))

@@ -1,0 +1,270 @@
+"""Models, methods and defences by name, and their settings.
+
+A *model* is a row of the result table; its ModelSpec says how it comes to be. A *method* is how a model is trained: two
+functions in a file of this folder. A *defence* is a paper's recipe: from settings to ModelSpecs, the last of which is
+the defended model. To add a method or a defence: a file beside this one, and an entry here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Annotated, Any, Literal, Protocol
+
+from pydantic import Field, model_validator
+
+from dwf_cluster.attacks.settings import Fgsm, Pgd
+from dwf_cluster.models.registry import Model
+from dwf_cluster.settings import Count, CountOrNone, Decay, Rate, Settings
+
+# ------------------------------------------------------------------------------------------------ settings
+
+
+class Gate(Settings):
+    """The multilayer perceptron that weighs the experts, equation (2)."""
+
+    hidden: Annotated[int, Field(ge=1, le=65_536)] = 128
+    """Units of its hidden layer (our assumption)."""
+    learning_rate: Rate = 0.01
+    """Peak learning rate of its parameters in the joint stage (our assumption)."""
+    weight_decay: Decay = 5e-4
+    """Weight decay of its parameters (our assumption)."""
+    kind: Literal["soft", "hard"] = "soft"
+    """`hard` gives each image to the one expert of the largest weight; gradients, those of attacks too, pass through
+    the soft weights (straight-through estimator). The paper's is soft."""
+
+
+class Training(Settings):
+    """SGD with momentum and weight decay, cosine annealing over all its steps, cross-entropy."""
+
+    epochs: Count = 200
+    """Passes over the training images (our assumption: 200 for the experts, 50 for the joint stage)."""
+    learning_rate: Rate = 0.1
+    """Peak learning rate (our assumption: 0.1 for the experts, 0.01 for the joint stage)."""
+    batch_size: Count = 128
+    """Images of one step, over all workers; the joint stage trains on three versions of each
+    (our assumption: 128)."""
+    weight_decay: Decay = 5e-4
+    """Weight decay (our assumption)."""
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """Momentum (our assumption)."""
+    accumulation: Count = 1
+    """Cut each batch into n parts whose gradients are added up before the step: less memory, the same
+    gradient, but BatchNorm then normalises with the statistics of a part."""
+
+    @property
+    def of_a_model(self) -> Training:
+        """These values without the fields of a subclass."""
+        return Training(**{name: getattr(self, name) for name in Training.model_fields})
+
+
+class Experts(Training):
+    """How many experts of each kind, and how each is trained (algorithms 1 and 2)."""
+
+    benign: CountOrNone = 1
+    """Experts trained on clean images."""
+    fgsm: CountOrNone = 4
+    """Experts trained on FGSM examples of a random epsilon."""
+    pgd: CountOrNone = 4
+    """Experts trained on PGD examples of a random number of iterations."""
+
+    @model_validator(mode="after")
+    def _at_least_one(self) -> Experts:
+        if self.benign + self.fgsm + self.pgd == 0:
+            raise ValueError("a mixture needs at least one expert (benign, fgsm or pgd)")
+        return self
+
+
+class Joint(Training):
+    """How experts and gate are trained together, end to end (algorithm 3)."""
+
+    epochs: Count = 50
+    """Passes over the training images (our assumption)."""
+    learning_rate: Rate = 0.01
+    """Peak learning rate of the experts (our assumption)."""
+    freeze_experts: bool = False
+    """Train the gate alone: the experts stay as they were pre-trained. The paper freezes nothing."""
+
+
+class DefenceSettings(Protocol):
+    """The settings that a defence's recipe may read; an Experiment has them."""
+
+    @property
+    def model(self) -> Model: ...  # noqa: D102
+    @property
+    def gate(self) -> Gate: ...  # noqa: D102
+    @property
+    def fgsm(self) -> Fgsm: ...  # noqa: D102
+    @property
+    def pgd(self) -> Pgd: ...  # noqa: D102
+    @property
+    def experts(self) -> Experts: ...  # noqa: D102
+    @property
+    def joint(self) -> Joint: ...  # noqa: D102
+
+
+# ------------------------------------------------------------------------------------- models and methods
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """One model, and how it comes to be.
+
+    Attributes:
+        name: as in every table: `benign`, `fgsm-2`, `mixture`.
+        backbone, width: its network, a key of `models.registry.BACKBONES`, and the network's width.
+        method: how it is trained, a key of `METHODS`.
+        training: epochs, learning rate, batch size and so on.
+        options: what the method takes, such as epsilons and steps, as pairs of name and value.
+        parents: names of the models that are trained before, and whose weights are what it starts from.
+        own_rates: submodules with a learning rate of their own: name, peak learning rate, weight decay.
+    """
+
+    name: str
+    backbone: str
+    width: int
+    method: str
+    training: Training
+    options: tuple[tuple[str, Any], ...] = ()
+    parents: tuple[str, ...] = ()
+    own_rates: tuple[tuple[str, float, float], ...] = ()
+
+    def option(self, name: str, default: Any = None) -> Any:
+        """The value of an option; `default` if the spec does not give it."""
+        return dict(self.options).get(name, default)
+
+    @property
+    def networks(self) -> int:
+        """How many backbones it consists of."""
+        return max(1, len(self.parents))
+
+
+@dataclass(frozen=True)
+class Method:
+    """How a model is trained.
+
+    Attributes:
+        build: `module:function` of `(spec: ModelSpec, images: ImageFormat, parents: Mapping[str, nn.Module])`; returns
+            the model before its training. `parents` are in the order of `spec.parents`. Random numbers of torch are
+            seeded from the experiment's seed and the model's name.
+        losses: `module:function` of `(spec, model, frozen, x, y, draws)`; a generator of `training.Loss`, with one
+            optimiser step for each.
+        passes: of a spec, forward passes through one backbone for one training image: an input gradient counts as 2
+            and a training step as 3.
+        options: of the settings, what a model of this method takes where its recipe does not say otherwise.
+        has_gate: whether its models have `experts` and a `gate`, which attacks can aim at.
+    """
+
+    build: str
+    losses: str
+    passes: Callable[[ModelSpec], float]
+    options: Callable[[DefenceSettings], Mapping[str, Any]] = lambda settings: {}
+    has_gate: bool = False
+
+
+def _attacked_step(gradients: float, spec: ModelSpec) -> float:
+    return 3 + 2 * gradients * float(spec.option("fraction", 1.0))
+
+
+_ADVERSARIAL = "dwf_cluster.defences.adversarial"
+_DWF = "dwf_cluster.defences.dwf"
+
+METHODS: Mapping[str, Method] = {
+    "standard": Method(f"{_ADVERSARIAL}:build", f"{_ADVERSARIAL}:standard", lambda spec: 3.0),
+    "fgsm": Method(
+        f"{_ADVERSARIAL}:build",
+        f"{_ADVERSARIAL}:fgsm",
+        lambda spec: _attacked_step(1, spec),
+        lambda settings: {"epsilons": settings.fgsm.epsilons},
+    ),
+    "pgd": Method(
+        f"{_ADVERSARIAL}:build",
+        f"{_ADVERSARIAL}:pgd",
+        lambda spec: _attacked_step(fmean(spec.option("steps")), spec),
+        lambda settings: {
+            "epsilon": settings.pgd.epsilon,
+            "step_size": settings.pgd.step_size,
+            "steps": settings.pgd.steps,
+        },
+    ),
+    "dwf": Method(
+        f"{_DWF}:build",
+        f"{_DWF}:losses",
+        # Three versions of each image; the first of PGD's gradients is FGSM's too.
+        lambda spec: len(spec.parents) * (2 * fmean(spec.option("steps")) + 9),
+        lambda settings: {
+            "epsilons": settings.fgsm.epsilons,
+            "epsilon": settings.pgd.epsilon,
+            "step_size": settings.pgd.step_size,
+            "steps": settings.pgd.steps,
+            "gate_hidden": settings.gate.hidden,
+            "gate_kind": settings.gate.kind,
+            "freeze_experts": settings.joint.freeze_experts,
+        },
+        has_gate=True,
+    ),
+}
+"""Methods by name."""
+
+
+# ------------------------------------------------------------------------------------------------ defences
+
+
+def model(name: str, method: str, settings: DefenceSettings, **options: Any) -> ModelSpec:
+    """A model without parents, trained as the experts are.
+
+    Args:
+        name: of the model.
+        method: a key of `METHODS`.
+        settings: give backbone, training, and the method's options.
+        options: of the method, where they differ from the settings.
+    """
+    taken = {**METHODS[method].options(settings), **options}
+    backbone = settings.model
+    return ModelSpec(
+        name, backbone.backbone, backbone.width, method, settings.experts.of_a_model, tuple(sorted(taken.items()))
+    )
+
+
+def _dwf(settings: DefenceSettings) -> tuple[ModelSpec, ...]:
+    """Divided We Fall: experts in the order of the gate's outputs, then their mixture (algorithms 1 to 3)."""
+
+    def names(kind: str, count: int) -> list[str]:
+        return [kind] if kind == "benign" and count == 1 else [f"{kind}-{i + 1}" for i in range(count)]
+
+    counts = settings.experts
+    experts = (
+        *(model(name, "standard", settings) for name in names("benign", counts.benign)),
+        *(model(name, "fgsm", settings) for name in names("fgsm", counts.fgsm)),
+        *(model(name, "pgd", settings) for name in names("pgd", counts.pgd)),
+    )
+    mixture = ModelSpec(
+        "mixture",
+        settings.model.backbone,
+        settings.model.width,
+        "dwf",
+        settings.joint.of_a_model,
+        tuple(sorted(METHODS["dwf"].options(settings).items())),
+        tuple(expert.name for expert in experts),
+        (("gate", settings.gate.learning_rate, settings.gate.weight_decay),),
+    )
+    return (*experts, mixture)
+
+
+DEFENCES: Mapping[str, Callable[[DefenceSettings], tuple[ModelSpec, ...]]] = {
+    "dwf": _dwf,
+    "fgsm-at": lambda settings: (model("fgsm-at", "fgsm", settings, epsilons=(settings.pgd.epsilon,), fraction=0.5),),
+    "pgd-at": lambda settings: (model("pgd-at", "pgd", settings, steps=(10,), fraction=0.5),),
+}
+"""Recipes by name."""
+
+
+def recipe(name: str, settings: DefenceSettings) -> tuple[ModelSpec, ...]:
+    """The models of a defence, or the one model of a method's own name, the defended model last."""
+    return DEFENCES[name](settings) if name in DEFENCES else (model(name, name, settings),)
+
+
+def recipe_names() -> tuple[str, ...]:
+    """What can be compared: every defence, and every method, which alone makes one model without parents."""
+    return (*DEFENCES, *(name for name in METHODS if name not in DEFENCES))

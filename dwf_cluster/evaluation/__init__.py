@@ -1,0 +1,1 @@
+"""What models are measured by: suites of attacks, their columns, checks for gradient masking."""

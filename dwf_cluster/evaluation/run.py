@@ -1,0 +1,226 @@
+"""Measure one model by one suite on a shard of the test set."""
+
+from __future__ import annotations
+
+import pkgutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from dwf_cluster.attacks.ball import Ball
+from dwf_cluster.attacks.gradient import margin, predict
+from dwf_cluster.data.device import to_float
+from dwf_cluster.determinism import Draws
+from dwf_cluster.evaluation.masking import masking
+from dwf_cluster.evaluation.registry import CHECKS, SUITES, Column, Evaluation, Threat, columns
+from dwf_cluster.models.frozen import frozen
+from dwf_cluster.models.mixture import Mixture
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Images to attack, and what with.
+
+    Attributes:
+        evaluation: iterations, restarts and so on.
+        threat: the threat model.
+        columns: of the suite.
+        models: frozen models by name: the one to attack and, if its images are tested on others, those.
+        name: of the model to attack.
+        x: float in [0, 1], shape (n, channels, height, width).
+        y: int64, shape (n,).
+        generators: of random draws, one an image.
+    """
+
+    evaluation: Evaluation
+    threat: Threat
+    columns: Sequence[Column]
+    models: Mapping[str, nn.Module]
+    name: str
+    x: torch.Tensor
+    y: torch.Tensor
+    generators: list[torch.Generator]
+
+    @property
+    def model(self) -> nn.Module:
+        """The model to attack."""
+        return self.models[self.name]
+
+
+@dataclass(frozen=True)
+class Attacked:
+    """A batch of images of one column.
+
+    Attributes:
+        column: which.
+        x: the images, shape of the clean ones.
+        logits: the model's at x, shape (n, classes), where the attack knows them.
+        gradient_count: gradients of single images that it took.
+        model: name of the model that is tested; None: the one under attack.
+    """
+
+    column: Column
+    x: torch.Tensor
+    logits: torch.Tensor | None = None
+    gradient_count: int = 0
+    model: str | None = None
+
+
+@dataclass
+class ColumnResult:
+    """What a model did with the images of one column, over batches. Tensors on the CPU, one entry an image."""
+
+    prediction: list[torch.Tensor] = field(default_factory=list)
+    margin: list[torch.Tensor] = field(default_factory=list)
+    gate: list[torch.Tensor | None] = field(default_factory=list)
+    perturbation: float = 0.0
+    gradient_count: int = 0
+    seconds: float = 0.0
+
+    def record(self, model: nn.Module, attacked: Attacked, x: torch.Tensor, y: torch.Tensor) -> None:
+        """Add a batch.
+
+        Args:
+            model: frozen, the one that is tested.
+            attacked: its images.
+            x, y: clean images and labels.
+        """
+        logits = predict(model, attacked.x) if attacked.logits is None else attacked.logits
+        with torch.no_grad():
+            self.gate.append(model.gate(attacked.x).cpu() if isinstance(model, Mixture) else None)
+        self.prediction.append(logits.argmax(1).cpu())
+        self.margin.append(margin(logits, y).cpu())
+        ball = Ball(attacked.column.norm, attacked.column.epsilon or 0)
+        self.perturbation = max(self.perturbation, float(ball.distance(x, attacked.x).max()))
+        self.gradient_count += attacked.gradient_count
+
+
+def evaluate(
+    models: Mapping[str, nn.Module],
+    name: str,
+    suite: str,
+    x_test: np.ndarray[Any, Any],
+    y_test: np.ndarray[Any, Any],
+    evaluation: Evaluation,
+    threat: Threat,
+    *,
+    seed: int,
+    device: torch.device,
+    first: int = 0,
+    on_batch: Callable[[int], None] = lambda examples: None,
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Attack one model on a shard of the test images, which is read a batch at a time.
+
+    It has more than seven parameters because the Python API and the pipeline's tasks both call it.
+
+    Args:
+        models: on the device: the one to attack and, if its images are tested on others, those.
+        name: of the model to attack, for the rows and the random starts.
+        suite: a key of `SUITES`, save for `CHECKS`.
+        x_test, y_test: uint8 or float32 in [0, 1], shape (n, channels, height, width), and integer labels, of the shard.
+        evaluation: strengths and iterations.
+        threat: the threat model.
+        seed: of the random starts.
+        device: that computes.
+        first: index of the shard's first image in the test set.
+        on_batch: called after each batch with its number of images.
+
+    Returns:
+        Rows of `shards` and rows of `predictions`. `gradients` counts gradient evaluations of single images, each
+        where it was spent: what a column shares with the one before is counted there.
+
+    Raises:
+        NotLogits: if a model returns NaN or probabilities.
+    """
+    views = {other: frozen(model) for other, model in models.items()}
+    listed = columns(evaluation, threat, suite)
+    results = {(name, column): ColumnResult() for column in listed}
+    run: Callable[[Batch], Iterator[Attacked]] = pkgutil.resolve_name(SUITES[suite].run)
+    for start in range(0, len(y_test), evaluation.batch_size):
+        x, y = _on_device(x_test, y_test, slice(start, start + evaluation.batch_size), device)
+        examples = range(first + start, first + start + len(y))
+        batch = Batch(evaluation, threat, listed, views, name, x, y, _generators(seed, name, suite, examples))
+        clock = time.perf_counter()
+        for attacked in run(batch):
+            model = attacked.model or name
+            result = results.setdefault((model, attacked.column), ColumnResult())
+            result.record(views[model], attacked, x, y)
+            result.seconds += time.perf_counter() - clock
+            clock = time.perf_counter()
+        on_batch(len(y))
+    rows: list[dict[str, Any]] = []
+    predictions: list[dict[str, Any]] = []
+    for (model, column), result in results.items():
+        row = {"model": model, **column.settings}
+        rows.append({**row, "family": suite, "first": first, **_counts(result, y_test)})
+        predictions += _predictions(row, result, y_test, first)
+    return rows, predictions
+
+
+def check(
+    model: nn.Module,
+    name: str,
+    x_test: np.ndarray[Any, Any],
+    y_test: np.ndarray[Any, Any],
+    evaluation: Evaluation,
+    threat: Threat,
+    *,
+    seed: int,
+    device: torch.device,
+) -> list[dict[str, Any]]:
+    """Look for signs of gradient masking in one model.
+
+    Args:
+        model: on the device.
+        name, x_test, y_test, evaluation, threat, seed, device: as for `evaluate`; the first test images.
+
+    Returns:
+        Rows of the `checks` table.
+    """
+    x, y = _on_device(x_test, y_test, slice(None), device)
+    generators = _generators(seed, name, CHECKS, range(len(y)))
+    signs = masking(frozen(model), x, y, threat, evaluation.probe_steps, generators)
+    return [{"model": name, **asdict(sign), "fired": sign.fired, "examples": len(y)} for sign in signs]
+
+
+def _on_device(
+    x: np.ndarray[Any, Any], y: np.ndarray[Any, Any], part: slice, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    images, labels = torch.tensor(x[part], device=device), torch.tensor(y[part], device=device)
+    return (to_float(images) if images.dtype == torch.uint8 else images), labels
+
+
+def _generators(seed: int, name: str, suite: str, examples: range) -> list[torch.Generator]:
+    """One generator an image, so that no draw depends on how the test set is cut."""
+    return [Draws((seed, name, suite, example)).generator("attack") for example in examples]
+
+
+def _counts(result: ColumnResult, y_test: np.ndarray[Any, Any]) -> dict[str, Any]:
+    prediction = torch.cat(result.prediction).numpy()
+    return {
+        "examples": len(y_test),
+        "correct": int((prediction == y_test).sum()),
+        "perturbation": result.perturbation,
+        "gradients": result.gradient_count,
+        "seconds": result.seconds,
+    }
+
+
+def _predictions(
+    row: Mapping[str, Any], result: ColumnResult, y_test: np.ndarray[Any, Any], first: int
+) -> Iterator[dict[str, Any]]:
+    """A row of `predictions` for each image."""
+    keys = {key: row[key] for key in ("model", "attack", "source", "epsilon", "steps")}
+    gates = [
+        gate
+        for part, batch in zip(result.gate, result.prediction, strict=True)
+        for gate in (part.tolist() if part is not None else [None] * len(batch))
+    ]
+    predicted, margins = torch.cat(result.prediction).tolist(), torch.cat(result.margin).tolist()
+    for i, (label, prediction, value, gate) in enumerate(zip(y_test.tolist(), predicted, margins, gates, strict=True)):
+        yield {**keys, "example": first + i, "label": label, "prediction": prediction, "margin": value, "gate": gate}

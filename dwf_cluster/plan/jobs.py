@@ -1,0 +1,300 @@
+"""What runs: the jobs of an experiment, which of them are pending, and what each costs."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import chain
+
+from dwf_cluster.data.registry import Shape, Sizes
+from dwf_cluster.defences.registry import METHODS, ModelSpec, Training
+from dwf_cluster.evaluation.registry import CHECKS, PAPER, SUITES, TRANSFER, columns
+from dwf_cluster.experiment import Experiment
+from dwf_cluster.models.registry import BACKBONES
+from dwf_cluster.settings import InvalidInput
+from dwf_cluster.store import Store, checkpoints, tables
+
+EXPERTS, JOINT, EVALUATE = STAGES = ("experts", "joint", "evaluate")
+"""The stages of the pipeline, in order: models without parents, models with parents, evaluations."""
+
+_SHARD_FLOP, _SHARD_EXAMPLES = 1e13, 8192
+"""The most that one evaluation task does, whole batches aside: minutes of a CPU core, and rows that fit into memory."""
+
+_ROW_BYTES, _FILE_BYTES = 8, 5000
+"""Of a row of `predictions` without its gate, and of a file of a few rows: as measured."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One task of the pipeline: the training of a model, or one suite on a shard of the test set.
+
+    Attributes:
+        experiment: the experiment that it belongs to.
+        folder: the experiment's folder; tells equal jobs of two experiments apart.
+        spec: the model.
+        stage: one of `STAGES`.
+        model: the model's name.
+        suite: for an evaluation, a key of `evaluation.registry.SUITES`.
+        first, stop: for an evaluation, its shard of the test set.
+        cost: forward passes of one image through one backbone, roughly: a gradient counts as 2, a training
+            step as 3.
+        copy_of: folder of another experiment whose job has the same results: they are copied from there.
+    """
+
+    experiment: Experiment = field(repr=False, compare=False)
+    folder: str
+    spec: ModelSpec = field(repr=False, compare=False)
+    stage: str
+    model: str
+    cost: float = field(compare=False)
+    suite: str | None = None
+    first: int = 0
+    stop: int = 0
+    copy_of: str | None = field(default=None, compare=False)
+
+    @property
+    def is_training(self) -> bool:
+        """Whether it trains a model; else it evaluates one."""
+        return self.suite is None
+
+    @property
+    def training(self) -> Training:
+        """Epochs, learning rate, ... of its model."""
+        return self.spec.training
+
+    @property
+    def name(self) -> str:
+        """What people see: in the progress, the dashboard, the `jobs` table."""
+        if self.suite is not None:
+            return f"evaluate {self.model} {self.suite} {self.first}-{self.stop - 1}"
+        if self.spec.parents:
+            stored = checkpoints.stored_name(self.model)
+            return stored if stored == JOINT else f"{JOINT} {self.model}"
+        return f"expert {self.model}"
+
+    @property
+    def file(self) -> str:
+        """Name of this job's file in the tables that hold one file a job; in the order of the test set."""
+        if self.is_training:
+            return self.name.replace(" ", "-")
+        return f"{self.evaluation_file}-{self.first:09d}"
+
+    @property
+    def evaluation_file(self) -> str:
+        """Name of the file of `evaluations` that all shards of this evaluation are merged into."""
+        return f"evaluate-{self.model}-{self.suite}"
+
+    @property
+    def output(self) -> tuple[str, str]:
+        """What other jobs may need: the experiment's folder, and the trained model or the evaluation's file."""
+        return self.folder, self.model if self.is_training else self.file
+
+    @property
+    def inputs(self) -> frozenset[tuple[str, str]]:
+        """Outputs of other jobs that must exist before this one starts."""
+        if self.copy_of:
+            return frozenset({(self.copy_of, self.output[1])})
+        if self.is_training:
+            names = self.spec.parents
+        else:
+            names = self.experiment.names if self.tests_transfer else (self.model,)
+        return frozenset((self.folder, name) for name in names)
+
+    @property
+    def tests_transfer(self) -> bool:
+        """Whether its adversarial images are tested on all models."""
+        return self.suite == PAPER and TRANSFER in self.experiment.evaluation.beyond
+
+    @property
+    def tables(self) -> tuple[str, ...]:
+        """The tables that it writes a file of, besides `jobs`."""
+        if self.is_training:
+            return ("metrics",)
+        return (CHECKS,) if self.suite == CHECKS else ("predictions", "shards")
+
+
+def jobs(experiment: Experiment, stage: str, sizes: Sizes) -> list[Job]:
+    """The jobs of a stage, longest first: Ray starts them in this order, so the last to end is a short one.
+
+    How the test set is cut into shards depends on the experiment alone, not on where it runs.
+
+    Args:
+        experiment: what to do.
+        stage: one of `STAGES`.
+        sizes: number of images, and their shape.
+    """
+    listed: list[Job] = []
+    for spec in _in_order(experiment):
+        job = functools.partial(Job, experiment, experiment.folder, spec, stage, spec.name)
+        if stage == EVALUATE:
+            listed += _evaluations(job, experiment, spec, sizes)
+        elif stage == (JOINT if spec.parents else EXPERTS):
+            listed.append(job(spec.training.epochs * sizes.train * METHODS[spec.method].passes(spec)))
+    return sorted(listed, key=lambda job: -job.cost)
+
+
+def _in_order(experiment: Experiment) -> tuple[ModelSpec, ...]:
+    """The defended model first: where costs are equal, its evaluation starts first."""
+    *others, defended = experiment.models
+    return (defended, *others)
+
+
+def _evaluations(
+    job: Callable[..., Job], experiment: Experiment, spec: ModelSpec, sizes: Sizes
+) -> Iterator[Job]:
+    for suite in experiment.suites(spec):
+        cost = _passes(experiment, suite, spec) * spec.networks
+        test = min(sizes.test, experiment.evaluation.check_examples) if suite == CHECKS else sizes.test
+        size = test if suite == CHECKS else _shard_size(experiment, spec, cost, sizes)
+        for first in range(0, test, size):
+            stop = min(first + size, test)
+            yield job(cost * (stop - first), suite, first, stop)
+
+
+def _shard_size(experiment: Experiment, spec: ModelSpec, cost: float, sizes: Sizes) -> int:
+    """Test images of one evaluation task, in whole batches."""
+    evaluation = experiment.evaluation
+    wanted = evaluation.shard_examples or min(
+        _SHARD_EXAMPLES, int(_SHARD_FLOP / (cost * forward_flops(spec, sizes.shape)))
+    )
+    return evaluation.batch_size * max(1, -(-wanted // evaluation.batch_size))
+
+
+def _passes(experiment: Experiment, suite: str, spec: ModelSpec) -> float:
+    """Passes through one backbone for one image that no attack fools."""
+    evaluation = experiment.evaluation
+    cost = SUITES[suite].cost(evaluation, spec.networks)
+    if suite == PAPER and TRANSFER in evaluation.beyond:
+        cost += sum(other.networks for other in experiment.models)
+    return float(cost)
+
+
+def pending(experiment: Experiment, store: Store, sizes: Sizes) -> dict[str, list[Job]]:
+    """The jobs that are not done, by stage, in the order of `STAGES`.
+
+    An evaluation is done when the files of all its tables exist; a training when its row of `jobs` exists, its
+    checkpoint is at the last epoch, and `metrics` has a row for each epoch.
+    """
+    files = {table: tables.files(store, table) for table in ("predictions", "shards", CHECKS, "jobs")}
+    epochs = tables.row_counts(store, "metrics", experiment.names)
+
+    def is_done(job: Job) -> bool:
+        if job.file not in files["jobs"]:
+            return False
+        if not job.is_training:
+            return all(job.file in files[table] for table in job.tables)
+        return epochs.get(job.model) == job.training.epochs and is_trained(job.spec, store)
+
+    return {stage: [job for job in jobs(experiment, stage, sizes) if not is_done(job)] for stage in STAGES}
+
+
+def prepare_training(job: Job, store: Store) -> list[str]:
+    """Make a model's checkpoints and its rows of `metrics` agree, before a training goes on from them.
+
+    Removes damaged checkpoints. Writes rows that the table lacks from `state.json`. Removes checkpoints whose rows
+    are in neither (`state.json` of earlier versions has none): only training again brings these rows back.
+
+    Returns:
+        A line for each thing removed, for people.
+    """
+    damage = checkpoints.discard_damaged(store, job.model)
+    notes = [damage] if damage else []
+    while state := checkpoints.latest_state(store, job.model):
+        epochs = list(range(1, state["epoch"] + 1))
+        written = tables.metrics_until(store, job.model, len(epochs))
+        rows = state.get("metrics", written)
+        if [row["epoch"] for row in rows] == epochs:
+            if [row["epoch"] for row in written] != epochs:
+                tables.write(store, "metrics", job.model, rows)
+            break
+        path = checkpoints.remove_latest(store, job.model)
+        notes.append(f"rows of metrics of {job.model} are lost: checkpoint {path} removed, to train these epochs again")
+    return notes
+
+
+def deduplicate(todo: Sequence[Job], done: Iterable[Job] = ()) -> list[Job]:
+    """Deduplicate: of jobs with equal results, the first runs and the others copy it (`copy_of`).
+
+    Models without parents are the same in experiments that differ only in settings that do not decide them, and so are
+    their evaluations. A model with parents is never copied: each trial of a sweep trains its own.
+
+    Args:
+        todo: jobs of several experiments, in the order in which they are to run.
+        done: jobs that have run.
+    """
+    signatures: dict[tuple[str, str], str] = {}
+
+    def result(job: Job) -> tuple[object, ...]:
+        if job.spec.parents or job.tests_transfer:
+            return job.output
+        key = job.folder, job.model
+        if key not in signatures:
+            signatures[key] = job.experiment.model_signature(job.model)
+        evaluation = None if job.is_training else job.experiment.evaluation
+        return job.stage, signatures[key], evaluation, job.suite, job.first, job.stop
+
+    first: dict[tuple[object, ...], Job] = {}
+    for job in chain(done, todo):
+        first.setdefault(result(job), job)
+    pairs = ((job, first[result(job)]) for job in todo)
+    return [job if source == job else replace(job, copy_of=source.folder, cost=0.0) for job, source in pairs]
+
+
+def is_trained(spec: ModelSpec, store: Store) -> bool:
+    """Whether a model's training has ended."""
+    return checkpoints.latest_epoch(store, spec.name) >= spec.training.epochs
+
+
+def select(waiting: Mapping[str, list[Job]], stages: Iterable[str]) -> list[Job]:
+    """The pending jobs of some stages.
+
+    Raises:
+        InvalidInput: if a given stage needs one that is neither given nor done.
+    """
+    wanted = set(stages)
+    for stage in STAGES:
+        needed = [earlier for earlier in STAGES[: STAGES.index(stage)] if earlier not in wanted and waiting[earlier]]
+        if stage in wanted and waiting[stage] and needed:
+            raise InvalidInput(
+                f"--stages: {stage} cannot be run: {needed[0]} is not done ({waiting[needed[0]][0].name}); "
+                f"allowed is --stages {','.join((*needed, stage))}"
+            )
+    return [job for stage in STAGES if stage in wanted for job in waiting[stage]]
+
+
+def stored_bytes(experiments: Sequence[Experiment], sizes: Sizes) -> tuple[float, float]:
+    """Estimate what experiments store when they are done.
+
+    Returns:
+        Bytes of checkpoints (of each trained model the newest, and the one before with its momentum; models that
+        experiments share count once), and bytes of tables.
+    """
+    every = [job for experiment in experiments for stage in STAGES for job in jobs(experiment, stage, sizes)]
+    in_checkpoints = in_tables = 0.0
+    for job in deduplicate(every):
+        experiment, spec = job.experiment, job.spec
+        has_gate = METHODS[spec.method].has_gate
+        in_tables += _FILE_BYTES * (1 + len(job.tables))
+        if job.suite is not None:
+            others = len(experiment.models) - 1 if job.tests_transfer else 0
+            listed = columns(experiment.evaluation, experiment.threat, job.suite)
+            rows = (len(listed) + others) * (job.stop - job.first)
+            in_tables += rows * (_ROW_BYTES + (4 * spec.networks if has_gate else 0))
+        elif not job.copy_of:
+            gate = experiment.gate.hidden * (math.prod(sizes.shape) + spec.networks) if has_gate else 0
+            backbone = BACKBONES[spec.backbone]
+            numbers = spec.networks * backbone.parameters(spec.width, sizes.shape[0]) + gate
+            in_checkpoints += 4 * numbers * (1 + 2 * (checkpoints.KEPT - 1))
+    return in_checkpoints, in_tables
+
+
+def forward_flops(spec: ModelSpec, shape: Shape) -> float:
+    """Floating-point operations of one forward pass of one image through one backbone of a model.
+
+    Args:
+        spec: the model.
+        shape: (channels, height, width) of an image.
+    """
+    return BACKBONES[spec.backbone].flops(spec.width, shape)
