@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from dwf_cluster.experiment import InvalidInput, printable
+from dwf_cluster.settings import InvalidInput, printable
 from dwf_cluster.store import StorageFailed
 
 

@@ -23,11 +23,13 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
 from analysis.command import Parser, run, write_whole
-from analysis.outcomes import Outcomes, outcomes
-from analysis.results import Group, as_place, each, load, place
+from analysis.predictions import Predictions, read_predictions
+from analysis.results import Group, column_key, each, key_of_row, load
 from analysis.tables import accuracies
-from dwf_cluster.experiment import MIXTURE, InvalidInput
-from dwf_cluster.grid import Column
+from dwf_cluster.evaluation.registry import Column
+
+MIXTURE = "mixture"
+from dwf_cluster.settings import InvalidInput
 
 COLOURS = {
     "benign": "#000000",
@@ -117,12 +119,12 @@ def _curves(group: Group, rows: pd.DataFrame, x_label: str, title: str) -> Figur
 
 
 @styled()
-def gate_by_attack(group: Group, found: Outcomes) -> Figure | None:
+def gate_by_attack(group: Group, found: Predictions) -> Figure | None:
     """What the gate trusts in each column, mean weight of each expert over images and seeds, and its mean entropy."""
-    columns = [column for column in group.columns if place(column) in found.gates]
+    columns = [column for column in group.columns if column_key(column) in found.gates]
     if not columns:
         return None
-    sums = pd.DataFrame([found.gates[place(column)].sum() for column in columns])
+    sums = pd.DataFrame([found.gates[column_key(column)].sum() for column in columns])
     means = sums.div(sums.examples, axis=0)
     experts = list(group.experts)
     figure, (weights, entropy) = _figure(0.22 * len(columns) + 1.2, 1, 2, sharey=True, width_ratios=[3, 1])
@@ -138,15 +140,15 @@ def gate_by_attack(group: Group, found: Outcomes) -> Figure | None:
 
 
 @styled()
-def gate_by_class(group: Group, found: Outcomes) -> Figure | None:
+def gate_by_class(group: Group, found: Predictions) -> Figure | None:
     """Mean gate weights for each true class: on clean images, and under the longest PGD of the columns."""
-    columns = [column for column in group.columns if place(column) in found.gates]
+    columns = [column for column in group.columns if column_key(column) in found.gates]
     shown = [column for column in columns if column.attack == "clean"]
     shown += sorted((c for c in columns if c.attack == "pgd"), key=lambda c: c.steps or 0)[-1:]
     if not shown:
         return None
     experts = list(group.experts)
-    means = [found.gates[place(column)] for column in shown]
+    means = [found.gates[column_key(column)] for column in shown]
     weights = [100 * of[experts].div(of.examples, axis=0) for of in means]
     top = max(float(of.to_numpy().max()) for of in weights)
     figure, panels = _figure(0.22 * len(weights[0]) + 1.3, 1, len(shown), squeeze=False, sharey=True)
@@ -185,10 +187,10 @@ def experts_and_mixture(group: Group, measured: pd.DataFrame) -> Figure | None:
     columns = [c for c in group.paper_columns if ((rows.attack == c.attack) & (rows.model == MIXTURE)).any()]
     if not columns:
         return None
-    at = {place(column): i for i, column in enumerate(columns)}
+    at = {column_key(column): i for i, column in enumerate(columns)}
     figure, axes = _figure(3.2)
     for model, of in _by_model(group, rows):
-        cells = [(at[where], 100 * row.mean) for row in each(of) if (where := as_place(*row[1:5])) in at]
+        cells = [(at[where], 100 * row.mean) for row in each(of) if (where := key_of_row(*row[1:5])) in at]
         x, y = zip(*cells, strict=True)
         style = _line(group, model) | {"linestyle": "none"}
         axes.plot(x, y, label=model, alpha=1 if model == MIXTURE else 0.8, **style)
@@ -305,7 +307,7 @@ CAPTIONS = {
 """What each figure shows, by its name."""
 
 
-def of_group(group: Group, measured: pd.DataFrame, found: Outcomes) -> dict[str, Figure]:
+def of_group(group: Group, measured: pd.DataFrame, found: Predictions) -> dict[str, Figure]:
     """Every figure that there are results for, by its name in `CAPTIONS`; arguments as for `fgsm`, `gate_by_attack`."""
     made = {
         "fgsm": fgsm(group, measured),
@@ -419,7 +421,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--out", default="figures", help="folder for them, default: figures")
     options = parser.parse_args(arguments)
     for group in load(*options.storage).groups:
-        for path in save(of_group(group, accuracies(group), outcomes(group)), Path(options.out) / group.name):
+        for path in save(of_group(group, accuracies(group), read_predictions(group)), Path(options.out) / group.name):
             print(path)
 
 

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from analysis.results import Group, Place
+from analysis.results import ColumnKey, Group
 
 _KEYS = ["model", "attack", "source", "epsilon", "steps"]
 _ROWS = 1 << 17
@@ -19,7 +19,7 @@ _ROWS = 1 << 17
 
 
 @dataclass(frozen=True)
-class Outcomes:
+class Predictions:
     """What the models of a group did with the test images.
 
     Attributes:
@@ -28,18 +28,18 @@ class Outcomes:
             them, bits) and a column for each expert (its weights, summed).
     """
 
-    correct: Mapping[tuple[str, Place], NDArray[np.int8]]
-    gates: Mapping[Place, pd.DataFrame]
+    correct: Mapping[tuple[str, ColumnKey], NDArray[np.int8]]
+    gates: Mapping[ColumnKey, pd.DataFrame]
 
 
-def outcomes(group: Group) -> Outcomes:
+def read_predictions(group: Group) -> Predictions:
     """Read the predictions of all seeds, some rows at a time.
 
     Raises:
         InvalidInput: if a file cannot be read.
     """
-    found: dict[tuple[str, Place], list[tuple[int, NDArray[np.int32], NDArray[np.bool_]]]] = {}
-    gates: dict[Place, pd.DataFrame] = {}
+    found: dict[tuple[str, ColumnKey], list[tuple[int, NDArray[np.int32], NDArray[np.bool_]]]] = {}
+    gates: dict[ColumnKey, pd.DataFrame] = {}
     for seed, run in enumerate(group.runs):
         for rows in run.batches("predictions", [*_KEYS, "example", "label", "prediction", "gate"], _ROWS):
             example = rows["example"].to_numpy().astype(np.int32)
@@ -59,10 +59,10 @@ def outcomes(group: Group) -> Outcomes:
         correct[key] = np.full((len(group.runs), examples), -1, np.int8)
         for seed, example, right in parts:
             correct[key][seed, example] = right
-    return Outcomes(correct, gates)
+    return Predictions(correct, gates)
 
 
-def _columns(rows: pa.Table) -> Iterator[tuple[str, Place, NDArray[np.int64]]]:
+def _columns(rows: pa.Table) -> Iterator[tuple[str, ColumnKey, NDArray[np.int64]]]:
     """Models and columns, and which rows are theirs."""
     numbered = rows.select(_KEYS).append_column("row", pa.array(np.arange(len(rows))))
     found = numbered.group_by(_KEYS, use_threads=False).aggregate([("row", "list")])

@@ -23,12 +23,14 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 import dwf_cluster
 from analysis import command, figures, tables
-from analysis.outcomes import Outcomes, outcomes
-from analysis.results import Group, Run, as_place, each, load
+from analysis.predictions import Predictions, read_predictions
+from analysis.results import ExperimentFolder, Group, each, key_of_row, load
 from analysis.statistics import ALPHA
-from dwf_cluster.experiment import MIXTURE, InvalidInput, invocation, written
+from dwf_cluster.experiment import invocation
+from dwf_cluster.settings import InvalidInput, to_text
 from dwf_cluster.store.tables import SCHEMAS
 
+MIXTURE = "mixture"
 _TABLES = ("evaluations", "predictions", "metrics", "checks", "jobs")
 
 
@@ -38,7 +40,7 @@ class Section:
 
     Attributes:
         group: the experiments.
-        found: of `outcomes.outcomes`.
+        found: of `read_predictions.outcomes`.
         measured: of `tables.accuracies`.
         tests: of `statistics.comparisons`.
         tables: of `tables.of_group`.
@@ -46,7 +48,7 @@ class Section:
     """
 
     group: Group
-    found: Outcomes
+    found: Predictions
     measured: pd.DataFrame
     tests: pd.DataFrame
     tables: Sequence[tables.Table]
@@ -128,7 +130,7 @@ class Section:
         seeds = {seed: i for i, seed in enumerate(self.group.seeds)}
         names = ["model", "attack", "source", "epsilon", "steps", "seed", "correct"]
         for row in each(self.group.frame("evaluations", names)):
-            right = self.found.correct.get((row.model, as_place(*row[1:5])))
+            right = self.found.correct.get((row.model, key_of_row(*row[1:5])))
             if right is not None and (right[seeds[row.seed]] >= 0).any():
                 same = int((right[seeds[row.seed]] == 1).sum()) == row.correct
                 agree += same
@@ -143,7 +145,7 @@ class Section:
         return [(run.url, [self._read(run, table) for table in _TABLES]) for run in self.group.runs]
 
     @staticmethod
-    def _read(run: Run, table: str) -> str:
+    def _read(run: ExperimentFolder, table: str) -> str:
         files = run.parquet(table)
         return f"{len(files)} files, {run.dataset(table).count_rows():,} rows" if files else "none"
 
@@ -157,14 +159,14 @@ class Section:
     @property
     def settings(self) -> list[tuple[str, str, bool]]:
         """Every setting, and whether it is not the preset's."""
-        return [(name, written(value), name in self.group.changed) for name, value in self.group.settings.items()]
+        return [(name, to_text(value), name in self.group.changed) for name, value in self.group.settings.items()]
 
     @property
     def command(self) -> str:
         """What measures it again."""
         preset, _ = invocation(self.group.experiment)
         seeds = ",".join(map(str, self.group.seeds))
-        changed = [shlex.quote(f"{name}={written(value)}") for name, value in self.group.changed.items()]
+        changed = [shlex.quote(f"{name}={to_text(value)}") for name, value in self.group.changed.items()]
         sets = " \\\n    --set " + " ".join(changed) if changed else ""
         return f"python -m dwf_cluster.launch --local --preset {shlex.quote(preset)} --seed {seeds}{sets}"
 
@@ -192,7 +194,7 @@ def page(storages: Sequence[str]) -> str:
     """
     sections, results = [], load(*storages)
     for group in results.evaluated:
-        found = outcomes(group)
+        found = read_predictions(group)
         sections.append(Section(group, found, *tables.of_group(group, found)))
     environment = Environment(
         loader=PackageLoader("analysis", "."),

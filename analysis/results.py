@@ -17,20 +17,12 @@ import pyarrow.dataset as ds
 from pydantic import BaseModel
 
 from analysis.validation import validate
-from dwf_cluster.experiment import (
-    MIXTURE,
-    Experiment,
-    InvalidInput,
-    flat,
-    invocation,
-    printable,
-    regular_file,
-    written,
-)
-from dwf_cluster.grid import CHECKS, Column, columns, families
+from dwf_cluster.evaluation.registry import PAPER, Column, columns
+from dwf_cluster.experiment import Experiment, invocation
+from dwf_cluster.settings import InvalidInput, flat, printable, regular_file, to_text
 from dwf_cluster.store import StorageFailed, Store, tables
 
-Place = tuple[str, str | None, float | None, int | None]
+ColumnKey = tuple[str, str | None, float | None, int | None]
 """Attack, source, epsilon, steps: what tells the columns of one experiment apart in every table."""
 
 _NAMED = 4
@@ -46,7 +38,7 @@ _DEEPEST = 20
 
 
 @dataclass(frozen=True)
-class Run:
+class ExperimentFolder:
     """The folder of one experiment.
 
     Attributes:
@@ -69,7 +61,7 @@ class Run:
     @property
     def models(self) -> tuple[str, ...]:
         """Experts in the order of the gate's outputs, baselines, the mixture."""
-        return (*(regime.name for regime in self.experiment.regimes), MIXTURE)
+        return self.experiment.names
 
     @property
     def is_of_this_version(self) -> bool:
@@ -159,7 +151,7 @@ class Group:
     """
 
     title: str
-    runs: tuple[Run, ...]
+    runs: tuple[ExperimentFolder, ...]
 
     @property
     def experiment(self) -> Experiment:
@@ -196,17 +188,17 @@ class Group:
     @property
     def experts(self) -> tuple[str, ...]:
         """Experts in the order of the gate's outputs."""
-        return tuple(regime.name for regime in self.experiment.mixture_regimes)
+        return self.experiment.defended.parents
 
     @property
     def columns(self) -> tuple[Column, ...]:
         """The paper's columns, then those beyond; `transfer` has tables of its own."""
-        return tuple(c for f in families(self.experiment, MIXTURE) if f != CHECKS for c in columns(self.experiment, f))
+        return tuple(self.experiment.columns)
 
     @property
     def paper_columns(self) -> tuple[Column, ...]:
         """The columns of the paper's table 3."""
-        return tuple(columns(self.experiment, "paper"))
+        return tuple(columns(self.experiment.evaluation, self.experiment.threat, PAPER))
 
     def frame(
         self, table: str, columns: Sequence[str] | None = None, where: ds.Expression | None = None
@@ -222,7 +214,7 @@ class Group:
             Columns as docs/results.md has them, and `group`, the group's title. Strings are categories.
 
         Raises:
-            InvalidInput: as `Run.rows`.
+            InvalidInput: as `ExperimentFolder.rows`.
         """
         rows = pa.concat_tables([run.rows(table, columns, where) for run in self.runs])
         frame: pd.DataFrame = rows.to_pandas(strings_to_categorical=True)
@@ -298,12 +290,12 @@ def load(*storages: str) -> Results:
     return Results(_grouped([run for storage in storages for run in _find(storage)]))
 
 
-def place(column: Column) -> Place:
+def column_key(column: Column) -> ColumnKey:
     """What finds a column in every table."""
     return column.attack, column.source, column.epsilon, column.steps
 
 
-def as_place(attack: Any, source: Any, epsilon: Any, steps: Any) -> Place:
+def key_of_row(attack: Any, source: Any, epsilon: Any, steps: Any) -> ColumnKey:
     """The same from a row of a frame, where what has no meaning is NaN."""
     known = (None if pd.isna(value) else value for value in (source, epsilon, steps))
     source, epsilon, steps = known
@@ -315,7 +307,7 @@ def each(frame: pd.DataFrame) -> Iterator[Any]:
     yield from frame.itertuples(index=False)
 
 
-def _find(storage: str) -> list[Run]:
+def _find(storage: str) -> list[ExperimentFolder]:
     store = Store(storage, "")
     if own := store.read(_EXPERIMENT):
         root, _, folder = store.url.rstrip("/").rpartition("/")
@@ -334,7 +326,7 @@ def _find(storage: str) -> list[Run]:
     return runs
 
 
-def _run(url: str, store: Store, content: bytes | StorageFailed) -> Run:
+def _run(url: str, store: Store, content: bytes | StorageFailed) -> ExperimentFolder:
     if isinstance(content, StorageFailed):
         raise content
     try:
@@ -346,7 +338,7 @@ def _run(url: str, store: Store, content: bytes | StorageFailed) -> Run:
     # No JSON, no object, a value out of range, or too deep.
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise InvalidInput(f"{url}/{_EXPERIMENT}: {_line(error)}") from None
-    return Run(url, store, settings, experiment)
+    return ExperimentFolder(url, store, settings, experiment)
 
 
 def _depth(value: Any) -> int:
@@ -365,8 +357,8 @@ def _known(part: type[BaseModel], fields: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _grouped(runs: Sequence[Run]) -> list[Group]:
-    alike: dict[str, dict[int, Run]] = {}
+def _grouped(runs: Sequence[ExperimentFolder]) -> list[Group]:
+    alike: dict[str, dict[int, ExperimentFolder]] = {}
     for run in runs:  # a folder that was named twice counts once
         key = json.dumps(run.settings, sort_keys=True)
         alike.setdefault(key, {}).setdefault(run.experiment.seed, run)
@@ -375,11 +367,11 @@ def _grouped(runs: Sequence[Run]) -> list[Group]:
     return sorted(titled, key=lambda group: (group.experiment.preset, group.title))
 
 
-def _title(run: Run, all_of_them: Sequence[Run]) -> str:
+def _title(run: ExperimentFolder, all_of_them: Sequence[ExperimentFolder]) -> str:
     preset = run.experiment.preset
     siblings = [other.settings for other in all_of_them if other.experiment.preset == preset]
     differ = [name for name, value in run.settings.items() if any(other.get(name) != value for other in siblings)]
-    named = [printable(f"{name}={written(run.settings[name])}", _NAME_CHARACTERS) for name in differ]
+    named = [printable(f"{name}={to_text(run.settings[name])}", _NAME_CHARACTERS) for name in differ]
     if len(named) > _NAMED:  # the signature tells it from groups that share these
         named = [*named[:_NAMED], f"{len(named) - _NAMED} more ({run.experiment.signature})"]
     return ", ".join([preset, *named])

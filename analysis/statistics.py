@@ -15,8 +15,8 @@ import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 from scipy import special, stats
 
-from analysis.outcomes import Outcomes
-from analysis.results import Group, place
+from analysis.predictions import Predictions
+from analysis.results import Group, column_key
 
 CONFIDENCE = 0.95
 """Of every interval; a test's p must be below what is left."""
@@ -105,7 +105,7 @@ def _paired_t(differences: NDArray[np.int64]) -> NDArray[np.float64]:
     return p
 
 
-def comparisons(group: Group, found: Outcomes) -> pd.DataFrame:
+def comparisons(group: Group, found: Predictions) -> pd.DataFrame:
     """Every pair of models in every column, on the same images.
 
     Only models that all seeds were tested of, on all images.
@@ -118,7 +118,7 @@ def comparisons(group: Group, found: Outcomes) -> pd.DataFrame:
     """
     parts = []
     for column in group.columns:
-        correct = {model: found.correct.get((model, place(column))) for model in group.models}
+        correct = {model: found.correct.get((model, column_key(column))) for model in group.models}
         tested = {model: of for model, of in correct.items() if of is not None and (of >= 0).all()}
         pairs = list(itertools.combinations(tested, 2))
         if not pairs:
@@ -130,7 +130,7 @@ def comparisons(group: Group, found: Outcomes) -> pd.DataFrame:
         of_seeds = np.stack([right[model] - right[other] for model, other in pairs], axis=1)  # whole images: exact
         parts.append(
             pd.DataFrame(pairs, columns=["model", "other"]).assign(
-                **dict(zip(("attack", "source", "epsilon", "steps"), place(column), strict=True)),
+                **dict(zip(("attack", "source", "epsilon", "steps"), column_key(column), strict=True)),
                 examples=len(differences),
                 seeds=len(group.runs),
                 difference=differences.mean(axis=0),

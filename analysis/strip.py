@@ -19,8 +19,10 @@ from matplotlib.figure import Figure
 
 from analysis.command import Parser, run, write_whole
 from analysis.figures import COLOURS, styled
-from analysis.results import Run, load
-from dwf_cluster.experiment import MIXTURE, InvalidInput
+from analysis.results import ExperimentFolder, load
+
+MIXTURE = "mixture"
+from dwf_cluster.settings import InvalidInput
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -48,7 +50,7 @@ class Attacked:
     steps: int
 
 
-def attack(run: Run, data_folder: Path) -> Attacked:
+def attack(run: ExperimentFolder, data_folder: Path) -> Attacked:
     """Attack the trained mixture with the longest PGD of its result table, on the CPU.
 
     Args:
@@ -60,39 +62,40 @@ def attack(run: Run, data_folder: Path) -> Attacked:
     """
     import torch
 
-    from dwf_cluster import attacks
+    from dwf_cluster.attacks.ball import Ball
+    from dwf_cluster.attacks.gradient import predict
+    from dwf_cluster.attacks.pgd import pgd
     from dwf_cluster.data.device import to_float
     from dwf_cluster.data.sources import load as load_images
-    from dwf_cluster.models import Mixture
+    from dwf_cluster.defences.build import trained
+    from dwf_cluster.models.frozen import frozen
+    from dwf_cluster.models.mixture import Mixture
     from dwf_cluster.store import checkpoints
-    from dwf_cluster.training.joint import build
-    from dwf_cluster.training.loop import weights
 
     experiment = run.experiment
     checkpoint = checkpoints.load_latest(run.store, MIXTURE)
     if checkpoint is None:
         raise InvalidInput(f"{run.url}: cannot be used: its mixture has no checkpoint, `--stages joint` makes it")
     images = load_images(experiment.data, data_folder)
-    mixture = build(experiment, images)
-    mixture.load_state_dict(weights(checkpoint))
-    view = attacks.frozen(mixture)
+    mixture = trained(experiment.models, MIXTURE, images.format, experiment.seed, run.store)
+    view = frozen(mixture)
     assert isinstance(view, Mixture)
 
     x, y = to_float(torch.tensor(images.x_test[:IMAGES])), torch.tensor(images.y_test[:IMAGES])
-    ball, steps = attacks.Ball("linf", experiment.pgd.epsilon), max(experiment.evaluation.pgd_steps)
-    *_, last = attacks.pgd(view, x, y, ball, step_size=experiment.pgd.step_size, steps=steps)
+    ball, steps = Ball("linf", experiment.pgd.epsilon), max(experiment.evaluation.pgd_steps)
+    *_, last = pgd(view, x, y, ball, step_size=experiment.pgd.step_size, steps=steps)
     both = (x, last.x.contiguous())
     with torch.no_grad():
         gate = [view.gate(part).numpy() for part in both]
-    prediction = [attacks.predict(view, part).argmax(1).numpy() for part in both]
+    prediction = [predict(view, part).argmax(1).numpy() for part in both]
     return Attacked(y.numpy(), np.stack([part.numpy() for part in both]), np.stack(prediction), np.stack(gate), steps)
 
 
 @styled()
-def draw(run: Run, shown: Attacked) -> Figure:
+def draw(run: ExperimentFolder, shown: Attacked) -> Figure:
     """A column an image: clean, the perturbation (grey is none), attacked, and the gate before and after."""
     experiment, epsilon = run.experiment, run.experiment.pgd.epsilon
-    experts = [regime.name for regime in experiment.mixture_regimes]
+    experts = list(experiment.defended.parents)
     figure = Figure(figsize=(6.5, 5.2))
     rows = figure.subplots(4, len(shown.label), squeeze=False, height_ratios=[1, 1, 1, 0.09 * len(experts) + 0.4])
     clean, attacked = shown.x

@@ -21,11 +21,13 @@ from typing import Any
 import pandas as pd
 
 from analysis.command import Parser, run
-from analysis.outcomes import Outcomes, outcomes
-from analysis.results import Group, Place, as_place, each, load, place
+from analysis.predictions import Predictions, read_predictions
+from analysis.results import ColumnKey, Group, column_key, each, key_of_row, load
 from analysis.statistics import ALPHA, comparisons, wilson
-from dwf_cluster.experiment import MIXTURE, printable, written
-from dwf_cluster.grid import Column
+from dwf_cluster.evaluation.registry import Column
+
+MIXTURE = "mixture"
+from dwf_cluster.settings import printable, to_text
 
 PAPER_MODELS = {
     "benign": "ResNet-18",
@@ -80,10 +82,10 @@ def accuracies(group: Group) -> pd.DataFrame:
         `mean`, `std` (sample, over seeds; NaN for one), `low`, `high` (95 % Wilson of the mean, for the number of
         images of one seed), all 0..1, `examples`, and `paper`, `paper_std` (0..1, NaN where it has no such cell).
     """
-    measured: dict[tuple[str, Place], list[tuple[float, int]]] = {}
+    measured: dict[tuple[str, ColumnKey], list[tuple[float, int]]] = {}
     for row in each(group.frame("evaluations", [*_COLUMN, "accuracy", "examples"])):
-        measured.setdefault((row.model, as_place(*row[1:5])), []).append((row.accuracy, row.examples))
-    titles = {place(column): " ".join(column.title.split()) for column in group.columns}
+        measured.setdefault((row.model, key_of_row(*row[1:5])), []).append((row.accuracy, row.examples))
+    titles = {column_key(column): " ".join(column.title.split()) for column in group.columns}
     transfers = {where: f"transfer {where[1]}" for _, where in measured if where not in titles}
     published = _published(group)
     rows = []
@@ -99,7 +101,7 @@ def accuracies(group: Group) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=names)
 
 
-def _published(group: Group) -> dict[tuple[str, Place], tuple[float, float]]:
+def _published(group: Group) -> dict[tuple[str, ColumnKey], tuple[float, float]]:
     """The paper's cells (0..1) that are of the same data set, model, attack and strength as ours."""
     rows = paper()[paper().dataset == PAPER_DATASETS.get(group.experiment.data.source)]
     of = {(row.model, row.attack, row.value): row for row in each(rows.fillna({"value": 0}))}
@@ -110,11 +112,11 @@ def _published(group: Group) -> dict[tuple[str, Place], tuple[float, float]]:
                 continue
             value = {"clean": 0, "fgsm": column.epsilon}.get(column.attack, column.steps)
             if row := of.get((name, column.attack, value)):
-                found[model, place(column)] = (row.accuracy_percent / 100, row.std_percent / 100)
+                found[model, column_key(column)] = (row.accuracy_percent / 100, row.std_percent / 100)
     return found
 
 
-def best(tests: pd.DataFrame) -> set[tuple[str, Place]]:
+def best(tests: pd.DataFrame) -> set[tuple[str, ColumnKey]]:
     """Models, with the column, that are ahead of every other model there, each of these tests significant after Holm.
 
     Args:
@@ -125,7 +127,7 @@ def best(tests: pd.DataFrame) -> set[tuple[str, Place]]:
         ahead = rows[rows.p_holm < ALPHA]
         wins = pd.concat([ahead.model[ahead.difference > 0], ahead.other[ahead.difference < 0]]).value_counts()
         rivals = len({*rows.model, *rows.other}) - 1
-        found |= {(str(model), as_place(*tuple(where))) for model, won in wins.items() if won == rivals}
+        found |= {(str(model), key_of_row(*tuple(where))) for model, won in wins.items() if won == rivals}
     return found
 
 
@@ -174,16 +176,16 @@ def _accuracy_table(
     group: Group,
     columns: Sequence[Column],
     measured: pd.DataFrame,
-    proven: set[tuple[str, Place]],
+    proven: set[tuple[str, ColumnKey]],
     notes: Sequence[str],
 ) -> Table:
     cells = _cells(measured)
-    models = [m for m in group.models if any((m, place(column)) in cells for column in columns)]
-    bold = {(i, j) for i, model in enumerate(models) for j, c in enumerate(columns) if (model, place(c)) in proven}
+    models = [m for m in group.models if any((m, column_key(column)) in cells for column in columns)]
+    bold = {(i, j) for i, model in enumerate(models) for j, c in enumerate(columns) if (model, column_key(c)) in proven}
     return Table(
         f"{group.title}: {title}",
         [_head(column) for column in columns],
-        [(model, [percent(cells.get((model, place(column)))) for column in columns]) for model in models],
+        [(model, [percent(cells.get((model, column_key(column)))) for column in columns]) for model in models],
         frozenset(bold),
         notes,
         frozenset({len(models) - 1}),
@@ -206,8 +208,8 @@ def _notes(group: Group, measured: pd.DataFrame, tests: int, bold: bool) -> list
     ]
 
 
-def _cells(measured: pd.DataFrame) -> dict[tuple[str, Place], Any]:
-    return {(row.model, as_place(*row[1:5])): row for row in each(measured)}
+def _cells(measured: pd.DataFrame) -> dict[tuple[str, ColumnKey], Any]:
+    return {(row.model, key_of_row(*row[1:5])): row for row in each(measured)}
 
 
 def _head(column: Column) -> tuple[str, str]:
@@ -237,20 +239,20 @@ def beside_paper(group: Group, measured: pd.DataFrame) -> Table | None:
         return None
     rows: list[tuple[str, list[str]]] = []
     for model in models:
-        of = [cells.get((model, place(column))) for column in columns]
+        of = [cells.get((model, column_key(column))) for column in columns]
         rows += [
             (model, [percent(row) for row in of]),
             (f"paper: {PAPER_MODELS[model]}", ["" if row is None else _published_percent(row) for row in of]),
             ("difference", ["" if row is None else _signed(100 * (row.mean - row.paper)) for row in of]),
         ]
-    changed = ", ".join(printable(f"{name}={written(value)}", 100) for name, value in group.changed.items())
+    changed = ", ".join(printable(f"{name}={to_text(value)}", 100) for name, value in group.changed.items())
     notes = [_pgd_warning(group)] + ([f"Settings that are not the preset's: {changed}."] if changed else [])
     lines = frozenset(range(3, len(rows), 3))
     return Table(f"{group.title}: beside the paper", [_head(c) for c in columns], rows, frozenset(), notes, lines)
 
 
-def _paper(cells: Mapping[tuple[str, Place], Any], model: str, column: Column) -> float:
-    row = cells.get((model, place(column)))
+def _paper(cells: Mapping[tuple[str, ColumnKey], Any], model: str, column: Column) -> float:
+    row = cells.get((model, column_key(column)))
     return math.nan if row is None else float(row.paper)
 
 
@@ -288,16 +290,16 @@ def against_mixture(group: Group, tests: pd.DataFrame) -> Table | None:
     of = tests[(tests.model == MIXTURE) | (tests.other == MIXTURE)]
     if of.empty:
         return None
-    cells: dict[tuple[Place, str], tuple[str, bool]] = {}
+    cells: dict[tuple[ColumnKey, str], tuple[str, bool]] = {}
     for row in each(of):
         sign, other = (1, row.other) if row.model == MIXTURE else (-1, row.model)
         low, high = sorted((sign * row.low, sign * row.high))
-        where = as_place(row.attack, row.source, row.epsilon, row.steps)
+        where = key_of_row(row.attack, row.source, row.epsilon, row.steps)
         text = f"{_signed(100 * sign * row.difference)} [{_signed(100 * low)}, {_signed(100 * high)}]"
         cells[where, str(other)] = text, row.p_holm < ALPHA
-    columns = [c for c in group.columns if any(where == place(c) for where, _ in cells)]
+    columns = [c for c in group.columns if any(where == column_key(c) for where, _ in cells)]
     others = [model for model in group.models if any(other == model for _, other in cells)]
-    shown = [[cells.get((place(column), other), ("", False)) for other in others] for column in columns]
+    shown = [[cells.get((column_key(column), other), ("", False)) for other in others] for column in columns]
     return Table(
         f"{group.title}: the mixture less each other model, points",
         [(other, "") for other in others],
@@ -312,7 +314,7 @@ def against_mixture(group: Group, tests: pd.DataFrame) -> Table | None:
     )
 
 
-def of_group(group: Group, found: Outcomes) -> tuple[pd.DataFrame, pd.DataFrame, list[Table], list[str]]:
+def of_group(group: Group, found: Predictions) -> tuple[pd.DataFrame, pd.DataFrame, list[Table], list[str]]:
     """Accuracies, tests, the tables made of them, and remarks on what there is no table for."""
     measured, tests = accuracies(group), comparisons(group, found)
     beside = beside_paper(group, measured)
@@ -394,7 +396,7 @@ def latex(table: Table) -> str:
 
 
 FORMATS: Mapping[str, Callable[[Table], str]] = {"text": text, "markdown": markdown, "latex": latex}
-"""How a table is written; `csv` beside them writes `accuracies` as it is."""
+"""How a table is to_text; `csv` beside them writes `accuracies` as it is."""
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -405,7 +407,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("storage", nargs="+", help="storage or experiment's folder, a path or an fsspec URL")
     parser.add_argument("--format", choices=(*FORMATS, "csv"), default="text", help="default: text")
     options = parser.parse_args(arguments)
-    found = [(group, of_group(group, outcomes(group))) for group in load(*options.storage).evaluated]
+    found = [(group, of_group(group, read_predictions(group))) for group in load(*options.storage).evaluated]
     if options.format == "csv":
         frames = [measured.assign(group=group.title) for group, (measured, *_) in found]
         pd.concat(frames).to_csv(sys.stdout, index=False)

@@ -12,7 +12,9 @@ from collections.abc import Mapping, Sequence
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from dwf_cluster.experiment import SOURCES, Experiment, InvalidInput, printable
+from dwf_cluster.data.registry import DATASETS
+from dwf_cluster.experiment import Experiment
+from dwf_cluster.settings import InvalidInput, printable
 
 MAX_EXAMPLES = 10_000_000
 """Test images of a data set that is read from a file; of the others the number is known."""
@@ -91,14 +93,14 @@ def validate(rows: pa.Table, table: str, experiment: Experiment, models: Sequenc
     if {"correct", "examples"} <= names:
         _none(rows, "correct", pc.greater(rows["correct"], rows["examples"]), "at most examples")
     if "gate" in names:
-        _gates(rows, len(experiment.mixture_regimes))
+        _gates(rows, experiment.defended.networks)
     if table == "evaluations" and {"model", "attack", "source", "epsilon", "steps"} <= names:
         _once(rows, ["model", "attack", "source", "epsilon", "steps"])
 
 
 def _max_examples(experiment: Experiment) -> int:
     data = experiment.data
-    return data.test_examples or (SOURCES[data.source][1] if data.source in SOURCES else MAX_EXAMPLES)
+    return data.test_examples or (DATASETS[data.source].test if data.source in DATASETS else MAX_EXAMPLES)
 
 
 def _among(rows: pa.Table, name: str, allowed: Sequence[object]) -> None:

@@ -22,8 +22,8 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from scipy import stats
 
+from dwf_cluster.evaluation.registry import CHECKS, Column, columns, suite_names, transfer_column
 from dwf_cluster.experiment import MIXTURE, Experiment, build
-from dwf_cluster.grid import CHECKS, Column, columns, families, transfer
 from dwf_cluster.store import tables
 
 SLICE = 8192
@@ -62,12 +62,12 @@ def make_up(storage: Path, experiment: Experiment, examples: int, classes: int =
     names = [*(regime.name for regime in experiment.regimes), MIXTURE]
     skill = dict(zip(names, random.normal(0, 0.02, len(names)), strict=True))
     for model in names:
-        for family in families(experiment, model):
+        for family in suite_names(experiment, model):
             if family == CHECKS:
                 continue
             found = [(model, column) for column in columns(experiment, family)]
             if family == "paper" and "transfer" in experiment.evaluation.beyond:
-                found += [(other, transfer(experiment, model)) for other in names if other != model]
+                found += [(other, transfer_column(experiment, model)) for other in names if other != model]
             outcomes = [_outcome(experiment, m, c, skill[m], hardness, label, classes, random) for m, c in found]
             rows = [_evaluation(m, c, o[0], label) for (m, c), o in zip(found, outcomes, strict=True)]
             _write(folder, "evaluations", f"evaluate-{model}-{family}", experiment, pa.Table.from_pylist(rows))

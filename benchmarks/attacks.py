@@ -24,14 +24,16 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from dwf_cluster.attacks.pgd import pgd
 from sklearn.datasets import load_digits
 from torch import nn
 
-from dwf_cluster import attacks
-from dwf_cluster.evaluation import evaluate
+from dwf_cluster.attacks.ball import Ball
+from dwf_cluster.evaluation.run import evaluate
 from dwf_cluster.experiment import MIXTURE, Experiment, build
-from dwf_cluster.models import Mixture, ResNet18
-from dwf_cluster.models.mixture import Gate
+from dwf_cluster.models.frozen import frozen
+from dwf_cluster.models.mixture import Gate, Mixture
+from dwf_cluster.models.resnet import ResNet18
 
 EPSILON, STEP_SIZE = 0.15, 0.03
 COLUMNS = [f"evaluation.fgsm_epsilons={','.join(f'{0.03 * i:.2f}' for i in range(1, 10))}"]
@@ -62,14 +64,14 @@ def trained(x: torch.Tensor, y: torch.Tensor, adversarial: bool) -> ResNet18:
     """Two epochs on clean images, or four on those of a short PGD."""
     torch.manual_seed(0)
     model = ResNet18(10, (0.3,) * 3, (0.35,) * 3, width=16).to(memory_format=torch.channels_last)
-    epochs, ball = (4 if adversarial else 2), attacks.Ball("linf", EPSILON)
+    epochs, ball = (4 if adversarial else 2), Ball("linf", EPSILON)
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, epochs * -(-len(x) // 64))
     for _ in range(epochs):
         for batch in torch.split(torch.randperm(len(x)), 64):
             some = x[batch]
             if adversarial:
-                *_, last = attacks.pgd(attacks.frozen(model), some, y[batch], ball, step_size=0.06, steps=4)
+                *_, last = pgd(frozen(model), some, y[batch], ball, step_size=0.06, steps=4)
                 some = last.x
             optimizer.zero_grad()
             F.cross_entropy(model(some), y[batch]).backward()  # type: ignore[no-untyped-call]
@@ -205,7 +207,7 @@ def median_seconds(run: Callable[[], object], times: int = 5) -> float:
 
 def bare(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> float:
     """Seconds of a bare forward-backward on the input, for one image; of the frozen view, in parts of 32."""
-    view = attacks.frozen(model)
+    view = frozen(model)
 
     def run() -> None:
         for some, labels in zip(torch.split(x, 32), torch.split(y, 32), strict=True):

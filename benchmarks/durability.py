@@ -25,12 +25,12 @@ import numpy as np
 import torch
 
 from dwf_cluster.data.sources import Images
+from dwf_cluster.defences import adversarial
 from dwf_cluster.determinism import make_deterministic
 from dwf_cluster.experiment import build
 from dwf_cluster.store import Store, checkpoints, tables
 from dwf_cluster.store.status import HEARTBEAT, Status, now
-from dwf_cluster.training import expert
-from dwf_cluster.training.loop import Task
+from dwf_cluster.training import Task
 
 EPOCH = 50_000
 """Images of CIFAR-10's training set: what an epoch's checkpoint is set against."""
@@ -59,9 +59,9 @@ def checkpointing(images: int, epochs: int) -> dict[str, Any]:
         pickled.append(time.perf_counter() - begun)
 
     with tempfile.TemporaryDirectory() as folder, mock.patch.object(checkpoints, "save", timed):
-        store = Store(folder, experiment.folder)
+        store = experiment.store(folder)
         task = Task(experiment, store, "experts", "benign", experiment.experts)
-        expert.train_expert(task, data, experiment.regimes[0], torch.device("cpu"))
+        adversarial.train_expert(task, data, experiment.regimes[0], torch.device("cpu"))
         seconds = [row["seconds"] for row in tables.read(store, "metrics").to_pylist()]
         (*_, newest) = store.names("checkpoints/benign")
         size = store.size(f"checkpoints/benign/{newest}/tensors.safetensors")

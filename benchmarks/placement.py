@@ -17,13 +17,13 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from dwf_cluster.cluster.placement import Resources, cpus_here, place
-from dwf_cluster.cluster.schedule import Planned, lower_bound, timeline
+from dwf_cluster.console.tables import GPU_FLOPS, measured_speeds
 from dwf_cluster.data.sources import sizes
-from dwf_cluster.experiment import STAGES, Experiment, build
-from dwf_cluster.plan import Job, forward_flops, jobs
+from dwf_cluster.experiment import Experiment, build
+from dwf_cluster.plan.jobs import STAGES, Job, forward_flops, jobs
+from dwf_cluster.plan.resources import Resources, allocate, cpus_here
+from dwf_cluster.plan.schedule import Planned, lower_bound, timeline
 from dwf_cluster.store import Store, tables
-from dwf_cluster.summary import GPU_FLOPS, measured_speeds
 
 GPUS = (1, 2, 4, 8, 9, 16, 32, 64)
 
@@ -33,8 +33,8 @@ def planned(
 ) -> tuple[dict[Job, Planned], float]:
     """The timeline, and its lower bound, in passes."""
     found = [job for e in experiments for stage in stages for job in jobs(e, stage, sizes(e.data))]
-    places = place(found, resources)
-    return timeline(found, places, resources.room), lower_bound(found, places, resources.room)
+    allocations = allocate(found, resources)
+    return timeline(found, allocations, resources.slots), lower_bound(found, allocations, resources.slots)
 
 
 def simulate() -> None:
@@ -63,10 +63,10 @@ def run() -> None:
         first, second = build("digits", 0), build("digits", 1)
         resources = Resources(cpus_here(), 0)
         found = [job for stage in STAGES for job in jobs(first, stage, sizes(first.data))]
-        speeds = measured_speeds(found, place(found, resources), storage)
-        rows = pd.DataFrame(tables.read(Store(storage, second.folder), "jobs").to_pylist()).set_index("task")
+        speeds = measured_speeds(found, allocate(found, resources), storage)
+        rows = pd.DataFrame(tables.read(second.store(storage), "jobs").to_pylist()).set_index("task")
     found = [job for stage in STAGES for job in jobs(second, stage, sizes(second.data))]
-    when = timeline(found, place(found, resources), resources.room, speeds)
+    when = timeline(found, allocate(found, resources), resources.slots, speeds)
     began = rows.started.min()
     print("| task | planned start | end | real start | end |\n|---|---:|---:|---:|---:|")
     for job, plan in when.items():

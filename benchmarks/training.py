@@ -23,14 +23,14 @@ import torch.nn.functional as F
 import torchattacks
 from torch import nn
 
-from dwf_cluster import attacks
 from dwf_cluster.data.device import DeviceImages
 from dwf_cluster.data.sources import Images
+from dwf_cluster.defences import adversarial, dwf
 from dwf_cluster.determinism import make_deterministic
 from dwf_cluster.experiment import MIXTURE, Experiment, build
+from dwf_cluster.models.frozen import frozen
 from dwf_cluster.store import Store
-from dwf_cluster.training import expert, joint
-from dwf_cluster.training.loop import Task, train
+from dwf_cluster.training import Task, train
 
 ITERATIONS, BATCH = 10, 128
 
@@ -79,7 +79,7 @@ def plain_step(model: nn.Module, settings: Experiment, parts: bool) -> Callable[
 
 def bare(model: nn.Module, parts: int, x: torch.Tensor, y: torch.Tensor) -> float:
     """Seconds of a step's gradients and of its training pass, with nothing around them."""
-    view, seconds = attacks.frozen(model), []
+    view, seconds = frozen(model), []
     model.train()
     for _ in range(4):
         clock = time.perf_counter()
@@ -99,12 +99,12 @@ def compare(stage: str, steps: int) -> dict[str, Any]:
     """Seconds of a step, ours and plain, and how far ours is from the limit."""
     settings, data = experiment(stage, steps + 1), images()
     if stage == "joint":
-        model, slow = (joint.build(settings, data) for _ in range(2))
-        name, perturb, parts = MIXTURE, joint.three_parts(settings), 3
+        model, slow = (dwf.build(settings, data) for _ in range(2))
+        name, perturb, parts = MIXTURE, dwf.three_parts(settings), 3
     else:
         regime = next(r for r in settings.regimes if r.attack == "pgd")
-        model, slow = (expert.build(settings, data, regime.name) for _ in range(2))  # type: ignore[assignment]
-        name, perturb, parts = regime.name, expert.adversary(regime, settings.pgd), 1
+        model, slow = (adversarial.build(settings, data, regime.name) for _ in range(2))  # type: ignore[assignment]
+        name, perturb, parts = regime.name, adversarial.adversary(regime, settings.pgd), 1
     step = plain_step(slow, settings, stage == "joint")
     device_images = DeviceImages(data, settings.data, torch.device("cpu"))
     x, y = device_images.x_train.float() / 255, device_images.y_train

@@ -20,8 +20,8 @@ from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from dwf_cluster.attacks.settings import Fgsm, Pgd
 from dwf_cluster.data.registry import Data
-from dwf_cluster.defences.registry import DEFENCES, Experts, Gate, Joint, METHODS, ModelSpec, recipe, recipe_names
-from dwf_cluster.evaluation.registry import Evaluation, Threat, all_columns, suite_names, Column
+from dwf_cluster.defences.registry import DEFENCES, METHODS, Experts, Gate, Joint, ModelSpec, recipe, recipe_names
+from dwf_cluster.evaluation.registry import Column, Evaluation, Threat, all_columns, suite_names
 from dwf_cluster.models.registry import Model
 from dwf_cluster.settings import (
     MAX_JSON_BYTES,
@@ -339,6 +339,7 @@ def _assign(fields: dict[str, Any], name: str, text: str) -> None:
         fields[leaf] = json.loads(text)
     except (ValueError, RecursionError):  # a bare word, such as a file's name
         fields[leaf] = text
+
 
 def fields_of_an_experiment() -> list[FieldDescription]:
     """Every field that `--set` takes, in order."""

@@ -12,13 +12,15 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from dwf_cluster.experiment import PRESETS, STAGES, Experiment, InvalidInput, build, describe, printable_lines
+from dwf_cluster.console.terminal import Stop, lasting_output
+from dwf_cluster.experiment import PRESETS, Experiment, build, fields_of_an_experiment
+from dwf_cluster.plan.jobs import STAGES
+from dwf_cluster.settings import InvalidInput, printable_lines
 from dwf_cluster.store import StorageFailed, check_url
-from dwf_cluster.terminal import Stop, lasting_output
 
 if TYPE_CHECKING:
-    from dwf_cluster.cluster.placement import Limits, Resources
-    from dwf_cluster.sweep import Sweep
+    from dwf_cluster.pipeline.sweep import Sweep
+    from dwf_cluster.plan.resources import Limits, Resources
 
 _RAY_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Ray sets it in the process that `ray job submit` starts."""
@@ -101,7 +103,7 @@ def _sbatch_option(text: str) -> tuple[str, str]:
 
 def _parser() -> argparse.ArgumentParser:
     presets = "\n".join(f"  {name:<22} {meaning}" for name, (_, meaning) in PRESETS.items())
-    fields = "\n".join(f"  {f.name} ({f.type}; {f.default})\n      {f.meaning}" for f in describe())
+    fields = "\n".join(f"  {f.name} ({f.type}; {f.default})\n      {f.meaning}" for f in fields_of_an_experiment())
     parser = _Parser(
         prog="python -m dwf_cluster.launch",
         description="Train nine experts and their mixture, attack them all, and write Parquet tables. "
@@ -265,7 +267,7 @@ def _run(options: argparse.Namespace, again: str) -> int:
 
 
 def _sweep(options: argparse.Namespace, again: str) -> int:
-    from dwf_cluster.sweep import sweep
+    from dwf_cluster.pipeline.sweep import sweep
 
     for name in ("slurm", "stages", "seed"):
         if getattr(options, name):
@@ -291,15 +293,14 @@ def _sweep(options: argparse.Namespace, again: str) -> int:
 def _plan(options: argparse.Namespace, experiments: Sequence[Experiment], names: Mapping[str, str]) -> int:
     from rich.console import Console
 
-    from dwf_cluster import summary
+    from dwf_cluster.console import tables
     from dwf_cluster.data.sources import sizes
-    from dwf_cluster.pipeline import jobs_left
-    from dwf_cluster.store import Store
+    from dwf_cluster.pipeline.run import jobs_left
 
     size = sizes(experiments[0].data)
-    todo = jobs_left({e: Store(options.storage, e.folder) for e in experiments}, options.stages, size)
-    table, lines = summary.plan(experiments, names, todo, size, _here(options), options.storage)
-    summary.show(Console(), table)
+    todo = jobs_left({e: e.store(options.storage) for e in experiments}, options.stages, size)
+    table, lines = tables.plan(experiments, names, todo, size, _here(options), options.storage)
+    tables.show(Console(), table)
     print(*lines, *_roots(options, experiments), sep="\n")
     return 0
 
@@ -313,14 +314,13 @@ def _go(
 ) -> int:
     from rich.console import Console
 
-    from dwf_cluster import summary
-    from dwf_cluster import sweep as sweeps
-    from dwf_cluster.cluster.ray import RayNotStarted, attached, local
+    from dwf_cluster.cluster.driver import RayNotStarted, attached, local
+    from dwf_cluster.console import tables
+    from dwf_cluster.console.progress import Progress
     from dwf_cluster.data.sources import DataUnavailable
-    from dwf_cluster.pipeline import StageFailed, run
-    from dwf_cluster.progress import Progress
-    from dwf_cluster.store import Store
-    from dwf_cluster.store.lease import Held
+    from dwf_cluster.pipeline import sweep as sweeps
+    from dwf_cluster.pipeline.run import StageFailed, run
+    from dwf_cluster.store.lock import ExperimentLocked
 
     if options.address:
         connect = functools.partial(attached, options.address, _limits(options))
@@ -329,33 +329,32 @@ def _go(
     console, stop = Console(), Stop()
     progress = Progress(names, options.storage, console)
     if options.tensorboard:
-        from dwf_cluster.plan import models
-        from dwf_cluster.tensorboard import EventFiles
+        from dwf_cluster.console.tensorboard import EventFiles
 
-        names_of_models = {experiment.folder: models(experiment) for experiment in experiments}
+        names_of_models = {experiment.folder: experiment.names for experiment in experiments}
         progress.heard = EventFiles(options.tensorboard, names_of_models, progress.warn).add
     go = functools.partial(sweeps.run, sweep) if sweep else functools.partial(run, experiments, options.stages)
     try:
         connection = stop.heeded(connect)
         outcome = go(options.storage, connection, options.data_folder, progress, stop.is_set, again)
-    except (StageFailed, DataUnavailable, Held, RayNotStarted) as error:
+    except (StageFailed, DataUnavailable, ExperimentLocked, RayNotStarted) as error:
         print(f"failed: {printable_lines(error)}\nresume: {again}", file=sys.stderr)
         return 1
     if sweep and outcome:
-        summary.sweep_results(console, sweep, outcome)
+        tables.sweep_results(console, sweep, outcome)
     else:
         for experiment in experiments if "evaluate" in options.stages else ():
-            summary.results(console, experiment, Store(options.storage, experiment.folder))
+            tables.results(console, experiment, experiment.store(options.storage))
     print(*_roots(options, experiments), sep="\n")
     return 0
 
 
 def _submit(options: argparse.Namespace, experiments: Sequence[Experiment], again: str) -> int:
-    from dwf_cluster import submission
-    from dwf_cluster.cluster.slurm import Request
+    from dwf_cluster.cluster import submit
+    from dwf_cluster.cluster.sbatch import SlurmOptions
 
     asked = {"partition": options.partition, "account": options.account}
-    request = Request(
+    request = SlurmOptions(
         nodes=options.nodes or 1,
         gpus_per_node=options.gpus_per_node,
         cpus_per_node=options.cpus_per_node,
@@ -366,9 +365,9 @@ def _submit(options: argparse.Namespace, experiments: Sequence[Experiment], agai
     )
     arguments = functools.partial(_job_arguments, options)
     if options.dry_run:
-        print(submission.script(experiments, request, arguments, again))
+        print(submit.script(experiments, request, arguments, again))
         return 0
-    return submission.run(experiments, options.storage, options.stages, request, arguments, again)
+    return submit.run(experiments, options.storage, options.stages, request, arguments, again)
 
 
 def _job_arguments(options: argparse.Namespace, experiment: Experiment) -> tuple[str, ...]:
@@ -382,13 +381,13 @@ def _job_arguments(options: argparse.Namespace, experiment: Experiment) -> tuple
 
 
 def _limits(options: argparse.Namespace) -> Limits:
-    from dwf_cluster.cluster.placement import Limits
+    from dwf_cluster.plan.resources import Limits
 
     return Limits(options.joint_workers, options.expert_workers, options.gpus_per_expert or 1.0)
 
 
 def _here(options: argparse.Namespace) -> Resources:
-    from dwf_cluster.cluster.placement import Resources, cpus_here, gpus_here, unused_gpus
+    from dwf_cluster.plan.resources import Resources, cpus_here, gpus_here, unused_gpus
 
     gpus = gpus_here() if options.gpus is None else options.gpus
     if options.gpus is None and (line := unused_gpus()):
@@ -397,9 +396,8 @@ def _here(options: argparse.Namespace) -> Resources:
 
 
 def _roots(options: argparse.Namespace, experiments: Sequence[Experiment]) -> list[str]:
-    from dwf_cluster.store import Store
 
-    return [Store(options.storage, experiment.folder).root for experiment in experiments]
+    return [experiment.store(options.storage).root for experiment in experiments]
 
 
 if __name__ == "__main__":

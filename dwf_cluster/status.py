@@ -13,18 +13,11 @@ import shlex
 import sys
 from collections.abc import Iterable, Sequence
 
-from dwf_cluster.experiment import (
-    STAGES,
-    Experiment,
-    InvalidInput,
-    assemble,
-    invocation,
-    printable,
-    printable_lines,
-    written,
-)
+from dwf_cluster.experiment import Experiment, assemble, invocation
+from dwf_cluster.plan.jobs import STAGES
+from dwf_cluster.settings import InvalidInput, printable, printable_lines, to_text
 from dwf_cluster.store import StorageFailed, Store
-from dwf_cluster.store.lease import SILENCE
+from dwf_cluster.store.lock import SILENCE
 from dwf_cluster.store.status import Status, age
 
 _EXPERIMENT = re.compile(r"[A-Za-z0-9][\w.-]*-seed\d+-[0-9a-f]{10}", re.ASCII)
@@ -121,7 +114,7 @@ def _row(folder: str, status: Status | StorageFailed | None) -> list[str]:
 
 
 def _number(value: float) -> str:
-    """A count or seconds, rounded; `?` for what no run has written."""
+    """A count or seconds, rounded; `?` for what no run has to_text."""
     return f"{value:.0f}" if -1 < value <= _LARGEST_NUMBER else "?"
 
 
@@ -141,7 +134,7 @@ def _resume_command(content: bytes | StorageFailed | None, folder: str, storage:
     try:
         experiment = Experiment.from_json(content.decode() if isinstance(content, bytes) else "")
         preset, changed = invocation(experiment)
-        assignments = [f"{name}={written(value)}" for name, value in changed.items()]
+        assignments = [f"{name}={to_text(value)}" for name, value in changed.items()]
         made = assemble(preset, experiment.seed, assignments)
     except (InvalidInput, UnicodeDecodeError):
         return UNKNOWN_COMMAND

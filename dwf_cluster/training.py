@@ -235,14 +235,14 @@ def _step(
         yield from method(task.spec, parallel, frozen_model, x, y, draws)
 
     generators = [losses(part) for part in parts]
-    means: list[float] = []
+    means, is_stopping = list[float](), False
     while True:
         for number, (part, generator) in enumerate(zip(parts, generators, strict=True), start=1):
             waits = isinstance(parallel, DistributedDataParallel) and number < len(parts)
             with parallel.no_sync() if waits else nullcontext():  # type: ignore[operator]
                 loss = next(generator, None)
                 if loss is None:
-                    return sum(means) / len(means), stopping > 0
+                    return sum(means) / len(means), is_stopping
                 if number == 1:
                     # The request to stop is reduced with the loss, so all workers see it after the same step.
                     total = torch.tensor([0.0, task.stopping()], device=indices.device)
@@ -253,7 +253,8 @@ def _step(
             total[0] += mean.detach() / workers
         if workers > 1:
             dist.all_reduce(total)
-        mean_loss, stopping = total.tolist()
+        mean_loss, stops = total.tolist()
+        is_stopping = stops > 0
         if not math.isfinite(mean_loss):
             raise NotLogits(f"the loss became {mean_loss}")
         means.append(mean_loss)
@@ -338,4 +339,3 @@ def _restore(task: Task, model: nn.Module, optimizer: torch.optim.SGD) -> _Progr
     if "metrics" not in state:  # saved by an earlier version
         state = {**state, "metrics": tables.metrics_until(task.store, task.name, checkpoint.epoch)}
     return _Progress(**{field.name: state[field.name] for field in fields(_Progress)})
-

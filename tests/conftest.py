@@ -77,7 +77,7 @@ def images(tiny: Experiment) -> sources.Images:
 
 @pytest.fixture
 def store(tmp_path: Path, tiny: Experiment) -> Store:
-    return Store(str(tmp_path), tiny.folder)
+    return tiny.store(str(tmp_path))
 
 
 def write_npz(path: Path, **changed: np.ndarray | None) -> Path:
@@ -220,7 +220,7 @@ def on_machine(name: str, arguments: Sequence[str], impatient: bool = False) -> 
         impatient: whether another machine's silence of two seconds seems long to it: not two waits of a minute.
     """
     root = [] if os.geteuid() == 0 else ["--map-root-user"]
-    patience = "from dwf_cluster.store import lease; lease.SILENCE, lease.HEARTBEAT = 2, 1; " if impatient else ""
+    patience = "from dwf_cluster.store import lease; lock.SILENCE, lock.HEARTBEAT = 2, 1; " if impatient else ""
     program = f"{patience}import sys; from dwf_cluster.launch import main; sys.exit(main(sys.argv[1:]))"
     rename = ["sh", "-c", 'hostname "$0" && exec "$@"', name]
     return ["unshare", *root, "--uts", *rename, sys.executable, "-c", program, *arguments]

@@ -16,8 +16,9 @@ import numpy as np
 import pytest
 
 from dwf_cluster.data import sources
-from dwf_cluster.experiment import Data, InvalidInput
+from dwf_cluster.data.registry import Data
 from dwf_cluster.launch import main
+from dwf_cluster.settings import InvalidInput
 
 from .conftest import write_npz
 

@@ -14,7 +14,7 @@ import pytest
 from dwf_cluster import status
 from dwf_cluster.experiment import build
 from dwf_cluster.launch import main
-from dwf_cluster.store.lease import Holder
+from dwf_cluster.store.lock import Owner
 
 from .conftest import ARGUMENTS, SLOWER, TINY
 
@@ -103,7 +103,7 @@ def test_a_file_that_is_no_table_is_left_alone(done: Path, capsys: pytest.Captur
 
 def test_the_owner_in_a_lock_reaches_no_terminal_unescaped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "runs" / build("digits", None, [*TINY, *SLOWER]).folder
-    owner = json.loads(Holder.me().model_dump_json())
+    owner = json.loads(Owner.me().model_dump_json())
     owner |= {"host": "\x1b]0;owned\x07\x1b[2J\u202e", "machine": "another", "job": "\n7"}
     (folder / "lease").mkdir(parents=True)
     (folder / "lease" / "00001.json").write_text(json.dumps(owner))

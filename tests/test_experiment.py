@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from dwf_cluster.experiment import PRESETS, Experiment, InvalidInput, build, describe
+from dwf_cluster.experiment import PRESETS, Experiment, build, fields_of_an_experiment
+from dwf_cluster.settings import InvalidInput
 
 from .conftest import write_npz
 
@@ -134,7 +135,7 @@ def test_an_unknown_field_in_json_is_named() -> None:
 
 
 def test_every_field_says_what_it_means() -> None:
-    assert [field.name for field in describe() if not field.meaning] == []
+    assert [field.name for field in fields_of_an_experiment() if not field.meaning] == []
 
 
 def test_fields_that_came_later_leave_the_signatures_of_before(tmp_path: Path) -> None:

@@ -9,14 +9,15 @@ from typing import Any
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dwf_cluster.experiment import Experiment, InvalidInput, build, describe
+from dwf_cluster.experiment import Experiment, build, fields_of_an_experiment
+from dwf_cluster.settings import InvalidInput
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=12), inner, max_size=4),
     max_leaves=12,
 )
-FIELDS = st.sampled_from([field.name for field in describe()])
+FIELDS = st.sampled_from([field.name for field in fields_of_an_experiment()])
 NAMES = FIELDS | st.text(max_size=30)
 VALUES = st.text(max_size=40) | JSON.map(json.dumps) | st.sampled_from(["1", "0.5", "1,2", "true", "null"])
 

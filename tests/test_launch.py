@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from dwf_cluster.experiment import PRESETS, describe
+from dwf_cluster.experiment import PRESETS, fields_of_an_experiment
 from dwf_cluster.store import checkpoints, tables
 from dwf_cluster.store.status import Status
 
@@ -28,7 +28,7 @@ def test_help_names_every_preset_and_every_field_with_its_default(launch: Launch
     assert result.returncode == 0
     for preset in PRESETS:
         assert f"  {preset} " in result.stdout
-    for field in describe():
+    for field in fields_of_an_experiment():
         assert f"  {field.name} ({field.type}; {field.default})\n      {field.meaning}\n" in result.stdout
 
 

@@ -20,11 +20,11 @@ import torch.distributed as dist
 
 from dwf_cluster.data.device import DeviceImages
 from dwf_cluster.data.sources import load
+from dwf_cluster.defences import adversarial, dwf
 from dwf_cluster.determinism import make_deterministic
 from dwf_cluster.experiment import MIXTURE, build
 from dwf_cluster.store import Store, checkpoints
-from dwf_cluster.training import expert, joint
-from dwf_cluster.training.loop import Stopped, Task, train
+from dwf_cluster.training import Stopped, Task, train
 
 from .. import PATIENCE
 from ..conftest import ARGUMENTS, TINY, Launch, assert_same, go_on_to_stop, title
@@ -49,13 +49,13 @@ def _train_three_times(folder: Path, model: str) -> None:
     images, cpu = load(experiment.data, folder), torch.device("cpu")
     stage = "joint" if model == MIXTURE else "experts"
     if model == MIXTURE:
-        perturb = joint.three_parts(experiment)
+        perturb = dwf.three_parts(experiment)
     else:
         regime = next(regime for regime in experiment.regimes if regime.name == model)
-        perturb = expert.adversary(regime, experiment.pgd)
+        perturb = adversarial.adversary(regime, experiment.pgd)
 
     def run(name: str, **options: Callable[..., Any]) -> None:
-        module = joint.build(experiment, images) if model == MIXTURE else expert.build(experiment, images, model)
+        module = dwf.build(experiment, images) if model == MIXTURE else adversarial.build(experiment, images, model)
         task = Task(experiment, Store(str(folder), name), stage, model, experiment.training(stage), **options)
         try:
             train(task, module, DeviceImages(images, experiment.data, cpu), perturb)

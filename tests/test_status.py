@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from dwf_cluster import status
-from dwf_cluster.experiment import MAX_JSON_BYTES, build
+from dwf_cluster.experiment import build
+from dwf_cluster.settings import MAX_JSON_BYTES
 from dwf_cluster.store import Store
 
 from .conftest import write_npz
@@ -36,7 +37,7 @@ STATUS = {
 
 def _experiment(folder: Path, seed: int, assignments: Sequence[str] = (), **changed: object) -> Store:
     experiment = build("digits", seed, assignments)
-    store = Store(str(folder), experiment.folder)
+    store = experiment.store(str(folder))
     store.write("status.json", json.dumps(STATUS | changed).encode())
     store.write("experiment.json", experiment.to_json().encode())
     return store
@@ -124,7 +125,7 @@ def test_own_images_are_resumed_from_their_file_without_reading_it(
     monkeypatch.chdir(tmp_path)
     path = write_npz(tmp_path / "my $(images).npz")
     experiment = build(str(path), 1, ["experts.epochs=7"])
-    store = Store("runs", experiment.folder)
+    store = experiment.store("runs")
     store.write("status.json", json.dumps(STATUS | {"state": "failed"}).encode())
     store.write("experiment.json", experiment.to_json().encode())
     path.unlink()

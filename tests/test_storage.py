@@ -18,8 +18,8 @@ import psutil
 import pytest
 
 from dwf_cluster import status
-from dwf_cluster.experiment import InvalidInput
-from dwf_cluster.store import LockLost, StorageFailed, Store, files, lease
+from dwf_cluster.settings import InvalidInput
+from dwf_cluster.store import LockLost, StorageFailed, Store, files, lock
 
 from . import PATIENCE
 from .conftest import ARGUMENTS, Launch, assert_same
@@ -169,15 +169,15 @@ def test_the_store_has_a_folders_manners(s3: str) -> None:
     store.remove("a")
     store.remove("a")
     assert (store.read("a/b/file"), store.names("a/b")) == (None, [])
-    taken = lease.take(Store(s3, "digits-seed6-0123456789"))
-    assert lease.is_held(taken.store)
+    taken = lock.acquire(Store(s3, "digits-seed6-0123456789"))
+    assert lock.is_locked(taken.store)
 
 
 def _take(store: Store, host: str, go: Any, answers: Any, end: Any) -> None:
     go.wait()
     try:
-        answers.put((host, lease.take(store).number))
-    except lease.Held as held:
+        answers.put((host, lock.acquire(store).number))
+    except lock.ExperimentLocked as held:
         answers.put((host, str(held)))
     end.wait()  # alive until all have answered
 
@@ -201,7 +201,7 @@ def test_of_many_at_once_one_gets_it(s3: str) -> None:
 
 def test_a_run_that_was_taken_over_puts_and_removes_nothing(s3: str) -> None:
     store = Store(s3, "digits-seed4-0123456789")
-    old = lease.take(store).store
+    old = lock.acquire(store).store
     old.write("results/jobs/a.parquet", b"before")
     store.create("lease/00002.json", b"another's")
     for attempt in (

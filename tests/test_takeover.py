@@ -11,7 +11,7 @@ import pandas as pd
 import psutil
 import pytest
 
-from dwf_cluster.store import lease
+from dwf_cluster.store import lock
 from dwf_cluster.store.status import Status
 
 from . import PATIENCE
@@ -33,7 +33,7 @@ def test_a_run_that_stood_still_and_was_taken_over_writes_nothing_more_and_says_
         status = Status.read(store_of(folder))
         assert status is not None
         assert (status.run, status.host) == (1, "first")
-        time.sleep(lease.SILENCE + 2)  # no event: until the heartbeat is old enough, a launch is refused at once
+        time.sleep(lock.SILENCE + 2)  # no event: until the heartbeat is old enough, a launch is refused at once
         with subprocess.Popen(on_machine("second", ARGUMENTS), **pipes) as second:  # type: ignore[call-overload]
             for line in second.stdout:
                 if re.match(r"expert pgd-1: epoch \d/3", line):

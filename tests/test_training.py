@@ -12,24 +12,28 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from dwf_cluster.attacks.pgd import fgsm, pgd
 from torch import nn
 
-from dwf_cluster import attacks
+from dwf_cluster.attacks.ball import Ball
+from dwf_cluster.attacks.gradient import differentiate
 from dwf_cluster.data.device import DeviceImages
 from dwf_cluster.data.sources import Images, load
+from dwf_cluster.defences import adversarial
+from dwf_cluster.defences.registry import ModelSpec
 from dwf_cluster.determinism import Draws
-from dwf_cluster.experiment import Experiment, Regime, build
+from dwf_cluster.experiment import Experiment, build
+from dwf_cluster.models.frozen import frozen
 from dwf_cluster.store import Store, checkpoints, tables
-from dwf_cluster.training import expert
-from dwf_cluster.training.loop import NonFiniteLoss, Stopped, Task, train, weights
+from dwf_cluster.training import NonFiniteLoss, Stopped, Task, train, weights
 
 from ..conftest import TINY, InDouble
 from .gloo import run_workers
 
 CPU = torch.device("cpu")
-BENIGN = Regime("benign", "benign")
-FGSM = Regime("fgsm-1", "fgsm", epsilons=(0.06, 0.2))
-PGD = Regime("pgd-1", "pgd", steps=(1, 2))
+BENIGN = ModelSpec("benign", "benign")
+FGSM = ModelSpec("fgsm-1", "fgsm", epsilons=(0.06, 0.2))
+PGD = ModelSpec("pgd-1", "pgd", steps=(1, 2))
 
 
 class NoNorm(nn.Module):
@@ -56,19 +60,19 @@ def _train(
     experiment: Experiment,
     images: Images,
     store: Store,
-    regime: Regime,
+    regime: ModelSpec,
     model: nn.Module,
     stopping: Callable[[], bool] = lambda: False,
 ) -> nn.Module:
     task = Task(experiment, store, "experts", regime.name, experiment.experts, stopping=stopping)
-    return train(task, model, DeviceImages(images, experiment.data, CPU), expert.adversary(regime, experiment.pgd))
+    return train(task, model, DeviceImages(images, experiment.data, CPU), adversarial.adversary(regime, experiment.pgd))
 
 
 @pytest.mark.parametrize("regime", [BENIGN, FGSM, PGD], ids=lambda regime: regime.attack)
-def test_it_equals_the_plain_pytorch_loop(images: Images, store: Store, regime: Regime) -> None:
+def test_it_equals_the_plain_pytorch_loop(images: Images, store: Store, regime: ModelSpec) -> None:
     """In double precision: what rounding differs by must not decide on which side of zero a ReLU's input lies."""
     tiny = build("digits", 0, [*TINY, "experts.learning_rate=0.01", "experts.epochs=2"])
-    model = InDouble(expert.build(tiny, images, regime.name))
+    model = InDouble(adversarial.build(tiny, images, regime.name))
     slow = copy.deepcopy(model)
     _train(tiny, images, store, regime, model)
 
@@ -85,12 +89,12 @@ def test_it_equals_the_plain_pytorch_loop(images: Images, store: Store, regime: 
             if regime.attack != "benign":
                 target = copy.deepcopy(slow).eval()  # BatchNorm unfolded, in evaluation mode
                 if regime.attack == "fgsm":
-                    gradient, _, _ = attacks.differentiate(target, x, y)
-                    x = attacks.fgsm(x, gradient, draws.choice("epsilon", regime.epsilons))
+                    gradient, _, _ = differentiate(target, x, y)
+                    x = fgsm(x, gradient, draws.choice("epsilon", regime.epsilons))
                 else:
                     count = draws.choice("steps", regime.steps)
-                    ball = attacks.Ball("linf", tiny.pgd.epsilon)
-                    *_, last = attacks.pgd(target, x, y, ball, step_size=tiny.pgd.step_size, steps=count)
+                    ball = Ball("linf", tiny.pgd.epsilon)
+                    *_, last = pgd(target, x, y, ball, step_size=tiny.pgd.step_size, steps=count)
                     x = last.x
             slow.train()
             optimizer.zero_grad()
@@ -103,9 +107,9 @@ def test_it_equals_the_plain_pytorch_loop(images: Images, store: Store, regime: 
 
 @pytest.mark.parametrize("regime", [BENIGN, PGD], ids=lambda regime: regime.attack)
 def test_a_resumed_run_ends_with_the_bits_of_an_uninterrupted_one(
-    tiny: Experiment, images: Images, tmp_path: Path, regime: Regime
+    tiny: Experiment, images: Images, tmp_path: Path, regime: ModelSpec
 ) -> None:
-    whole = _train(tiny, images, Store(str(tmp_path), "whole"), regime, expert.build(tiny, images, regime.name))
+    whole = _train(tiny, images, Store(str(tmp_path), "whole"), regime, adversarial.build(tiny, images, regime.name))
 
     class Interrupt(Exception):
         pass
@@ -115,11 +119,11 @@ def test_a_resumed_run_ends_with_the_bits_of_an_uninterrupted_one(
             raise Interrupt
 
     store = Store(str(tmp_path), "interrupted")
-    data, perturb = DeviceImages(images, tiny.data, CPU), expert.adversary(regime, tiny.pgd)
+    data, perturb = DeviceImages(images, tiny.data, CPU), adversarial.adversary(regime, tiny.pgd)
     task = Task(tiny, store, "experts", regime.name, tiny.experts, report=interrupt)
     with pytest.raises(Interrupt):
-        train(task, expert.build(tiny, images, regime.name), data, perturb)
-    resumed = _train(tiny, images, store, regime, _other(expert.build(tiny, images, "another name")))
+        train(task, adversarial.build(tiny, images, regime.name), data, perturb)
+    resumed = _train(tiny, images, store, regime, _other(adversarial.build(tiny, images, "another name")))
     for name, tensor in whole.state_dict().items():
         assert torch.equal(resumed.state_dict()[name], tensor), name
     assert [row["epoch"] for row in tables.read(store, "metrics").to_pylist()] == [1, 2, 3]
@@ -130,15 +134,17 @@ def test_asked_to_stop_it_saves_the_step_it_is_at_and_goes_on_from_there(
     tiny: Experiment, images: Images, tmp_path: Path, steps: list[int]
 ) -> None:
     """Three epochs of three steps."""
-    whole = _train(tiny, images, Store(str(tmp_path), "whole"), PGD, expert.build(tiny, images, "pgd-1"))
+    whole = _train(tiny, images, Store(str(tmp_path), "whole"), PGD, adversarial.build(tiny, images, "pgd-1"))
     store = Store(str(tmp_path), "stopped")
     for last, done in zip(steps, itertools.accumulate(steps), strict=True):
         asked = itertools.count(1)
         with pytest.raises(Stopped):
-            _train(tiny, images, store, PGD, expert.build(tiny, images, "pgd-1"), lambda n=asked, m=last: next(n) >= m)
+            _train(
+                tiny, images, store, PGD, adversarial.build(tiny, images, "pgd-1"), lambda n=asked, m=last: next(n) >= m
+            )
         epoch, step = divmod(done, 3)
         assert store.names("checkpoints/pgd-1")[-1] == f"epoch-{epoch:05d}-step-{step:06d}"
-    resumed = _train(tiny, images, store, PGD, expert.build(tiny, images, "pgd-1"))
+    resumed = _train(tiny, images, store, PGD, adversarial.build(tiny, images, "pgd-1"))
     for name, tensor in whole.state_dict().items():
         assert torch.equal(resumed.state_dict()[name], tensor), name
     one, other = (tables.read(Store(str(tmp_path), name), "metrics") for name in ("whole", "stopped"))
@@ -151,7 +157,7 @@ def test_killed_in_the_middle_of_a_long_epoch_it_goes_on_from_the_last_minutes_c
     tiny: Experiment, images: Images, tmp_path: Path, steps: int
 ) -> None:
     """Three epochs of three steps, each of them longer than `checkpoint_minutes`."""
-    whole = _train(tiny, images, Store(str(tmp_path), "whole"), PGD, expert.build(tiny, images, "pgd-1"))
+    whole = _train(tiny, images, Store(str(tmp_path), "whole"), PGD, adversarial.build(tiny, images, "pgd-1"))
     often = build("digits", 0, [*TINY, "checkpoint_minutes=1e-6"])
     store, asked = Store(str(tmp_path), "killed"), itertools.count(1)
 
@@ -164,10 +170,10 @@ def test_killed_in_the_middle_of_a_long_epoch_it_goes_on_from_the_last_minutes_c
         return False
 
     with pytest.raises(Killed):
-        _train(often, images, store, PGD, expert.build(tiny, images, "pgd-1"), kill)
+        _train(often, images, store, PGD, adversarial.build(tiny, images, "pgd-1"), kill)
     epoch, step = divmod(steps, 3)
     assert store.names("checkpoints/pgd-1")[-1] == f"epoch-{epoch:05d}-step-{step:06d}"
-    resumed = _train(often, images, store, PGD, expert.build(tiny, images, "another name"))
+    resumed = _train(often, images, store, PGD, adversarial.build(tiny, images, "another name"))
     for name, tensor in whole.state_dict().items():
         assert torch.equal(resumed.state_dict()[name], tensor), name
 
@@ -191,10 +197,10 @@ def test_restored_momentum_has_the_strides_of_its_parameter(
 
     asked = itertools.count(1)
     with pytest.raises(Stopped):
-        _train(tiny, images, store, BENIGN, expert.build(tiny, images, "benign"), lambda: next(asked) == 2)
+        _train(tiny, images, store, BENIGN, adversarial.build(tiny, images, "benign"), lambda: next(asked) == 2)
     monkeypatch.setattr(torch.optim.SGD, "step", watched)
-    _train(tiny, images, store, BENIGN, expert.build(tiny, images, "benign"))
-    assert len(found) == 7 * len(list(expert.build(tiny, images, "benign").parameters()))
+    _train(tiny, images, store, BENIGN, adversarial.build(tiny, images, "benign"))
+    assert len(found) == 7 * len(list(adversarial.build(tiny, images, "benign").parameters()))
     assert all(parameter == momentum for parameter, momentum in found)
 
 
@@ -202,16 +208,16 @@ def test_training_that_attacks_nothing_builds_no_frozen_model(
     tiny: Experiment, images: Images, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     built: list[nn.Module] = []
-    frozen = attacks.frozen
+    frozen = frozen
 
     def counted(model: nn.Module) -> nn.Module:
         built.append(model)
         return frozen(model)
 
     monkeypatch.setattr(attacks, "frozen", counted)
-    _train(tiny, images, store, BENIGN, expert.build(tiny, images, "benign"))
+    _train(tiny, images, store, BENIGN, adversarial.build(tiny, images, "benign"))
     assert len(built) == 3  # for the probe after each epoch
-    _train(tiny, images, store, PGD, expert.build(tiny, images, "pgd-1"))
+    _train(tiny, images, store, PGD, adversarial.build(tiny, images, "pgd-1"))
     assert len(built) == 3 + 3 + 9  # and once a step, however many parts the batch has
 
 
@@ -227,7 +233,7 @@ def test_accumulated_gradients_are_the_batchs_without_batchnorm(
 
 
 def test_each_epoch_leaves_a_row_and_a_checkpoint(tiny: Experiment, images: Images, store: Store) -> None:
-    _train(tiny, images, store, FGSM, expert.build(tiny, images, "fgsm-1"))
+    _train(tiny, images, store, FGSM, adversarial.build(tiny, images, "fgsm-1"))
     rows = tables.read(store, "metrics").to_pylist()
     assert [(row["epoch"], row["step"]) for row in rows] == [(1, 3), (2, 6), (3, 9)]
     assert all(0 <= row["probe_pgd_accuracy"] <= row["clean_accuracy"] <= 1 for row in rows)
@@ -238,7 +244,7 @@ def test_each_epoch_leaves_a_row_and_a_checkpoint(tiny: Experiment, images: Imag
 def test_a_loss_that_is_not_finite_names_step_model_and_last_good_checkpoint(
     tiny: Experiment, images: Images, store: Store
 ) -> None:
-    perturb = expert.adversary(BENIGN, tiny.pgd)
+    perturb = adversarial.adversary(BENIGN, tiny.pgd)
 
     def broken(
         frozen: Callable[[], nn.Module], x: torch.Tensor, y: torch.Tensor, draws: Draws
@@ -248,7 +254,7 @@ def test_a_loss_that_is_not_finite_names_step_model_and_last_good_checkpoint(
 
     task = Task(tiny, store, "experts", "benign", tiny.experts)
     with pytest.raises(NonFiniteLoss) as error:
-        train(task, expert.build(tiny, images, "benign"), DeviceImages(images, tiny.data, CPU), broken)
+        train(task, adversarial.build(tiny, images, "benign"), DeviceImages(images, tiny.data, CPU), broken)
     path = store.path("checkpoints/benign/epoch-00001")
     assert str(error.value) == f"the loss became nan in epoch 2, step 5 of benign; last good checkpoint: {path}"
     assert checkpoints.latest_epoch(store, "benign") == 1
@@ -281,9 +287,9 @@ def test_infinite_logits_under_attack_name_step_model_and_last_good_checkpoint(
 
 
 def test_the_baselines_attack_half_of_the_batch() -> None:
-    perturb = expert.adversary(Regime("fgsm-at", "fgsm", (0.1,), fraction=0.5), build("digits").pgd)
+    perturb = adversarial.adversary(ModelSpec("fgsm-at", "fgsm", (0.1,), fraction=0.5), build("digits").pgd)
     x, y = torch.full((9, 1, 8, 8), 0.5), torch.arange(9)
-    trained, labels = perturb(lambda: attacks.frozen(_seeded(NoNorm)), x, y, Draws((0,)))
+    trained, labels = perturb(lambda: frozen(_seeded(NoNorm)), x, y, Draws((0,)))
     assert (trained != x).flatten(1).any(1).tolist() == [True] * 5 + [False] * 4
     assert torch.equal(labels, y)
 
@@ -314,7 +320,7 @@ def _run(
     experiment: Experiment, folder: Path, name: str, norm: bool, stopping: Callable[[], bool] = lambda: False
 ) -> None:
     images = load(experiment.data, folder)
-    model = expert.build(experiment, images, "benign") if norm else _seeded(NoNorm)
+    model = adversarial.build(experiment, images, "benign") if norm else _seeded(NoNorm)
     _train(experiment, images, Store(str(folder), name), BENIGN if norm else PGD, model, stopping)
 
 

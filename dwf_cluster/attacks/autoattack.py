@@ -33,7 +33,9 @@ def autoattack(model: nn.Module, epsilon: float, worst: WorstCase, *, steps: int
         NotLogits: if the model returns NaN or probabilities.
     """
     ball = Ball("linf", epsilon)
-    targets = worst.logits.argsort(1, descending=True)[:, 1 : TARGETS + 1]  # of images that are still robust, the first is true
+    targets = worst.logits.argsort(1, descending=True)[
+        :, 1 : TARGETS + 1
+    ]  # of images that are still robust, the first is true
 
     def apgd_targeted(rest: Remaining, rank: int) -> Iterator[Iterate]:
         goal = targets[rest.index, rank]

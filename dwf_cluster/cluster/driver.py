@@ -15,10 +15,10 @@ from typing import Any
 from dwf_cluster.cluster import failures, temporary
 from dwf_cluster.cluster.control import Claim, Control
 from dwf_cluster.cluster.memory import Memory
-from dwf_cluster.cluster.placement import Limits, Resources, alike_nodes
-from dwf_cluster.cluster.schedule import Placement, Schedule
-from dwf_cluster.experiment import InvalidInput
-from dwf_cluster.plan import Job
+from dwf_cluster.plan.jobs import Job
+from dwf_cluster.plan.resources import Limits, Resources, alike_nodes
+from dwf_cluster.plan.schedule import Allocation, Schedule
+from dwf_cluster.settings import InvalidInput
 from dwf_cluster.store import LockLost, StorageFailed, Store
 
 STOP_SECONDS = 60.0
@@ -120,7 +120,7 @@ class Cluster:
     def run(
         self,
         jobs: Sequence[Job],
-        places: Mapping[Job, Placement],
+        allocations: Mapping[Job, Allocation],
         stores: Mapping[str, Store],
         images: Any,
         title: Callable[[Job], str],
@@ -130,7 +130,7 @@ class Cluster:
 
         Args:
             jobs: to run.
-            places: what each of them gets.
+            allocations: what each of them gets.
             stores: where the jobs write, by the folder of their experiment.
             images: reference to a `data.sources.Images`.
             title: a job's name in the dashboard.
@@ -141,15 +141,15 @@ class Cluster:
             What was started, who computes where, what ended, lines for the user, and None about once a second. If
             the caller stops early, what still runs is cancelled.
         """
-        schedule = Schedule(jobs, places, self.resources.room)
+        schedule = Schedule(jobs, allocations, self.resources.slots)
         attempts, memory = failures.Attempts(), Memory(self._node_memory())
         running: dict[Any, Job] = {}
         stranded: dict[Any, float] = {}
         deadline, looked = float("inf"), time.monotonic()
 
         def submit(job: Job) -> None:
-            need = memory.need(job, places[job])
-            running[self._submit(job, title(job), places[job], stores[job.folder], images, need)] = job
+            need = memory.need(job, allocations[job])
+            running[self._submit(job, title(job), allocations[job], stores[job.folder], images, need)] = job
 
         try:
             while time.monotonic() < deadline:
@@ -179,7 +179,7 @@ class Cluster:
                     yield outcome
                 if time.monotonic() > looked + 1:
                     looked = time.monotonic()
-                    for event in self._stranded(running, stranded, places, title):
+                    for event in self._stranded(running, stranded, allocations, title):
                         if isinstance(event, Ended):
                             schedule.end(event.job, done=False)
                         yield event
@@ -188,8 +188,8 @@ class Cluster:
             for reference in running:
                 self._ray.cancel(reference, force=True)
 
-    def _submit(self, job: Job, title: str, place: Placement, store: Store, images: Any, memory: int) -> Any:
-        if place.workers or job.origin:
+    def _submit(self, job: Job, title: str, place: Allocation, store: Store, images: Any, memory: int) -> Any:
+        if place.workers or job.copy_of:
             # With workers of its own, Train asks for what they need; the task that waits for them holds nothing.
             # Neither does one that only copies.
             task, holds = self._task, {"num_cpus": 0.0}
@@ -284,16 +284,16 @@ class Cluster:
         self,
         running: dict[Any, Job],
         since: dict[Any, float],
-        places: Mapping[Job, Placement],
+        allocations: Mapping[Job, Allocation],
         title: Callable[[Job], str],
     ) -> Iterator[Ended | Note]:
         """Give up jobs that no node that is left could hold, after `failures.NODE_PATIENCE`."""
         nodes = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
         for reference, job in list(running.items()):
-            if fits(places[job], nodes):
+            if fits(allocations[job], nodes):
                 since.pop(reference, None)
                 continue
-            lacking = f"{failures.NODE_LOST.name}: no nodes are left that can hold {places[job]}"
+            lacking = f"{failures.NODE_LOST.name}: no nodes are left that can hold {allocations[job]}"
             if reference not in since:
                 since[reference] = time.monotonic()
                 yield Note(f"{title(job)}: {lacking}; it waits for them for {failures.NODE_PATIENCE:g} s")
@@ -305,18 +305,18 @@ class Cluster:
     def _stop(self, running: Mapping[Any, Job]) -> None:
         self.stop(job.folder for job in running.values())
         for reference, job in running.items():
-            if job.stage == "evaluate":
+            if not job.is_training:
                 self._ray.cancel(reference, force=True)
 
 
-def _run_job(job: Job, store: Store, images: list[Any], place: Placement, control: Any) -> bool:
+def _run_job(job: Job, store: Store, images: list[Any], place: Allocation, control: Any) -> bool:
     # Imports torch only in the worker. The reference comes in a list, so that Ray does not resolve it here.
     from dwf_cluster.cluster.tasks import run_job
 
     return run_job(job, store, images[0], place, control)
 
 
-def fits(place: Placement, nodes: Iterable[Mapping[str, float]]) -> bool:
+def fits(place: Allocation, nodes: Iterable[Mapping[str, float]]) -> bool:
     """Whether nodes with these resources can hold a job, if nothing else runs on them."""
     wanted = {"CPU": place.cpus, "GPU": place.gpus}
     slots = (min(int(node.get(kind, 0) / share + 1e-9) for kind, share in wanted.items() if share) for node in nodes)

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from dwf_cluster.plan import Job
+from dwf_cluster.plan.jobs import Job
 from dwf_cluster.store import LockLost, StorageFailed, Store
 
 BY_RAY = 0
@@ -72,7 +72,7 @@ _BY_CLASS: Mapping[str, Kind] = {
     "ray.exceptions.RayActorError": WORKER_DIED,
     "dwf_cluster.store.files.StorageFailed": STORE,
     "dwf_cluster.store.files.LockLost": STORE,
-    "dwf_cluster.experiment.InvalidInput": BAD_DATA,
+    "dwf_cluster.settings.InvalidInput": BAD_DATA,
     "dwf_cluster.data.sources.DataUnavailable": BAD_DATA,
     "builtins.FileNotFoundError": BAD_DATA,
 }
@@ -271,7 +271,7 @@ def _less_memory(job: Job) -> str:
 
 def _fields(job: Job) -> str:
     """What to set so that a job needs less memory."""
-    if job.stage == "evaluate":
+    if not job.is_training:
         return "a lower evaluation.batch_size"
     return f"a higher {job.stage}.accumulation or a lower {job.stage}.batch_size"
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from dwf_cluster.cluster.failures import OUT_OF_MEMORY, Kind
-from dwf_cluster.cluster.schedule import Placement
-from dwf_cluster.experiment import MIXTURE
-from dwf_cluster.plan import Job
+from dwf_cluster.plan.jobs import Job
+from dwf_cluster.plan.schedule import Allocation
 from dwf_cluster.store import Store, tables
 
 _PROCESS = 500 << 20
@@ -32,14 +31,14 @@ class Memory:
         self._measured: dict[_Kind, int] = {}
         self._alone: set[Job] = set()
 
-    def need(self, job: Job, place: Placement) -> int:
+    def need(self, job: Job, place: Allocation) -> int:
         """Bytes to reserve for the process of a job, which every node can hold. 0: nothing.
 
         Workers that Ray Train starts are not reserved for.
         """
         if job in self._alone:
             return self._limit
-        if place.workers or job.origin:
+        if place.workers or job.copy_of:
             return 0
         return min(self._limit, self._measured.get(_kind(job)) or estimate(job))
 
@@ -50,7 +49,7 @@ class Memory:
 
     def learn(self, job: Job, done: bool, store: Store) -> None:
         """Take note of what a job that has ended needed, if it is done and the first of its kind."""
-        if not done or job.origin or _kind(job) in self._measured:
+        if not done or job.copy_of or _kind(job) in self._measured:
             return
         for row in tables.read(store, "jobs", [job.file]).to_pylist():
             self._measured[_kind(job)] = int(_MARGIN * (row["peak_memory_bytes"] or 0))
@@ -59,15 +58,13 @@ class Memory:
 def estimate(job: Job) -> int:
     """Bytes that a job's process may need, before one of its kind was measured."""
     settings = job.experiment
-    if job.stage == "evaluate":
-        images = settings.evaluation.batch_size
+    if job.is_training:
+        images = -(-job.training.batch_size // job.training.accumulation)
     else:
-        training = settings.training(job.stage)
-        images = -(-training.batch_size // training.accumulation)
-    networks = len(settings.mixture_regimes) if job.model == MIXTURE else 1
-    return _PROCESS + images * networks * settings.model.width * _ACTIVATIONS
+        images = settings.evaluation.batch_size
+    return _PROCESS + images * job.spec.networks * job.spec.width * _ACTIVATIONS
 
 
 def _kind(job: Job) -> _Kind:
     """Jobs of one kind need about the same."""
-    return job.folder, job.stage, job.model == MIXTURE, job.family
+    return job.folder, job.stage, bool(job.spec.parents), job.suite

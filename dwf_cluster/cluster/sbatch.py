@@ -23,7 +23,7 @@ from typing import Any
 import submitit
 from submitit.helpers import DelayedSubmission
 
-from dwf_cluster.experiment import InvalidInput
+from dwf_cluster.settings import InvalidInput
 
 FOLDER = Path("slurm-jobs")
 """Batch scripts, logs, and which job runs which experiment; in the folder that the jobs are submitted from."""
@@ -69,7 +69,7 @@ RESERVED = {
 
 
 @dataclass(frozen=True)
-class Request:
+class SlurmOptions:
     """What to ask SLURM for.
 
     Attributes:
@@ -101,7 +101,7 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Run:
+class SlurmJob:
     """One experiment's job: what submitit stores, and calls in each life of the job.
 
     Attributes:
@@ -115,7 +115,7 @@ class Run:
     again: str
 
     def __call__(self) -> None:
-        """Run to the end.
+        """SlurmJob to the end.
 
         Raises:
             RuntimeError: if the run failed.
@@ -153,7 +153,7 @@ class Run:
         return status
 
 
-def script(runs: Sequence[Run], request: Request) -> str:
+def script(runs: Sequence[SlurmJob], request: SlurmOptions) -> str:
     """The batch script that `submit` would hand to sbatch."""
     executor = _executor(request)
     if not isinstance(executor, submitit.SlurmExecutor):
@@ -163,7 +163,9 @@ def script(runs: Sequence[Run], request: Request) -> str:
     return str(executor._make_submission_file_text(executor._submitit_command_str, ""))
 
 
-def submit(runs: Sequence[Run], request: Request, say: Callable[[str], None]) -> dict[Run, submitit.Job[None]]:
+def submit(
+    runs: Sequence[SlurmJob], request: SlurmOptions, say: Callable[[str], None]
+) -> dict[SlurmJob, submitit.Job[None]]:
     """Submit the runs that are not in the queue yet, several as one array; returns each run's job.
 
     Raises:
@@ -190,8 +192,8 @@ def submit(runs: Sequence[Run], request: Request, say: Callable[[str], None]) ->
 
 
 def follow(
-    jobs: Mapping[Run, submitit.Job[None]],
-    request: Request,
+    jobs: Mapping[SlurmJob, submitit.Job[None]],
+    request: SlurmOptions,
     say: Callable[[str], None],
     wait: Callable[[float], object] = time.sleep,
 ) -> None:
@@ -209,7 +211,7 @@ def follow(
     read = dict.fromkeys(jobs, 0)
     states = dict.fromkeys(jobs, "")
     queued = dict(jobs)
-    begun: set[Run] = set()
+    begun: set[SlurmJob] = set()
     pause, due = FIRST_PAUSE, 0.0
     while True:
         # A job that has a result has ended: submitit writes it last.
@@ -234,7 +236,7 @@ def follow(
         due -= 1
 
 
-def _prefix(run: Run, jobs: Mapping[Run, submitit.Job[None]]) -> str:
+def _prefix(run: SlurmJob, jobs: Mapping[SlurmJob, submitit.Job[None]]) -> str:
     return f"{run.folder}: " if len(jobs) > 1 else ""
 
 
@@ -256,7 +258,7 @@ def _pass_on(log: Path, start: int, is_complete: bool, prefix: str, say: Callabl
     return len(text)
 
 
-def last_words(jobs: Iterable[submitit.Job[None]]) -> dict[str, str]:
+def sacct_states(jobs: Iterable[submitit.Job[None]]) -> dict[str, str]:
     """The states of jobs that have ended, by job number, from SLURM's accounting.
 
     Empty where there is no accounting. It lags, so the states are only hints.
@@ -269,7 +271,7 @@ def last_words(jobs: Iterable[submitit.Job[None]]) -> dict[str, str]:
     return {number: state for number, separator, state in (line.partition("|") for line in lines) if separator}
 
 
-def _executor(request: Request) -> Any:
+def _executor(request: SlurmOptions) -> Any:
     if re.search(r"[\x00-\x1f\x7f%\\]", str(FOLDER.absolute())):  # sbatch would read them
         raise InvalidInput(
             f"--slurm: cannot be used in the folder {str(Path.cwd())!r}: "
@@ -313,13 +315,13 @@ def _refuse_what_sbatch_refuses(script: str) -> None:
         raise InvalidInput(f"--slurm: {reason}")
 
 
-def _record(run: Run) -> Path:
+def _record(run: SlurmJob) -> Path:
     return FOLDER / f"{run.folder}.json"
 
 
-def _queued(runs: Sequence[Run], executor: str, folder: Path) -> dict[Run, submitit.Job[None]]:
+def _queued(runs: Sequence[SlurmJob], executor: str, folder: Path) -> dict[SlurmJob, submitit.Job[None]]:
     """The jobs of earlier submissions that are still in the queue."""
-    jobs: dict[Run, submitit.Job[None]] = {}
+    jobs: dict[SlurmJob, submitit.Job[None]] = {}
     for run in runs if executor == "slurm" else ():
         try:
             number = json.loads(_record(run).read_text())["job"]
@@ -331,7 +333,7 @@ def _queued(runs: Sequence[Run], executor: str, folder: Path) -> dict[Run, submi
     return {run: job for run, job in jobs.items() if states[run] and not job.paths.result_pickle.exists()}
 
 
-def _states(jobs: Mapping[Run, submitit.Job[None]], executor: str) -> dict[Run, str]:
+def _states(jobs: Mapping[SlurmJob, submitit.Job[None]], executor: str) -> dict[SlurmJob, str]:
     """The state of each job, with the reason for one that is pending; empty for one that is not in the queue."""
     if executor == "local":
         return {run: "RUNNING" if job.state == "RUNNING" else "" for run, job in jobs.items()}

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from dwf_cluster.cluster.placement import gpus_here
+from dwf_cluster.plan.resources import gpus_here
 
 
 def claim_gpus(cpus: int) -> int:

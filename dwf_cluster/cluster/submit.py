@@ -6,18 +6,17 @@ import functools
 import sys
 from collections.abc import Callable, Sequence
 
-from dwf_cluster.cluster import slurm
+from dwf_cluster.cluster import sbatch
 from dwf_cluster.data import sources
 from dwf_cluster.experiment import Experiment
-from dwf_cluster.plan import select, unfinished
-from dwf_cluster.store import Store
+from dwf_cluster.plan.jobs import pending, select
 
 
 def run(
     experiments: Sequence[Experiment],
     storage: str,
     stages: Sequence[str],
-    request: slurm.Request,
+    request: sbatch.SlurmOptions,
     arguments: Callable[[Experiment], tuple[str, ...]],
     again: str,
 ) -> int:
@@ -34,24 +33,24 @@ def run(
     Raises:
         InvalidInput: if SLURM refuses a job.
     """
-    stores = {experiment: Store(storage, experiment.folder) for experiment in experiments}
+    stores = {experiment: experiment.store(storage) for experiment in experiments}
     sizes = sources.sizes(experiments[0].data)
 
     def is_done(experiment: Experiment) -> bool:
-        return not select(unfinished(experiment, stores[experiment], sizes), stages)
+        return not select(pending(experiment, stores[experiment], sizes), stages)
 
-    runs = {e: slurm.Run(e.folder, arguments(e), again) for e in experiments if not is_done(e)}
+    runs = {e: sbatch.SlurmJob(e.folder, arguments(e), again) for e in experiments if not is_done(e)}
     say = functools.partial(print, flush=True)
-    jobs = slurm.submit(list(runs.values()), request, say)
+    jobs = sbatch.submit(list(runs.values()), request, say)
     if jobs:
         say(f"Ctrl-C stops following; the job continues. Follow it again: {again}")
     try:
-        slurm.follow(jobs, request, say)
+        sbatch.follow(jobs, request, say)
     except KeyboardInterrupt:
         print(f"the job continues. Follow it again: {again}", file=sys.stderr)
         return 130
     failed = [experiment for experiment in runs if not is_done(experiment)]
-    words = slurm.last_words(jobs[runs[experiment]] for experiment in failed)
+    words = sbatch.sacct_states(jobs[runs[experiment]] for experiment in failed)
     for experiment in failed:
         job = jobs[runs[experiment]]
         word = words.get(job.job_id)
@@ -67,9 +66,9 @@ def run(
 
 def script(
     experiments: Sequence[Experiment],
-    request: slurm.Request,
+    request: sbatch.SlurmOptions,
     arguments: Callable[[Experiment], tuple[str, ...]],
     again: str,
 ) -> str:
     """The batch script that `run` would submit if nothing were done; arguments as there."""
-    return slurm.script([slurm.Run(e.folder, arguments(e), again) for e in experiments], request)
+    return sbatch.script([sbatch.SlurmJob(e.folder, arguments(e), again) for e in experiments], request)

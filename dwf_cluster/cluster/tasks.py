@@ -25,21 +25,19 @@ from pyarrow.fs import FSSpecHandler, PyFileSystem
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.metrics import Gauge
-from torch import nn
 
 from dwf_cluster.cluster import failures
 from dwf_cluster.cluster.control import Claim
-from dwf_cluster.cluster.schedule import Placement
-from dwf_cluster.data.sources import Images
+from dwf_cluster.data.device import DeviceImages
+from dwf_cluster.defences.build import to_train, trained
 from dwf_cluster.determinism import make_deterministic
-from dwf_cluster.evaluation import check, evaluate
-from dwf_cluster.experiment import MIXTURE, Experiment
-from dwf_cluster.grid import CHECKS
-from dwf_cluster.plan import Job, is_trained, prepare_training
+from dwf_cluster.evaluation.registry import CHECKS
+from dwf_cluster.evaluation.run import check, evaluate
+from dwf_cluster.plan.jobs import Job, is_trained, prepare_training
+from dwf_cluster.plan.schedule import Allocation
 from dwf_cluster.store import Store, checkpoints, tables
-from dwf_cluster.store.jobs import recorded
-from dwf_cluster.training import expert, joint
-from dwf_cluster.training.loop import Stopped, Task, weights
+from dwf_cluster.store.job_log import recorded
+from dwf_cluster.training import Probe, Stopped, Task, train
 
 CLAIM_SECONDS = 60.0
 """How long a process waits for the claim of a job that has left its GPU, but has not ended yet."""
@@ -49,7 +47,7 @@ class DeviceShared(RuntimeError):
     """A worker was given a device that another job computes on. The message names device, node and both jobs."""
 
 
-def run_job(job: Job, store: Store, images: ray.ObjectRef, place: Placement, control: Any) -> bool:
+def run_job(job: Job, store: Store, images: ray.ObjectRef, place: Allocation, control: Any) -> bool:
     """Run one job and record it.
 
     Args:
@@ -62,41 +60,41 @@ def run_job(job: Job, store: Store, images: ray.ObjectRef, place: Placement, con
     Returns:
         Whether it came to its end; else the run is to stop, and it has saved what it has.
     """
-    if job.origin:
-        _copy(job, replace(store, folder=job.origin, run=None), store)
+    if job.copy_of:
+        _copy(job, replace(store, folder=job.copy_of, run=None), store)
         return True
     columns = {"stage": job.stage, "model": job.model, "task": job.name}
     gpus = place.gpus * max(1, place.workers)
     log = failures.logged(store, job.file)
-    with log, recorded(store, job.experiment, columns, job.file, gpus, None if place.gpus else "cpu") as row:
+    with log, recorded(store, columns, job.file, gpus, None if place.gpus else "cpu") as row:
         try:
-            if job.stage == "evaluate":
+            if not job.is_training:
                 _evaluate(job, store, images, place, control)
             else:
                 row["note"] = "\n".join(prepare_training(job, store)) or None
                 if checkpoints.latest_path(store, job.model):  # also where its row was removed
                     row["attempts"] = max(2, row["attempts"])
-                if not is_trained(job.experiment, store, job.stage, job.model):
+                if not is_trained(job.spec, store):
                     _fit(functools.partial(_train, job, store, images, place, control), job, store, place)
         finally:  # Only the processes that compute know their devices, and they have told the control actor.
             claims = _get(control.claims.remote((job.folder, job.name)))
             row["device"] = ", ".join(sorted({claim.hardware for claim in claims})) or row["device"]
             row["devices"] = [str(claim) for claim in claims]
-        if job.stage != "evaluate" and not is_trained(job.experiment, store, job.stage, job.model):
+        if job.is_training and not is_trained(job.spec, store):
             row["state"] = "stopped"
     return bool(row["state"] == "done")
 
 
 def _copy(job: Job, source: Store, store: Store) -> None:
     """Take what another experiment's job has come to; what says that the job is done comes last."""
-    tables.copy(source, store, job.experiment, "jobs", job.file, state="shared")
+    tables.copy(source, store, "jobs", job.file, state="shared")
     for table in job.tables:
-        tables.copy(source, store, job.experiment, table, job.model if table == "metrics" else job.file)
-    if job.stage != "evaluate":
+        tables.copy(source, store, table, job.model if table == "metrics" else job.file)
+    if job.is_training:
         checkpoints.refer(source, store, job.model)
 
 
-def _fit(loop: Callable[[], None], job: Job, store: Store, place: Placement) -> None:
+def _fit(loop: Callable[[], None], job: Job, store: Store, place: Allocation) -> None:
     resources = {"CPU": float(place.cpus)} | ({"GPU": float(place.gpus)} if place.gpus else {})
     notes = store.path(f"train/run-{store.run or 0:05d}")  # a run that has lost its lock writes into no other's
     TorchTrainer(
@@ -121,21 +119,26 @@ def _fit(loop: Callable[[], None], job: Job, store: Store, place: Placement) -> 
     ).fit()
 
 
-def _train(job: Job, store: Store, images: ray.ObjectRef, place: Placement, control: Any) -> None:
+def _train(job: Job, store: Store, images: ray.ObjectRef, place: Allocation, control: Any) -> None:
     """One worker's part of a Train run."""
     make_deterministic(place.cpus)
     device = _claim(control, job, ray.train.get_context().get_world_rank(), place)
     experiment, arrays = job.experiment, _get(images)
-    training = experiment.training(job.stage)
+    evaluation = experiment.evaluation
     stopped = _stopped(control)
-    report, stopping = functools.partial(_report, job), lambda: job.folder in stopped.folders
-    task = Task(experiment, store, job.stage, job.model, training, report, stopping)
+    task = Task(
+        job.spec,
+        job.stage,
+        experiment.seed,
+        Probe(experiment.threat, evaluation.probe_steps, evaluation.probe_examples),
+        experiment.checkpoint_minutes,
+        store,
+        functools.partial(_report, job),
+        lambda: job.folder in stopped.folders,
+    )
     try:
-        if job.stage == "joint":
-            joint.train_joint(task, arrays, device)
-        else:
-            regime = next(r for r in experiment.regimes if r.name == job.model)
-            expert.train_expert(task, arrays, regime, device)
+        model = to_train(experiment.models, job.model, arrays.format, experiment.seed, store)
+        train(task, model.to(device), DeviceImages(arrays, experiment.data, device))
     except Stopped:
         return  # to Train, which would take an exception for a failure and try again
     except Exception:
@@ -161,31 +164,24 @@ def _gauges() -> dict[str, Gauge]:
     return {name: Gauge(f"dwf_{name}", f"{name} {about}", ("experiment", "model")) for name in names}
 
 
-def _evaluate(job: Job, store: Store, images: ray.ObjectRef, place: Placement, control: Any) -> None:
+def _evaluate(job: Job, store: Store, images: ray.ObjectRef, place: Allocation, control: Any) -> None:
     make_deterministic(place.cpus)
     device = _claim(control, job, 0, place)
     experiment, arrays = job.experiment, _get(images)
-    assert job.family is not None
-    chosen = slice(job.first, job.stop)
-    x, y = arrays.x_test[chosen], arrays.y_test[chosen]
-    names = [job.model]
-    if job.family == "paper" and "transfer" in experiment.evaluation.beyond:
-        names = [*(regime.name for regime in experiment.regimes), MIXTURE]
-    models = {name: _trained(experiment, store, arrays, name).to(device) for name in names}
-    if job.family == CHECKS:
-        checks = check(experiment, models[job.model], job.model, x, y, device)
-        tables.write(store, CHECKS, job.file, tables.rows_of(experiment, checks))
+    assert job.suite is not None
+    shard = slice(job.first, job.stop)
+    x, y = arrays.x_test[shard], arrays.y_test[shard]
+    names = experiment.names if job.tests_transfer else (job.model,)
+    seed, specs = experiment.seed, experiment.models
+    models = {name: trained(specs, name, arrays.format, seed, store).to(device) for name in names}
+    settings = (x, y, experiment.evaluation, experiment.threat)
+    if job.suite == CHECKS:
+        checks = check(models[job.model], job.model, *settings, seed=seed, device=device)
+        tables.write(store, CHECKS, job.file, checks)
         return
-    rows, predictions = evaluate(experiment, models, job.model, job.family, x, y, job.first, device)
-    tables.write(store, "predictions", job.file, tables.rows_of(experiment, predictions))
-    tables.write(store, "shards", job.file, tables.rows_of(experiment, rows))
-
-
-def _trained(experiment: Experiment, store: Store, images: Images, name: str) -> nn.Module:
-    model = joint.build(experiment, images) if name == MIXTURE else expert.build(experiment, images, name)
-    epochs = experiment.training("joint" if name == MIXTURE else "experts").epochs
-    model.load_state_dict(weights(checkpoints.load_trained(store, name, epochs)))
-    return model
+    rows, predictions = evaluate(models, job.model, job.suite, *settings, seed=seed, device=device, first=job.first)
+    tables.write(store, "predictions", job.file, predictions)
+    tables.write(store, "shards", job.file, rows)
 
 
 def _get(reference: Any) -> Any:
@@ -194,7 +190,7 @@ def _get(reference: Any) -> Any:
         return thread.submit(ray.get, reference).result()
 
 
-def _claim(control: Any, job: Job, worker: int, place: Placement) -> torch.device:
+def _claim(control: Any, job: Job, worker: int, place: Allocation) -> torch.device:
     """Tell the control actor which device this process computes on; return the device.
 
     Raises:

@@ -19,7 +19,7 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from dwf_cluster.experiment import InvalidInput
+from dwf_cluster.settings import InvalidInput
 
 SPACE = 8 << 20
 """Bytes that must be free: Ray writes about 2 MB at its start, and its logs grow."""

@@ -14,13 +14,12 @@ from rich.live import Live
 from rich.table import Table
 
 from dwf_cluster.cluster.control import Claim
-from dwf_cluster.cluster.ray import Ended, Note, Started
-from dwf_cluster.experiment import STAGES
-from dwf_cluster.plan import Job
+from dwf_cluster.cluster.driver import Ended, Note, Started
+from dwf_cluster.plan.jobs import STAGES, Job
 from dwf_cluster.store import StorageFailed, Store, tables
 
 if TYPE_CHECKING:
-    from dwf_cluster.cluster.ray import Cluster
+    from dwf_cluster.cluster.driver import Cluster
 
 _SHOWN_JOBS = 16
 """Of more jobs than this only those are shown that run."""
@@ -147,14 +146,14 @@ class Progress:
         self._unreadable.discard(job)
         self._look(job)
         self._states[job] = event.state
-        if job.origin and job.stage == "evaluate" and not event.reason:
+        if job.copy_of and not job.is_training and not event.reason:
             return  # thousands, of no work
         row = self._job_row(job)
-        for note in (row.get("note") or "").splitlines() if not job.origin else ():
+        for note in (row.get("note") or "").splitlines() if not job.copy_of else ():
             self.say(f"warning: {note}")
         took = f" in {row['seconds']:.1f} s" if row.get("seconds") else ""
         ended = sum(state in ("done", "failed", "stopped") for state in self._states.values())
-        what = event.reason or (f"copied from {job.origin}" if job.origin and event.state == "done" else "")
+        what = event.reason or (f"copied from {job.copy_of}" if job.copy_of and event.state == "done" else "")
         self._plain(f"{self.title(job)}: {what or event.state + took} ({ended} of {len(self._states)})")
 
     def _job_row(self, job: Job) -> dict[str, Any]:
@@ -172,16 +171,16 @@ class Progress:
             job: of any stage.
             left: whether they are those that an interrupted run has left: these are not said.
         """
-        if job.stage == "evaluate" or job in self._unreadable:
+        if not job.is_training or job in self._unreadable:
             return
         seen = self._metrics.get(job, {}).get("epoch", 0)
         try:
             for row in self._rows(job, "metrics", job.model):
                 if row["epoch"] > seen:
-                    line = f"{self.title(job)}: {epoch_line(row, job.experiment.training(job.stage).epochs)}"
+                    line = f"{self.title(job)}: {epoch_line(row, job.training.epochs)}"
                     self._metrics[job] = row
                     self.heard(job.folder, row)
-                    if not left and not job.origin:  # others' epochs were told as they came
+                    if not left and not job.copy_of:  # others' epochs were told as they came
                         self._plain(line)
         except Exception as error:  # a store that does not answer, or a file that holds anything
             # Not looked at again before its end: a store that stays silent for a minute ends the job itself.
@@ -205,14 +204,14 @@ class Progress:
             table.add_column(heading)
         for heading in ("epoch", "loss", "clean", "PGD probe", "images/s", "time left"):
             table.add_column(heading, justify="right")
-        trainings = sum(job.stage != "evaluate" for job in self._states)
+        trainings = sum(job.is_training for job in self._states)
         for job, state in self._states.items():
-            if state == "running" or (job.stage != "evaluate" and trainings <= _SHOWN_JOBS):
-                table.add_row(self.title(job), state, *(self._cells(job) if job.stage != "evaluate" else ()))
+            if state == "running" or (job.is_training and trainings <= _SHOWN_JOBS):
+                table.add_row(self.title(job), state, *(self._cells(job) if job.is_training else ()))
         return table
 
     def _cells(self, job: Job) -> tuple[str, ...]:
-        row, epochs = self._metrics.get(job), job.experiment.training(job.stage).epochs
+        row, epochs = self._metrics.get(job), job.training.epochs
         return _cells(row, epochs) if row else (f"0/{epochs}", "", "", "", "", "")
 
 

@@ -10,16 +10,17 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from dwf_cluster.cluster.placement import Resources, place
-from dwf_cluster.cluster.schedule import Placement, lower_bound, timeline
-from dwf_cluster.data.sources import Sizes
-from dwf_cluster.experiment import MIXTURE, STAGES, Experiment, printable, written
-from dwf_cluster.grid import Column, columns, families, transfer
-from dwf_cluster.plan import Job, forward_flops, models, shared, stored_bytes
-from dwf_cluster.plan import jobs as plan_jobs
+from dwf_cluster.data.registry import Sizes
+from dwf_cluster.evaluation.registry import Column, transfer_column
+from dwf_cluster.experiment import Experiment
+from dwf_cluster.pipeline.sweep import Sweep, TrialTable, headline
+from dwf_cluster.plan.jobs import STAGES, Job, deduplicate, forward_flops, stored_bytes
+from dwf_cluster.plan.jobs import jobs as plan_jobs
+from dwf_cluster.plan.resources import Resources, allocate
+from dwf_cluster.plan.schedule import Allocation, lower_bound, timeline
+from dwf_cluster.settings import printable, to_text
 from dwf_cluster.store import Store, tables
 from dwf_cluster.store.prune import size
-from dwf_cluster.sweep import Outcome, Sweep, headline
 
 GPU_FLOPS = 8.4e13, "estimate for an H100 with TF32, not measured"
 CPU_FLOPS = 2.5e10, "estimate for a core at the demo's width, not measured"
@@ -50,12 +51,12 @@ def plan(
     Returns:
         The table, and lines with the makespan, its lower bound, and the speed of each stage, measured or estimated.
     """
-    jobs = shared([job for e in experiments for stage in STAGES for job in plan_jobs(e, stage, sizes)], ())
-    places = place(jobs, resources)
-    flops = forward_flops(experiments[0], sizes.shape)
+    jobs = deduplicate([job for e in experiments for stage in STAGES for job in plan_jobs(e, stage, sizes)], ())
+    allocations = allocate(jobs, resources)
+    flops = forward_flops(experiments[0].defended, sizes.shape)
     device = "GPU" if resources.gpus else "CPU"
     assumed, why = GPU_FLOPS if resources.gpus else CPU_FLOPS
-    measured = measured_speeds(jobs, places, storage)
+    measured = measured_speeds(jobs, allocations, storage)
     speeds = {stage: measured.get(stage, assumed / flops) for stage in STAGES}
     nodes = f"{resources.nodes} nodes of " if resources.nodes > 1 else ""
     table = _table(
@@ -66,18 +67,18 @@ def plan(
         table.add_column(heading, no_wrap=True)
     for heading in ("start", "end", "million passes", "TFLOP"):
         table.add_column(heading, justify="right", no_wrap=True)
-    planned = timeline(todo, places, resources.room, speeds)
+    planned = timeline(todo, allocations, resources.slots, speeds)
     for job, when in planned.items():
         times = (_clock(when.start), _clock(when.end))
-        name = f"{job.name} (copied)" if job.origin else job.name
-        cells = (job.stage, name, str(places[job]), _ranges(when.devices), *times, *_cost(job.cost, flops))
+        name = f"{job.name} (copied)" if job.copy_of else job.name
+        cells = (job.stage, name, str(allocations[job]), _ranges(when.devices), *times, *_cost(job.cost, flops))
         table.add_row(*((names[job.folder],) if names else ()), *cells)
     table.add_section()
     total = sum(job.cost for job in todo)
     blank = ("",) * (4 + bool(names))
     table.add_row("total", f"{len(todo)} tasks", *blank, *_cost(total, flops))
     makespan = max((when.end for when in planned.values()), default=0.0)
-    bound = lower_bound(todo, places, resources.room, speeds)
+    bound = lower_bound(todo, allocations, resources.slots, speeds)
     return table, [
         f"makespan: {_clock(makespan)}",
         f"lower bound: {_clock(bound)} (no schedule on these resources is shorter)",
@@ -98,14 +99,14 @@ def _storage_line(experiments: Sequence[Experiment], sizes: Sizes, storage: str)
     )
 
 
-def measured_speeds(jobs: Sequence[Job], places: Mapping[Job, Placement], storage: str) -> dict[str, float]:
+def measured_speeds(jobs: Sequence[Job], allocations: Mapping[Job, Allocation], storage: str) -> dict[str, float]:
     """Passes a second of one GPU or CPU, of each stage that has finished jobs."""
     work: dict[str, tuple[float, float]] = {}
     for job in jobs:
         for row in tables.read(Store(storage, job.folder), "jobs", [job.file]).to_pylist():
             if row["state"] == "done" and row["attempts"] == 1:
                 cost, seconds = work.get(job.stage, (0.0, 0.0))
-                work[job.stage] = cost + job.cost, seconds + row["seconds"] * places[job].room
+                work[job.stage] = cost + job.cost, seconds + row["seconds"] * allocations[job].slots
     return {stage: cost / seconds for stage, (cost, seconds) in work.items() if seconds}
 
 
@@ -146,18 +147,18 @@ def results(console: Console, experiment: Experiment, store: Store) -> None:
 
 def result_table(experiment: Experiment, store: Store) -> Table:
     """Accuracy in percent of each model in each column, from the `evaluations` table."""
-    grid = [column for family in families(experiment, MIXTURE) for column in columns(experiment, family)]
-    return _accuracies(experiment, store, "Accuracy in percent", {column: column.title for column in grid})
+    heads = {column: column.title for column in experiment.columns}
+    return _accuracies(experiment, store, "Accuracy in percent", heads)
 
 
 def transfer_table(experiment: Experiment, store: Store) -> Table:
     """Accuracy in percent of each model (down) on the PGD images that were made on each other model (across)."""
-    made_on = {transfer(experiment, name): name for name in models(experiment)}
+    made_on = {transfer_column(experiment.evaluation, experiment.threat, name): name for name in experiment.names}
     steps = next(iter(made_on)).steps
     return _accuracies(experiment, store, f"On PGD-{steps} made on", made_on)
 
 
-def sweep_results(console: Console, sweep: Sweep, outcome: Outcome) -> None:
+def sweep_results(console: Console, sweep: Sweep, outcome: TrialTable) -> None:
     """Print what a sweep has come to: its trials, what they are worth over seeds, and where to read on."""
     for table in sweep_tables(outcome.rows, list(sweep.trials[0].varied)):
         show(console, table)
@@ -183,8 +184,8 @@ def sweep_tables(rows: Sequence[Mapping[str, Any]], fields: Sequence[str]) -> li
     groups: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
     for row in rows:
         cells = ("" if row[head] is None else f"{100 * row[head]:.1f}" for head in heads)
-        of_trials.add_row(*(written(row[field]) for field in fields), row["state"], *cells)
-        groups.setdefault(tuple(written(row[field]) for field in settings), []).append(row)
+        of_trials.add_row(*(to_text(row[field]) for field in fields), row["state"], *cells)
+        groups.setdefault(tuple(to_text(row[field]) for field in settings), []).append(row)
     for key, group in groups.items():
         done = [row for row in group if row["state"] == "done"]
         means = (_spread([100 * row[head] for row in done if row[head] is not None]) for head in heads)
@@ -206,7 +207,7 @@ def _accuracies(experiment: Experiment, store: Store, title: str, heads: Mapping
     table.add_column("model", no_wrap=True)
     for head in heads.values():
         table.add_column(head, justify="right", no_wrap=True)
-    for model in models(experiment):
+    for model in experiment.names:
         cells = [accuracy.get((model, *column.settings.values())) for column in heads]
         if any(cell is not None for cell in cells):  # else another run is at it
             table.add_row(model, *("" if cell is None else f"{100 * cell:.1f}" for cell in cells))
@@ -216,7 +217,7 @@ def _accuracies(experiment: Experiment, store: Store, title: str, heads: Mapping
 def warnings(experiment: Experiment, store: Store) -> list[str]:
     """A line for each sign of gradient masking, from the `checks` table, or one that says there is none."""
     rows = tables.read(store, "checks").to_pylist()
-    order = {model: place for place, model in enumerate(models(experiment))}
+    order = {model: allocate for allocate, model in enumerate(experiment.names)}
     fired = sorted((row for row in rows if row["fired"]), key=lambda row: order[row["model"]])
     lines = [f"warning: {row['model']}, {row['check']}: {row['meaning']}" for row in fired]
     looked = f"{len(rows)} checks of {len(order)} models on {rows[0]['examples'] if rows else 0} images"

@@ -13,7 +13,7 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.summary import scalar
 
-from dwf_cluster.experiment import InvalidInput
+from dwf_cluster.settings import InvalidInput
 
 SCALARS = ("loss", "clean_accuracy", "probe_pgd_accuracy", "learning_rate", "images_per_second")
 """Columns of `metrics` that are shown over epochs."""

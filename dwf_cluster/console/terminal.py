@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, redire
 from typing import TYPE_CHECKING, Any, TextIO, cast
 
 if TYPE_CHECKING:
-    from dwf_cluster.cluster.ray import Cluster
+    from dwf_cluster.cluster.driver import Cluster
 
 
 class Stop(threading.Event):

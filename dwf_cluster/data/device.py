@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from dwf_cluster.data.registry import Data
 from dwf_cluster.data.sources import Images
 from dwf_cluster.determinism import Draws
-from dwf_cluster.experiment import Data
 
 
 class DeviceImages:

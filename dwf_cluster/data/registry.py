@@ -36,9 +36,7 @@ class Dataset:
 
 DATASETS: Mapping[str, Dataset] = {
     "digits": Dataset(1_437, 360, (1, 8, 8), 10, "dwf_cluster.data.sources:digits"),
-    "fashion-mnist": Dataset(
-        60_000, 10_000, (1, 28, 28), 10, "dwf_cluster.data.sources:fashion_mnist", "FashionMNIST"
-    ),
+    "fashion-mnist": Dataset(60_000, 10_000, (1, 28, 28), 10, "dwf_cluster.data.sources:fashion_mnist", "FashionMNIST"),
     "cifar10": Dataset(50_000, 10_000, (3, 32, 32), 10, "dwf_cluster.data.sources:cifar10", "CIFAR10"),
     "svhn": Dataset(73_257, 26_032, (3, 32, 32), 10, "dwf_cluster.data.sources:svhn", "SVHN"),
 }

@@ -5,10 +5,10 @@ from __future__ import annotations
 import gzip
 import math
 import os
+import pkgutil
 import warnings
 import zipfile
 import zlib
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dwf_cluster.experiment import SOURCES, Data, InvalidInput, printable, regular_file
+from dwf_cluster.data.registry import DATASETS, Data, ImageFormat, Shape, Sizes
+from dwf_cluster.settings import InvalidInput, printable, regular_file
 
 Bytes = NDArray[np.uint8]
 Labels = NDArray[np.int64]
@@ -46,14 +47,19 @@ class Images:
     std: tuple[float, ...]
 
     @property
-    def shape(self) -> tuple[int, int, int]:
+    def format(self) -> ImageFormat:
+        """What a model must know of them."""
+        return ImageFormat(self.shape, self.classes, self.mean, self.std)
+
+    @property
+    def shape(self) -> Shape:
         """(channels, height, width) of one image."""
         _, channels, height, width = self.x_train.shape
         return channels, height, width
 
 
 @dataclass(frozen=True)
-class _Raw:
+class Raw:
     """What a reader returns: images NHWC or NHW as stored, labels as stored."""
 
     x_train: NDArray[np.generic]
@@ -62,28 +68,20 @@ class _Raw:
     y_test: NDArray[np.generic]
 
 
-@dataclass(frozen=True)
-class Sizes:
-    """Number of training and of test images, and (channels, height, width) of one, as the models see them."""
-
-    train: int
-    test: int
-    shape: tuple[int, int, int]
-
-
 def sizes(data: Data) -> Sizes:
     """What `load` would give, without reading a named data set.
 
     Raises:
         InvalidInput: as `load`.
     """
-    if data.source not in SOURCES:
+    if data.source not in DATASETS:
         images = load(data, Path())
         return Sizes(len(images.x_train), len(images.x_test), images.shape)
-    train, test, (channels, height, width) = SOURCES[data.source]
+    dataset = DATASETS[data.source]
+    channels, height, width = dataset.shape
     return Sizes(
-        _count(data.train_examples, train, "train"),
-        _count(data.test_examples, test, "test"),
+        _count(data.train_examples, dataset.train, "train"),
+        _count(data.test_examples, dataset.test, "test"),
         (channels, height + 2 * data.padding, width + 2 * data.padding),
     )
 
@@ -99,7 +97,8 @@ def load(data: Data, folder: Path) -> Images:
         InvalidInput: if the arrays are not what `data.source` promises, or `data` asks for more than there is.
         DataUnavailable: if the data set is not here and cannot be downloaded.
     """
-    raw = _READERS[data.source](folder) if data.source in _READERS else _npz(Path(data.source))
+    known = DATASETS.get(data.source)
+    raw = pkgutil.resolve_name(known.reader)(folder) if known else _npz(Path(data.source))
     x_train, y_train = _checked(raw.x_train, raw.y_train, "train")
     x_test, y_test = _checked(raw.x_test, raw.y_test, "test")
     if x_train.shape[1:] != x_test.shape[1:]:
@@ -168,7 +167,7 @@ def _moments(x: Bytes) -> tuple[tuple[float, ...], tuple[float, ...]]:
 # --------------------------------------------------------------------------------------------------- readers
 
 
-def _digits(folder: Path) -> _Raw:
+def digits(folder: Path) -> Raw:
     """The 1,797 digits of scikit-learn, 8x8; every fifth image of a fixed shuffle is a test image."""
     from sklearn.datasets import load_digits
 
@@ -177,7 +176,7 @@ def _digits(folder: Path) -> _Raw:
     y = digits.target.astype(np.int64)
     order = np.random.RandomState(0).permutation(len(x))  # a frozen stream: the same split for ever
     test, train = order[::5], np.delete(order, np.s_[::5])
-    return _Raw(x[train], y[train], x[test], y[test])
+    return Raw(x[train], y[train], x[test], y[test])
 
 
 _FASHION_FILES = (
@@ -188,10 +187,10 @@ _FASHION_FILES = (
 )
 
 
-def _fashion_mnist(folder: Path) -> _Raw:
+def fashion_mnist(folder: Path) -> Raw:
     downloads = folder / "FashionMNIST" / "raw"
-    places = (folder, folder / "fashion-mnist", downloads, Path("/usr/share/datasets/fashion-mnist"))
-    for place in places:
+    allocations = (folder, folder / "fashion-mnist", downloads, Path("/usr/share/datasets/fashion-mnist"))
+    for place in allocations:
         if all((place / name).is_file() for name in _FASHION_FILES):
             break
     else:
@@ -201,7 +200,7 @@ def _fashion_mnist(folder: Path) -> _Raw:
             folder,
             f"put its four .gz files into {folder}, or install Debian's package dataset-fashion-mnist",
         )
-    return _Raw(*(_idx(place / name) for name in _FASHION_FILES))
+    return Raw(*(_idx(place / name) for name in _FASHION_FILES))
 
 
 def _idx(path: Path) -> Bytes:
@@ -250,16 +249,16 @@ def _available_memory() -> int:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def _cifar10(folder: Path) -> _Raw:
+def cifar10(folder: Path) -> Raw:
     # torchvision compares each file with its known checksum before it unpickles any of them.
     train, test = _torchvision("CIFAR10", folder, {"train": True}, {"train": False})
-    return _Raw(train.data, np.asarray(train.targets), test.data, np.asarray(test.targets))
+    return Raw(train.data, np.asarray(train.targets), test.data, np.asarray(test.targets))
 
 
-def _svhn(folder: Path) -> _Raw:
+def svhn(folder: Path) -> Raw:
     train, test = _torchvision("SVHN", folder, {"split": "train"}, {"split": "test"})
     nhwc = (0, 2, 3, 1)
-    return _Raw(train.data.transpose(nhwc), train.labels, test.data.transpose(nhwc), test.labels)
+    return Raw(train.data.transpose(nhwc), train.labels, test.data.transpose(nhwc), test.labels)
 
 
 def _torchvision(name: str, folder: Path, *splits: dict[str, object]) -> list[Any]:
@@ -288,7 +287,7 @@ def _download(name: str, folder: Path, remedy: str, splits: tuple[dict[str, obje
         ) from None
 
 
-def _npz(path: Path) -> _Raw:
+def _npz(path: Path) -> Raw:
     names = ("x_train", "y_train", "x_test", "y_test")
     regular_file(str(path), "data.source")
     try:
@@ -299,7 +298,7 @@ def _npz(path: Path) -> _Raw:
             if missing:
                 raise InvalidInput(f"{path}: no array {missing[0]}: {', '.join(names)} are needed")
             _fits(str(path), sum(members[name].file_size for name in names))
-            return _Raw(*(_array(archive, members[name]) for name in names))
+            return Raw(*(_array(archive, members[name]) for name in names))
     except InvalidInput:
         raise
     except OSError as error:
@@ -320,11 +319,3 @@ def _array(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> NDArray[np.gene
     with archive.open(member) as file:
         array: NDArray[np.generic] = np.lib.format.read_array(file, allow_pickle=False)
     return array
-
-
-_READERS: dict[str, Callable[[Path], _Raw]] = {
-    "digits": _digits,
-    "fashion-mnist": _fashion_mnist,
-    "cifar10": _cifar10,
-    "svhn": _svhn,
-}

@@ -77,4 +77,4 @@ def cross_entropy(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> Loss:
 
 def _attacked(spec: ModelSpec, x: torch.Tensor) -> int:
     """How many images of a batch are attacked: the first ones. Their order is random, so these are a random sample."""
-    return math.ceil(spec.option("fraction", 1.0) * len(x))
+    return math.ceil(float(spec.option("fraction", 1.0)) * len(x))

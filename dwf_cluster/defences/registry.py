@@ -91,17 +91,17 @@ class DefenceSettings(Protocol):
     """The settings that a defence's recipe may read; an Experiment has them."""
 
     @property
-    def model(self) -> Model: ...  # noqa: D102
+    def model(self) -> Model: ...
     @property
-    def gate(self) -> Gate: ...  # noqa: D102
+    def gate(self) -> Gate: ...
     @property
-    def fgsm(self) -> Fgsm: ...  # noqa: D102
+    def fgsm(self) -> Fgsm: ...
     @property
-    def pgd(self) -> Pgd: ...  # noqa: D102
+    def pgd(self) -> Pgd: ...
     @property
-    def experts(self) -> Experts: ...  # noqa: D102
+    def experts(self) -> Experts: ...
     @property
-    def joint(self) -> Joint: ...  # noqa: D102
+    def joint(self) -> Joint: ...
 
 
 # ------------------------------------------------------------------------------------- models and methods

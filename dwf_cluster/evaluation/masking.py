@@ -12,8 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from dwf_cluster import attacks
-from dwf_cluster.attacks.gradient import look_like_probabilities
+from dwf_cluster.attacks.ball import Ball
+from dwf_cluster.attacks.gradient import NotLogits, look_like_probabilities, predict
+from dwf_cluster.attacks.pgd import WorstCase, fgsm, pgd
+from dwf_cluster.attacks.square import square
 from dwf_cluster.evaluation.registry import CHECK_QUERIES, Threat
 
 HUGE = 1.0
@@ -69,7 +71,7 @@ def masking(
             return
     try:
         yield from _attacks(model, x, y, threat, steps, generators)
-    except attacks.NotLogits as error:
+    except NotLogits as error:
         yield Check("nan_under_attack", 1.0, 0.0, f"on attacked images {error}")
 
 
@@ -100,12 +102,12 @@ def _attacks(
     generators: Sequence[torch.Generator],
 ) -> Iterator[Check]:
     epsilon, step_size = threat.epsilon, threat.step_size
-    ball, begun, logits = attacks.Ball("linf", epsilon), x.clone(), attacks.predict(model, x.clone())
-    worst, accuracy = attacks.WorstCase(model, x, y, logits, generators), {}
-    for it in attacks.pgd(model, x, y, ball, step_size=step_size, steps=4 * steps):
+    ball, begun, logits = Ball("linf", epsilon), x.clone(), predict(model, x.clone())
+    worst, accuracy = WorstCase(model, x, y, logits, generators), {}
+    for it in pgd(model, x, y, ball, step_size=step_size, steps=4 * steps):
         if it.step == 0:
             assert it.gradient is not None
-            one_step = attacks.fgsm(x, it.gradient, epsilon)
+            one_step = fgsm(x, it.gradient, epsilon)
             accuracy["fgsm"] = _accuracy(model, one_step, y)
             zero = ~it.gradient.flatten(1).any(1) & worst.robust
             value = float(zero.double().sum() / worst.robust.sum().clamp(min=1))
@@ -120,7 +122,7 @@ def _attacks(
     meaning = f"PGD-{steps} leaves {short:.1%}, PGD-{4 * steps} {long:.1%}"
     yield Check("more_steps", long - short, NOISE, meaning)
 
-    short_run = functools.partial(attacks.pgd, model, step_size=step_size, steps=steps, drop_fooled=True)
+    short_run = functools.partial(pgd, model, step_size=step_size, steps=steps, drop_fooled=True)
     worst.attack(lambda rest: short_run(rest.x, rest.y, ball, start=ball.random_point(rest.x, rest.generators)))
     restarted = _accuracy(model, worst.x, y)
     meaning = f"PGD-{4 * steps} leaves {long:.1%}, the worst case over it and a restart {restarted:.1%}"
@@ -132,14 +134,14 @@ def _attacks(
     yield Check("perturbation", max(moved - epsilon, outside), 1e-5, meaning)
 
     white = worst.robust.clone()
-    worst.attack(lambda rest: attacks.square(model, rest.x, rest.y, epsilon, rest.generators, queries=CHECK_QUERIES))
+    worst.attack(lambda rest: square(model, rest.x, rest.y, epsilon, rest.generators, queries=CHECK_QUERIES))
     value = float((white & ~worst.robust).double().mean())
     meaning = f"a black-box attack fools {value:.1%} that resisted the white-box attacks"
     yield Check("black_box", value, NOISE, meaning)
 
-    worst = attacks.WorstCase(model, x, y, logits)
-    long_run = functools.partial(attacks.pgd, model, step_size=HUGE / 10, steps=2 * steps, drop_fooled=True)
-    worst.attack(lambda rest: long_run(rest.x, rest.y, attacks.Ball("linf", HUGE)))
+    worst = WorstCase(model, x, y, logits)
+    long_run = functools.partial(pgd, model, step_size=HUGE / 10, steps=2 * steps, drop_fooled=True)
+    worst.attack(lambda rest: long_run(rest.x, rest.y, Ball("linf", HUGE)))
     value = float(worst.robust.double().mean())
     meaning = f"{value:.1%} stand at an epsilon of {HUGE:g}, at which any image can be painted"
     yield Check("huge_epsilon", value, NOISE, meaning)

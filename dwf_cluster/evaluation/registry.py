@@ -148,8 +148,10 @@ class Suite:
     norm: Norm = "linf"
 
 
-def _linf(attack: str, threat: Threat, steps: int | None, **settings: int) -> Column:
-    return Column(attack, None, threat.epsilon, threat.step_size, steps, **settings)
+def _linf(
+    attack: str, threat: Threat, steps: int | None, restarts: int | None = None, eot: int | None = None
+) -> Column:
+    return Column(attack, None, threat.epsilon, threat.step_size, steps, restarts, eot)
 
 
 def _paper_columns(evaluation: Evaluation, threat: Threat) -> list[Column]:

@@ -9,13 +9,13 @@ import functools
 from collections.abc import Iterator
 from dataclasses import replace
 
-from dwf_cluster.attacks import apgd as apgd_attack
-from dwf_cluster.attacks import autoattack as autoattack_attack
-from dwf_cluster.attacks import square as square_attack
+from dwf_cluster.attacks.apgd import apgd as apgd_attack
+from dwf_cluster.attacks.autoattack import autoattack as autoattack_attack
 from dwf_cluster.attacks.ball import Ball, uniform
 from dwf_cluster.attacks.gradient import carlini_wagner, cross_entropy, predict
 from dwf_cluster.attacks.pgd import Iterate, WorstCase, fgsm, pgd, with_logits
 from dwf_cluster.attacks.routing import gate_aimed
+from dwf_cluster.attacks.square import square as square_attack
 from dwf_cluster.evaluation.registry import TRANSFER, longest_pgd, transfer_column
 from dwf_cluster.evaluation.run import Attacked, Batch
 
@@ -65,7 +65,9 @@ def paper(batch: Batch) -> Iterator[Attacked]:
 
     restart = functools.partial(pgd, step_size=step_size, steps=evaluation.restart_steps, drop_fooled=True)
     for _ in range(1, evaluation.restarts):
-        worst.attack(lambda rest: restart(model, rest.x, rest.y, ball, start=ball.random_point(rest.x, rest.generators)))
+        worst.attack(
+            lambda rest: restart(model, rest.x, rest.y, ball, start=ball.random_point(rest.x, rest.generators))
+        )
     yield Attacked(restarted, worst.x, worst.logits, count + worst.gradient_count)
     if not is_one_run:
         options = {"step_size": step_size, "steps": evaluation.adaptive_steps, "eot": evaluation.eot}
@@ -107,7 +109,7 @@ def auto_pgd(batch: Batch) -> Iterator[Attacked]:
     (column,) = batch.columns
     ball, steps, model = Ball(column.norm, column.epsilon or 0), batch.evaluation.apgd_steps, batch.model
     worst = _worst_case(batch)
-    worst.attack(lambda rest: apgd_attack.apgd(model, rest.x, rest.y, ball, rest.generators, steps=steps))
+    worst.attack(lambda rest: apgd_attack(model, rest.x, rest.y, ball, rest.generators, steps=steps))
     yield Attacked(column, worst.x, worst.logits, worst.gradient_count)
 
 
@@ -116,9 +118,7 @@ def square(batch: Batch) -> Iterator[Attacked]:
     (column,) = batch.columns
     epsilon, queries, model = batch.threat.epsilon, batch.evaluation.square_queries, batch.model
     worst = _worst_case(batch)
-    worst.attack(
-        lambda rest: square_attack.square(model, rest.x, rest.y, epsilon, rest.generators, queries=queries)
-    )
+    worst.attack(lambda rest: square_attack(model, rest.x, rest.y, epsilon, rest.generators, queries=queries))
     yield Attacked(column, worst.x, worst.logits, worst.gradient_count)
 
 
@@ -126,7 +126,7 @@ def autoattack(batch: Batch) -> Iterator[Attacked]:
     """AutoAttack's standard set."""
     (column,) = batch.columns
     worst = _worst_case(batch)
-    autoattack_attack.autoattack(batch.model, batch.threat.epsilon, worst)
+    autoattack_attack(batch.model, batch.threat.epsilon, worst)
     yield Attacked(column, worst.x, worst.logits, worst.gradient_count)
 
 

@@ -10,14 +10,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
-from dwf_cluster import plan
 from dwf_cluster.cluster.control import Claim
+from dwf_cluster.cluster.driver import Ended, Note, Started
 from dwf_cluster.cluster.failures import one_line
-from dwf_cluster.cluster.ray import Ended, Note, Started
-from dwf_cluster.data.sources import Sizes
-from dwf_cluster.experiment import STAGES, Experiment
+from dwf_cluster.data.registry import Sizes
+from dwf_cluster.experiment import Experiment
+from dwf_cluster.plan import jobs
+from dwf_cluster.plan.jobs import STAGES
 from dwf_cluster.store import LockLost, StorageFailed, tables
-from dwf_cluster.store.lease import Held, Lease
+from dwf_cluster.store.lock import ExperimentLocked, Lock
 from dwf_cluster.store.status import HEARTBEAT, State, Status, now
 
 _THREADS = 64
@@ -33,9 +34,9 @@ class Standing:
         ended: how many jobs have come to their end.
     """
 
-    def __init__(self, leases: Mapping[Experiment, Lease], sizes: Sizes, again: str) -> None:
+    def __init__(self, leases: Mapping[Experiment, Lock], sizes: Sizes, again: str) -> None:
         self.stores = {experiment: lease.store for experiment, lease in leases.items()}
-        self.failures: list[tuple[plan.Job, str]] = []
+        self.failures: list[tuple[jobs.Job, str]] = []
         self.ended = 0
         self._leases, self._sizes, self._again = leases, sizes, again
         self._left: dict[Experiment, Counter[str]] = {}
@@ -55,10 +56,10 @@ class Standing:
         """Raise if the experiments are no longer this process's to run.
 
         Raises:
-            Held: if a later run has taken one of them over, or may have, as the store took no heartbeat.
+            ExperimentLocked: if a later run has taken one of them over, or may have, as the store took no heartbeat.
         """
         if self._lost:
-            raise Held(str(self._lost)) from self._lost
+            raise ExperimentLocked(str(self._lost)) from self._lost
 
     def update(self, event: Started | Claim | Ended | Note | None) -> None:
         """Take what `Cluster.run` yields."""
@@ -75,7 +76,7 @@ class Standing:
         Heartbeats go on until the final state is written, since that takes long for many experiments.
 
         Raises:
-            Held: as `fail_if_lost`.
+            ExperimentLocked: as `fail_if_lost`.
             StorageFailed: if the store does not take the final states.
         """
         self._each(self._begin)
@@ -114,9 +115,9 @@ class Standing:
         self._write(experiment, "running")
 
     def _count(self, experiment: Experiment) -> None:
-        left = plan.unfinished(experiment, self._leases[experiment].store, self._sizes)
+        left = jobs.pending(experiment, self._leases[experiment].store, self._sizes)
         self._left[experiment] = Counter({stage: len(jobs) for stage, jobs in left.items()})
-        self._all[experiment] = Counter({s: len(plan.jobs(experiment, s, self._sizes)) for s in STAGES})
+        self._all[experiment] = Counter({s: len(jobs.jobs(experiment, s, self._sizes)) for s in STAGES})
 
     def _beat(self, experiments: Sequence[Experiment]) -> None:
         pause = HEARTBEAT
@@ -127,7 +128,7 @@ class Standing:
                     with self._writing[experiment]:
                         if experiment not in self._final:
                             self._write(experiment, "running")
-                except (Held, StorageFailed) as error:
+                except (ExperimentLocked, StorageFailed) as error:
                     self._lost = error
                     return
             pause = max(0.0, began + HEARTBEAT - time.monotonic())
@@ -157,7 +158,7 @@ class Standing:
             run=lease.number,
             state=state,
             host=platform.node(),
-            job=lease.holder.job,
+            job=lease.owner.job,
             started=self._started,
             heartbeat=now(),
             seconds=round((before.seconds if before else 0.0) + time.monotonic() - self._clock, 1),

@@ -13,16 +13,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dwf_cluster import plan
-from dwf_cluster.cluster.placement import place
-from dwf_cluster.cluster.ray import Cluster
+from dwf_cluster.cluster.driver import Cluster
+from dwf_cluster.console.progress import Progress
 from dwf_cluster.data import sources
-from dwf_cluster.data.sources import Sizes
-from dwf_cluster.experiment import STAGES, Experiment, InvalidInput
-from dwf_cluster.grid import AUTOATTACK_CLASSES, CHECKS
-from dwf_cluster.progress import Progress
-from dwf_cluster.standing import Standing
-from dwf_cluster.store import LockLost, Store, lease, shards
+from dwf_cluster.data.registry import Sizes
+from dwf_cluster.evaluation import merge
+from dwf_cluster.evaluation.registry import CHECKS, SUITES
+from dwf_cluster.experiment import Experiment
+from dwf_cluster.pipeline.heartbeat import Standing
+from dwf_cluster.plan import jobs
+from dwf_cluster.plan.jobs import STAGES
+from dwf_cluster.plan.resources import allocate
+from dwf_cluster.settings import InvalidInput
+from dwf_cluster.store import LockLost, Store, lock
 
 
 class StageFailed(RuntimeError):
@@ -76,16 +79,16 @@ class Pipeline:
             StageFailed: if jobs failed, after all others have ended that do not depend on them.
             Interrupted: if `stopping` became true before all jobs were done.
         """
-        stores = {experiment: Store(self.storage, experiment.folder) for experiment in experiments}
-        everything = [job for e in experiments for stage in STAGES for job in plan.jobs(e, stage, self.sizes)]
-        places = place(plan.shared(everything, ()), self.cluster.resources)
+        stores = {experiment: experiment.store(self.storage) for experiment in experiments}
+        everything = [job for e in experiments for stage in STAGES for job in jobs.jobs(e, stage, self.sizes)]
+        allocations = allocate(jobs.deduplicate(everything, ()), self.cluster.resources)
         with _held(stores, self.sizes, progress, self.again, self.pid) as standing:
             todo = [job for job in jobs_left(stores, stages, self.sizes) if model in (None, job.model)]
             for experiment, store in standing.stores.items():
-                shards.forget(store, {job.merged_file for job in todo if job.experiment == experiment})
+                merge.forget(store, {job.evaluation_file for job in todo if job.experiment == experiment})
             with progress.watching(todo):
                 fenced = {experiment.folder: store for experiment, store in standing.stores.items()}
-                events = self.cluster.run(todo, places, fenced, self.images, progress.title, self.stopping)
+                events = self.cluster.run(todo, allocations, fenced, self.images, progress.title, self.stopping)
                 with closing(events):  # which cancels what still runs
                     for event in events:
                         standing.fail_if_lost()
@@ -120,7 +123,7 @@ def opened(
         Held: if another run owns one of the experiments.
     """
     for experiment in experiments:
-        lease.refuse_held(Store(storage, experiment.folder))
+        lock.fail_if_locked(experiment.store(storage))
     data = experiments[0].data
     images = sources.load(data, data_folder)
     for experiment in experiments:
@@ -142,7 +145,7 @@ def run(
     again: str,
 ) -> None:
     """Run the given stages of experiments; arguments and errors as of `opened` and `Pipeline.run`."""
-    stores = {experiment: Store(storage, experiment.folder) for experiment in experiments}
+    stores = {experiment: experiment.store(storage) for experiment in experiments}
     sizes = sources.sizes(experiments[0].data)
     todo = jobs_left(stores, stages, sizes)
     progress.planned(stages, todo)
@@ -153,20 +156,20 @@ def run(
         tell_last_word(stores, sizes, progress, again)
 
 
-def jobs_left(stores: Mapping[Experiment, Store], stages: Sequence[str], sizes: Sizes) -> list[plan.Job]:
+def jobs_left(stores: Mapping[Experiment, Store], stages: Sequence[str], sizes: Sizes) -> list[jobs.Job]:
     """What is to be done.
 
     Phase 1, algorithms 1 and 2: every expert on its own. Phase 2, algorithm 3: experts and gate, end to end.
-    Table 3: every model under every attack. What a job needs (`Job.needs`) is what keeps this order.
+    Table 3: every model under every attack. What a job needs (`Job.inputs`) is what keeps this order.
 
     Raises:
         InvalidInput: if a given stage needs one that is neither given nor done.
     """
-    unfinished = {e: plan.unfinished(e, store, sizes) for e, store in stores.items()}
-    todo = [job for left in unfinished.values() for job in plan.select(left, stages)]
+    unfinished = {e: jobs.pending(e, store, sizes) for e, store in stores.items()}
+    todo = [job for left in unfinished.values() for job in jobs.select(left, stages)]
     left = {job for stage in unfinished.values() for jobs in stage.values() for job in jobs}
-    done = (job for e in stores for stage in STAGES for job in plan.jobs(e, stage, sizes) if job not in left)
-    return plan.shared(sorted(todo, key=lambda job: STAGES.index(job.stage)), done)
+    done = (job for e in stores for stage in STAGES for job in jobs.jobs(e, stage, sizes) if job not in left)
+    return jobs.deduplicate(sorted(todo, key=lambda job: STAGES.index(job.stage)), done)
 
 
 def tell_last_word(stores: Mapping[Experiment, Store], sizes: Sizes, progress: Progress, again: str) -> None:
@@ -179,10 +182,10 @@ def _untold(stores: Mapping[Experiment, Store], sizes: Sizes) -> dict[Experiment
     """The experiments that no run owns, and whose final state is missing or wrong, or whose shards are not merged."""
     stale = {}
     for experiment, store in stores.items():
-        state = lease.last_word(store)
-        complete = not any(plan.unfinished(experiment, store, sizes).values())
-        unmerged = shards.unmerged(store, _shards(experiment, sizes))
-        if not lease.is_held(store) and (state is None or (state == "done") != complete or unmerged):
+        state = lock.final_state(store)
+        complete = not any(jobs.pending(experiment, store, sizes).values())
+        unmerged = merge.unmerged(store, _shards(experiment, sizes))
+        if not lock.is_locked(store) and (state is None or (state == "done") != complete or unmerged):
             stale[experiment] = store
     return stale
 
@@ -197,9 +200,9 @@ def _held(
         Held: if another run owns one of them, or takes it over.
     """
 
-    def acquire(experiment: Experiment) -> lease.Lease:
+    def acquire(experiment: Experiment) -> lock.Lock:
         stores[experiment].check()
-        taken = lease.take(stores[experiment], pid=pid)
+        taken = lock.acquire(stores[experiment], pid=pid)
         try:
             taken.store.write("experiment.json", experiment.to_json().encode())
         except LockLost as error:
@@ -221,23 +224,23 @@ def _held(
 
 
 def _refuse_too_few_classes(experiment: Experiment, classes: int) -> None:
-    if "autoattack" in experiment.evaluation.beyond and classes < AUTOATTACK_CLASSES:
-        raise InvalidInput(
-            f"evaluation.beyond: 'autoattack' cannot be used: it needs {AUTOATTACK_CLASSES} classes, "
-            f"the images have {classes}"
-        )
+    for name in experiment.suites(experiment.defended):
+        if classes < (needed := SUITES[name].classes):
+            raise InvalidInput(
+                f"evaluation.beyond: {name!r} cannot be used: it needs {needed} classes, the images have {classes}"
+            )
 
 
 def _merge(stores: Mapping[Experiment, Store], sizes: Sizes) -> None:
     """Put together what the slices of the test set came to, for each model and family that is complete."""
     for experiment, store in stores.items():
-        shards.merge(store, _shards(experiment, sizes))
+        merge.merge(store, _shards(experiment, sizes))
 
 
 def _shards(experiment: Experiment, sizes: Sizes) -> dict[str, list[str]]:
     """For each file of `evaluations` the files of its shards, in the order of the test set."""
-    slices: dict[str, list[plan.Job]] = {}
-    for job in plan.jobs(experiment, "evaluate", sizes):
-        if job.family != CHECKS:
-            slices.setdefault(job.merged_file, []).append(job)
+    slices: dict[str, list[jobs.Job]] = {}
+    for job in jobs.jobs(experiment, "evaluate", sizes):
+        if job.suite != CHECKS:
+            slices.setdefault(job.evaluation_file, []).append(job)
     return {file: [job.file for job in sorted(jobs, key=lambda job: job.first)] for file, jobs in slices.items()}

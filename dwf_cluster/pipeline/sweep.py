@@ -23,18 +23,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from rich.console import Console
 
-from dwf_cluster import plan
+from dwf_cluster.cluster.driver import Cluster
 from dwf_cluster.cluster.failures import one_line
-from dwf_cluster.cluster.placement import place
-from dwf_cluster.cluster.ray import Cluster
 from dwf_cluster.cluster.tune import run_trials
+from dwf_cluster.console.progress import Progress, epoch_line
 from dwf_cluster.data import sources
-from dwf_cluster.experiment import MIXTURE, STAGES, Experiment, InvalidInput, build, written
-from dwf_cluster.grid import columns, families
-from dwf_cluster.pipeline import Interrupted, Pipeline, StageFailed, jobs_left, opened, tell_last_word
-from dwf_cluster.progress import Progress, epoch_line
+from dwf_cluster.experiment import Experiment, build
+from dwf_cluster.pipeline.run import Interrupted, Pipeline, StageFailed, jobs_left, opened, tell_last_word
+from dwf_cluster.plan import jobs
+from dwf_cluster.plan.jobs import STAGES
+from dwf_cluster.plan.resources import allocate
+from dwf_cluster.settings import InvalidInput, to_text
 from dwf_cluster.store import StorageFailed, Store, tables
-from dwf_cluster.store.lease import Held
+from dwf_cluster.store.lock import ExperimentLocked
 
 MOST = 1000
 """Trials of one sweep."""
@@ -61,7 +62,7 @@ class Trial:
     @property
     def name(self) -> str:
         """What it varies, as people read it: `pgd.steps=10 seed=3`."""
-        return " ".join(f"{field}={written(value)}" for field, value in self.varied.items())
+        return " ".join(f"{field}={to_text(value)}" for field, value in self.varied.items())
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,7 @@ def sweep(
     return Sweep(tuple(trials), asha)
 
 
-class Outcome:
+class TrialTable:
     """What has become of each trial of a sweep: `trials.parquet`, below the sweep's folder."""
 
     FILE = "trials.parquet"
@@ -154,7 +155,7 @@ class Outcome:
             if row.get("state") == STOPPED_EARLY and row.get("trial") in self._rows:
                 self.note(row["trial"], STOPPED_EARLY)
         for trial in sweep.trials:
-            if found := results(trial.experiment, Store(storage, trial.experiment.folder)):
+            if found := results(trial.experiment, trial.experiment.store(storage)):
                 self.note(trial.name, "done", found)
 
     def note(self, trial: str, state: str, found: Mapping[str, float] | None = None) -> None:
@@ -166,7 +167,7 @@ class Outcome:
         return bool(self._rows[trial.name]["state"] == STOPPED_EARLY)
 
     def write(self) -> None:
-        """Put the table in its place."""
+        """Put the table in its allocate."""
         buffer = io.BytesIO()
         pq.write_table(pa.Table.from_pylist(self.rows), buffer, compression="zstd")
         self._store.write(self.FILE, buffer.getvalue())
@@ -187,12 +188,12 @@ class Outcome:
         try:
             return pq.read_table(io.BytesIO(content), use_threads=False).to_pylist() if content else []
         except pa.ArrowException:
-            raise StorageFailed(f"{self.path}: not the Parquet file that was written; remove it") from None
+            raise StorageFailed(f"{self.path}: not the Parquet file that was to_text; remove it") from None
 
     @staticmethod
     def _row(trial: Trial) -> dict[str, Any]:
         experiment = trial.experiment
-        varied = {f: written(v) if isinstance(v, tuple) else v for f, v in trial.varied.items() if f != "seed"}
+        varied = {f: to_text(v) if isinstance(v, tuple) else v for f, v in trial.varied.items() if f != "seed"}
         return {
             "trial": trial.name,
             "state": "waiting",
@@ -205,13 +206,15 @@ class Outcome:
 
 
 def results(experiment: Experiment, store: Store) -> dict[str, float]:
-    """Accuracy (0..1) of the mixture in each column, by the column's title; empty before all of them are there."""
-    keys = list(next(iter(columns(experiment, "paper"))).settings)
+    """Accuracy (0..1) of the defended model in each column, by the column's title; empty before all of them exist."""
+    columns = experiment.columns
+    keys, defended = list(columns[0].settings), experiment.defended.name
     rows = tables.read(store, "evaluations").to_pylist()
-    found = {tuple(row[key] for key in keys): row["accuracy"] for row in rows if row["model"] == MIXTURE}
-    grid = [column for family in families(experiment, MIXTURE) for column in columns(experiment, family)]
-    places = {column.title.replace("\n", " ").strip(): tuple(column.settings.values()) for column in grid}
-    return {t: found[where] for t, where in places.items()} if found.keys() >= set(places.values()) else {}
+    accuracies = {tuple(row[key] for key in keys): row["accuracy"] for row in rows if row["model"] == defended}
+    places = {column.title.replace("\n", " ").strip(): tuple(column.settings.values()) for column in columns}
+    if not accuracies.keys() >= set(places.values()):
+        return {}
+    return {title: accuracies[place] for title, place in places.items()}
 
 
 def headline(found: Mapping[str, float]) -> dict[str, float]:
@@ -228,26 +231,26 @@ def run(
     progress: Progress,
     stopping: Callable[[], bool],
     again: str,
-) -> Outcome:
+) -> TrialTable:
     """Run a sweep to its end; arguments and errors as of `pipeline.run`.
 
     A trial that fails keeps no other from its end.
     """
-    outcome = Outcome(sweep, storage)
+    outcome = TrialTable(sweep, storage)
     trials = [trial for trial in sweep.trials if not outcome.is_stopped_early(trial)]
-    stores = {trial.experiment: Store(storage, trial.experiment.folder) for trial in trials}
+    stores = {trial.experiment: trial.experiment.store(storage) for trial in trials}
     sizes = sources.sizes(sweep.trials[0].experiment.data)
     todo = jobs_left(stores, STAGES, sizes)
     progress.planned(STAGES, todo)
     if not todo:
         tell_last_word(stores, sizes, progress, again)
-        outcome = Outcome(sweep, storage)  # that may have merged shards
+        outcome = TrialTable(sweep, storage)  # that may have merged shards
         outcome.write()
         return outcome
     with opened(list(stores), storage, connect, data_folder, progress, stopping, again) as pipeline:
         failures: list[str] = []
         _stages(pipeline, [trial.experiment for trial in trials], ("experts",), progress, failures)
-        trained = [t for t in trials if not plan.unfinished(t.experiment, stores[t.experiment], sizes)["experts"]]
+        trained = [t for t in trials if not jobs.pending(t.experiment, stores[t.experiment], sizes)["experts"]]
         for trial in trials:
             if trial not in trained:
                 outcome.note(trial.name, "failed")
@@ -272,7 +275,7 @@ def _stages(
     failures: list[str],
 ) -> None:
     """Run stages of experiments that have some of them left; what fails is noted."""
-    stores = {experiment: Store(pipeline.storage, experiment.folder) for experiment in experiments}
+    stores = {experiment: experiment.store(pipeline.storage) for experiment in experiments}
     if jobs_left(stores, stages, pipeline.sizes):
         try:
             pipeline.run(experiments, stages, progress)
@@ -285,25 +288,27 @@ def _trials(
     trials: Sequence[Trial],
     pipeline: Pipeline,
     progress: Progress,
-    outcome: Outcome,
+    outcome: TrialTable,
     failures: list[str],
 ) -> None:
     """Joint stage and evaluation of each mixture, as trials of Ray Tune."""
-    stores = {trial.experiment: Store(pipeline.storage, trial.experiment.folder) for trial in trials}
-    left = {job.folder for job in jobs_left(stores, STAGES, pipeline.sizes) if job.model == MIXTURE}
+    stores = {trial.experiment: trial.experiment.store(pipeline.storage) for trial in trials}
+    left = {
+        job.folder for job in jobs_left(stores, STAGES, pipeline.sizes) if job.model == job.experiment.defended.name
+    }
     left |= {e.folder for e, store in stores.items() if not results(e, store)}  # shards that are not merged
     if not left:
         return
     # Those that are done tell ASHA again how they fared.
     named = {trial.name: trial.experiment for trial in trials if sweep.asha or trial.experiment.folder in left}
-    (joint,) = plan.jobs(trials[0].experiment, "joint", pipeline.sizes)
-    room = pipeline.cluster.resources.room
+    (joint,) = jobs.jobs(trials[0].experiment, "joint", pipeline.sizes)
+    room = pipeline.cluster.resources.slots
     told = False
 
     def heard(name: str, report: Mapping[str, Any]) -> None:
         progress.heard(named[name].folder, report)
         if not report.get("replayed"):
-            progress.say(f"{name} joint: {epoch_line(report, named[name].joint.epochs)}")
+            progress.say(f"{name} joint: {epoch_line(report, named[name].defended.training.epochs)}")
 
     def ended(name: str, report: Mapping[str, Any] | None, fault: str) -> None:
         state = report["state"] if report else "failed" if fault else STOPPED_EARLY
@@ -329,8 +334,8 @@ def _trials(
         list(named),
         _Work(named, replace(pipeline, stopping=bool)),
         # Two at least: while one is evaluated, another trains.
-        1 + max(1, int(room / place([joint], pipeline.cluster.resources)[joint].room)),
-        max(experiment.joint.epochs for experiment in named.values()) if sweep.asha else None,
+        1 + max(1, int(room / allocate([joint], pipeline.cluster.resources)[joint].slots)),
+        max(experiment.defended.training.epochs for experiment in named.values()) if sweep.asha else None,
         heard,
         ended,
         tick,
@@ -354,7 +359,7 @@ class _Work:
     ) -> Mapping[str, Any]:
         """Train and evaluate the mixture of one; the last epoch is reported with what comes of it."""
         experiment, cluster = self.experiments[name], self.pipeline.cluster
-        store = Store(self.pipeline.storage, experiment.folder)
+        store = experiment.store(self.pipeline.storage)
         last: Mapping[str, Any] = {"epoch": 0, "probe_pgd_accuracy": 0.0}
 
         def is_stopped() -> bool:
@@ -364,20 +369,22 @@ class _Work:
             nonlocal last
             if row["epoch"] > last["epoch"]:
                 last = row
-                if row["epoch"] < experiment.joint.epochs:
+                if row["epoch"] < experiment.defended.training.epochs:
                     report({**row, "replayed": replayed})
 
-        for row in tables.read(store, "metrics", [MIXTURE]).to_pylist():
+        for row in tables.read(store, "metrics", [experiment.defended.name]).to_pylist():
             heard(row, replayed=True)
         if is_stopped():
             return {**last, "state": "stopped"}
         quiet = Progress({experiment.folder: name}, store.url, Console(quiet=True))
         quiet.heard = lambda folder, row: heard(row)
         try:
-            replace(self.pipeline, stopping=is_stopped).run([experiment], ("joint", "evaluate"), quiet, MIXTURE)
+            replace(self.pipeline, stopping=is_stopped).run(
+                [experiment], ("joint", "evaluate"), quiet, experiment.defended.name
+            )
         except Interrupted:
             return {**last, "state": "stopped"}
-        except (StageFailed, StorageFailed, Held) as error:
+        except (StageFailed, StorageFailed, ExperimentLocked) as error:
             return {**last, "state": "failed", "reason": str(error)}
         except Exception as error:  # of any class: Tune would run it again, and again
             return {**last, "state": "failed", "reason": one_line(error)}

@@ -141,9 +141,7 @@ def _in_order(experiment: Experiment) -> tuple[ModelSpec, ...]:
     return (defended, *others)
 
 
-def _evaluations(
-    job: Callable[..., Job], experiment: Experiment, spec: ModelSpec, sizes: Sizes
-) -> Iterator[Job]:
+def _evaluations(job: Callable[..., Job], experiment: Experiment, spec: ModelSpec, sizes: Sizes) -> Iterator[Job]:
     for suite in experiment.suites(spec):
         cost = _passes(experiment, suite, spec) * spec.networks
         test = min(sizes.test, experiment.evaluation.check_examples) if suite == CHECKS else sizes.test

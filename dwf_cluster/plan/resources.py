@@ -11,9 +11,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from dwf_cluster.cluster.schedule import Placement
-from dwf_cluster.experiment import InvalidInput
-from dwf_cluster.plan import Job
+from dwf_cluster.plan.jobs import Job
+from dwf_cluster.plan.schedule import Allocation
+from dwf_cluster.settings import InvalidInput
 
 MIN_IMAGES_PER_WORKER = 32
 """Of a batch, where the user does not ask for more workers: BatchNorm sees only the images of its worker."""
@@ -55,13 +55,13 @@ class Resources:
     def __post_init__(self) -> None:
         workers = {"--joint-workers": self.limits.joint_workers, "--expert-workers": self.limits.expert_workers}
         for option, value in workers.items():
-            if value is not None and value > self.room:
-                raise InvalidInput(f"{option}: {value} cannot be used: allowed are 1 to {self.room}")
+            if value is not None and value > self.slots:
+                raise InvalidInput(f"{option}: {value} cannot be used: allowed are 1 to {self.slots}")
         if self.limits.gpus_per_expert < 1 and not self.gpus:
             raise InvalidInput(f"--gpus-per-expert: {self.limits.gpus_per_expert:g} cannot be used: there are no GPUs")
 
     @property
-    def room(self) -> int:
+    def slots(self) -> int:
         """Processes with a GPU of their own or, without GPUs, with a CPU of their own."""
         return self.nodes * (self.gpus or self.cpus)
 
@@ -183,7 +183,7 @@ def _torch_uses_gpus() -> bool:
     return bool(built.get("cuda") or built.get("hip"))
 
 
-def place(jobs: Iterable[Job], resources: Resources) -> dict[Job, Placement]:
+def allocate(jobs: Iterable[Job], resources: Resources) -> dict[Job, Allocation]:
     """What each job gets on these resources.
 
     It depends on the job alone, not on what else runs: with another number of workers BatchNorm would see other parts
@@ -192,25 +192,25 @@ def place(jobs: Iterable[Job], resources: Resources) -> dict[Job, Placement]:
     Raises:
         InvalidInput: if more workers are asked for than have images.
     """
-    return {job: replace(_placement(job, resources), excluded_nodes=resources.excluded_nodes) for job in jobs}
+    return {job: replace(_allocation(job, resources), excluded_nodes=resources.excluded_nodes) for job in jobs}
 
 
-def _placement(job: Job, resources: Resources) -> Placement:
+def _allocation(job: Job, resources: Resources) -> Allocation:
     gpus = min(1, resources.gpus)
     limits = resources.limits
-    if job.stage == "joint":
-        batch = job.experiment.joint.batch_size
+    if job.is_training and job.spec.parents:
+        batch = job.training.batch_size
         workers = _asked("--joint-workers", limits.joint_workers, batch) or max(
-            1, min(resources.room if gpus else resources.nodes, batch // MIN_IMAGES_PER_WORKER)
+            1, min(resources.slots if gpus else resources.nodes, batch // MIN_IMAGES_PER_WORKER)
         )
         # GPUs that the joint stage leaves free keep their share of the CPUs.
         on_a_node = resources.gpus or -(-workers // resources.nodes)
         in_process = workers == 1 and not gpus
-        return Placement(0 if in_process else workers, max(1, resources.cpus // on_a_node), gpus)
-    if job.stage == "experts" and gpus:
-        workers = _asked("--expert-workers", limits.expert_workers, job.experiment.experts.batch_size) or 1
-        return Placement(1 if limits.gpus_per_expert < 1 else workers, 1, limits.gpus_per_expert)
-    return Placement(0, 1, gpus)
+        return Allocation(0 if in_process else workers, max(1, resources.cpus // on_a_node), gpus)
+    if job.is_training and gpus:
+        workers = _asked("--expert-workers", limits.expert_workers, job.training.batch_size) or 1
+        return Allocation(1 if limits.gpus_per_expert < 1 else workers, 1, limits.gpus_per_expert)
+    return Allocation(0, 1, gpus)
 
 
 def _asked(option: str, workers: int | None, batch: int) -> int | None:

@@ -13,15 +13,14 @@ from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from dwf_cluster.experiment import STAGES
-from dwf_cluster.plan import Job
+from dwf_cluster.plan.jobs import STAGES, Job
 
 _ROUNDING = 1e-9
 """Thirds of a GPU add up to one."""
 
 
 @dataclass(frozen=True)
-class Placement:
+class Allocation:
     """What a job gets.
 
     Attributes:
@@ -41,7 +40,7 @@ class Placement:
         return {"ray.io/node-id": f"!in({','.join(self.excluded_nodes)})"} if self.excluded_nodes else None
 
     @property
-    def room(self) -> float:
+    def slots(self) -> float:
         """GPUs that it takes in all or, without GPUs, CPUs."""
         return max(1, self.workers) * (self.gpus or self.cpus)
 
@@ -50,33 +49,33 @@ class Placement:
         return f"{self.workers} x ({what})" if self.workers > 1 else what
 
 
-def duration(job: Job, place: Placement) -> float:
+def duration(job: Job, allocation: Allocation) -> float:
     """Planned length of a job, in passes of one GPU or CPU, if several share its work evenly."""
-    return job.cost / place.room
+    return job.cost / allocation.slots
 
 
 class Schedule:
     """Waiting jobs, in the order in which they start when there is room."""
 
-    def __init__(self, jobs: Iterable[Job], places: Mapping[Job, Placement], room: float) -> None:
+    def __init__(self, jobs: Iterable[Job], allocations: Mapping[Job, Allocation], room: float) -> None:
         """
         Args:
             jobs: to run. What they need and none of them makes exists already.
-            places: what each of them gets.
+            allocations: what each of them gets.
             room: GPUs in all or, without GPUs, CPUs.
         """
-        self._places, self._free, self._last_stage = places, room, len(STAGES) - 1
+        self._allocations, self._free, self._last_stage = allocations, room, len(STAGES) - 1
         groups: dict[tuple[str, str, str], list[Job]] = {}
         for job in jobs:
             groups.setdefault((job.folder, job.stage, job.model), []).append(job)
         # Only the longest job of each model is compared: there may be thousands of shards.
         self._waiting = [deque(sorted(group, key=self._order)) for group in groups.values()]
-        self._unmade = {job.makes for group in self._waiting for job in group}
+        self._unmade = {job.output for group in self._waiting for job in group}
 
     def start(self) -> Job | None:
         """Take the next job that may start and for which there is room; None if there is none now."""
         for group in sorted(self._waiting, key=lambda group: self._order(group[0])):
-            job, room = group[0], self._places[group[0]].room
+            job, room = group[0], self._allocations[group[0]].slots
             if STAGES.index(job.stage) > self._last_stage or not self._is_ready(job):
                 continue
             if room <= self._free + _ROUNDING:
@@ -91,18 +90,18 @@ class Schedule:
 
     def end(self, job: Job, done: bool = True) -> None:
         """Give back what a job got. After one that failed, no job of a later stage starts."""
-        self._free += self._places[job].room
+        self._free += self._allocations[job].slots
         if not done:
             self._last_stage = min(self._last_stage, STAGES.index(job.stage))
         else:
-            self._unmade.discard(job.makes)
+            self._unmade.discard(job.output)
 
     def _is_ready(self, job: Job) -> bool:
-        return self._unmade.isdisjoint(job.needs)
+        return self._unmade.isdisjoint(job.inputs)
 
     def _order(self, job: Job) -> tuple[int, float, float]:
-        place = self._places[job]
-        return STAGES.index(job.stage), -duration(job, place), -place.room
+        allocation = self._allocations[job]
+        return STAGES.index(job.stage), -duration(job, allocation), -allocation.slots
 
 
 @dataclass(frozen=True)
@@ -120,27 +119,27 @@ class Planned:
 
 
 def timeline(
-    jobs: Iterable[Job], places: Mapping[Job, Placement], room: float, speeds: Mapping[str, float] | None = None
+    jobs: Iterable[Job], allocations: Mapping[Job, Allocation], room: float, speeds: Mapping[str, float] | None = None
 ) -> dict[Job, Planned]:
     """When and where each job would run, if each took just as long as planned; in the order of their starts.
 
     Args:
-        jobs, places, room: as in `Schedule`.
+        jobs, allocations, room: as in `Schedule`.
         speeds: of each stage, passes a second of one GPU or CPU.
     """
-    schedule, now, running = Schedule(jobs, places, room), 0.0, list[tuple[float, int, Job]]()
+    schedule, now, running = Schedule(jobs, allocations, room), 0.0, list[tuple[float, int, Job]]()
     free = [1.0] * math.ceil(room)
     planned: dict[Job, Planned] = {}
     while True:
         while job := schedule.start():
-            place = places[job]
-            share = min(1.0, place.gpus or 1.0)
+            allocation = allocations[job]
+            share = min(1.0, allocation.gpus or 1.0)
             # Shares of GPUs fill one GPU after the other.
             candidates = sorted((left, n) for n, left in enumerate(free) if left >= share - _ROUNDING)
-            devices = tuple(n for _, n in candidates[: round(place.room / share)])
+            devices = tuple(n for _, n in candidates[: round(allocation.slots / share)])
             for n in devices:
                 free[n] -= share
-            planned[job] = Planned(now, now + _length(job, place, speeds), devices)
+            planned[job] = Planned(now, now + _length(job, allocation, speeds), devices)
             heapq.heappush(running, (planned[job].end, len(planned), job))
         if not running:
             return planned
@@ -149,15 +148,15 @@ def timeline(
             job = heapq.heappop(running)[2]
             schedule.end(job)
             for n in planned[job].devices:
-                free[n] += min(1.0, places[job].gpus or 1.0)
+                free[n] += min(1.0, allocations[job].gpus or 1.0)
 
 
-def _length(job: Job, place: Placement, speeds: Mapping[str, float] | None) -> float:
-    return duration(job, place) / (speeds[job.stage] if speeds else 1.0)
+def _length(job: Job, allocation: Allocation, speeds: Mapping[str, float] | None) -> float:
+    return duration(job, allocation) / (speeds[job.stage] if speeds else 1.0)
 
 
 def lower_bound(
-    jobs: Iterable[Job], places: Mapping[Job, Placement], room: float, speeds: Mapping[str, float] | None = None
+    jobs: Iterable[Job], allocations: Mapping[Job, Allocation], room: float, speeds: Mapping[str, float] | None = None
 ) -> float:
     """A makespan that no schedule beats.
 
@@ -166,22 +165,22 @@ def lower_bound(
 
     Args:
         jobs: to run.
-        places: what each of them gets.
+        allocations: what each of them gets.
         room: GPUs in all or, without GPUs, CPUs.
         speeds: as in `timeline`.
     """
     jobs = sorted(jobs, key=lambda job: STAGES.index(job.stage), reverse=True)
     if not jobs:
         return 0.0
-    lengths = {job: _length(job, places[job], speeds) for job in jobs}
+    lengths = {job: _length(job, allocations[job], speeds) for job in jobs}
     chains: dict[tuple[str, str], float] = {}  # the longest one that follows what a job makes
     for job in jobs:
-        chain = lengths[job] + chains.get(job.makes, 0.0)
-        for need in job.needs:
+        chain = lengths[job] + chains.get(job.output, 0.0)
+        for need in job.inputs:
             chains[need] = max(chains.get(need, 0.0), chain)
-    following = {job: chains.get(job.makes, 0.0) for job in jobs}
-    at_once = max(1, int(room / min(places[job].room for job in jobs) + _ROUNDING))
-    work = sum(lengths[job] * places[job].room for job in jobs) / room
+    following = {job: chains.get(job.output, 0.0) for job in jobs}
+    at_once = max(1, int(room / min(allocations[job].slots for job in jobs) + _ROUNDING))
+    work = sum(lengths[job] * allocations[job].slots for job in jobs) / room
     bounds, shortest = [work, *(lengths[job] + following[job] for job in jobs)], float("inf")
     for number, job in enumerate(sorted(jobs, key=lambda job: -lengths[job])):
         shortest = min(shortest, following[job])

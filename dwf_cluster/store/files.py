@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, TypeVar
 
-from dwf_cluster.experiment import MAX_JSON_BYTES, InvalidInput
+from dwf_cluster.settings import MAX_JSON_BYTES, InvalidInput
 from dwf_cluster.store import disk
 
 if TYPE_CHECKING:

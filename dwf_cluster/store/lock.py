@@ -19,7 +19,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from dwf_cluster.experiment import printable
+from dwf_cluster.settings import printable
 from dwf_cluster.store.files import LockLost, Store, lock_file
 from dwf_cluster.store.status import HEARTBEAT, Status, Time, age, now
 
@@ -27,11 +27,11 @@ SILENCE = 60.0
 """Seconds without a heartbeat after which an owner on another machine may be dead."""
 
 
-class Held(RuntimeError):
+class ExperimentLocked(RuntimeError):
     """Another run owns the lock. Its text is one line: which experiment, host, process, job, since when."""
 
 
-class Holder(BaseModel):
+class Owner(BaseModel):
     """Who began a run of an experiment.
 
     Attributes:
@@ -40,7 +40,7 @@ class Holder(BaseModel):
         pid, began: the driver's process, and when it started, as its machine counts.
         job, life: SLURM's job number, and how often the job was requeued; empty outside SLURM.
         since: when the run began; ISO 8601, UTC.
-        token: different for every holder.
+        token: different for every owner.
     """
 
     model_config = ConfigDict(frozen=True, strict=True)
@@ -55,9 +55,9 @@ class Holder(BaseModel):
     token: str
 
     @staticmethod
-    def me(pid: int | None = None) -> Holder:
+    def me(pid: int | None = None) -> Owner:
         """This process, or another one of this machine on whose behalf it acts."""
-        return Holder(
+        return Owner(
             host=platform.node(),
             machine=_machine(),
             pid=pid or os.getpid(),
@@ -70,49 +70,51 @@ class Holder(BaseModel):
 
 
 @dataclass(frozen=True)
-class Lease:
+class Lock:
     """This process's lock on an experiment.
 
     Attributes:
         store: of the experiment, fenced: what is written through it appears only while the lock is owned.
         number: of the run.
-        holder: this process, or the one on whose behalf it acts.
+        owner: this process, or the one on whose behalf it acts.
     """
 
     store: Store
     number: int
-    holder: Holder
+    owner: Owner
 
     def is_lost(self) -> bool:
         """Whether a later run has taken the lock."""
         return self.store.newest_run() > self.number
 
-    def loss(self) -> Held:
+    def loss(self) -> ExperimentLocked:
         """The error that says who has taken the lock."""
-        number, holder = _last(self.store)
+        number, owner = _last(self.store)
         if number == self.number:  # nobody has, but the folder that the run writes from was removed
-            return Held(f"{self.store.folder}: the files of its run {number} were removed while it ran")
-        return Held(f"{self.store.folder} was taken over by {_owner(number, holder)}: this run was silent for too long")
+            return ExperimentLocked(f"{self.store.folder}: the files of its run {number} were removed while it ran")
+        return ExperimentLocked(
+            f"{self.store.folder} was taken over by {_owner(number, owner)}: this run was silent for too long"
+        )
 
 
-def is_held(store: Store) -> bool:
-    """Whether another run plainly owns the lock. `take` looks closer."""
-    number, holder = _last(store)
-    return bool(number and _is_alive(store, number, holder))
+def is_locked(store: Store) -> bool:
+    """Whether another run plainly owns the lock. `acquire` looks closer."""
+    number, owner = _last(store)
+    return bool(number and _is_alive(store, number, owner))
 
 
-def refuse_held(store: Store) -> None:
+def fail_if_locked(store: Store) -> None:
     """Fail at once if another run plainly owns the lock.
 
     Raises:
-        Held: if so.
+        ExperimentLocked: if so.
     """
-    number, holder = _last(store)
-    if number and _is_alive(store, number, holder):
-        raise _held(store, number, holder)
+    number, owner = _last(store)
+    if number and _is_alive(store, number, owner):
+        raise _locked(store, number, owner)
 
 
-def take(store: Store, wait: Callable[[float], object] = time.sleep, pid: int | None = None) -> Lease:
+def acquire(store: Store, wait: Callable[[float], object] = time.sleep, pid: int | None = None) -> Lock:
     """Acquire the lock. When this returns, no write of an earlier run can appear any more.
 
     Args:
@@ -121,40 +123,40 @@ def take(store: Store, wait: Callable[[float], object] = time.sleep, pid: int | 
         pid: of the process of this machine that is to be known as the owner; None: this one.
 
     Raises:
-        Held: if another run owns it, and is alive.
+        ExperimentLocked: if another run owns it, and is alive.
     """
     while True:
-        number, holder = _last(store)
-        alive = _is_alive(store, number, holder) if number else False
+        number, owner = _last(store)
+        alive = _is_alive(store, number, owner) if number else False
         if alive is None:  # silent, by clocks that may differ: does a heartbeat come while we look?
             before = store.read(Status.FILE)
             wait(2 * HEARTBEAT)
             alive = store.read(Status.FILE) != before
         if alive:
-            raise _held(store, number, holder)
-        me = Holder.me(pid)
+            raise _locked(store, number, owner)
+        me = Owner.me(pid)
         if store.create(lock_file(number + 1), (me.model_dump_json(indent=2) + "\n").encode()):
             mine = replace(store, run=number + 1)
             try:
                 mine.begin_run()
             except LockLost:  # this process was paused for so long that it was itself thought dead
                 continue
-            return Lease(mine, number + 1, me)
+            return Lock(mine, number + 1, me)
 
 
-def last_word(store: Store) -> str | None:
+def final_state(store: Store) -> str | None:
     """Final state of the experiment's last run: `done`, `stopped` or `failed`; None if it has not written one."""
     number, _ = _last(store)
     return _final_state(store, number)
 
 
-def _last(store: Store) -> tuple[int, Holder | None]:
+def _last(store: Store) -> tuple[int, Owner | None]:
     """The newest lock: its number, 0 without one, and its owner; None if the file cannot be read."""
     number = store.newest_run()
     if number == 0:
         return 0, None
     try:
-        return number, Holder.model_validate_json(store.read(lock_file(number)) or b"")
+        return number, Owner.model_validate_json(store.read(lock_file(number)) or b"")
     except ValidationError:
         return number, None
 
@@ -164,35 +166,35 @@ def _final_state(store: Store, number: int) -> str | None:
     return status.state if status and status.run == number and status.state != "running" else None
 
 
-def _is_alive(store: Store, number: int, holder: Holder | None) -> bool | None:
+def _is_alive(store: Store, number: int, owner: Owner | None) -> bool | None:
     """Whether the owner of the newest lock still runs the experiment; None: there is no telling without a look."""
     if _final_state(store, number):
         return False
-    if holder:
-        me = Holder.me()
-        if holder.machine == me.machine:
-            state, began = _stat(holder.pid)
-            return state not in ("", "Z") and began == holder.began
-        if me.job and holder.job == me.job and holder.life != me.life:
+    if owner:
+        me = Owner.me()
+        if owner.machine == me.machine:
+            state, began = _stat(owner.pid)
+            return state not in ("", "Z") and began == owner.began
+        if me.job and owner.job == me.job and owner.life != me.life:
             return False  # SLURM ends the earlier life of a job before it begins the next one
     status = Status.read(store)
     # Without a status, the run has just begun, or was killed before its first heartbeat.
-    beat = status.heartbeat if status and status.run == number else holder.since if holder else None
+    beat = status.heartbeat if status and status.run == number else owner.since if owner else None
     # A heartbeat from the future says only that the clocks differ.
     return True if beat and 0 <= age(beat) < SILENCE else None
 
 
-def _held(store: Store, number: int, holder: Holder | None) -> Held:
+def _locked(store: Store, number: int, owner: Owner | None) -> ExperimentLocked:
     status = Status.read(store)
     beat = f", last heartbeat {age(status.heartbeat):.0f} s ago" if status else ""
-    return Held(f"{store.folder} is being run by {_owner(number, holder)}{beat}")
+    return ExperimentLocked(f"{store.folder} is being run by {_owner(number, owner)}{beat}")
 
 
-def _owner(number: int, holder: Holder | None) -> str:
-    if holder is None:
+def _owner(number: int, owner: Owner | None) -> str:
+    if owner is None:
         return f"a run whose lock {lock_file(number)} cannot be read"
-    job = f", SLURM job {holder.job}" if holder.job else ""
-    return printable(f"{holder.host} (process {holder.pid}{job}) since {holder.since}")
+    job = f", SLURM job {owner.job}" if owner.job else ""
+    return printable(f"{owner.host} (process {owner.pid}{job}) since {owner.since}")
 
 
 def _machine() -> str:

@@ -11,8 +11,8 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from dwf_cluster.experiment import MIXTURE, InvalidInput
-from dwf_cluster.store import checkpoints, lease
+from dwf_cluster.settings import InvalidInput
+from dwf_cluster.store import checkpoints, lock
 from dwf_cluster.store.files import Store
 
 _EXPERIMENT = re.compile(r"[A-Za-z0-9][\w.-]*-seed\d+-[0-9a-f]{10}", re.ASCII)
@@ -67,7 +67,7 @@ def command(storage: str, yes: bool) -> int:
     waste: list[Waste] = []
     referred = {place for store in stores for place in _referred(store)}
     for store in stores:
-        if lease.is_held(store):
+        if lock.is_locked(store):
             print(f"{store.root}  is being run: left as it is")
         else:
             waste += _waste(store, referred)

@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 
 from analysis import Group, command, load
-from analysis.outcomes import Outcomes, outcomes
+from analysis.predictions import Predictions, read_predictions
 from analysis.statistics import comparisons
 from analysis.tables import accuracies
 from benchmarks.analysis import make_up
@@ -47,8 +47,8 @@ def digits(storage: Path) -> Group:
 
 
 @pytest.fixture(scope="session")
-def found(cifar10: Group) -> Outcomes:
-    return outcomes(cifar10)
+def found(cifar10: Group) -> Predictions:
+    return read_predictions(cifar10)
 
 
 @pytest.fixture(scope="session")
@@ -57,7 +57,7 @@ def measured(cifar10: Group) -> pd.DataFrame:
 
 
 @pytest.fixture(scope="session")
-def tests(cifar10: Group, found: Outcomes) -> pd.DataFrame:
+def tests(cifar10: Group, found: Predictions) -> pd.DataFrame:
     return comparisons(cifar10, found)
 
 

@@ -11,13 +11,13 @@ import pytest
 from matplotlib.image import imread
 
 from analysis import Group, figures
-from analysis.outcomes import Outcomes
-from analysis.results import place
+from analysis.predictions import Predictions
+from analysis.results import column_key
 from analysis.tables import accuracies
 from tests.analysis.conftest import Call
 
 
-def test_every_figure_is_drawn_and_has_a_caption(cifar10: Group, measured: pd.DataFrame, found: Outcomes) -> None:
+def test_every_figure_is_drawn_and_has_a_caption(cifar10: Group, measured: pd.DataFrame, found: Predictions) -> None:
     assert list(figures.of_group(cifar10, measured, found)) == list(figures.CAPTIONS)
 
 
@@ -51,18 +51,18 @@ def test_one_seed_has_no_band(digits: Group) -> None:
     assert len(figure.axes[0].collections) == 0
 
 
-def test_the_gate_is_shown_with_its_weights_and_its_entropy(cifar10: Group, found: Outcomes) -> None:
+def test_the_gate_is_shown_with_its_weights_and_its_entropy(cifar10: Group, found: Predictions) -> None:
     figure = figures.gate_by_attack(cifar10, found)
     assert figure is not None
     weights, entropy = figure.axes
     shown = np.asarray(weights.images[0].get_array())
     assert shown.sum(axis=1) == pytest.approx(100, rel=1e-4)
-    sums = found.gates[place(cifar10.columns[0])].sum()
+    sums = found.gates[column_key(cifar10.columns[0])].sum()
     assert shown[0] == pytest.approx((100 * sums[list(cifar10.experts)] / sums.examples).to_numpy())
     assert entropy.patches[0].get_width() == pytest.approx(sums.entropy / sums.examples)
 
 
-def test_the_gate_by_class_has_clean_images_and_the_longest_pgd(cifar10: Group, found: Outcomes) -> None:
+def test_the_gate_by_class_has_clean_images_and_the_longest_pgd(cifar10: Group, found: Predictions) -> None:
     figure = figures.gate_by_class(cifar10, found)
     assert figure is not None
     assert [axes.get_title().split(", ")[1] for axes in figure.axes] == ["clean", "pgd 50"]
@@ -89,7 +89,7 @@ def test_the_mixture_costs_what_its_experts_cost_too(cifar10: Group) -> None:
 
 
 def test_what_was_not_measured_is_not_drawn(cifar10: Group, measured: pd.DataFrame) -> None:
-    nothing = Outcomes({}, {})
+    nothing = Predictions({}, {})
     clean = measured[measured.attack == "clean"]
     drawn = figures.of_group(cifar10, clean, nothing)
     assert set(drawn) == {"fgsm", "experts_and_mixture", "training"}

@@ -17,7 +17,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from analysis import Group, figures, load, outcomes, report, tables
-from dwf_cluster.experiment import MAX_JSON_BYTES, InvalidInput, build
+from dwf_cluster.experiment import build
+from dwf_cluster.settings import MAX_JSON_BYTES, InvalidInput
 from dwf_cluster.store import tables as stored
 from tests.analysis.conftest import Call
 

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from analysis import Group
-from analysis.outcomes import Outcomes
-from analysis.results import as_place, each, place
+from analysis.predictions import Predictions
+from analysis.results import column_key, each, key_of_row
 from analysis.statistics import bootstrap, comparisons, holm, mcnemar, wilson
 
 
@@ -71,7 +71,7 @@ def test_the_bootstrap_is_scipys() -> None:
     assert (again == low).all()
 
 
-def test_every_pair_is_compared_in_every_column_on_all_images(cifar10: Group, found: Outcomes) -> None:
+def test_every_pair_is_compared_in_every_column_on_all_images(cifar10: Group, found: Predictions) -> None:
     rows = comparisons(cifar10, found)
     models, pairs = len(cifar10.models), len(cifar10.models) * (len(cifar10.models) - 1) // 2
     assert models == 7
@@ -83,7 +83,7 @@ def test_every_pair_is_compared_in_every_column_on_all_images(cifar10: Group, fo
         assert row.low <= row.difference <= row.high
     one = next(each(rows))
     first, second = (
-        found.correct[model, as_place(one.attack, one.source, one.epsilon, one.steps)]
+        found.correct[model, key_of_row(one.attack, one.source, one.epsilon, one.steps)]
         for model in (one.model, one.other)
     )
     assert one.p == mcnemar(first, second)
@@ -93,11 +93,11 @@ def test_every_pair_is_compared_in_every_column_on_all_images(cifar10: Group, fo
     assert rows.p_holm.to_numpy() == pytest.approx(holm(rows.p))
 
 
-def test_a_model_that_lacks_an_image_is_left_out(cifar10: Group, found: Outcomes) -> None:
-    clean = place(cifar10.columns[0])
+def test_a_model_that_lacks_an_image_is_left_out(cifar10: Group, found: Predictions) -> None:
+    clean = column_key(cifar10.columns[0])
     cut = found.correct["benign", clean].copy()
     cut[1, 7] = -1
-    rows = comparisons(cifar10, Outcomes(dict(found.correct) | {("benign", clean): cut}, found.gates))
+    rows = comparisons(cifar10, Predictions(dict(found.correct) | {("benign", clean): cut}, found.gates))
     left = rows[rows.attack == "clean"]
     assert "benign" not in {*left.model, *left.other}
     assert "benign" in {*rows.model, *rows.other}

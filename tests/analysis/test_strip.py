@@ -25,12 +25,12 @@ def experiment() -> Experiment:
 def folder(tmp_path: Path, experiment: Experiment) -> Path:
     """An experiment's folder with a mixture that is as it was before training."""
     from dwf_cluster.data import sources
+    from dwf_cluster.defences import dwf
     from dwf_cluster.store import Store, checkpoints
-    from dwf_cluster.training import joint
 
     store = Store(str(tmp_path / "runs"), experiment.folder)
     store.write("experiment.json", experiment.to_json().encode())
-    mixture = joint.build(experiment, sources.load(experiment.data, tmp_path))
+    mixture = dwf.build(experiment, sources.load(experiment.data, tmp_path))
     tensors = {f"model.{name}": tensor for name, tensor in mixture.state_dict().items()}
     checkpoints.save(store, MIXTURE, experiment.joint.epochs, 0, tensors, {})
     return Path(store.root)
@@ -38,11 +38,11 @@ def folder(tmp_path: Path, experiment: Experiment) -> Path:
 
 def test_it_is_what_the_evaluation_measures(folder: Path, experiment: Experiment, tmp_path: Path) -> None:
     from dwf_cluster.data import sources
-    from dwf_cluster.evaluation import evaluate
-    from dwf_cluster.training import joint
+    from dwf_cluster.defences import dwf
+    from dwf_cluster.evaluation.run import evaluate
 
     images = sources.load(experiment.data, tmp_path)
-    models = {MIXTURE: joint.build(experiment, images)}
+    models = {MIXTURE: dwf.build(experiment, images)}
     device = torch.device("cpu")
     _, rows = evaluate(experiment, models, MIXTURE, "paper", images.x_test, images.y_test, 0, device)
     shown = strip.attack(load(str(folder)).groups[0].runs[0], tmp_path)

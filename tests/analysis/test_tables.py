@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 
 from analysis import Group
-from analysis.results import place
+from analysis.results import column_key
 from analysis.tables import (
     FORMATS,
     PAPER_MODELS,
@@ -86,7 +86,7 @@ def test_the_highest_cell_is_not_bold_without_tests(
 def test_bold_cells_are_the_proven_ones(cifar10: Group, table: Table, tests: pd.DataFrame) -> None:
     proven = best(tests)
     labels = [label for label, _ in table.rows]
-    assert {(labels[i], place(cifar10.paper_columns[j])) for i, j in table.bold} == {
+    assert {(labels[i], column_key(cifar10.paper_columns[j])) for i, j in table.bold} == {
         cell for cell in proven if cell[1][0] not in ("pgd_gate", "noise", "transfer")
     }
 

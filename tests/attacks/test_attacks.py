@@ -9,15 +9,23 @@ from collections.abc import Iterator
 import pytest
 import torch
 import torch.nn.functional as F
+from dwf_cluster.attacks.apgd import apgd
+from dwf_cluster.attacks.autoattack import autoattack
+from dwf_cluster.attacks.pgd import Iterate, WorstCase, fgsm, pgd
+from dwf_cluster.attacks.square import square
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from dwf_cluster import attacks
-from dwf_cluster.models import Mixture, ResNet18
-from dwf_cluster.models.mixture import Gate
+from dwf_cluster.attacks.ball import Ball
+from dwf_cluster.attacks.fab import fab_targeted
+from dwf_cluster.attacks.gradient import NotLogits, differentiate, predict
+from dwf_cluster.attacks.routing import gate_aimed
+from dwf_cluster.models.frozen import frozen
+from dwf_cluster.models.mixture import Gate, Mixture
+from dwf_cluster.models.resnet import ResNet18
 
-LINF, L2 = attacks.Ball("linf", 0.1), attacks.Ball("l2", 0.8)
+LINF, L2 = Ball("linf", 0.1), Ball("l2", 0.8)
 
 
 def _problem(seed: int = 0, count: int = 6) -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
@@ -38,21 +46,21 @@ def _problem(seed: int = 0, count: int = 6) -> tuple[nn.Module, torch.Tensor, to
 def _correct(count: int) -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
     """A frozen view and images that it classifies correctly."""
     model, x, _ = _problem(count=count)
-    view = attacks.frozen(model)
-    return view, x, attacks.predict(view, x).argmax(1)
+    view = frozen(model)
+    return view, x, predict(view, x).argmax(1)
 
 
 def _generators(count: int, seed: int = 0) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(1000 * seed + i) for i in range(count)]
 
 
-def _last(run: Iterator[attacks.Iterate]) -> torch.Tensor:
+def _last(run: Iterator[Iterate]) -> torch.Tensor:
     *_, last = run
     return last.x
 
 
 def _slow_pgd(
-    model: nn.Module, x: torch.Tensor, y: torch.Tensor, ball: attacks.Ball, step_size: float, steps: int
+    model: nn.Module, x: torch.Tensor, y: torch.Tensor, ball: Ball, step_size: float, steps: int
 ) -> torch.Tensor:
     """Equations (4) and (5), image by image, on the model itself."""
     rows = []
@@ -76,46 +84,46 @@ def test_fgsm_is_equation_3() -> None:
     leaf = x.clone().requires_grad_()
     (gradient,) = torch.autograd.grad(F.cross_entropy(model.eval()(leaf), y), leaf)
     expected = (x + 0.07 * gradient.sign()).clamp(0, 1)
-    found, _, _ = attacks.differentiate(model, x, y)
-    assert torch.equal(attacks.fgsm(x, found, 0.07), expected)
+    found, _, _ = differentiate(model, x, y)
+    assert torch.equal(fgsm(x, found, 0.07), expected)
 
 
 @pytest.mark.parametrize("ball", [LINF, L2])
-def test_pgd_is_equations_4_and_5_image_by_image(ball: attacks.Ball) -> None:
+def test_pgd_is_equations_4_and_5_image_by_image(ball: Ball) -> None:
     model, x, y = _problem()
     model.eval()
-    found = _last(attacks.pgd(model, x, y, ball, step_size=0.03 if ball is LINF else 0.3, steps=7))
+    found = _last(pgd(model, x, y, ball, step_size=0.03 if ball is LINF else 0.3, steps=7))
     torch.testing.assert_close(found, _slow_pgd(model, x, y, ball, 0.03 if ball is LINF else 0.3, 7))
 
 
 def test_one_run_serves_every_shorter_one_and_its_logits_are_those_of_a_pass_of_their_own() -> None:
     model, x, y = _problem()
-    view = attacks.frozen(model)
-    run = list(attacks.pgd(view, x, y, LINF, step_size=0.03, steps=9))
+    view = frozen(model)
+    run = list(pgd(view, x, y, LINF, step_size=0.03, steps=9))
     assert [iterate.step for iterate in run] == list(range(10))
     for steps in (1, 4, 9):
-        assert torch.equal(_last(attacks.pgd(view, x, y, LINF, step_size=0.03, steps=steps)), run[steps].x)
+        assert torch.equal(_last(pgd(view, x, y, LINF, step_size=0.03, steps=steps)), run[steps].x)
     for iterate in run[:-1]:
         assert iterate.logits is not None
-        torch.testing.assert_close(iterate.logits, attacks.predict(view, iterate.x))
+        torch.testing.assert_close(iterate.logits, predict(view, iterate.x))
 
 
 def test_the_first_iterate_brings_fgsms_gradient() -> None:
     model, x, y = _problem()
-    view = attacks.frozen(model)
-    first = next(attacks.pgd(view, x, y, LINF, step_size=0.03, steps=3))
+    view = frozen(model)
+    first = next(pgd(view, x, y, LINF, step_size=0.03, steps=3))
     assert torch.equal(first.x, x)
     assert first.gradient is not None
-    assert torch.equal(first.gradient, attacks.differentiate(view, x, y)[0])
+    assert torch.equal(first.gradient, differentiate(view, x, y)[0])
 
 
 def test_a_run_spends_what_it_says_and_no_gradient_at_its_end() -> None:
     model, x, y = _problem()
-    view = attacks.frozen(model)
+    view = frozen(model)
     calls = []
     view.register_forward_pre_hook(lambda _, inputs: calls.append(len(inputs[0])))
-    run = list(attacks.pgd(view, x, y, LINF, step_size=0.03, steps=4, eot=3))
-    assert sum(iterate.spent for iterate in run) == sum(calls) == 4 * 3 * len(x)
+    run = list(pgd(view, x, y, LINF, step_size=0.03, steps=4, eot=3))
+    assert sum(iterate.gradient_count for iterate in run) == sum(calls) == 4 * 3 * len(x)
     assert run[-1].gradient is None
     assert run[-1].logits is None
 
@@ -124,17 +132,17 @@ def test_a_run_spends_what_it_says_and_no_gradient_at_its_end() -> None:
 def test_a_batch_in_any_order_and_any_parts_gives_the_same_images(norm: str) -> None:
     """In double precision; a sign that hangs on the last bit is not met here."""
     view, x, y = _correct(12)
-    ball = attacks.Ball(norm, 0.1)  # type: ignore[arg-type]
+    ball = Ball(norm, 0.1)  # type: ignore[arg-type]
 
     def attacked(which: torch.Tensor) -> torch.Tensor:
         generators = [_generators(len(x))[i] for i in which.tolist()]
         some, labels = x[which], y[which]
-        start, logits = ball.random_point(some, generators), attacks.predict(view, some)
-        worst = attacks.WorstCase(view, some, labels, logits, generators)
-        worst.attack(lambda s: attacks.apgd(view, s.x, s.y, ball, s.generators, steps=6))
-        black = attacks.WorstCase(view, some, labels, logits, generators)
-        black.attack(lambda s: attacks.square(view, s.x, s.y, 0.1, s.generators, queries=15))
-        pgd = _last(attacks.pgd(view, some, labels, ball, step_size=0.02, steps=3, start=start))
+        start, logits = ball.random_point(some, generators), predict(view, some)
+        worst = WorstCase(view, some, labels, logits, generators)
+        worst.attack(lambda s: apgd(view, s.x, s.y, ball, s.generators, steps=6))
+        black = WorstCase(view, some, labels, logits, generators)
+        black.attack(lambda s: square(view, s.x, s.y, 0.1, s.generators, queries=15))
+        pgd = _last(pgd(view, some, labels, ball, step_size=0.02, steps=3, start=start))
         return torch.stack([pgd, worst.x, black.x], dim=1)
 
     whole = attacked(torch.arange(12))
@@ -146,57 +154,55 @@ def test_a_batch_in_any_order_and_any_parts_gives_the_same_images(norm: str) -> 
 
 def test_a_cpu_takes_a_batch_in_parts_and_returns_it_whole() -> None:
     model, _, _ = _problem()
-    view = attacks.frozen(model.float())
+    view = frozen(model.float())
     sizes = []
     view.register_forward_pre_hook(lambda _, inputs: sizes.append(inputs[0].shape))
     x, y = torch.rand(100, 1, 64, 64), torch.arange(100) % 5
-    gradient, loss, logits = attacks.differentiate(view, x, y)
+    gradient, loss, logits = differentiate(view, x, y)
     assert (gradient.shape, loss.shape, logits.shape) == (x.shape, (100,), (100, 5))
     assert [shape[0] for shape in sizes] == [24, 24, 24, 24, 4]
 
 
 def test_the_worst_case_equals_the_slow_one_over_all_iterates_of_all_starts() -> None:
     view, x, y = _correct(200)
-    ball, starts, arguments = attacks.Ball("linf", 0.05), [], {"step_size": 0.02, "steps": 2}
+    ball, starts, arguments = Ball("linf", 0.05), [], {"step_size": 0.02, "steps": 2}
     for seed in range(4):
         starts.append(ball.random_point(x, _generators(len(x), seed)))
-    worst = attacks.WorstCase(view, x, y, attacks.predict(view, x))
+    worst = WorstCase(view, x, y, predict(view, x))
     stood = torch.ones(len(x), dtype=torch.bool)
     for start in starts:
         worst.attack(
-            lambda some, z=start: attacks.pgd(
-                view, some.x, some.y, ball, start=z[some.index], drop_fooled=True, **arguments
-            )
+            lambda some, z=start: pgd(view, some.x, some.y, ball, start=z[some.index], drop_fooled=True, **arguments)
         )
-        for iterate in attacks.pgd(view, x, y, ball, start=start, **arguments):
-            stood &= attacks.predict(view, iterate.x).argmax(1) == y
-    assert torch.equal(worst.standing, stood)
-    assert torch.equal(attacks.predict(view, worst.x).argmax(1) == y, stood)
-    torch.testing.assert_close(worst.logits, attacks.predict(view, worst.x))
-    single = attacks.predict(view, _last(attacks.pgd(view, x, y, ball, start=starts[-1], **arguments))).argmax(1) == y
+        for iterate in pgd(view, x, y, ball, start=start, **arguments):
+            stood &= predict(view, iterate.x).argmax(1) == y
+    assert torch.equal(worst.robust, stood)
+    assert torch.equal(predict(view, worst.x).argmax(1) == y, stood)
+    torch.testing.assert_close(worst.logits, predict(view, worst.x))
+    single = predict(view, _last(pgd(view, x, y, ball, start=starts[-1], **arguments))).argmax(1) == y
     assert int(stood.sum()) < int(single.sum()) < 200  # an earlier start fooled what the last did not
-    assert worst.spent < 4 * 2 * len(x)  # what was fooled was let be
+    assert worst.gradient_count < 4 * 2 * len(x)  # what was fooled was let be
 
 
 def test_momentum_adds_up_gradients_of_equal_weight() -> None:
     model, x, y = _problem()
-    view = attacks.frozen(model)
+    view = frozen(model)
     iterate, velocity = x, torch.zeros_like(x)
     for _ in range(5):
-        gradient, _, _ = attacks.differentiate(view, iterate, y)
+        gradient, _, _ = differentiate(view, iterate, y)
         velocity = 0.7 * velocity + gradient / gradient.abs().mean((1, 2, 3), keepdim=True)
         iterate = LINF.project(x, iterate + 0.03 * velocity.sign())
-    found = _last(attacks.pgd(view, x, y, LINF, step_size=0.03, steps=5, momentum=0.7))
+    found = _last(pgd(view, x, y, LINF, step_size=0.03, steps=5, momentum=0.7))
     torch.testing.assert_close(found, iterate)
-    assert not torch.equal(found, _last(attacks.pgd(view, x, y, LINF, step_size=0.03, steps=5)))
+    assert not torch.equal(found, _last(pgd(view, x, y, LINF, step_size=0.03, steps=5)))
 
 
 def test_the_gate_aimed_loss_is_the_mixtures_and_that_of_a_drawn_expert() -> None:
     torch.manual_seed(0)
     experts = [ResNet18(5, (0.5,), (0.25,), width=4) for _ in range(3)]
-    view = attacks.frozen(Mixture(experts, Gate(3, (1, 8, 8), (0.5,), (0.25,), hidden=8)).double())
+    view = frozen(Mixture(experts, Gate(3, (1, 8, 8), (0.5,), (0.25,), hidden=8)).double())
     x, y = torch.rand(4, 1, 8, 8, dtype=torch.float64), torch.tensor([0, 1, 2, 3])
-    loss, logits = attacks.gate_aimed(view, x, y)
+    loss, logits = gate_aimed(view, x, y)
     torch.testing.assert_close(logits, view(x))
     for i in range(4):
         weights = view.gate(x[i : i + 1])[0]
@@ -217,8 +223,8 @@ def test_eot_averages_the_gradients_of_a_random_model() -> None:
             return torch.stack([x.sum((1, 2, 3)) * next(self.calls), x.new_zeros(len(x))], dim=1)
 
     x, y = torch.zeros(1, 1, 1, 1), torch.zeros(1, dtype=torch.int64)
-    single = [attacks.differentiate(Noisy(n), x, y)[0] for n in (1, 2, 3)]
-    averaged, _, _ = attacks.differentiate(Noisy(), x, y, samples=3)
+    single = [differentiate(Noisy(n), x, y)[0] for n in (1, 2, 3)]
+    averaged, _, _ = differentiate(Noisy(), x, y, samples=3)
     torch.testing.assert_close(averaged, torch.stack(single).mean(0))
 
 
@@ -234,24 +240,24 @@ def test_every_adversarial_image_is_in_the_ball_and_in_unit_range(
     seed: int, norm: str, epsilon: float, step_size: float, steps: int
 ) -> None:
     model, x, _ = _problem(seed % 3)
-    view, generators = attacks.frozen(model), _generators(len(x), seed)
-    logits = attacks.predict(view, x)
-    y, ball = logits.argmax(1), attacks.Ball(norm, epsilon)  # type: ignore[arg-type]
+    view, generators = frozen(model), _generators(len(x), seed)
+    logits = predict(view, x)
+    y, ball = logits.argmax(1), Ball(norm, epsilon)  # type: ignore[arg-type]
     start, target = ball.random_point(x, generators), (y + 1) % 5
     found = [
         start,
         ball.random_surface_point(x, generators),
-        *(it.x for it in attacks.pgd(view, x, y, ball, step_size=step_size, steps=steps, start=start, momentum=0.9)),
-        *(it.x for it in attacks.apgd(view, x, y, ball, generators, steps=steps)),
+        *(it.x for it in pgd(view, x, y, ball, step_size=step_size, steps=steps, start=start, momentum=0.9)),
+        *(it.x for it in apgd(view, x, y, ball, generators, steps=steps)),
     ]
     if norm == "linf":
-        gradient, _, _ = attacks.differentiate(view, x, y)
-        found.append(attacks.fgsm(x, gradient, epsilon))
+        gradient, _, _ = differentiate(view, x, y)
+        found.append(fgsm(x, gradient, epsilon))
         for run in (
-            attacks.square(view, x, y, epsilon, generators, queries=3 * steps),
-            attacks.fab_targeted(view, x, y, epsilon, target, steps=steps),
+            square(view, x, y, epsilon, generators, queries=3 * steps),
+            fab_targeted(view, x, y, epsilon, target, steps=steps),
         ):
-            worst = attacks.WorstCase(view, x, y, logits)
+            worst = WorstCase(view, x, y, logits)
             for iterate in run:
                 worst.see(iterate)
             found.append(worst.x)
@@ -268,14 +274,14 @@ def test_steps_and_restarts_never_help_the_defender_in_the_worst_case(
     epsilon: float, steps: int, more: int, starts: int
 ) -> None:
     view, x, y = _correct(24)
-    ball = attacks.Ball("linf", epsilon)
+    ball = Ball("linf", epsilon)
 
     def standing(steps: int, starts: int) -> torch.Tensor:
-        worst = attacks.WorstCase(view, x, y, attacks.predict(view, x), _generators(len(x)))
-        run = functools.partial(attacks.pgd, view, step_size=0.02, steps=steps, drop_fooled=True)
+        worst = WorstCase(view, x, y, predict(view, x), _generators(len(x)))
+        run = functools.partial(pgd, view, step_size=0.02, steps=steps, drop_fooled=True)
         for _ in range(starts):
             worst.attack(lambda some: run(some.x, some.y, ball, start=ball.random_point(some.x, some.generators)))
-        return worst.standing
+        return worst.robust
 
     few = standing(steps, 1)
     assert bool((standing(steps + more, 1) <= few).all())
@@ -291,11 +297,11 @@ def test_nothing_of_the_model_and_no_random_state_changes() -> None:
     grads = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
     needs = [p.requires_grad for p in model.parameters()]
     random, images = torch.random.get_rng_state(), x.clone()
-    view = attacks.frozen(model)
-    y = attacks.predict(view, x).argmax(1)
-    worst = attacks.WorstCase(view, x, y, attacks.predict(view, x), _generators(len(x)))
-    attacks.autoattack(view, 0.001, worst, steps=3, queries=5)
-    list(attacks.pgd(view, x, y, L2, step_size=0.05, steps=2, start=L2.random_point(x, _generators(len(x)))))
+    view = frozen(model)
+    y = predict(view, x).argmax(1)
+    worst = WorstCase(view, x, y, predict(view, x), _generators(len(x)))
+    autoattack(view, 0.001, worst, steps=3, queries=5)
+    list(pgd(view, x, y, L2, step_size=0.05, steps=2, start=L2.random_point(x, _generators(len(x)))))
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     assert [module.training for module in model.modules()] == flags
     assert [p.requires_grad for p in model.parameters()] == needs
@@ -321,7 +327,7 @@ def test_probabilities_and_nan_are_errors_never_results(output: object, message:
             return output(model(x))  # type: ignore[operator]
 
     model.eval()
-    with pytest.raises(attacks.NotLogits, match=message):
-        list(attacks.pgd(Wrapped(), x, y, LINF, step_size=0.1, steps=1))
-    with pytest.raises(attacks.NotLogits, match=message):
-        list(attacks.square(Wrapped(), x, y, 0.1, _generators(len(x)), queries=2))
+    with pytest.raises(NotLogits, match=message):
+        list(pgd(Wrapped(), x, y, LINF, step_size=0.1, steps=1))
+    with pytest.raises(NotLogits, match=message):
+        list(square(Wrapped(), x, y, 0.1, _generators(len(x)), queries=2))

@@ -20,6 +20,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchattacks
+from dwf_cluster.attacks.apgd import apgd, targeted_dlr
+from dwf_cluster.attacks.autoattack import autoattack
+from dwf_cluster.attacks.pgd import Iterate, Remaining, WorstCase, fgsm, pgd
+from dwf_cluster.attacks.square import square
 from pyautoattack.autopgd_base import APGDAttack, APGDAttack_targeted
 from pyautoattack.fab_projections import projection_linf
 from pyautoattack.fab_pt import FABAttack_PT
@@ -29,13 +33,15 @@ from scipy.stats import ks_2samp
 from sklearn.datasets import load_digits
 from torch import nn
 
-from dwf_cluster import attacks
-from dwf_cluster.attacks.fab import project_to_hyperplane
-from dwf_cluster.models import ResNet18
+from dwf_cluster.attacks.ball import Ball
+from dwf_cluster.attacks.fab import fab_targeted, project_to_hyperplane
+from dwf_cluster.attacks.gradient import carlini_wagner, cross_entropy, differentiate, predict
+from dwf_cluster.models.frozen import frozen
+from dwf_cluster.models.resnet import ResNet18
 
 from ..conftest import InDouble
 
-LINF, L2 = attacks.Ball("linf", 0.15), attacks.Ball("l2", 0.8)
+LINF, L2 = Ball("linf", 0.15), Ball("l2", 0.8)
 NORMS = pytest.mark.parametrize(("ball", "norm"), [(LINF, "Linf"), (L2, "L2")], ids=["linf", "l2"])
 
 
@@ -63,11 +69,11 @@ class Problem:
         """How many images the model classifies correctly yet."""
         return int((self.model(adversarial).argmax(1) == self.y).sum())
 
-    def begun(self, seed: int = 0) -> attacks.WorstCase:
+    def begun(self, seed: int = 0) -> WorstCase:
         """The worst case before any attack, with a generator for each image."""
-        view = attacks.frozen(self.model)
+        view = frozen(self.model)
         generators = [torch.Generator().manual_seed(seed * 10_000 + i) for i in range(len(self.y))]
-        return attacks.WorstCase(view, self.x, self.y, attacks.predict(view, self.x), generators)
+        return WorstCase(view, self.x, self.y, predict(view, self.x), generators)
 
 
 class _Precise(InDouble):
@@ -83,15 +89,15 @@ def _train(epsilon: float, epochs: int) -> Problem:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         train, test = torch.randperm(len(x)).split([len(x) - 360, 360])
-        model, ball = ResNet18(10, (0.3,), (0.38,), width=8), attacks.Ball("linf", epsilon)
+        model, ball = ResNet18(10, (0.3,), (0.38,), width=8), Ball("linf", epsilon)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
         batches = [batch for _ in range(epochs) for batch in train[torch.randperm(len(train))].split(64)]
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=len(batches))
         for batch in batches:
             images, labels = x[batch], y[batch]
             if epsilon:
-                view = attacks.frozen(model)
-                images = _last(attacks.pgd(view, images, labels, ball, step_size=epsilon / 2, steps=2))
+                view = frozen(model)
+                images = _last(pgd(view, images, labels, ball, step_size=epsilon / 2, steps=2))
             optimizer.zero_grad()
             F.cross_entropy(model.train()(images), labels).backward()
             optimizer.step()
@@ -117,7 +123,7 @@ def _peers_random_state_stays_here() -> Iterator[None]:
         yield
 
 
-def _last(run: Iterator[attacks.Iterate]) -> torch.Tensor:
+def _last(run: Iterator[Iterate]) -> torch.Tensor:
     *_, end = run
     return end.x
 
@@ -129,22 +135,22 @@ def _assert_same(ours: torch.Tensor, theirs: torch.Tensor) -> None:
 def test_the_problem_is_one_where_attacks_can_differ(defended: Problem, undefended: Problem) -> None:
     for problem, low, high in ((defended, 0.3, 0.8), (undefended, 0.0, 0.1)):
         assert len(problem.y) > 300
-        found = _last(attacks.pgd(problem.model, problem.x, problem.y, LINF, step_size=0.0375, steps=20))
-        assert low <= problem.standing(found) / len(problem.y) <= high
+        found = _last(pgd(problem.model, problem.x, problem.y, LINF, step_size=0.0375, steps=20))
+        assert low <= problem.robust(found) / len(problem.y) <= high
 
 
 @pytest.mark.parametrize("epsilon", [0.03, 0.08, 0.15, 0.3])
 def test_fgsm_is_torchattacks(defended: Problem, undefended: Problem, epsilon: float) -> None:
     for problem in (defended.first(150).double(), undefended.first(150).double()):
-        gradient, _, _ = attacks.differentiate(problem.model, problem.x, problem.y)
+        gradient, _, _ = differentiate(problem.model, problem.x, problem.y)
         theirs = torchattacks.FGSM(problem.model, eps=epsilon)(problem.x, problem.y)
-        _assert_same(attacks.fgsm(problem.x, gradient, epsilon), theirs)
+        _assert_same(fgsm(problem.x, gradient, epsilon), theirs)
 
 
 @pytest.mark.parametrize("steps", [10, 20])
 def test_pgd_is_torchattacks(defended: Problem, undefended: Problem, steps: int) -> None:
     for problem in (defended.first(60).double(), undefended.first(60).double()):
-        ours = attacks.pgd(problem.model, problem.x, problem.y, LINF, step_size=0.04, steps=steps)
+        ours = pgd(problem.model, problem.x, problem.y, LINF, step_size=0.04, steps=steps)
         theirs = torchattacks.PGD(problem.model, eps=0.15, alpha=0.04, steps=steps, random_start=False)
         _assert_same(_last(ours), theirs(problem.x, problem.y))
 
@@ -155,20 +161,19 @@ def test_folding_batch_norm_changes_at_most_one_prediction_in_a_thousand(
     examples = different = 0
     for problem in (defended, undefended):
         model, x, y = problem.model, problem.x, problem.y
-        view = attacks.frozen(model)
+        view = frozen(model)
         assert any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
         assert not any(isinstance(module, nn.BatchNorm2d) for module in view.modules())
         pairs = [
             (
-                _last(attacks.pgd(view, x, y, LINF, step_size=0.0375, steps=steps)),
+                _last(pgd(view, x, y, LINF, step_size=0.0375, steps=steps)),
                 torchattacks.PGD(model, eps=0.15, alpha=0.0375, steps=steps, random_start=False),
             )
             for steps in (10, 20)
         ]
-        gradient, _, _ = attacks.differentiate(view, x, y)
+        gradient, _, _ = differentiate(view, x, y)
         pairs += [
-            (attacks.fgsm(x, gradient, epsilon), torchattacks.FGSM(model, eps=epsilon))
-            for epsilon in (0.03, 0.08, 0.15, 0.3)
+            (fgsm(x, gradient, epsilon), torchattacks.FGSM(model, eps=epsilon)) for epsilon in (0.03, 0.08, 0.15, 0.3)
         ]
         for ours, peer in pairs:
             examples += len(y)
@@ -179,14 +184,14 @@ def test_folding_batch_norm_changes_at_most_one_prediction_in_a_thousand(
 
 def test_momentum_pgd_is_torchattacks_mifgsm(defended: Problem) -> None:
     problem = defended.first(100).double()
-    ours = attacks.pgd(problem.model, problem.x, problem.y, LINF, step_size=0.02, steps=15, momentum=1.0)
+    ours = pgd(problem.model, problem.x, problem.y, LINF, step_size=0.02, steps=15, momentum=1.0)
     theirs = torchattacks.MIFGSM(problem.model, eps=0.15, alpha=0.02, steps=15, decay=1.0)
     _assert_same(_last(ours), theirs(problem.x, problem.y))
 
 
 def test_l2_pgd_is_torchattacks(defended: Problem) -> None:
     problem = defended.first(100).double()
-    ours = attacks.pgd(problem.model, problem.x, problem.y, L2, step_size=0.2, steps=15)
+    ours = pgd(problem.model, problem.x, problem.y, L2, step_size=0.2, steps=15)
     theirs = torchattacks.PGDL2(problem.model, eps=0.8, alpha=0.2, steps=15, random_start=False, eps_for_division=1e-30)
     _assert_same(_last(ours), theirs(problem.x, problem.y))
 
@@ -203,8 +208,8 @@ class _FoolboxCarliniWagner(foolbox.attacks.LinfPGD):  # type: ignore[misc,name-
 
 def test_carlini_wagner_pgd_is_foolboxs_with_that_loss(defended: Problem) -> None:
     problem = defended.first(100).double()
-    objective = attacks.carlini_wagner
-    ours = attacks.pgd(problem.model, problem.x, problem.y, LINF, step_size=0.04, steps=10, objective=objective)
+    objective = carlini_wagner
+    ours = pgd(problem.model, problem.x, problem.y, LINF, step_size=0.04, steps=10, objective=objective)
     peer = _FoolboxCarliniWagner(abs_stepsize=0.04, steps=10, random_start=False)
     wrapped = foolbox.PyTorchModel(problem.model, bounds=(0, 1))
     theirs = peer.run(wrapped, problem.x, foolbox.criteria.Misclassification(problem.y), epsilon=0.15)
@@ -218,18 +223,18 @@ def test_restarts_from_torchattacks_random_starts_fool_the_same_images_in_the_sa
     torch.manual_seed(0)
     theirs = torchattacks.MultiAttack(runs)(x, y)
 
-    worst = attacks.WorstCase(model, x, y, model(x))
+    worst = WorstCase(model, x, y, model(x))
 
-    def from_their_start(some: attacks.Standing) -> Iterator[attacks.Iterate]:
+    def from_their_start(some: Remaining) -> Iterator[Iterate]:
         start = (some.x + torch.empty_like(some.x).uniform_(-0.15, 0.15)).clamp(0, 1)
-        *_, end = attacks.pgd(model, some.x, some.y, LINF, step_size=0.04, steps=3, start=start)
+        *_, end = pgd(model, some.x, some.y, LINF, step_size=0.04, steps=3, start=start)
         yield end  # the peer looks at no other iterate
 
     torch.manual_seed(0)
     for _ in runs:
         worst.attack(from_their_start)
     fooled = model(theirs).argmax(1) != y
-    assert torch.equal(~worst.standing, fooled)
+    assert torch.equal(~worst.robust, fooled)
     _assert_same(worst.x[fooled], theirs[fooled])
 
 
@@ -237,16 +242,16 @@ def test_restarts_leave_as_many_images_standing_as_torchattacks(defended: Proble
     """Ten seeds, of 322: 228.1 for the peer, 227.6 here, deviation 2.5; after the first of the five runs 248."""
     runs = [torchattacks.PGD(defended.model, eps=0.15, alpha=0.0375, steps=3, random_start=True) for _ in range(5)]
     torch.manual_seed(0)
-    theirs = defended.standing(torchattacks.MultiAttack(runs)(defended.x, defended.y))
-    worst, view = defended.begun(), attacks.frozen(defended.model)
+    theirs = defended.robust(torchattacks.MultiAttack(runs)(defended.x, defended.y))
+    worst, view = defended.begun(), frozen(defended.model)
 
-    def again(some: attacks.Standing) -> Iterator[attacks.Iterate]:
+    def again(some: Remaining) -> Iterator[Iterate]:
         start = LINF.random_point(some.x, some.generators)
-        return attacks.pgd(view, some.x, some.y, LINF, step_size=0.0375, steps=3, start=start, drop_fooled=True)
+        return pgd(view, some.x, some.y, LINF, step_size=0.0375, steps=3, start=start, drop_fooled=True)
 
     for _ in runs:
         worst.attack(again)
-    assert abs(int(worst.standing.sum()) - theirs) <= 10
+    assert abs(int(worst.robust.sum()) - theirs) <= 10
 
 
 @pytest.mark.parametrize("peer", ["torchattacks-linf", "foolbox-l2", "pyautoattack-linf", "pyautoattack-l2"])
@@ -303,14 +308,14 @@ class _ApgdTargeted(_StartRemembered, APGDAttack_targeted):  # type: ignore[misc
 @NORMS
 @pytest.mark.parametrize("targeted", [False, True], ids=["cross-entropy", "targeted-dlr"])
 def test_apgd_walks_as_its_authors_does_from_the_same_start(
-    defended: Problem, ball: attacks.Ball, norm: str, targeted: bool
+    defended: Problem, ball: Ball, norm: str, targeted: bool
 ) -> None:
     problem, steps = defended.first(80).precise(), 30
     model, x, y = problem.model, problem.x, problem.y
     target = model(x).argsort(1, descending=True)[:, 1] if targeted else None
-    objective = attacks.targeted_dlr if targeted else attacks.cross_entropy
+    objective = targeted_dlr if targeted else cross_entropy
     generators = [torch.Generator().manual_seed(i) for i in range(len(y))]
-    ours = list(attacks.apgd(model, x, y, ball, generators, steps=steps, objective=objective, target=target))
+    ours = list(apgd(model, x, y, ball, generators, steps=steps, objective=objective, target=target))
 
     peer = (_ApgdTargeted if targeted else _Apgd)(model, n_iter=steps, norm=norm, eps=ball.epsilon, device="cpu")
     peer.init_hyperparam(x)
@@ -331,31 +336,31 @@ def test_apgd_walks_as_its_authors_does_from_the_same_start(
 
 @NORMS
 def test_apgd_from_its_own_start_leaves_as_many_images_standing_as_its_authors(
-    defended: Problem, ball: attacks.Ball, norm: str
+    defended: Problem, ball: Ball, norm: str
 ) -> None:
     """Ten seeds, of 322: L-infinity 168.3 for the peer, 168.6 here, deviation 2.0; L2 121.4 and 122.9, 2.2."""
     peer = APGDAttack(defended.model, n_iter=20, norm=norm, n_restarts=1, eps=ball.epsilon, seed=0, device="cpu")
-    theirs = defended.standing(peer.perturb(defended.x, defended.y))
-    worst, view = defended.begun(), attacks.frozen(defended.model)
-    worst.attack(lambda some: attacks.apgd(view, some.x, some.y, ball, some.generators, steps=20))
-    assert abs(int(worst.standing.sum()) - theirs) <= 10
+    theirs = defended.robust(peer.perturb(defended.x, defended.y))
+    worst, view = defended.begun(), frozen(defended.model)
+    worst.attack(lambda some: apgd(view, some.x, some.y, ball, some.generators, steps=20))
+    assert abs(int(worst.robust.sum()) - theirs) <= 10
 
 
 def test_targeted_apgd_from_its_own_start_leaves_as_many_images_standing_as_its_authors(defended: Problem) -> None:
     """Ten seeds, of 322, two targets: 179.7 for the peer, 179.2 here, deviation 1.6."""
     peer = APGDAttack_targeted(defended.model, n_iter=20, eps=0.15, n_target_classes=2, seed=0, device="cpu")
-    theirs = defended.standing(peer.perturb(defended.x, defended.y))
-    worst, view = defended.begun(), attacks.frozen(defended.model)
+    theirs = defended.robust(peer.perturb(defended.x, defended.y))
+    worst, view = defended.begun(), frozen(defended.model)
     targets = worst.logits.argsort(1, descending=True)
 
-    def at(some: attacks.Standing, rank: int) -> Iterator[attacks.Iterate]:
+    def at(some: Remaining, rank: int) -> Iterator[Iterate]:
         goal = targets[some.index, rank]
         arguments = (view, some.x, some.y, LINF, some.generators)
-        return attacks.apgd(*arguments, steps=20, objective=attacks.targeted_dlr, target=goal)
+        return apgd(*arguments, steps=20, objective=targeted_dlr, target=goal)
 
     for rank in (1, 2):
         worst.attack(lambda some, rank=rank: at(some, rank))
-    assert abs(int(worst.standing.sum()) - theirs) <= 7
+    assert abs(int(worst.robust.sum()) - theirs) <= 7
 
 
 @pytest.mark.parametrize("rank", [1, 2])
@@ -375,7 +380,7 @@ def test_targeted_fab_fools_those_whose_smallest_change_by_the_authors_is_inside
         place = int(share * len(sizes))
         epsilon = float(sizes[place - 1 : place + 1].mean())  # between two, that rounding may not decide
         fooled = torch.zeros(len(y), dtype=torch.bool)
-        for iterate in attacks.fab_targeted(model, x, y, epsilon, target, steps=steps):
+        for iterate in fab_targeted(model, x, y, epsilon, target, steps=steps):
             fooled[iterate.index] = True
             assert bool((LINF.distance(x[iterate.index], iterate.x) <= epsilon).all())
             assert bool((model(iterate.x).argmax(1) != y[iterate.index]).all())
@@ -394,10 +399,10 @@ def test_square_leaves_as_many_images_standing_as_its_authors(defended: Problem)
     """Ten seeds, of 120: 57.2 for the peer, 57.1 here, deviation 1.7."""
     problem = defended.first(120)
     peer = _SquareEverywhere(problem.model, n_queries=400, eps=0.15, seed=0, device="cpu")
-    theirs = problem.standing(peer.perturb(problem.x, problem.y))
-    worst, view = problem.begun(), attacks.frozen(problem.model)
-    worst.attack(lambda some: attacks.square(view, some.x, some.y, 0.15, some.generators, queries=400))
-    assert abs(int(worst.standing.sum()) - theirs) <= 7
+    theirs = problem.robust(peer.perturb(problem.x, problem.y))
+    worst, view = problem.begun(), frozen(problem.model)
+    worst.attack(lambda some: square(view, some.x, some.y, 0.15, some.generators, queries=400))
+    assert abs(int(worst.robust.sum()) - theirs) <= 7
 
 
 _Change = Callable[[torch.Tensor], torch.Tensor]
@@ -467,8 +472,8 @@ def test_autoattack_leaves_as_many_images_standing_as_its_authors_standard_set(
     peer.square = _SquareEverywhere(problem.model, n_queries=queries - 1, eps=0.15, device="cpu", resc_schedule=False)
     theirs, _ = peer.run_standard_evaluation(problem.x, problem.y)
     worst = problem.begun()
-    attacks.autoattack(attacks.frozen(problem.model), 0.15, worst, steps=steps, queries=queries)
-    assert abs(int(worst.standing.sum()) - problem.standing(theirs)) <= tolerance
+    autoattack(frozen(problem.model), 0.15, worst, steps=steps, queries=queries)
+    assert abs(int(worst.robust.sum()) - problem.robust(theirs)) <= tolerance
 
 
 def _hyperplanes(count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -18,19 +18,19 @@ import pytest
 import torch
 from torch import nn
 
-from dwf_cluster.attacks import NotLogits
+from dwf_cluster.attacks.gradient import NotLogits
 from dwf_cluster.cluster import failures
 from dwf_cluster.cluster.control import Claim, Control
+from dwf_cluster.cluster.driver import RayNotStarted, fits, local
 from dwf_cluster.cluster.failures import KINDS, Kind, clean, failure, kind_of, last_line
 from dwf_cluster.cluster.memory import Memory
-from dwf_cluster.cluster.placement import Resources
-from dwf_cluster.cluster.ray import RayNotStarted, fits, local
-from dwf_cluster.cluster.schedule import Placement
-from dwf_cluster.data.sources import Sizes
+from dwf_cluster.data.registry import Sizes
 from dwf_cluster.experiment import Experiment
-from dwf_cluster.plan import Job, jobs
+from dwf_cluster.plan.jobs import Job, jobs
+from dwf_cluster.plan.resources import Resources
+from dwf_cluster.plan.schedule import Allocation
 from dwf_cluster.store import StorageFailed, Store, checkpoints, tables
-from dwf_cluster.store.jobs import recorded
+from dwf_cluster.store.job_log import recorded
 
 from .. import PATIENCE
 from ..conftest import ARGUMENTS, LOCAL, TINY, Launch, go_on_to_stop, held, store_of, title
@@ -246,14 +246,14 @@ def test_jobs_reserve_what_was_measured_or_an_estimate_and_no_more_than_a_node_h
     tiny: Experiment, store: Store
 ) -> None:
     first, second, third = jobs(tiny, "experts", SIZES)
-    place, needs = Placement(0, 1, 0), Memory(16 << 30)
+    place, needs = Allocation(0, 1, 0), Memory(16 << 30)
     assert 400 << 20 < needs.need(first, place) < 1 << 30
     with recorded(store, tiny, {"stage": "experts", "model": first.model, "task": first.name}, first.file, 0, "cpu"):
         pass
     needs.learn(first, True, store)
     (row,) = tables.read(store, "jobs").to_pylist()
     assert needs.need(second, place) == pytest.approx(1.1 * row["peak_memory_bytes"], rel=1e-6)
-    assert needs.need(second, Placement(2, 1, 0)) == 0  # of Train's workers nothing is known
+    assert needs.need(second, Allocation(2, 1, 0)) == 0  # of Train's workers nothing is known
     needs.failed(third, failures.OUT_OF_MEMORY)
     needs.failed(second, failures.WORKER_DIED)
     assert needs.need(third, place) == 16 << 30
@@ -291,12 +291,12 @@ def test_a_control_actor_that_has_started_again_learns_from_the_driver_what_it_k
 
 def test_a_job_fits_where_enough_nodes_can_hold_its_workers() -> None:
     nodes = [{"CPU": 4.0, "GPU": 2.0}, {"CPU": 4.0}]
-    assert fits(Placement(0, 4, 0), nodes)
-    assert not fits(Placement(0, 5, 0), nodes)
-    assert fits(Placement(2, 1, 1), nodes)
-    assert not fits(Placement(3, 1, 1), nodes)
-    assert fits(Placement(4, 1, 0.5), nodes)
-    assert not fits(Placement(0, 1, 0), [])
+    assert fits(Allocation(0, 4, 0), nodes)
+    assert not fits(Allocation(0, 5, 0), nodes)
+    assert fits(Allocation(2, 1, 1), nodes)
+    assert not fits(Allocation(3, 1, 1), nodes)
+    assert fits(Allocation(4, 1, 0.5), nodes)
+    assert not fits(Allocation(0, 1, 0), [])
 
 
 def test_low_memory_ends_the_run_with_one_line_after_a_bounded_number_of_attempts(
@@ -345,7 +345,7 @@ from pathlib import Path
 from dwf_cluster.cluster import failures, ray as cluster_ray
 from dwf_cluster.cluster.placement import Resources
 from dwf_cluster.cluster.ray import Ended, Note, local
-from dwf_cluster.cluster.schedule import Placement
+from dwf_cluster.cluster.schedule import Allocation
 from dwf_cluster.data.sources import Sizes
 from dwf_cluster.experiment import build
 from dwf_cluster.plan import jobs
@@ -381,10 +381,10 @@ experts = jobs(experiment, "experts", Sizes(96, 40, (1, 8, 8)))
 with local(Resources(2, 0)) as cluster:
     cluster.resources = Resources(64, 0)
     events = []
-    for todo, place in ((experts, Placement(0, 1, 0)), ([joint], Placement(0, 64, 0))):
-        places = dict.fromkeys(todo, place)
-        stores = {experiment.folder: Store(str(folder), experiment.folder)}
-        events += cluster.run(todo, places, stores, cluster.share(None), lambda job: job.name, bool)
+    for todo, place in ((experts, Allocation(0, 1, 0)), ([joint], Allocation(0, 64, 0))):
+        allocations = dict.fromkeys(todo, place)
+        stores = {experiment.folder: experiment.store(str(folder))}
+        events += cluster.run(todo, allocations, stores, cluster.share(None), lambda job: job.name, bool)
 told = {e.job.name: (e.state, e.reason) for e in events if isinstance(e, Ended)}
 print(json.dumps({"told": told, "notes": [e.text for e in events if isinstance(e, Note)]}))
 """

@@ -20,14 +20,14 @@ import torch.distributed as dist
 
 from dwf_cluster.cluster import tasks
 from dwf_cluster.cluster.control import Claim, Control
-from dwf_cluster.cluster.schedule import Placement
 from dwf_cluster.data import sources
 from dwf_cluster.data.device import DeviceImages
+from dwf_cluster.defences import adversarial
 from dwf_cluster.experiment import Experiment
-from dwf_cluster.plan import Job, jobs
+from dwf_cluster.plan.jobs import Job, jobs
+from dwf_cluster.plan.schedule import Allocation
 from dwf_cluster.store import Store, tables
-from dwf_cluster.training import expert
-from dwf_cluster.training.loop import Task, train
+from dwf_cluster.training import Task, train
 
 from ..conftest import TINY, Launch
 
@@ -77,7 +77,7 @@ def _claim_by(job: Job, device: str, share: float = 1.0, worker: int = 0) -> Cla
 @pytest.mark.usefixtures("second_of_two_gpus")
 def test_a_worker_claims_and_uses_the_gpu_that_train_gave_it(tiny: Experiment, control: DirectControl) -> None:
     job = _job(tiny, "joint")
-    device = tasks._claim(control, job, 1, Placement(workers=2, cpus=1, gpus=1))
+    device = tasks._claim(control, job, 1, Allocation(workers=2, cpus=1, gpus=1))
     assert device == torch.device("cuda", 1)
     expected = Claim((job.folder, "joint"), 1, platform.node(), "H100 GPU-0e1f", 1, "H100", os.getpid())
     assert control.claims.remote((job.folder, "joint")) == [expected]
@@ -87,7 +87,7 @@ def test_a_worker_claims_and_uses_the_gpu_that_train_gave_it(tiny: Experiment, c
 def test_a_job_without_gpus_computes_on_the_cpu_of_a_machine_that_has_some(
     tiny: Experiment, control: DirectControl
 ) -> None:
-    assert tasks._claim(control, _job(tiny, "joint"), 0, Placement(workers=0, cpus=1, gpus=0)) == torch.device("cpu")
+    assert tasks._claim(control, _job(tiny, "joint"), 0, Allocation(workers=0, cpus=1, gpus=0)) == torch.device("cpu")
 
 
 @pytest.mark.usefixtures("second_of_two_gpus")
@@ -103,7 +103,7 @@ def test_a_claim_waits_for_a_job_that_has_left_the_gpu_but_has_not_ended_yet(
         control.release.remote((ending.folder, ending.name))
 
     monkeypatch.setattr(tasks.time, "sleep", end_the_job)
-    tasks._claim(control, starting, 0, Placement(workers=1, cpus=1, gpus=1))
+    tasks._claim(control, starting, 0, Allocation(workers=1, cpus=1, gpus=1))
     assert len(pauses) == 1
     assert [claim.device for claim in control.claims.remote((starting.folder, starting.name))] == ["H100 GPU-0e1f"]
 
@@ -114,10 +114,10 @@ def test_a_gpu_that_stays_taken_is_an_error_that_names_the_other_job(
 ) -> None:
     other, job = _job(tiny, "expert pgd-1"), _job(tiny, "expert benign")
     control.claim.remote(_claim_by(other, "H100 GPU-0e1f", share=0.5))
-    tasks._claim(control, job, 0, Placement(workers=1, cpus=1, gpus=0.5))
+    tasks._claim(control, job, 0, Allocation(workers=1, cpus=1, gpus=0.5))
     monkeypatch.setattr(tasks, "CLAIM_SECONDS", -1.0)
     with pytest.raises(tasks.DeviceShared, match=r"^H100 GPU-0e1f on \S+ is not free: taken by expert pgd-1 of digits"):
-        tasks._claim(control, job, 0, Placement(workers=1, cpus=1, gpus=1))
+        tasks._claim(control, job, 0, Allocation(workers=1, cpus=1, gpus=1))
 
 
 def test_workers_that_were_replaced_may_swap_their_gpus(tiny: Experiment, control: DirectControl) -> None:
@@ -163,7 +163,7 @@ def test_the_task_that_waits_for_a_training_leaves_cuda_alone(
     monkeypatch.setattr(tasks, "TorchTrainer", Trainer)
     monkeypatch.setattr(torch.cuda, "is_available", refuse)
     monkeypatch.setattr(torch._C, "_cuda_getDeviceCount", refuse, raising=False)
-    tasks.run_job(job, store, None, Placement(workers=2, cpus=1, gpus=1), control)  # type: ignore[arg-type]
+    tasks.run_job(job, store, None, Allocation(workers=2, cpus=1, gpus=1), control)  # type: ignore[arg-type]
     assert backends == ({"cuda": "nccl"} if accelerator else {"cpu": "gloo"})
     (row,) = tables.read(store, "jobs", [job.file]).to_pylist()
     assert row["device"] == "H100"
@@ -198,8 +198,8 @@ def test_the_device_in_metrics_is_its_type_whichever_gpu_it_is(
     arrays = DeviceImages(images, tiny.data, torch.device("cpu"))
     for index, epochs in enumerate((1, 2)):  # stopped after the first epoch, resumed on another GPU
         task = Task(tiny, store, "experts", "benign", tiny.experts.model_copy(update={"epochs": epochs}))
-        model = expert.build(tiny, images, "benign")
-        train(task, model, OnAnotherGpu(arrays, index), expert.adversary(regime, tiny.pgd))  # type: ignore[arg-type]
+        model = adversarial.build(tiny, images, "benign")
+        train(task, model, OnAnotherGpu(arrays, index), adversarial.adversary(regime, tiny.pgd))  # type: ignore[arg-type]
     assert tables.read(store, "metrics", ["benign"])["device"].to_pylist() == ["cuda", "cuda"]
 
 

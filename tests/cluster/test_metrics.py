@@ -8,9 +8,9 @@ import pytest
 import ray.train
 
 from dwf_cluster.cluster import tasks
-from dwf_cluster.data.sources import Sizes
+from dwf_cluster.data.registry import Sizes
 from dwf_cluster.experiment import Experiment
-from dwf_cluster.plan import jobs
+from dwf_cluster.plan.jobs import jobs
 
 
 class _Broken:

@@ -17,8 +17,8 @@ import pytest
 import submitit
 from ray._private.runtime_env.packaging import create_package
 
-from dwf_cluster.cluster.slurm import RESERVED, Request, Run, follow
-from dwf_cluster.experiment import InvalidInput
+from dwf_cluster.cluster.sbatch import RESERVED, SlurmJob, SlurmOptions, follow
+from dwf_cluster.settings import InvalidInput
 
 from ..conftest import SLOWER, TINY, Launch, assert_same, go_on_to_stop, held, write_npz
 from . import slurm
@@ -137,8 +137,8 @@ def test_what_sbatch_or_a_shell_must_not_see_is_refused(on_slurm: Launch, argume
 @pytest.mark.parametrize("option", sorted(RESERVED))
 def test_options_of_sbatch_that_jobs_rely_on_are_refused(launch: Launch, option: str) -> None:
     with pytest.raises(InvalidInput, match=rf"^--sbatch: '{option}' cannot be used: \w"):
-        Request(1, None, None, 60, {option: "1"}, None, "slurm")
-    Request(
+        SlurmOptions(1, None, None, 60, {option: "1"}, None, "slurm")
+    SlurmOptions(
         1, None, None, 60, dict.fromkeys(("gpus", "mem", "qos", "nodelist", "export", "time-min"), "1"), None, "slurm"
     )
 
@@ -174,7 +174,7 @@ def test_slurm_is_asked_once_for_all_jobs_ever_more_seldom_and_at_once_when_a_jo
     squeue.write_text(f'#!/bin/sh\necho "$@" >> {calls}\ncat {queue}\n')
     squeue.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    jobs = {Run(f"seed{i}", (), ""): submitit.SlurmJob[None](tmp_path / "%j", f"7_{i}") for i in range(50)}
+    jobs = {SlurmJob(f"seed{i}", (), ""): submitit.SlurmJob[None](tmp_path / "%j", f"7_{i}") for i in range(50)}
     states = dict.fromkeys(range(50), "RUNNING|None") | {1: "PENDING|Priority"}
     lines: list[str] = []
     asked: list[int] = []
@@ -211,7 +211,7 @@ def test_slurm_is_asked_once_for_all_jobs_ever_more_seldom_and_at_once_when_a_jo
 
     write_queue()
     log(0).write_text("")
-    follow(jobs, Request(1, None, None, 60, {}, None, "slurm"), lines.append, wait)
+    follow(jobs, SlurmOptions(1, None, None, 60, {}, None, "slurm"), lines.append, wait)
     assert second == ends + 1
     assert set(calls.read_text().splitlines()) == {"--noheader --array --jobs=7 --format=%i|%T|%r"}
     assert len([line for line in lines if line.endswith(": RUNNING")]) == 50

@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from dwf_cluster.cluster import temporary
-from dwf_cluster.experiment import InvalidInput
+from dwf_cluster.settings import InvalidInput
 
 from .. import PATIENCE
 from ..conftest import title

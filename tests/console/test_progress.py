@@ -11,11 +11,11 @@ import pytest
 from rich.console import Console
 
 from dwf_cluster.cluster.control import Claim
-from dwf_cluster.cluster.ray import Ended, Started
-from dwf_cluster.data.sources import Sizes
+from dwf_cluster.cluster.driver import Ended, Started
+from dwf_cluster.console.progress import Progress
+from dwf_cluster.data.registry import Sizes
 from dwf_cluster.experiment import Experiment
-from dwf_cluster.plan import Job, jobs
-from dwf_cluster.progress import Progress
+from dwf_cluster.plan.jobs import Job, jobs
 from dwf_cluster.store import Store, tables
 
 from . import PATIENCE

@@ -1,4 +1,4 @@
-"""What a run prints at its end: accuracies, the transfer matrix, signs of masking."""
+"""What a run prints at its end: accuracies, the transfer_column matrix, signs of masking."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import io
 from rich.console import Console
 from rich.table import Table
 
-from dwf_cluster.cluster.placement import Resources
-from dwf_cluster.data.sources import Sizes
+from dwf_cluster.console.tables import plan, result_table, show, transfer_table, warnings
+from dwf_cluster.data.registry import Sizes
+from dwf_cluster.evaluation.registry import columns, suite_names, transfer_column
 from dwf_cluster.experiment import MIXTURE, Experiment
-from dwf_cluster.grid import columns, families, transfer
-from dwf_cluster.plan import jobs
+from dwf_cluster.plan.jobs import jobs
+from dwf_cluster.plan.resources import Resources
 from dwf_cluster.store import Store, tables
-from dwf_cluster.summary import plan, result_table, show, transfer_table, warnings
 
 MODELS = ("benign", "fgsm-1", "pgd-1", MIXTURE)
 
@@ -28,11 +28,11 @@ def _evaluated(store: Store, tiny: Experiment) -> None:
     rows = []
     for place, model in enumerate(MODELS):
         accuracy = 0.1 * (place + 1)
-        for family in families(tiny, model)[:-1]:
+        for family in suite_names(tiny, model)[:-1]:
             rows += [
                 {"model": model, **c.settings, "examples": 40, "accuracy": accuracy} for c in columns(tiny, family)
             ]
-        made = transfer(tiny, model)
+        made = transfer_column(tiny, model)
         others = [other for other in MODELS if other != model]
         rows += [{"model": other, **made.settings, "examples": 40, "accuracy": accuracy} for other in others]
     tables.write(store, "evaluations", "all", tables.rows_of(tiny, rows))

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from dwf_cluster.experiment import InvalidInput
-from dwf_cluster.tensorboard import SCALARS, EventFiles
+from dwf_cluster.console.tensorboard import SCALARS, EventFiles
+from dwf_cluster.settings import InvalidInput
 
 EXPERIMENT = "digits-seed0-0123456789"
 

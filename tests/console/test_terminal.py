@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from dwf_cluster.terminal import Stop, lasting_output
+from dwf_cluster.console.terminal import Stop, lasting_output
 
 
 @pytest.fixture(autouse=True)

@@ -6,9 +6,9 @@ import numpy as np
 import torch
 
 from dwf_cluster.data.device import DeviceImages
+from dwf_cluster.data.registry import Data
 from dwf_cluster.data.sources import Images
 from dwf_cluster.determinism import Draws
-from dwf_cluster.experiment import Data
 
 CPU = torch.device("cpu")
 

@@ -14,15 +14,16 @@ import pytest
 import scipy.io
 
 from dwf_cluster.data import sources
+from dwf_cluster.data.registry import DATASETS, Data
 from dwf_cluster.data.sources import DataUnavailable
-from dwf_cluster.experiment import SOURCES, Data, InvalidInput
+from dwf_cluster.settings import InvalidInput
 
 from ..conftest import write_npz
 
 
 def test_digits_are_scikit_learns_split_once_and_for_all() -> None:
     images = sources.load(Data(source="digits"), Path())
-    assert (len(images.x_train), len(images.x_test), images.shape) == SOURCES["digits"]
+    assert (len(images.x_train), len(images.x_test), images.shape) == DATASETS["digits"]
     assert images.x_train.dtype == np.uint8
     assert images.classes == 10
     assert images.x_train.max() == 255
@@ -71,7 +72,7 @@ def test_fashion_mnist_is_read_from_a_local_folder_and_padded(fashion: Path) -> 
 )
 def test_the_real_fashion_mnist_is_found_where_debian_puts_it(tmp_path: Path) -> None:
     images = sources.load(Data(source="fashion-mnist"), tmp_path)
-    assert (len(images.x_train), len(images.x_test), images.shape) == SOURCES["fashion-mnist"]
+    assert (len(images.x_train), len(images.x_test), images.shape) == DATASETS["fashion-mnist"]
     assert np.bincount(images.y_train).tolist() == [6000] * 10
     assert images.mean == pytest.approx([0.2860], abs=1e-4)
 

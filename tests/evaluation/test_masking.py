@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dwf_cluster import attacks
-from dwf_cluster.checks import Check, masking
 from dwf_cluster.data.device import to_float
 from dwf_cluster.data.sources import Images, load
+from dwf_cluster.evaluation.masking import Check, masking
 from dwf_cluster.experiment import build
-from dwf_cluster.models import ResNet18
+from dwf_cluster.models.frozen import frozen
+from dwf_cluster.models.resnet import ResNet18
 
 COUNT, EPSILON, STEP_SIZE, STEPS = 32, 0.1, 0.025, 6
 
@@ -66,7 +66,7 @@ def _checks(model: nn.Module, images: Images) -> dict[str, Check]:
 
 
 def test_a_sound_model_shows_no_sign(sound: nn.Module, images: Images) -> None:
-    found = _checks(attacks.frozen(sound), images)
+    found = _checks(frozen(sound), images)
     assert {name for name, check in found.items() if check.fired} == set()
     assert set(found) == {
         "nan",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from dwf_cluster.evaluation import merge
 from dwf_cluster.experiment import Experiment
-from dwf_cluster.store import Store, shards, tables
+from dwf_cluster.store import Store, tables
 
 FILES = {"evaluate-benign-paper": ["evaluate-benign-paper-0", "evaluate-benign-paper-24"]}
 
@@ -16,23 +17,23 @@ def _shard(store: Store, experiment: Experiment, number: int, first: int, correc
 
 def test_what_is_missing_is_added_up_once_all_shards_are_there(store: Store, tiny: Experiment) -> None:
     _shard(store, tiny, 0, 0, 5)
-    assert shards.unmerged(store, FILES) == []
+    assert merge.unmerged(store, FILES) == []
     _shard(store, tiny, 1, 24, 10)
-    assert shards.unmerged(store, FILES) == list(FILES)
-    shards.merge(store, FILES)
+    assert merge.unmerged(store, FILES) == list(FILES)
+    merge.merge(store, FILES)
     (row,) = tables.read(store, "evaluations").to_pylist()
     assert (row["examples"], row["correct"], row["accuracy"], row["seconds"]) == (40, 15, 0.375, 2.0)
-    assert shards.unmerged(store, FILES) == []
+    assert merge.unmerged(store, FILES) == []
 
 
 def test_sums_of_shards_that_are_made_anew_are_made_anew_too(store: Store, tiny: Experiment) -> None:
     for number, first in enumerate((0, 24)):
         _shard(store, tiny, number, first, 5)
-    shards.merge(store, FILES)
-    shards.forget(store, ["evaluate-pgd-1-paper"])
-    assert shards.unmerged(store, FILES) == []
-    shards.forget(store, FILES)
+    merge.merge(store, FILES)
+    merge.forget(store, ["evaluate-pgd-1-paper"])
+    assert merge.unmerged(store, FILES) == []
+    merge.forget(store, FILES)
     _shard(store, tiny, 1, 24, 10)
-    shards.merge(store, FILES)
+    merge.merge(store, FILES)
     (row,) = tables.read(store, "evaluations").to_pylist()
     assert row["correct"] == 15

@@ -9,17 +9,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from dwf_cluster.attacks.pgd import fgsm, pgd
 
-from dwf_cluster import attacks
+from dwf_cluster.attacks.ball import Ball
+from dwf_cluster.attacks.gradient import differentiate
 from dwf_cluster.data.device import to_float
 from dwf_cluster.data.sources import Images
+from dwf_cluster.defences import adversarial, dwf
 from dwf_cluster.determinism import Draws
-from dwf_cluster.evaluation import check, evaluate
+from dwf_cluster.evaluation import merge
+from dwf_cluster.evaluation.registry import Column, columns, suite_names
+from dwf_cluster.evaluation.run import check, evaluate
 from dwf_cluster.experiment import MIXTURE, Experiment, build
-from dwf_cluster.grid import Column, columns, families
-from dwf_cluster.models import Mixture
-from dwf_cluster.store import Store, shards, tables
-from dwf_cluster.training import expert, joint
+from dwf_cluster.models.frozen import frozen
+from dwf_cluster.models.mixture import Mixture
+from dwf_cluster.store import Store, tables
 
 from .conftest import TINY, InDouble
 
@@ -42,8 +46,8 @@ def everything() -> Experiment:
 
 def _models(experiment: Experiment, images: Images) -> dict[str, torch.nn.Module]:
     """Experts and mixture, untrained, in double precision: rounding must decide nothing."""
-    experts = {r.name: expert.build(experiment, images, r.name) for r in experiment.regimes}
-    for model in (mixture := joint.build(experiment, images), *experts.values()):
+    experts = {r.name: adversarial.build(experiment, images, r.name) for r in experiment.regimes}
+    for model in (mixture := dwf.build(experiment, images), *experts.values()):
         model.train()
         for _ in range(3):
             model(to_float(torch.tensor(images.x_train)))
@@ -78,7 +82,7 @@ def _own(predictions: list[dict[str, Any]], row: dict[str, Any]) -> list[dict[st
 def test_every_column_of_every_family_counts_its_correct_predictions(
     everything: Experiment, images: Images, name: str
 ) -> None:
-    for family in families(everything, name)[:-1]:
+    for family in suite_names(everything, name)[:-1]:
         rows, predictions = _evaluated(everything, images, name, family)
         attacked = [row for row in rows if row["attack"] != "transfer"]
         assert [{key: row[key] for key in Column("clean").settings} for row in attacked] == [
@@ -101,7 +105,7 @@ def test_each_of_the_17_columns_is_the_attack_run_alone_on_the_whole_model(
     rows, predictions = _evaluated(everything, images, "fgsm-1", "paper")
     x, y = to_float(torch.tensor(images.x_test)), torch.tensor(images.y_test)
     pgd = everything.pgd
-    ball = attacks.Ball("linf", pgd.epsilon)
+    ball = Ball("linf", pgd.epsilon)
     generators = [Draws((0, "fgsm-1", "paper", i)).generator("attack") for i in range(40)]
     starts = [x, *(ball.random_point(x, generators) for _ in range(1, everything.evaluation.restarts))]
 
@@ -110,13 +114,13 @@ def test_each_of_the_17_columns_is_the_attack_run_alone_on_the_whole_model(
             return model(images).argmax(1) == y
 
     def run(steps: int, start: torch.Tensor = x) -> list[torch.Tensor]:
-        return [it.x for it in attacks.pgd(model, x, y, ball, step_size=pgd.step_size, steps=steps, start=start)]
+        return [it.x for it in pgd(model, x, y, ball, step_size=pgd.step_size, steps=steps, start=start)]
 
     for row in rows:
         if row["attack"] == "clean":
             expected = right(x)
         elif row["attack"] == "fgsm":
-            expected = right(attacks.fgsm(x, attacks.differentiate(model, x, y)[0], row["epsilon"]))
+            expected = right(fgsm(x, differentiate(model, x, y)[0], row["epsilon"]))
         elif row["attack"] == "pgd_restarts":
             expected = torch.stack([right(z) for start in starts for z in run(row["steps"], start)]).all(0)
         elif row["attack"] != "transfer":
@@ -136,8 +140,8 @@ def test_transfer_tests_the_images_of_one_model_on_each_other(everything: Experi
     ]
     models = _models(everything, images)
     x, y = to_float(torch.tensor(images.x_test)), torch.tensor(images.y_test)
-    ball = attacks.Ball("linf", everything.pgd.epsilon)
-    *_, made = attacks.pgd(models["benign"].eval(), x, y, ball, step_size=everything.pgd.step_size, steps=3)
+    ball = Ball("linf", everything.pgd.epsilon)
+    *_, made = pgd(models["benign"].eval(), x, y, ball, step_size=everything.pgd.step_size, steps=3)
     for name in ("fgsm-1", "pgd-1"):
         (row,) = (row for row in transferred if row["model"] == name)
         with torch.no_grad():
@@ -154,7 +158,7 @@ def test_gradients_are_counted_where_they_are_spent(
         return real(total, leaf)
 
     monkeypatch.setattr(torch.autograd, "grad", counting)
-    for family in families(everything, MIXTURE)[:-1]:
+    for family in suite_names(everything, MIXTURE)[:-1]:
         counted.clear()
         rows, _ = _evaluated(everything, images, MIXTURE, family)
         assert sum(row["gradients"] for row in rows) == sum(counted), family
@@ -178,12 +182,12 @@ def test_more_eot_samples_are_a_run_of_their_own(images: Images) -> None:
 def test_the_mixtures_predictions_carry_the_gates_weights_on_the_attacked_image(
     tiny: Experiment, images: Images
 ) -> None:
-    mixture = joint.build(tiny, images)
+    mixture = dwf.build(tiny, images)
     _, predictions = evaluate(tiny, {MIXTURE: mixture}, MIXTURE, "paper", images.x_test, images.y_test, 0, CPU)
-    view = attacks.frozen(mixture)
+    view = frozen(mixture)
     x, y = to_float(torch.tensor(images.x_test)), torch.tensor(images.y_test)
-    ball = attacks.Ball("linf", tiny.pgd.epsilon)
-    *_, attacked = attacks.pgd(view, x, y, ball, step_size=tiny.pgd.step_size, steps=2)
+    ball = Ball("linf", tiny.pgd.epsilon)
+    *_, attacked = pgd(view, x, y, ball, step_size=tiny.pgd.step_size, steps=2)
     last = torch.tensor([p["gate"] for p in predictions if p["attack"] == "pgd" and p["steps"] == 2])
     assert last.shape == (40, 3)
     torch.testing.assert_close(last, mixture.gate(attacked.x))
@@ -201,7 +205,7 @@ def test_slices_of_the_test_set_come_to_the_same_rows_as_the_whole(
             rows, part = _evaluated(small, images, "fgsm-1", family, chosen)
             tables.write(store, "shards", f"{family}-{number}", tables.rows_of(small, rows))
             predictions += part
-        shards.merge(store, {family: [f"{family}-{number}" for number in range(3)]})
+        merge.merge(store, {family: [f"{family}-{number}" for number in range(3)]})
         merged = tables.read(store, "evaluations", [family]).to_pylist()
         whole, whole_predictions = _evaluated(everything, images, "fgsm-1", family)
         for row, expected in zip(merged, whole, strict=True):
@@ -219,9 +223,9 @@ def test_a_merge_waits_for_every_slice_and_its_intervals_are_wilsons(
 ) -> None:
     rows, _ = _evaluated(tiny, images, "benign", "paper")
     tables.write(store, "shards", "first", tables.rows_of(tiny, rows))
-    shards.merge(store, {"merged": ["first", "second"]})
+    merge.merge(store, {"merged": ["first", "second"]})
     assert not tables.files(store, "evaluations")
-    shards.merge(store, {"merged": ["first"]})
+    merge.merge(store, {"merged": ["first"]})
     for row in tables.read(store, "evaluations", ["merged"]).to_pylist():
         n, p, z = 40, row["accuracy"], 1.959963984540054
         centre, half = (p + z * z / (2 * n)), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
@@ -241,14 +245,14 @@ def test_the_test_set_is_read_a_batch_at_a_time(images: Images, tmp_path: Path) 
     np.save(tmp_path / "x.npy", images.x_test)
     streamed = np.load(tmp_path / "x.npy", mmap_mode="r").view(Watched)
     experiment = build("digits", 0, [*TINY, "evaluation.batch_size=16"])
-    model = expert.build(experiment, images, "benign")
+    model = adversarial.build(experiment, images, "benign")
     rows, _ = evaluate(experiment, {"benign": model}, "benign", "paper", streamed, images.y_test, 0, CPU)
     assert rows[0]["examples"] == 40
     assert Watched.read == [16, 16, 8]
 
 
 def test_each_model_is_checked_for_masking(tiny: Experiment, images: Images) -> None:
-    model = expert.build(tiny, images, "benign")
+    model = adversarial.build(tiny, images, "benign")
     rows = check(tiny, model, "benign", images.x_test[:8], images.y_test[:8], CPU)
     assert {row["check"] for row in rows} >= {"nan", "probabilities", "black_box", "huge_epsilon"}
     assert {(row["model"], row["examples"]) for row in rows} == {("benign", 8)}

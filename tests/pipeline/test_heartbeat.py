@@ -15,13 +15,13 @@ import pytest
 from fsspec import AbstractFileSystem
 from rich.console import Console
 
-from dwf_cluster import pipeline, standing
-from dwf_cluster.data.sources import Sizes
+from dwf_cluster.console.progress import Progress
+from dwf_cluster.data.registry import Sizes
 from dwf_cluster.experiment import Experiment, build
-from dwf_cluster.progress import Progress
-from dwf_cluster.standing import Standing
-from dwf_cluster.store import Store, files, lease, tables
-from dwf_cluster.store.lease import Held, Holder, Lease
+from dwf_cluster.pipeline import run
+from dwf_cluster.pipeline.heartbeat import Standing
+from dwf_cluster.store import Store, files, lock, tables
+from dwf_cluster.store.lock import ExperimentLocked, Lock, Owner
 from dwf_cluster.store.status import HEARTBEAT, Status
 
 from . import PATIENCE
@@ -102,7 +102,7 @@ def test_a_thousand_experiments_beat_in_time_until_the_final_state_of_each_is_wr
     experiments: list[Experiment], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(standing, "HEARTBEAT", 0.01)
-    leases = {e: Lease(Store(URL, e.folder, run=1), 1, Holder.me()) for e in experiments}
+    leases = {e: Lock(Store(URL, e.folder, run=1), 1, Owner.me()) for e in experiments}
 
     def beats() -> int:
         return min(len(Counted.beats[e.folder]) for e in experiments)
@@ -136,15 +136,15 @@ def test_a_run_that_loses_one_of_its_experiments_says_to_whom_and_gives_the_othe
     experiments: list[Experiment],
 ) -> None:
     lost, other = experiments[:2]
-    leases = {e: lease.take(Store(URL, e.folder)) for e in (lost, other)}
-    successor = Holder.me().model_copy(update={"host": "n7", "pid": 4711, "since": "2026-11-23T12:00:00+00:00"})
+    leases = {e: lock.acquire(e.store(URL)) for e in (lost, other)}
+    successor = Owner.me().model_copy(update={"host": "n7", "pid": 4711, "since": "2026-11-23T12:00:00+00:00"})
 
     def run() -> None:
         with Standing(leases, SIZES, "the command").told() as told:
             told.count()
             Store(URL, lost.folder).create("lease/00002.json", successor.model_dump_json().encode())
 
-    with pytest.raises(Held) as held:
+    with pytest.raises(ExperimentLocked) as held:
         run()
     assert str(held.value) == (
         f"{lost.folder} was taken over by n7 (process 4711) since 2026-11-23T12:00:00+00:00: "
@@ -156,11 +156,11 @@ def test_a_run_that_loses_one_of_its_experiments_says_to_whom_and_gives_the_othe
 
 def test_silent_owners_are_looked_at_together(experiments: list[Experiment], monkeypatch: pytest.MonkeyPatch) -> None:
     """Each look waits for all others to have begun."""
-    stores = {e: Store(URL, e.folder) for e in experiments[:100]}
-    silent = Holder.me().model_copy(update={"machine": "another", "since": "2026-01-01T00:00:00+00:00"})
+    stores = {e: e.store(URL) for e in experiments[:100]}
+    silent = Owner.me().model_copy(update={"machine": "another", "since": "2026-01-01T00:00:00+00:00"})
     for store in stores.values():
         store.create("lease/00001.json", silent.model_dump_json().encode())
-    together, take = threading.Barrier(len(stores), timeout=PATIENCE), lease.take
+    together, take = threading.Barrier(len(stores), timeout=PATIENCE), lock.acquire
     monkeypatch.setattr(lease, "take", lambda store, pid: take(store, lambda seconds: together.wait(), pid))
-    with pipeline._held(stores, SIZES, Progress({}, URL, Console(quiet=True)), "the command", os.getpid()) as told:
+    with run._held(stores, SIZES, Progress({}, URL, Console(quiet=True)), "the command", os.getpid()) as told:
         assert {store.run for store in told.stores.values()} == {2}

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from dwf_cluster import status
 from dwf_cluster.data import sources
 from dwf_cluster.experiment import Experiment, build
-from dwf_cluster.plan import stored_bytes
+from dwf_cluster.plan.jobs import stored_bytes
 from dwf_cluster.store import checkpoints, tables
 
 from .conftest import (

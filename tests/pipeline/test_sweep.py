@@ -18,10 +18,10 @@ import psutil
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from dwf_cluster import sweep as sweeps
-from dwf_cluster.data.sources import Sizes
+from dwf_cluster.data.registry import Sizes
 from dwf_cluster.experiment import build
-from dwf_cluster.plan import Job, jobs, shared
+from dwf_cluster.pipeline import sweep as sweeps
+from dwf_cluster.plan.jobs import Job, deduplicate, jobs
 from dwf_cluster.store import StorageFailed, Store, checkpoints
 
 from .conftest import ARGUMENTS, LOCAL, MODELS, TINY, Launch, answer, assert_same, go_on_to_stop, held, store_of
@@ -76,9 +76,9 @@ def _shared(*assignments: list[str], done: tuple[int, ...] = ()) -> dict[tuple[i
     experiments = [build("digits", 0, [*TINY, *given]) for given in assignments]
     every = [job for stage in ("experts", "joint", "evaluate") for e in experiments for job in jobs(e, stage, SIZES)]
     finished = [job for job in every if job.experiment in [experiments[n] for n in done]]
-    todo = shared([job for job in every if job not in finished], finished)
+    todo = deduplicate([job for job in every if job not in finished], finished)
     numbers = {experiment.folder: str(n) for n, experiment in enumerate(experiments)}
-    return {(int(numbers[job.folder]), job.name): job.origin and numbers[job.origin] for job in todo}
+    return {(int(numbers[job.folder]), job.name): job.copy_of and numbers[job.copy_of] for job in todo}
 
 
 NOISE = "evaluation.beyond=noise"
@@ -127,8 +127,8 @@ def test_images_that_are_tested_on_all_models_are_the_experiments_own() -> None:
 def test_a_copy_waits_for_what_it_is_copied_from() -> None:
     first, second = (build("digits", 0, [*TINY, f"joint.epochs={n}"]) for n in (1, 2))
     every = [job for e in (first, second) for job in jobs(e, "experts", SIZES)]
-    copy: Job = shared(every, ())[-1]
-    assert copy.needs == {(first.folder, copy.model)}
+    copy: Job = deduplicate(every, ())[-1]
+    assert copy.inputs == {(first.folder, copy.model)}
     assert copy.cost == 0
 
 

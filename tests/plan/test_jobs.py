@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dwf_cluster import plan
-from dwf_cluster.data.sources import Sizes
-from dwf_cluster.experiment import STAGES, Experiment, InvalidInput, build
-from dwf_cluster.models import ResNet18
-from dwf_cluster.plan import Job, forward_flops, jobs, prepare_training, select, unfinished
+from dwf_cluster.data.registry import Sizes
+from dwf_cluster.experiment import Experiment, build
+from dwf_cluster.models.resnet import ResNet18
+from dwf_cluster.plan import jobs
+from dwf_cluster.plan.jobs import STAGES, Job, forward_flops, jobs, pending, prepare_training, select
+from dwf_cluster.settings import InvalidInput
 from dwf_cluster.store import Store, checkpoints, tables
 
 CIFAR10, TINY_SIZES = Sizes(50_000, 10_000, (3, 32, 32)), Sizes(96, 40, (1, 8, 8))
@@ -42,7 +43,7 @@ def test_the_longest_come_first(stage: str) -> None:
 
 def test_the_evaluation_attacks_every_model_with_every_family() -> None:
     experiment = build("cifar10", 0, ["evaluation.beyond=pgd_gate,noise,transfer"])
-    found = {(job.model, job.family) for job in jobs(experiment, "evaluate", CIFAR10)}
+    found = {(job.model, job.suite) for job in jobs(experiment, "evaluate", CIFAR10)}
     single = {(regime.name, family) for regime in experiment.regimes for family in ("paper", "noise", "checks")}
     assert found == single | {("mixture", family) for family in ("paper", "pgd_gate", "noise", "checks")}
 
@@ -63,11 +64,11 @@ def test_slices_are_whole_batches_cover_the_test_set_and_take_minutes() -> None:
 def test_the_estimate_of_storage_knows_the_size_of_the_networks() -> None:
     experiment = build("cifar10", 0, ["model.width=16"])
     state = ResNet18(10, (0.5,) * 3, (0.5,) * 3, 16).state_dict()
-    assert plan._weights(experiment, 3) == pytest.approx(sum(t.numel() for t in state.values()), rel=0.001)
-    one, _ = plan.stored_bytes([experiment], CIFAR10)
-    seeds, _ = plan.stored_bytes([experiment, experiment.model_copy(update={"seed": 1})], CIFAR10)
+    assert jobs._weights(experiment, 3) == pytest.approx(sum(t.numel() for t in state.values()), rel=0.001)
+    one, _ = jobs.stored_bytes([experiment], CIFAR10)
+    seeds, _ = jobs.stored_bytes([experiment, experiment.model_copy(update={"seed": 1})], CIFAR10)
     assert seeds == 2 * one
-    gates, _ = plan.stored_bytes([experiment, build("cifar10", 0, ["model.width=16", "gate.kind=hard"])], CIFAR10)
+    gates, _ = jobs.stored_bytes([experiment, build("cifar10", 0, ["model.width=16", "gate.kind=hard"])], CIFAR10)
     assert gates < 2 * one  # the experts are stored once
 
 
@@ -90,7 +91,7 @@ def _finish(store: Store, job: Job, metrics: bool = True) -> None:
 
 
 def _left(experiment: Experiment, store: Store) -> set[str]:
-    return {job.name for found in unfinished(experiment, store, TINY_SIZES).values() for job in found}
+    return {job.name for found in pending(experiment, store, TINY_SIZES).values() for job in found}
 
 
 def _job(experiment: Experiment, name: str) -> Job:
@@ -158,10 +159,10 @@ def test_what_is_done_is_seen_without_a_look_at_tensors(
         return read(store, name)
 
     monkeypatch.setattr(Store, "read", watched)
-    assert unfinished(tiny, store, TINY_SIZES)["experts"] == []
+    assert pending(tiny, store, TINY_SIZES)["experts"] == []
 
 
 def test_a_stage_whose_forerunner_is_missing_is_refused_with_the_way_out(store: Store, tiny: Experiment) -> None:
     with pytest.raises(InvalidInput, match=r"evaluate cannot be run: experts is not done .*experts,joint,evaluate"):
-        select(unfinished(tiny, store, TINY_SIZES), ["evaluate"])
-    assert {job.stage for job in select(unfinished(tiny, store, TINY_SIZES), ["experts"])} == {"experts"}
+        select(pending(tiny, store, TINY_SIZES), ["evaluate"])
+    assert {job.stage for job in select(pending(tiny, store, TINY_SIZES), ["experts"])} == {"experts"}

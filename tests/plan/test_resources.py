@@ -9,33 +9,34 @@ from typing import Any
 import pytest
 import torch
 
-from dwf_cluster.cluster import placement
 from dwf_cluster.cluster.control import Claim, Control
-from dwf_cluster.cluster.placement import Limits, Resources, alike_nodes, cpus_here, gpus_here, place, unused_gpus
-from dwf_cluster.cluster.schedule import Placement
-from dwf_cluster.data.sources import Sizes
-from dwf_cluster.experiment import STAGES, InvalidInput, build
-from dwf_cluster.plan import Job, jobs
+from dwf_cluster.data.registry import Sizes
+from dwf_cluster.experiment import build
+from dwf_cluster.plan import resources
+from dwf_cluster.plan.jobs import STAGES, Job, jobs
+from dwf_cluster.plan.resources import Limits, Resources, alike_nodes, allocate, cpus_here, gpus_here, unused_gpus
+from dwf_cluster.plan.schedule import Allocation
+from dwf_cluster.settings import InvalidInput
 
 
-def _places(resources: Resources, *assignments: str) -> dict[str, Placement]:
+def _places(resources: Resources, *assignments: str) -> dict[str, Allocation]:
     experiment = build("digits", 0, assignments)
     found: list[Job] = [job for stage in STAGES for job in jobs(experiment, stage, Sizes(10, 10, (1, 8, 8)))]
-    return {job.name: placement for job, placement in place(found, resources).items()}
+    return {job.name: placement for job, placement in allocate(found, resources).items()}
 
 
 def test_on_cpus_a_task_does_the_work_itself() -> None:
-    places = _places(Resources(cpus=8, gpus=0))
-    assert places["expert pgd-1"] == Placement(workers=0, cpus=1, gpus=0)
-    assert places["joint"] == Placement(workers=0, cpus=8, gpus=0)
-    assert places["evaluate mixture paper 0-9"] == Placement(workers=0, cpus=1, gpus=0)
+    allocations = _places(Resources(cpus=8, gpus=0))
+    assert allocations["expert pgd-1"] == Allocation(workers=0, cpus=1, gpus=0)
+    assert allocations["joint"] == Allocation(workers=0, cpus=8, gpus=0)
+    assert allocations["evaluate mixture paper 0-9"] == Allocation(workers=0, cpus=1, gpus=0)
 
 
 def test_on_gpus_train_starts_the_workers_that_hold_them() -> None:
-    places = _places(Resources(cpus=8, gpus=4))
-    assert places["expert pgd-1"] == Placement(workers=1, cpus=1, gpus=1)
-    assert places["joint"] == Placement(workers=2, cpus=2, gpus=1)
-    assert places["evaluate mixture paper 0-9"] == Placement(workers=0, cpus=1, gpus=1)
+    allocations = _places(Resources(cpus=8, gpus=4))
+    assert allocations["expert pgd-1"] == Allocation(workers=1, cpus=1, gpus=1)
+    assert allocations["joint"] == Allocation(workers=2, cpus=2, gpus=1)
+    assert allocations["evaluate mixture paper 0-9"] == Allocation(workers=0, cpus=1, gpus=1)
 
 
 @pytest.mark.parametrize("resources", [Resources(64, 8, nodes=8), Resources(64, 0, nodes=64)], ids=["GPUs", "CPUs"])
@@ -49,13 +50,13 @@ def test_each_worker_of_the_joint_stage_has_32_images_of_a_batch(
 
 def test_the_joint_stage_has_a_worker_for_each_gpu_or_each_node_that_there_is() -> None:
     batch = "joint.batch_size=512"
-    assert _places(Resources(cpus=8, gpus=4, nodes=2), batch)["joint"] == Placement(workers=8, cpus=2, gpus=1)
-    assert _places(Resources(cpus=8, gpus=0, nodes=2), batch)["joint"] == Placement(workers=2, cpus=8, gpus=0)
+    assert _places(Resources(cpus=8, gpus=4, nodes=2), batch)["joint"] == Allocation(workers=8, cpus=2, gpus=1)
+    assert _places(Resources(cpus=8, gpus=0, nodes=2), batch)["joint"] == Allocation(workers=2, cpus=8, gpus=0)
 
 
 def test_gpus_that_the_joint_stage_leaves_free_keep_their_share_of_the_cpus() -> None:
     joint = _places(Resources(cpus=64, gpus=8), "joint.batch_size=128")["joint"]
-    assert joint == Placement(workers=4, cpus=8, gpus=1)
+    assert joint == Allocation(workers=4, cpus=8, gpus=1)
 
 
 @pytest.mark.parametrize(("workers", "cpus"), [(1, 8), (2, 8), (3, 4), (5, 2), (16, 1)])
@@ -70,8 +71,8 @@ def test_no_worker_of_the_joint_stage_needs_more_cpus_than_a_node_has_for_it(wor
     [(Limits(), 1), (Limits(expert_workers=3), 3), (Limits(expert_workers=3, gpus_per_expert=0.5), 1)],
 )
 def test_an_expert_has_one_gpu_unless_more_are_asked_for(limits: Limits, workers: int) -> None:
-    places = _places(Resources(cpus=64, gpus=32, limits=limits))
-    assert {place.workers for name, place in places.items() if name.startswith("expert ")} == {workers}
+    allocations = _places(Resources(cpus=64, gpus=32, limits=limits))
+    assert {allocate.workers for name, allocate in allocations.items() if name.startswith("expert ")} == {workers}
 
 
 @pytest.mark.parametrize(("stage", "option"), [("joint", "--joint-workers"), ("experts", "--expert-workers")])
@@ -88,20 +89,20 @@ def test_what_a_job_gets_does_not_depend_on_what_else_runs() -> None:
     size = Sizes(50_000, 10_000, (3, 32, 32))
     seeds = [[job for stage in STAGES for job in jobs(build("cifar10", seed), stage, size)] for seed in range(5)]
     resources = Resources(cpus=64, gpus=16, limits=Limits(expert_workers=4))
-    together = place([job for jobs in seeds for job in jobs], resources)
-    assert all(place([job], resources) == {job: together[job]} for jobs in seeds for job in jobs)
+    together = allocate([job for jobs in seeds for job in jobs], resources)
+    assert all(allocate([job], resources) == {job: together[job]} for jobs in seeds for job in jobs)
 
 
 def test_experts_can_share_gpus() -> None:
-    places = _places(Resources(cpus=8, gpus=1, limits=Limits(gpus_per_expert=0.5)))
-    assert places["expert pgd-1"] == Placement(workers=1, cpus=1, gpus=0.5)
-    assert places["joint"] == Placement(workers=1, cpus=8, gpus=1)
-    assert places["evaluate mixture paper 0-9"] == Placement(workers=0, cpus=1, gpus=1)
+    allocations = _places(Resources(cpus=8, gpus=1, limits=Limits(gpus_per_expert=0.5)))
+    assert allocations["expert pgd-1"] == Allocation(workers=1, cpus=1, gpus=0.5)
+    assert allocations["joint"] == Allocation(workers=1, cpus=8, gpus=1)
+    assert allocations["evaluate mixture paper 0-9"] == Allocation(workers=0, cpus=1, gpus=1)
 
 
 def test_joint_workers_share_the_cpus() -> None:
     resources = Resources(cpus=8, gpus=0, limits=Limits(joint_workers=3))
-    assert _places(resources)["joint"] == Placement(workers=3, cpus=2, gpus=0)
+    assert _places(resources)["joint"] == Allocation(workers=3, cpus=2, gpus=0)
 
 
 def _machine(
@@ -129,7 +130,7 @@ def test_gpus_that_are_there_and_not_used_are_a_warning(monkeypatch: pytest.Monk
 
 
 def test_what_pytorch_is_built_for_is_known_without_importing_it() -> None:
-    assert placement._torch_uses_gpus() == (torch.version.cuda is not None)
+    assert resources._torch_uses_gpus() == (torch.version.cuda is not None)
 
 
 def _version_1(folder: str, quota: int) -> dict[str, str]:
@@ -153,7 +154,7 @@ def _version_1(folder: str, quota: int) -> dict[str, str]:
 def test_cpus_are_those_that_it_may_run_on_or_fewer_by_a_cgroups_quota(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cgroup: str | None, files: dict[str, str], cpus: int
 ) -> None:
-    monkeypatch.setattr(placement.os, "sched_getaffinity", lambda process: set(range(64)), raising=False)
+    monkeypatch.setattr(resources.os, "sched_getaffinity", lambda process: set(range(64)), raising=False)
     all_files = {f"sys/fs/cgroup/{name}": text for name, text in files.items()}
     if cgroup is not None:
         all_files["proc/self/cgroup"] = cgroup
@@ -197,8 +198,8 @@ def test_a_ray_without_a_cpu_for_jobs_is_refused() -> None:
 def test_jobs_must_not_run_on_nodes_that_are_left_out() -> None:
     (joint,) = jobs(build("digits"), "joint", Sizes(10, 10, (1, 8, 8)))
     resources = Resources(cpus=8, gpus=2, excluded_nodes=("id-head", "id-small"))
-    assert place([joint], resources)[joint].label_selector == {"ray.io/node-id": "!in(id-head,id-small)"}
-    assert place([joint], Resources(cpus=8, gpus=2))[joint].label_selector is None
+    assert allocate([joint], resources)[joint].label_selector == {"ray.io/node-id": "!in(id-head,id-small)"}
+    assert allocate([joint], Resources(cpus=8, gpus=2))[joint].label_selector is None
 
 
 @pytest.mark.parametrize(

@@ -6,11 +6,12 @@ import itertools
 
 import pytest
 
-from dwf_cluster.cluster.placement import Limits, Resources, place
-from dwf_cluster.cluster.schedule import Planned, Schedule, lower_bound, timeline
-from dwf_cluster.data.sources import Sizes, sizes
-from dwf_cluster.experiment import STAGES, build
-from dwf_cluster.plan import Job, jobs
+from dwf_cluster.data.registry import Sizes
+from dwf_cluster.data.sources import sizes
+from dwf_cluster.experiment import build
+from dwf_cluster.plan.jobs import STAGES, Job, jobs
+from dwf_cluster.plan.resources import Limits, Resources, allocate
+from dwf_cluster.plan.schedule import Planned, Schedule, lower_bound, timeline
 
 from ..conftest import TINY
 
@@ -22,7 +23,7 @@ def _jobs(seeds: int = 1, stages: tuple[str, ...] = STAGES, *assignments: str) -
 
 
 def _schedule(found: list[Job], resources: Resources) -> Schedule:
-    return Schedule(found, place(found, resources), resources.room)
+    return Schedule(found, allocate(found, resources), resources.slots)
 
 
 def _startable(schedule: Schedule) -> list[Job]:
@@ -58,13 +59,13 @@ def test_what_a_trained_expert_is_needed_for_fills_the_time_until_the_joint_stag
 def test_the_joint_stage_does_not_wait_for_baselines() -> None:
     found = _jobs(1, ("experts", "joint"), "baselines=fgsm-at")
     joint = next(job for job in found if job.stage == "joint")
-    assert joint.needs == {(joint.folder, name) for name in ("benign", "fgsm-1", "pgd-1")}
+    assert joint.inputs == {(joint.folder, name) for name in ("benign", "fgsm-1", "pgd-1")}
 
 
 def test_a_transfer_column_needs_every_model() -> None:
-    paper = [job for job in _jobs() if job.family == "paper"]
+    paper = [job for job in _jobs() if job.suite == "paper"]
     models = ("benign", "fgsm-1", "pgd-1", "mixture")
-    assert {job.needs for job in paper} == {frozenset((paper[0].folder, model) for model in models)}
+    assert {job.inputs for job in paper} == {frozenset((paper[0].folder, model) for model in models)}
 
 
 def test_after_a_failure_nothing_of_a_later_stage_starts() -> None:
@@ -80,7 +81,7 @@ def test_after_a_failure_nothing_of_a_later_stage_starts() -> None:
 
 def test_several_seeds_share_the_room_experts_of_all_first() -> None:
     found = _jobs(3, ("experts", "joint"))
-    order = list(timeline(found, place(found, Resources(cpus=4, gpus=0)), 4))
+    order = list(timeline(found, allocate(found, Resources(cpus=4, gpus=0)), 4))
     assert [job.stage for job in order] == ["experts"] * 9 + ["joint"] * 3
     assert [job.model for job in order[:3]] == ["pgd-1"] * 3
     assert len({job.folder for job in order[:3]}) == 3
@@ -98,18 +99,18 @@ def _use(planned: dict[Job, Planned], shares: dict[Job, float]) -> list[float]:
 @pytest.mark.parametrize(("gpus", "share"), [(0, 1.0), (1, 0.5), (4, 1.0), (4, 0.25), (7, 1.0)])
 def test_the_timeline_gives_no_device_away_twice_and_keeps_every_order(gpus: int, share: float) -> None:
     found, resources = _jobs(2), Resources(cpus=3, gpus=gpus, limits=Limits(gpus_per_expert=share))
-    places = place(found, resources)
-    planned = timeline(found, places, resources.room)
+    allocations = allocate(found, resources)
+    planned = timeline(found, allocations, resources.slots)
     assert set(planned) == set(found)
-    assert max(_use(planned, {job: min(1.0, places[job].gpus or 1.0) for job in found})) <= 1 + 1e-9
+    assert max(_use(planned, {job: min(1.0, allocations[job].gpus or 1.0) for job in found})) <= 1 + 1e-9
     for job, other in itertools.permutations(found, 2):
-        if other.makes in job.needs:
+        if other.output in job.inputs:
             assert planned[job].start >= planned[other].end * (1 - 1e-9)
 
 
 def test_joint_stages_of_several_seeds_run_side_by_side_where_there_are_gpus_for_them() -> None:
     found = [job for seed in range(3) for job in jobs(build("cifar10", seed), "joint", Sizes(96, 40, (3, 32, 32)))]
-    planned = timeline(found, place(found, Resources(cpus=8, gpus=8)), 8)
+    planned = timeline(found, allocate(found, Resources(cpus=8, gpus=8)), 8)
     first, second, third = planned.values()
     assert (first.devices, second.devices) == ((0, 1, 2, 3), (4, 5, 6, 7))
     assert first.start == second.start < third.start
@@ -119,8 +120,8 @@ def test_the_lower_bound_is_all_work_shared_or_the_longest_chain() -> None:
     found = _jobs(1, ("experts", "joint"))
     costs = {job.name: job.cost for job in found}
     one, many = Resources(cpus=1, gpus=0), Resources(cpus=100, gpus=0)
-    assert lower_bound(found, place(found, one), 1) == sum(costs.values())
-    assert lower_bound(found, place(found, many), 100) == costs["expert pgd-1"] + costs["joint"] / 100
+    assert lower_bound(found, allocate(found, one), 1) == sum(costs.values())
+    assert lower_bound(found, allocate(found, many), 100) == costs["expert pgd-1"] + costs["joint"] / 100
 
 
 def test_the_lower_bound_counts_the_rounds_that_equal_jobs_take_and_what_follows_the_last() -> None:
@@ -128,10 +129,10 @@ def test_the_lower_bound_counts_the_rounds_that_equal_jobs_take_and_what_follows
     found = [job for job in _jobs(3, ("experts", "joint")) if job.name in ("expert pgd-1", "joint")]
     expert, joint = (next(job for job in found if job.name == name) for name in ("expert pgd-1", "joint"))
     limits = Limits(joint_workers=1)
-    places = place(found, Resources(cpus=2, gpus=0, limits=limits))
+    allocations = allocate(found, Resources(cpus=2, gpus=0, limits=limits))
     speeds = {"experts": 1.0, "joint": joint.cost / expert.cost * 100}  # so short that sharing all work bounds less
     joint_length = joint.cost / speeds["joint"] / 2
-    assert lower_bound(found, places, 2, speeds) == pytest.approx(2 * expert.cost + joint_length)
+    assert lower_bound(found, allocations, 2, speeds) == pytest.approx(2 * expert.cost + joint_length)
 
 
 @pytest.mark.parametrize("seeds", [1, 5])
@@ -141,8 +142,8 @@ def test_at_the_papers_scale_the_makespan_is_close_to_the_lower_bound(gpus: int,
     resources = Resources(cpus=8, gpus=gpus)
     for stages in (("experts",), STAGES):
         found = [j for e in experiments for stage in stages for j in jobs(e, stage, sizes(e.data))]
-        places = place(found, resources)
-        planned, bound = timeline(found, places, resources.room), lower_bound(found, places, resources.room)
+        allocations = allocate(found, resources)
+        planned, bound = timeline(found, allocations, resources.slots), lower_bound(found, allocations, resources.slots)
         # Joint stages take four GPUs each, so the ninth has little to do.
         close = 1.07 if gpus == 9 else 1.05
         assert bound * (1 - 1e-9) <= max(when.end for when in planned.values()) <= close * bound

@@ -17,7 +17,7 @@ from botocore.parsers import ResponseParserError
 from fsspec import AbstractFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 
-from dwf_cluster.experiment import InvalidInput
+from dwf_cluster.settings import InvalidInput
 from dwf_cluster.store import LockLost, StorageFailed, Store, checkpoints, files
 
 from .. import PATIENCE

@@ -29,8 +29,8 @@ from typing import Any
 import fsspec
 import pytest
 
-from dwf_cluster.store import LockLost, Store, lease, status
-from dwf_cluster.store.lease import Held
+from dwf_cluster.store import LockLost, Store, lock, status
+from dwf_cluster.store.lock import ExperimentLocked
 from dwf_cluster.store.status import Status
 
 from .. import PATIENCE
@@ -141,8 +141,8 @@ def _process(store: Store, log: Path, seed: int, over: Any) -> None:
         _patch(store, chance, note)
         while not over.is_set():
             try:
-                mine = lease.take(store)
-            except Held:
+                mine = lock.acquire(store)
+            except ExperimentLocked:
                 over.wait(chance.uniform(0, HEARTBEAT))
                 continue
             note("acquired", run=mine.number, files=store.names(DATA))
@@ -152,7 +152,7 @@ def _process(store: Store, log: Path, seed: int, over: Any) -> None:
                 note("lost", run=mine.number)
 
 
-def _own(mine: lease.Lease, chance: random.Random, over: Any) -> None:
+def _own(mine: lock.Lock, chance: random.Random, over: Any) -> None:
     for number in range(chance.randrange(5, 60)):
         mine.store.write(f"{DATA}/{mine.number:05d}-{number:05d}", os.urandom(chance.choice((10, 100_000))))
         _status(mine.number, "running").write(mine.store)
@@ -164,7 +164,7 @@ def _own(mine: lease.Lease, chance: random.Random, over: Any) -> None:
 
 
 def _status(run: int, state: Any) -> Status:
-    time = lease.now()
+    time = lock.now()
     return Status(
         run=run, state=state, host="", job="", started=time, heartbeat=time, seconds=0, stages={}, reason="", resume="",
         rows={},

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dwf_cluster import status
-from dwf_cluster.store import Store, checkpoints, lease
+from dwf_cluster.store import Store, checkpoints, lock
 
 FIRST, SECOND = "digits-seed0-0123456789", "digits-seed1-0123456789"
 
@@ -61,7 +61,7 @@ def test_what_another_experiment_refers_to_stays(tmp_path: Path, capsys: pytest.
 def test_what_is_being_run_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     store = Store(str(tmp_path), FIRST)
     _train(store, "pgd-1", 3, of=3)
-    lease.take(store, pid=os.getpid())
+    lock.acquire(store, pid=os.getpid())
     assert _prune(tmp_path, capsys, "--yes") == [
         f"{store.root}  is being run: left as it is",
         "nothing to remove",

@@ -142,7 +142,7 @@ def test_rows_are_counted_without_reading_the_files_whole(
 def test_copied_rows_are_the_other_experiments_with_what_is_changed(store: Store, tiny: Experiment) -> None:
     tables.write(store, "metrics", "pgd-1", [_row(tiny, 1, 0.5), _row(tiny, 2, 0.25)])
     other = build("digits", 7, [*TINY])
-    own = Store(store.url, other.folder)
+    own = other.store(store.url)
     tables.copy(store, own, other, "metrics", "pgd-1", stage="joint")
     rows = tables.read(own, "metrics").to_pylist()
     assert [(row["epoch"], row["loss"], row["stage"]) for row in rows] == [(1, 0.5, "joint"), (2, 0.25, "joint")]
