@@ -19,7 +19,8 @@ import pytest
 
 from dwf_cluster.store.status import Status
 
-from .conftest import ARGUMENTS, Launch, assert_same, on_machine, store_of
+from .conftest import ARGUMENTS, assert_same, store_of
+from .process import Launch, launch_on_machine
 
 VICTIMS = ("driver", "checkpoint write", "worker", "table write", "raylet", "whole tree")
 MORE_VICTIMS = (*VICTIMS, "low memory", "stopped owner")
@@ -91,7 +92,7 @@ class Chaos:
         before = len(self._locks())
         with open(self.folder / "second", "wb") as log:
             second = subprocess.Popen(
-                on_machine("second", self.arguments, impatient=True), cwd=self.folder, stdout=log, stderr=log
+                launch_on_machine("second", self.arguments, impatient=True), cwd=self.folder, stdout=log, stderr=log
             )
             while second.poll() is None and len(self._locks()) == before:
                 time.sleep(0.01)  # nothing tells of another process's file

@@ -20,7 +20,8 @@ from dwf_cluster.store import checkpoints, tables
 from dwf_cluster.store.status import Status
 
 from . import PATIENCE
-from .conftest import ARGUMENTS, TINY, Launch, go_on_to_stop, held, store_of
+from .conftest import ARGUMENTS, TINY, store_of
+from .process import Launch, pause_after_first_epoch, resume_and_stop
 
 
 def test_help_names_every_preset_and_every_field_with_its_default(launch: Launch) -> None:
@@ -185,9 +186,9 @@ def test_closing_the_terminal_saves_as_ctrl_c_does(launch: Launch) -> None:
         printed = b""
         while b"Ray dashboard" not in printed:
             printed += os.read(terminal, 4096)
-        training = held(launch.folder, "expert pgd-1")
+        training = pause_after_first_epoch(launch.folder, "expert pgd-1")
         os.close(terminal)
-        go_on_to_stop(training)
+        resume_and_stop(training)
         assert driver.wait(PATIENCE) == 130
     (folder,) = (launch.folder / "runs").iterdir()
     status = Status.read(store_of(folder))

@@ -22,15 +22,16 @@ from dwf_cluster.data.device import DeviceImages
 from dwf_cluster.data.sources import load
 from dwf_cluster.defences import adversarial, dwf
 from dwf_cluster.determinism import make_deterministic
-from dwf_cluster.experiment import MIXTURE, build
+from dwf_cluster.experiment import build
 from dwf_cluster.store import Store, checkpoints
 from dwf_cluster.training import Stopped, Task, train
 
-from .. import PATIENCE
-from ..conftest import ARGUMENTS, TINY, Launch, assert_same, go_on_to_stop, title
+from . import PATIENCE
+from .conftest import ARGUMENTS, TINY, assert_same
 from .gloo import run_workers
+from .process import Launch, command_line, resume_and_stop
 
-MODELS = ("pgd-1", MIXTURE)
+MODELS = ("pgd-1", "mixture")
 INTERRUPTED = ("after an epoch", "in the middle of an epoch")
 
 
@@ -47,15 +48,15 @@ def _train_three_times(folder: Path, model: str) -> None:
     """Train a model without a pause, and with one at each of two instants; one worker asks for the second one."""
     experiment = build("digits", 0, TINY)
     images, cpu = load(experiment.data, folder), torch.device("cpu")
-    stage = "joint" if model == MIXTURE else "experts"
-    if model == MIXTURE:
+    stage = "joint" if model == "mixture" else "experts"
+    if model == "mixture":
         perturb = dwf.three_parts(experiment)
     else:
         regime = next(regime for regime in experiment.regimes if regime.name == model)
         perturb = adversarial.adversary(regime, experiment.pgd)
 
     def run(name: str, **options: Callable[..., Any]) -> None:
-        module = dwf.build(experiment, images) if model == MIXTURE else adversarial.build(experiment, images, model)
+        module = dwf.build(experiment, images) if model == "mixture" else adversarial.build(experiment, images, model)
         task = Task(experiment, Store(str(folder), name), stage, model, experiment.training(stage), **options)
         try:
             train(task, module, DeviceImages(images, experiment.data, cpu), perturb)
@@ -76,7 +77,7 @@ def _train_three_times(folder: Path, model: str) -> None:
 
 
 def _checkpoints(model: str) -> str:
-    return "joint" if model == MIXTURE else model
+    return "joint" if model == "mixture" else model
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -110,7 +111,7 @@ def _suspended_worker(folder: Path, epoch: int) -> psutil.Process:
     while not any(folder.glob(f"runs/*/checkpoints/joint/epoch-{epoch:05d}/manifest.json")):
         assert time.monotonic() < deadline, "no checkpoint"
         time.sleep(0.01)  # nothing tells of another process's file
-    worker = next(process for process in psutil.process_iter() if "RayTrainWorker" in title(process))
+    worker = next(process for process in psutil.process_iter() if "RayTrainWorker" in command_line(process))
     worker.suspend()
     return worker
 
@@ -132,7 +133,7 @@ def test_a_joint_stage_of_three_workers_stopped_and_killed_ends_with_the_same_bi
     def stop(driver: psutil.Process, line: str) -> None:
         worker = _suspended_worker(interrupted.folder, epoch=1)
         driver.send_signal(signal.SIGINT)
-        go_on_to_stop(worker)
+        resume_and_stop(worker)
 
     def kill(driver: psutil.Process, line: str) -> None:
         _suspended_worker(interrupted.folder, epoch=2).kill()
@@ -143,7 +144,7 @@ def test_a_joint_stage_of_three_workers_stopped_and_killed_ends_with_the_same_bi
     assert list(folders[1].glob("checkpoints/joint/epoch-00001-step-*"))  # in the middle of the second epoch
     code, stderr = interrupted.until("^Ray dashboard", kill, *JOINT)
     assert code == 0, stderr
-    assert_same(*folders, models=[MIXTURE], tables=["metrics"])
+    assert_same(*folders, models=["mixture"], tables=["metrics"])
     jobs = pd.read_parquet(folders[1] / "results" / "jobs").set_index("task")
     assert jobs.loc["joint", "attempts"] > 1
     assert len(jobs.loc["joint", "devices"]) == 3

@@ -22,7 +22,8 @@ from dwf_cluster.settings import InvalidInput
 from dwf_cluster.store import LockLost, StorageFailed, Store, files, lock
 
 from . import PATIENCE
-from .conftest import ARGUMENTS, Launch, assert_same
+from .conftest import ARGUMENTS, assert_same
+from .process import Launch
 from .s3 import S3
 
 
@@ -151,7 +152,7 @@ def test_a_server_that_does_not_come_back_is_said(
 
 def test_the_store_has_a_folders_manners(s3: str) -> None:
     store = Store(s3, "digits-seed7-0123456789")
-    store.check()
+    store.preflight()
     assert store.names("") == []
     assert (store.read("gone"), store.size("gone"), store.names("gone")) == (None, None, [])
     store.write("a/b/file", b"content")
@@ -221,7 +222,7 @@ def test_a_server_that_ignores_if_none_match_is_refused(s3: str, monkeypatch: py
     pipe_file = store.files.pipe_file
     monkeypatch.setattr(store.files, "pipe_file", lambda path, value, mode="": pipe_file(path, value))
     with pytest.raises(InvalidInput, match="does not refuse to create a file that exists"):
-        store.check()
+        store.preflight()
     assert store.names("") == []
 
 

@@ -15,7 +15,8 @@ from dwf_cluster.store import lock
 from dwf_cluster.store.status import Status
 
 from . import PATIENCE
-from .conftest import ARGUMENTS, Launch, assert_same, held, on_machine, store_of
+from .conftest import ARGUMENTS, assert_same, store_of
+from .process import Launch, launch_on_machine, pause_after_first_epoch
 
 
 @pytest.mark.interruptions
@@ -23,8 +24,8 @@ def test_a_run_that_stood_still_and_was_taken_over_writes_nothing_more_and_says_
     launch: Launch, undisturbed: tuple[Path, subprocess.CompletedProcess[str]]
 ) -> None:
     pipes = {"cwd": launch.folder, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen(on_machine("first", ARGUMENTS), **pipes) as first:  # type: ignore[call-overload]
-        training = held(launch.folder, "expert pgd-1")
+    with subprocess.Popen(launch_on_machine("first", ARGUMENTS), **pipes) as first:  # type: ignore[call-overload]
+        training = pause_after_first_epoch(launch.folder, "expert pgd-1")
         driver = psutil.Process(first.pid)
         tree = [driver, *driver.children(recursive=True)]
         for process in tree:
@@ -34,7 +35,7 @@ def test_a_run_that_stood_still_and_was_taken_over_writes_nothing_more_and_says_
         assert status is not None
         assert (status.run, status.host) == (1, "first")
         time.sleep(lock.SILENCE + 2)  # no event: until the heartbeat is old enough, a launch is refused at once
-        with subprocess.Popen(on_machine("second", ARGUMENTS), **pipes) as second:  # type: ignore[call-overload]
+        with subprocess.Popen(launch_on_machine("second", ARGUMENTS), **pipes) as second:  # type: ignore[call-overload]
             for line in second.stdout:
                 if re.match(r"expert pgd-1: epoch \d/3", line):
                     break

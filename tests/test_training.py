@@ -12,11 +12,11 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from dwf_cluster.attacks.pgd import fgsm, pgd
 from torch import nn
 
 from dwf_cluster.attacks.ball import Ball
 from dwf_cluster.attacks.gradient import differentiate
+from dwf_cluster.attacks.pgd import fgsm, pgd
 from dwf_cluster.data.device import DeviceImages
 from dwf_cluster.data.sources import Images, load
 from dwf_cluster.defences import adversarial
@@ -27,7 +27,7 @@ from dwf_cluster.models.frozen import frozen
 from dwf_cluster.store import Store, checkpoints, tables
 from dwf_cluster.training import NonFiniteLoss, Stopped, Task, train, weights
 
-from ..conftest import TINY, InDouble
+from .conftest import TINY, InDouble
 from .gloo import run_workers
 
 CPU = torch.device("cpu")

@@ -9,11 +9,11 @@ import socket
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 from dwf_cluster.cluster import failures, temporary
 from dwf_cluster.cluster.control import Claim, Control
+from dwf_cluster.cluster.events import Ended, Note, Started
 from dwf_cluster.cluster.memory import Memory
 from dwf_cluster.plan.jobs import Job
 from dwf_cluster.plan.resources import Limits, Resources, alike_nodes
@@ -26,35 +26,6 @@ STOP_SECONDS = 60.0
 
 _CONTROL_SECONDS = 10.0
 """How long the driver waits for an answer of the control actor, which may be starting again."""
-
-
-@dataclass(frozen=True)
-class Started:
-    """A job that was given to Ray."""
-
-    job: Job
-
-
-@dataclass(frozen=True)
-class Ended:
-    """A job that came to its end.
-
-    Attributes:
-        job: which.
-        state: `done`, `stopped` (at the run's request; it goes on from there) or `failed`.
-        reason: one line that says why it failed.
-    """
-
-    job: Job
-    state: str
-    reason: str = ""
-
-
-@dataclass(frozen=True)
-class Note:
-    """One line for the user: a job is tried again, or waits."""
-
-    text: str
 
 
 class RayNotStarted(RuntimeError):

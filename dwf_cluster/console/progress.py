@@ -14,7 +14,7 @@ from rich.live import Live
 from rich.table import Table
 
 from dwf_cluster.cluster.control import Claim
-from dwf_cluster.cluster.driver import Ended, Note, Started
+from dwf_cluster.cluster.events import Ended, Note, Started
 from dwf_cluster.plan.jobs import STAGES, Job
 from dwf_cluster.store import StorageFailed, Store, tables
 

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 from dwf_cluster.cluster.control import Claim
-from dwf_cluster.cluster.driver import Ended, Note, Started
+from dwf_cluster.cluster.events import Ended, Note, Started
 from dwf_cluster.cluster.failures import one_line
 from dwf_cluster.data.registry import Sizes
 from dwf_cluster.experiment import Experiment

@@ -201,7 +201,7 @@ def _held(
     """
 
     def acquire(experiment: Experiment) -> lock.Lock:
-        stores[experiment].check()
+        stores[experiment].preflight()
         taken = lock.acquire(stores[experiment], pid=pid)
         try:
             taken.store.write("experiment.json", experiment.to_json().encode())

@@ -301,7 +301,7 @@ class Store:
             number += 1
         return number
 
-    def check(self) -> None:
+    def preflight(self) -> None:
         """Prove that the store can do what a run relies on: write, replace, read, remove, and create exclusively.
 
         Raises:
@@ -342,7 +342,7 @@ class Store:
         """
         if folder := self._staging:
             self._ask("written", os.path.basename(folder), lambda: os.makedirs(folder, exist_ok=True))
-        self.sweep()
+        self.remove_temporary()
         try:
             # A later run that has swept before the folder was made has its lock by now.
             self._fail_if_lost()
@@ -355,7 +355,7 @@ class Store:
         if folder := self._staging:
             self._ask("removed", os.path.basename(folder), lambda: disk.remove_run(folder))
 
-    def sweep(self) -> None:
+    def remove_temporary(self) -> None:
         """Remove what earlier runs have left half-written. No other run may be writing."""
         if self.is_local:
             self._ask("removed", "", lambda: disk.sweep(self._key(""), self.run))

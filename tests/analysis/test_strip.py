@@ -9,7 +9,7 @@ import pytest
 from matplotlib.image import imread
 
 from analysis import load, strip
-from dwf_cluster.experiment import MIXTURE, Experiment, build
+from dwf_cluster.experiment import Experiment, build
 from tests.analysis.conftest import Call
 
 torch = pytest.importorskip("torch")
@@ -32,7 +32,7 @@ def folder(tmp_path: Path, experiment: Experiment) -> Path:
     store.write("experiment.json", experiment.to_json().encode())
     mixture = dwf.build(experiment, sources.load(experiment.data, tmp_path))
     tensors = {f"model.{name}": tensor for name, tensor in mixture.state_dict().items()}
-    checkpoints.save(store, MIXTURE, experiment.joint.epochs, 0, tensors, {})
+    checkpoints.save(store, "mixture", experiment.joint.epochs, 0, tensors, {})
     return Path(store.root)
 
 
@@ -42,9 +42,9 @@ def test_it_is_what_the_evaluation_measures(folder: Path, experiment: Experiment
     from dwf_cluster.evaluation.run import evaluate
 
     images = sources.load(experiment.data, tmp_path)
-    models = {MIXTURE: dwf.build(experiment, images)}
+    models = {"mixture": dwf.build(experiment, images)}
     device = torch.device("cpu")
-    _, rows = evaluate(experiment, models, MIXTURE, "paper", images.x_test, images.y_test, 0, device)
+    _, rows = evaluate(experiment, models, "mixture", "paper", images.x_test, images.y_test, 0, device)
     shown = strip.attack(load(str(folder)).groups[0].runs[0], tmp_path)
     assert shown.steps == 3
     for i, (name, steps) in enumerate((("clean", None), ("pgd", 3))):

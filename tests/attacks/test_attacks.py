@@ -9,18 +9,18 @@ from collections.abc import Iterator
 import pytest
 import torch
 import torch.nn.functional as F
-from dwf_cluster.attacks.apgd import apgd
-from dwf_cluster.attacks.autoattack import autoattack
-from dwf_cluster.attacks.pgd import Iterate, WorstCase, fgsm, pgd
-from dwf_cluster.attacks.square import square
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from dwf_cluster.attacks.apgd import apgd
+from dwf_cluster.attacks.autoattack import autoattack
 from dwf_cluster.attacks.ball import Ball
 from dwf_cluster.attacks.fab import fab_targeted
 from dwf_cluster.attacks.gradient import NotLogits, differentiate, predict
+from dwf_cluster.attacks.pgd import Iterate, WorstCase, fgsm, pgd
 from dwf_cluster.attacks.routing import gate_aimed
+from dwf_cluster.attacks.square import square
 from dwf_cluster.models.frozen import frozen
 from dwf_cluster.models.mixture import Gate, Mixture
 from dwf_cluster.models.resnet import ResNet18

@@ -20,10 +20,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchattacks
-from dwf_cluster.attacks.apgd import apgd, targeted_dlr
-from dwf_cluster.attacks.autoattack import autoattack
-from dwf_cluster.attacks.pgd import Iterate, Remaining, WorstCase, fgsm, pgd
-from dwf_cluster.attacks.square import square
 from pyautoattack.autopgd_base import APGDAttack, APGDAttack_targeted
 from pyautoattack.fab_projections import projection_linf
 from pyautoattack.fab_pt import FABAttack_PT
@@ -33,9 +29,13 @@ from scipy.stats import ks_2samp
 from sklearn.datasets import load_digits
 from torch import nn
 
+from dwf_cluster.attacks.apgd import apgd, targeted_dlr
+from dwf_cluster.attacks.autoattack import autoattack
 from dwf_cluster.attacks.ball import Ball
 from dwf_cluster.attacks.fab import fab_targeted, project_to_hyperplane
 from dwf_cluster.attacks.gradient import carlini_wagner, cross_entropy, differentiate, predict
+from dwf_cluster.attacks.pgd import Iterate, Remaining, WorstCase, fgsm, pgd
+from dwf_cluster.attacks.square import square
 from dwf_cluster.models.frozen import frozen
 from dwf_cluster.models.resnet import ResNet18
 

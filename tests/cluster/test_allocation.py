@@ -20,7 +20,8 @@ import pytest
 from dwf_cluster.cluster import allocation, node
 from dwf_cluster.cluster.allocation import Ports
 
-from ..conftest import SLOWER, TINY, assert_same, go_on_to_stop, held, title
+from ..conftest import SLOWER, TINY, assert_same
+from ..process import command_line, pause_after_first_epoch, resume_and_stop
 from . import slurm
 from .slurm import Slurm
 
@@ -69,7 +70,7 @@ class Job:
         """The process of this job whose command line matches."""
 
         def found() -> list[psutil.Process]:
-            return [p for p in self.cluster.processes(self.number) if re.search(title, " ".join(p.cmdline()))]
+            return [p for p in self.cluster.processes(self.number) if re.search(command_line, " ".join(p.cmdline()))]
 
         self.cluster.wait_for(found, f"process like {title!r}")
         return found()[0]
@@ -114,7 +115,7 @@ def test_requeued_in_the_middle_two_nodes_come_to_the_tables_of_one_machine(
 ) -> None:
     """Two nodes of one worker each train the mixture bit for bit as two workers of one node do."""
     job = submit("--nodes=2", arguments=["--joint-workers", "2", *ARGUMENTS])
-    held(job.folder, "joint")  # SLURM lets it go on, with its signal
+    pause_after_first_epoch(job.folder, "joint")  # SLURM lets it go on, with its signal
     cluster("scontrol", "requeue", job.number)
     job.end()
     assert cluster.field(job.number, "Restarts") == "1"
@@ -132,17 +133,17 @@ def test_preempted_with_a_warning_it_saves_the_step_it_is_at_without_one_it_has_
 ) -> None:
     preempt = ("--partition=high", "--nodes=2", "--exclusive", "--wrap=true")
     job = submit(*ONE_NODE, arguments=EXPERTS)
-    training = held(job.folder, "expert pgd-1")
+    training = pause_after_first_epoch(job.folder, "expert pgd-1")
     other = cluster.submit(*preempt, cwd=tmp_path)
     job.wait_for("^stopping: ")
-    go_on_to_stop(training)
+    resume_and_stop(training)
     job.wait_for("^requeued: it goes on")
     assert re.search(r"^expert pgd-1: stopped in ", job.log, re.M)
     assert partial(job.results)
     assert cluster.wait(other) == "COMPLETED"
 
     cluster("scontrol", "update", "partition=main", "GraceTime=0")
-    held(job.folder, "expert pgd-1")
+    pause_after_first_epoch(job.folder, "expert pgd-1")
     other = cluster.submit(*preempt, cwd=tmp_path)
     assert cluster.wait(other) == "COMPLETED"
     cluster("scontrol", "update", "partition=main", "GraceTime=60")
@@ -157,7 +158,7 @@ def test_a_node_that_goes_down_costs_the_allocation_but_no_result(
     submit: Callable[..., Job], cluster: Slurm, two_workers: Path
 ) -> None:
     job = submit("--nodes=2", arguments=EXPERTS)
-    held(job.folder, "expert pgd-1")
+    pause_after_first_epoch(job.folder, "expert pgd-1")
     cluster("scontrol", "update", "nodename=n2", "state=down", "reason=test")
     cluster.wait_for(lambda: cluster.state(job.number) == "PENDING", "requeue")
     cluster("scontrol", "update", "nodename=n2", "state=resume")
@@ -172,7 +173,7 @@ def test_a_killed_worker_and_a_killed_head_are_replaced_within_the_allocation(
 ) -> None:
     job = submit(*ONE_NODE, arguments=EXPERTS)
     job.process("ray::expert pgd-1").kill()
-    held(job.folder, "expert pgd-1")
+    pause_after_first_epoch(job.folder, "expert pgd-1")
     job.process("gcs_server").kill()
     job.end()
     assert "the Ray cluster was lost; see " in job.log
@@ -185,7 +186,7 @@ def test_cancelled_it_stops_for_good_says_how_to_resume_and_is_resumed(
     submit: Callable[..., Job], cluster: Slurm, two_workers: Path
 ) -> None:
     job = submit(*ONE_NODE, arguments=EXPERTS)
-    held(job.folder, "expert pgd-1")
+    pause_after_first_epoch(job.folder, "expert pgd-1")
     cluster("scancel", job.number)
     job.end("CANCELLED")
     assert f"\nresume: sbatch slurm/full_pipeline.sh --stages experts --set {TINY[0]} " in job.log
@@ -212,7 +213,7 @@ def test_a_sweep_on_two_nodes_goes_on_after_it_was_requeued(
 ) -> None:
     varied = ["gate.kind=soft", "gate.kind=hard", "--joint-workers", "2"]
     job = submit("--nodes=2", script="sweep.sh", arguments=[*varied, *ARGUMENTS])
-    held(job.folder, "joint")  # of one trial; SLURM lets it go on, with its signal
+    pause_after_first_epoch(job.folder, "joint")  # of one trial; SLURM lets it go on, with its signal
     cluster("scontrol", "requeue", job.number)
     job.end()
     assert cluster.field(job.number, "Restarts") == "1"
@@ -281,7 +282,7 @@ def test_three_unequal_nodes_each_give_ray_what_they_have(submit: Callable[..., 
     job = submit("--partition=uneven", "--exclusive", "--nodes=3", arguments=EXPERTS)
 
     def started() -> bool:
-        commands = [title(process).split() for process in cluster.processes(job.number)]
+        commands = [command_line(process).split() for process in cluster.processes(job.number)]
         rays = [command for command in commands if "--block" in command]
         given = {(argument(command, "--node-name"), argument(command, "--num-cpus")) for command in rays}
         return given == {("n1", str(slurm.CPUS)), ("n2", str(slurm.CPUS)), (slurm.LAST, "1")}

@@ -16,7 +16,8 @@ import pandas as pd
 import pytest
 
 from .. import PATIENCE
-from ..conftest import TINY, Launch
+from ..conftest import TINY
+from ..process import Launch
 
 ROOT = Path(__file__).parents[2]
 TWO = [*TINY, "experts.pgd=0", "experts.epochs=1"]

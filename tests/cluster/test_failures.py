@@ -33,7 +33,8 @@ from dwf_cluster.store import StorageFailed, Store, checkpoints, tables
 from dwf_cluster.store.job_log import recorded
 
 from .. import PATIENCE
-from ..conftest import ARGUMENTS, LOCAL, TINY, Launch, go_on_to_stop, held, store_of, title
+from ..conftest import ARGUMENTS, LOCAL, TINY, store_of
+from ..process import Launch, command_line, pause_after_first_epoch, resume_and_stop
 
 ROOT = Path(__file__).parents[2]
 SIZES = Sizes(96, 40, (1, 8, 8))
@@ -324,11 +325,11 @@ def test_low_memory_ends_the_run_with_one_line_after_a_bounded_number_of_attempt
 @pytest.mark.interruptions
 def test_a_control_actor_that_is_killed_comes_back_and_the_run_still_hears_that_it_is_to_stop(launch: Launch) -> None:
     def kill_then_interrupt(driver: psutil.Process, line: str) -> None:
-        training = held(launch.folder, "expert pgd-1")
-        (control,) = (p for p in driver.children(recursive=True) if title(p).startswith("ray::Control"))
+        training = pause_after_first_epoch(launch.folder, "expert pgd-1")
+        (control,) = (p for p in driver.children(recursive=True) if command_line(p).startswith("ray::Control"))
         control.kill()
         driver.send_signal(signal.SIGINT)
-        go_on_to_stop(training)
+        resume_and_stop(training)
 
     code, stderr = launch.until("^Ray dashboard", kill_then_interrupt, *ARGUMENTS)
     assert code == 130, stderr

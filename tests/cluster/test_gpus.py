@@ -29,7 +29,8 @@ from dwf_cluster.plan.schedule import Allocation
 from dwf_cluster.store import Store, tables
 from dwf_cluster.training import Task, train
 
-from ..conftest import TINY, Launch
+from ..conftest import TINY
+from ..process import Launch
 
 
 class DirectControl:

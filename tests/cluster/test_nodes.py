@@ -12,7 +12,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from ..conftest import TINY, Launch
+from ..conftest import TINY
+from ..process import Launch
 
 SERVER = """
 import json, sys

@@ -20,7 +20,8 @@ from ray._private.runtime_env.packaging import create_package
 from dwf_cluster.cluster.sbatch import RESERVED, SlurmJob, SlurmOptions, follow
 from dwf_cluster.settings import InvalidInput
 
-from ..conftest import SLOWER, TINY, Launch, assert_same, go_on_to_stop, held, write_npz
+from ..conftest import SLOWER, TINY, assert_same, write_npz
+from ..process import Launch, pause_after_first_epoch, resume_and_stop
 from . import slurm
 from .slurm import Slurm
 
@@ -44,7 +45,7 @@ def test_several_seeds_are_an_array_that_goes_on_when_nobody_looks_and_is_found_
     training: list[psutil.Process] = []
 
     def close(process: psutil.Process, line: str) -> None:
-        training.append(held(on_slurm.folder, "expert pgd-1"))
+        training.append(pause_after_first_epoch(on_slurm.folder, "expert pgd-1"))
         process.kill()
 
     status, _ = on_slurm.until(r"job \S+: RUNNING", close, *command)
@@ -259,7 +260,7 @@ def test_the_local_executor_is_told_saves_and_goes_on_as_slurm_would_have_it(
     launch: Launch, undisturbed: tuple[Path, subprocess.CompletedProcess[str]]
 ) -> None:
     def tell(process: psutil.Process, line: str) -> None:
-        training = held(launch.folder, "expert pgd-1")
+        training = pause_after_first_epoch(launch.folder, "expert pgd-1")
         (job,) = (
             child
             for child in process.children(recursive=True)
@@ -269,7 +270,7 @@ def test_the_local_executor_is_told_saves_and_goes_on_as_slurm_would_have_it(
         (log,) = launch.folder.glob("slurm-jobs/*/*.out")
         while "\nstopping: " not in log.read_text():
             time.sleep(0.01)  # a file tells nobody
-        go_on_to_stop(training)
+        resume_and_stop(training)
 
     command = ["--slurm", "--executor", "local", *EXPERTS]
     lines: list[str] = []

@@ -18,7 +18,7 @@ from dwf_cluster.cluster import temporary
 from dwf_cluster.settings import InvalidInput
 
 from .. import PATIENCE
-from ..conftest import title
+from ..process import command_line
 
 HOLD = """
 import sys
@@ -70,7 +70,7 @@ class Owner:
 
 
 def _is_agent(process: psutil.Process) -> bool:
-    return re.match("ray::.*Agent", title(process)) is not None
+    return re.match("ray::.*Agent", command_line(process)) is not None
 
 
 @pytest.fixture

@@ -11,21 +11,21 @@ import pytest
 from rich.console import Console
 
 from dwf_cluster.cluster.control import Claim
-from dwf_cluster.cluster.driver import Ended, Started
+from dwf_cluster.cluster.events import Ended, Started
 from dwf_cluster.console.progress import Progress
 from dwf_cluster.data.registry import Sizes
 from dwf_cluster.experiment import Experiment
 from dwf_cluster.plan.jobs import Job, jobs
 from dwf_cluster.store import Store, tables
 
-from . import PATIENCE
+from .. import PATIENCE
 
 
 def _epoch(store: Store, experiment: Experiment, job: Job, epoch: int) -> None:
     row = {"stage": job.stage, "model": job.model, "epoch": epoch, "loss": 0.5, "clean_accuracy": 0.9}
     row |= {"probe_pgd_accuracy": 0.25, "images_per_second": 321.0, "seconds": 61.0}
     before = tables.metrics_until(store, job.model, epoch - 1) if epoch > 1 else []
-    tables.write(store, "metrics", job.model, tables.rows_of(experiment, [*before, row]))
+    tables.write(store, "metrics", job.model, [*before, row])
 
 
 @pytest.fixture
@@ -61,7 +61,7 @@ def test_elsewhere_each_epoch_and_each_end_is_a_plain_line(store: Store, tiny: E
 
 def test_what_a_job_noted_is_a_warning(store: Store, tiny: Experiment, experts: list[Job]) -> None:
     note = "damaged checkpoint 2 removed; used is 1\nrows are lost"
-    tables.write(store, "jobs", experts[0].file, tables.rows_of(tiny, [{"state": "done", "note": note}]))
+    tables.write(store, "jobs", experts[0].file, [{"state": "done", "note": note}])
     printed = io.StringIO()
     progress = _progress(store, tiny, Console(file=printed))
     with progress.watching(experts):
@@ -171,7 +171,7 @@ def test_metrics_with_missing_values_are_a_warning(
     terminal: bool, store: Store, tiny: Experiment, experts: list[Job]
 ) -> None:
     row = {"stage": "experts", "model": "pgd-1", "epoch": 1, "loss": None, "seconds": float("nan")}
-    tables.write(store, "metrics", "pgd-1", tables.rows_of(tiny, [row]))
+    tables.write(store, "metrics", "pgd-1", [row])
     console = Console(file=io.StringIO(), force_terminal=terminal, width=200, record=True)
     progress = _progress(store, tiny, console)
     with progress.watching(experts):

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from dwf_cluster.attacks.pgd import fgsm, pgd
 from torch import nn
 
 from dwf_cluster.attacks.ball import Ball
 from dwf_cluster.attacks.gradient import differentiate
+from dwf_cluster.attacks.pgd import fgsm, pgd
 from dwf_cluster.data.device import DeviceImages
 from dwf_cluster.data.sources import Images
 from dwf_cluster.defences import adversarial, dwf

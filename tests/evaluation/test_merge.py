@@ -12,7 +12,7 @@ FILES = {"evaluate-benign-paper": ["evaluate-benign-paper-0", "evaluate-benign-p
 def _shard(store: Store, experiment: Experiment, number: int, first: int, correct: int) -> None:
     row = {"model": "benign", "attack": "clean", "family": "paper", "first": first, "examples": 20}
     row |= {"correct": correct, "perturbation": 0.0, "gradients": 0, "seconds": 1.0}
-    tables.write(store, "shards", FILES["evaluate-benign-paper"][number], tables.rows_of(experiment, [row]))
+    tables.write(store, "shards", FILES["evaluate-benign-paper"][number], [row])
 
 
 def test_what_is_missing_is_added_up_once_all_shards_are_there(store: Store, tiny: Experiment) -> None:

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from dwf_cluster.attacks.pgd import fgsm, pgd
 
 from dwf_cluster.attacks.ball import Ball
 from dwf_cluster.attacks.gradient import differentiate
+from dwf_cluster.attacks.pgd import fgsm, pgd
 from dwf_cluster.data.device import to_float
 from dwf_cluster.data.sources import Images
 from dwf_cluster.defences import adversarial, dwf
@@ -20,12 +20,12 @@ from dwf_cluster.determinism import Draws
 from dwf_cluster.evaluation import merge
 from dwf_cluster.evaluation.registry import Column, columns, suite_names
 from dwf_cluster.evaluation.run import check, evaluate
-from dwf_cluster.experiment import MIXTURE, Experiment, build
+from dwf_cluster.experiment import Experiment, build
 from dwf_cluster.models.frozen import frozen
 from dwf_cluster.models.mixture import Mixture
 from dwf_cluster.store import Store, tables
 
-from .conftest import TINY, InDouble
+from ..conftest import TINY, InDouble
 
 CPU = torch.device("cpu")
 EVERYTHING = [
@@ -51,15 +51,15 @@ def _models(experiment: Experiment, images: Images) -> dict[str, torch.nn.Module
         model.train()
         for _ in range(3):
             model(to_float(torch.tensor(images.x_train)))
-    return {name: InDouble(model) for name, model in experts.items()} | {MIXTURE: mixture.double()}
+    return {name: InDouble(model) for name, model in experts.items()} | {"mixture": mixture.double()}
 
 
 def _evaluated(
     experiment: Experiment, images: Images, name: str, family: str, chosen: slice = slice(0, 40)
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     models = _models(experiment, images)
-    if name == MIXTURE:
-        models[MIXTURE] = _PixelsInDouble(models[MIXTURE])
+    if name == "mixture":
+        models["mixture"] = _PixelsInDouble(models["mixture"])
     wanted = models if "transfer" in experiment.evaluation.beyond and family == "paper" else {name: models[name]}
     x, y = images.x_test[chosen], images.y_test[chosen]
     return evaluate(experiment, wanted, name, family, x, y, chosen.start, CPU)
@@ -78,7 +78,7 @@ def _own(predictions: list[dict[str, Any]], row: dict[str, Any]) -> list[dict[st
     return [p for p in predictions if all(p[key] == row[key] for key in keys)]
 
 
-@pytest.mark.parametrize("name", ["fgsm-1", MIXTURE])
+@pytest.mark.parametrize("name", ["fgsm-1", "mixture"])
 def test_every_column_of_every_family_counts_its_correct_predictions(
     everything: Experiment, images: Images, name: str
 ) -> None:
@@ -94,7 +94,7 @@ def test_every_column_of_every_family_counts_its_correct_predictions(
             assert sum(p["prediction"] == p["label"] for p in own) == row["correct"]
             assert all((p["margin"] > 0) == (p["prediction"] == p["label"]) for p in own)
             assert row["perturbation"] <= (row["epsilon"] or 0) + 1e-6
-            assert all((p["gate"] is None) == (row["model"] != MIXTURE) for p in own)
+            assert all((p["gate"] is None) == (row["model"] != "mixture") for p in own)
 
 
 def test_each_of_the_17_columns_is_the_attack_run_alone_on_the_whole_model(
@@ -136,7 +136,7 @@ def test_transfer_tests_the_images_of_one_model_on_each_other(everything: Experi
     rows, predictions = _evaluated(everything, images, "benign", "paper")
     transferred = [row for row in rows if row["attack"] == "transfer"]
     assert [(row["model"], row["source"]) for row in transferred] == [
-        (name, "benign") for name in ("fgsm-1", "pgd-1", MIXTURE)
+        (name, "benign") for name in ("fgsm-1", "pgd-1", "mixture")
     ]
     models = _models(everything, images)
     x, y = to_float(torch.tensor(images.x_test)), torch.tensor(images.y_test)
@@ -158,9 +158,9 @@ def test_gradients_are_counted_where_they_are_spent(
         return real(total, leaf)
 
     monkeypatch.setattr(torch.autograd, "grad", counting)
-    for family in suite_names(everything, MIXTURE)[:-1]:
+    for family in suite_names(everything, "mixture")[:-1]:
         counted.clear()
-        rows, _ = _evaluated(everything, images, MIXTURE, family)
+        rows, _ = _evaluated(everything, images, "mixture", family)
         assert sum(row["gradients"] for row in rows) == sum(counted), family
         spent = [row["gradients"] for row in rows if row["attack"] != "transfer"]
         if family == "paper":
@@ -183,7 +183,7 @@ def test_the_mixtures_predictions_carry_the_gates_weights_on_the_attacked_image(
     tiny: Experiment, images: Images
 ) -> None:
     mixture = dwf.build(tiny, images)
-    _, predictions = evaluate(tiny, {MIXTURE: mixture}, MIXTURE, "paper", images.x_test, images.y_test, 0, CPU)
+    _, predictions = evaluate(tiny, {"mixture": mixture}, "mixture", "paper", images.x_test, images.y_test, 0, CPU)
     view = frozen(mixture)
     x, y = to_float(torch.tensor(images.x_test)), torch.tensor(images.y_test)
     ball = Ball("linf", tiny.pgd.epsilon)
@@ -203,7 +203,7 @@ def test_slices_of_the_test_set_come_to_the_same_rows_as_the_whole(
         predictions = []
         for number, chosen in enumerate(slices):
             rows, part = _evaluated(small, images, "fgsm-1", family, chosen)
-            tables.write(store, "shards", f"{family}-{number}", tables.rows_of(small, rows))
+            tables.write(store, "shards", f"{family}-{number}", rows)
             predictions += part
         merge.merge(store, {family: [f"{family}-{number}" for number in range(3)]})
         merged = tables.read(store, "evaluations", [family]).to_pylist()
@@ -222,7 +222,7 @@ def test_a_merge_waits_for_every_slice_and_its_intervals_are_wilsons(
     tiny: Experiment, images: Images, store: Store
 ) -> None:
     rows, _ = _evaluated(tiny, images, "benign", "paper")
-    tables.write(store, "shards", "first", tables.rows_of(tiny, rows))
+    tables.write(store, "shards", "first", rows)
     merge.merge(store, {"merged": ["first", "second"]})
     assert not tables.files(store, "evaluations")
     merge.merge(store, {"merged": ["first"]})

@@ -24,8 +24,8 @@ from dwf_cluster.store import Store, files, lock, tables
 from dwf_cluster.store.lock import ExperimentLocked, Lock, Owner
 from dwf_cluster.store.status import HEARTBEAT, Status
 
-from . import PATIENCE
-from .conftest import TINY
+from .. import PATIENCE
+from ..conftest import TINY
 
 EXPERIMENTS, LATENCY, LIMIT = 1000, 0.07, 15.0
 """Experiments of one run, seconds an operation, seconds between two heartbeats."""

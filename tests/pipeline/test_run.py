@@ -24,20 +24,8 @@ from dwf_cluster.experiment import Experiment, build
 from dwf_cluster.plan.jobs import stored_bytes
 from dwf_cluster.store import checkpoints, tables
 
-from .conftest import (
-    ARGUMENTS,
-    LOCAL,
-    MODELS,
-    SLOWER,
-    TINY,
-    Launch,
-    answer,
-    assert_same,
-    go_on_to_stop,
-    held,
-    store_of,
-    title,
-)
+from ..conftest import ARGUMENTS, LOCAL, MODELS, SLOWER, TINY, assert_same, store_of
+from ..process import Launch, command_line, pause_after_first_epoch, resume_and_stop, wait_for_answer
 
 
 def test_it_leaves_checkpoints_tables_and_the_experiment(
@@ -127,12 +115,12 @@ def test_interrupted_and_killed_it_goes_on_and_ends_with_the_same_bits(
     refused: list[str] = []
 
     def interrupt(driver: psutil.Process, line: str) -> None:
-        training = held(launch.folder, "expert pgd-1")
+        training = pause_after_first_epoch(launch.folder, "expert pgd-1")
         driver.send_signal(signal.SIGINT)
-        go_on_to_stop(training)
+        resume_and_stop(training)
 
     def kill(driver: psutil.Process, line: str) -> None:
-        training = held(launch.folder, "joint")
+        training = pause_after_first_epoch(launch.folder, "joint")
         second = launch(*ARGUMENTS)
         assert second.returncode == 1
         refused.append(second.stderr.splitlines()[0])
@@ -178,7 +166,7 @@ def test_a_killed_worker_is_replaced_and_changes_no_number(
     launch: Launch, undisturbed: tuple[Path, subprocess.CompletedProcess[str]]
 ) -> None:
     def kill_worker(driver: psutil.Process, line: str) -> None:
-        held(launch.folder, "joint").kill()
+        pause_after_first_epoch(launch.folder, "joint").kill()
 
     code, stderr = launch.until("^Ray dashboard", kill_worker, *ARGUMENTS)
     assert code == 0, stderr
@@ -273,7 +261,7 @@ def test_one_worker_or_two_and_a_slice_again_come_to_the_same_rows(
     def kill_worker(driver: psutil.Process, line: str) -> None:
         while not killed:
             for process in driver.children(recursive=True):
-                if (name := title(process)).startswith("ray::evaluate"):
+                if (name := command_line(process)).startswith("ray::evaluate"):
                     process.kill()
                     killed.append(name.removeprefix("ray::"))
 
@@ -338,14 +326,14 @@ def test_all_listens_on_loopback_and_the_dashboard_refuses_whoever_has_no_token(
         assert token_file.stat().st_mode & 0o777 == 0o600
         assert token_file.parent.stat().st_mode & 0o777 == 0o700
         with pytest.raises(urllib.error.HTTPError) as refused:
-            answer(f"{found[1]}/api/jobs/")
+            wait_for_answer(f"{found[1]}/api/jobs/")
         assert refused.value.code in (401, 403)
         headers = {"Authorization": f"Bearer {token_file.read_text()}"}
         request = urllib.request.Request(f"{found[1]}/api/jobs/", headers=headers)
-        assert [job["type"] for job in json.loads(answer(request))] == ["DRIVER"]
+        assert [job["type"] for job in json.loads(wait_for_answer(request))] == ["DRIVER"]
         driver.send_signal(signal.SIGINT)
 
     code, _ = launch.until("^Ray dashboard", knock, *ARGUMENTS)
     assert code == 130
     assert not files[0].parent.exists()
-    assert not [process for process in psutil.process_iter() if str(files[0].parent) in title(process)]
+    assert not [process for process in psutil.process_iter() if str(files[0].parent) in command_line(process)]

@@ -24,7 +24,8 @@ from dwf_cluster.pipeline import sweep as sweeps
 from dwf_cluster.plan.jobs import Job, deduplicate, jobs
 from dwf_cluster.store import StorageFailed, Store, checkpoints
 
-from .conftest import ARGUMENTS, LOCAL, MODELS, TINY, Launch, answer, assert_same, go_on_to_stop, held, store_of
+from ..conftest import ARGUMENTS, LOCAL, MODELS, TINY, assert_same, store_of
+from ..process import Launch, pause_after_first_epoch, resume_and_stop, wait_for_answer
 
 SIZES = Sizes(96, 40, (1, 8, 8))
 
@@ -203,7 +204,7 @@ def swept(tmp_path_factory: pytest.TempPathFactory) -> Swept:
         for what in ("tasks", "actors"):
             request = urllib.request.Request(f"{dashboard[0]}/api/v0/{what}?detail=true&limit=10000")
             request.add_header("Authorization", f"Bearer {Path(dashboard[1]).read_text()}")
-            seen[what] = json.loads(answer(request))["data"]["result"]["result"]
+            seen[what] = json.loads(wait_for_answer(request))["data"]["result"]["result"]
 
     def remember(driver: psutil.Process, line: str) -> None:
         found = re.match(r"Ray dashboard: (\S+) .* `cat (\S+)`", line)
@@ -341,9 +342,9 @@ def test_a_trial_that_fails_keeps_no_other_from_its_end(launch: Launch) -> None:
 @pytest.mark.interruptions
 def test_interrupted_and_killed_it_goes_on_and_ends_with_the_same_bits(launch: Launch, swept: Swept) -> None:
     def interrupt(driver: psutil.Process, line: str) -> None:
-        training = held(launch.folder, "joint")
+        training = pause_after_first_epoch(launch.folder, "joint")
         driver.send_signal(signal.SIGINT)
-        go_on_to_stop(training)
+        resume_and_stop(training)
 
     def kill(driver: psutil.Process, line: str) -> None:
         driver.kill()

@@ -87,7 +87,7 @@ def _finish(store: Store, job: Job, metrics: bool = True) -> None:
         checkpoints.save(store, job.model, epoch, 0, {"model.weight": torch.zeros(1)}, state)
     for table in (*job.tables, "jobs"):
         name, content = (job.model, rows) if table == "metrics" else (job.file, [{}])
-        tables.write(store, table, name, tables.rows_of(job.experiment, content))
+        tables.write(store, table, name, content)
 
 
 def _left(experiment: Experiment, store: Store) -> set[str]:

@@ -166,14 +166,14 @@ def test_a_full_disk_keeps_what_was_there_and_leaves_no_halves(small_disk: Path)
 
 def test_a_read_only_disk_is_said(small_disk: Path) -> None:
     store = Store(str(small_disk), "experiment")
-    store.check()
+    store.preflight()
     subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
     with pytest.raises(StorageFailed, match=r"preflight-\w+: cannot be written: Read-only file system$"):
-        store.check()
+        store.preflight()
 
 
 def test_the_preflight_leaves_nothing(store: Store) -> None:
-    store.check()
+    store.preflight()
     assert os.listdir(store.root) == []
 
 
@@ -239,7 +239,7 @@ def test_without_hard_links_a_file_is_created_exclusively_too(
     store: Store, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     monkeypatch.setattr(os, "link", functools.partial(_no_link, number))
-    store.check()
+    store.preflight()
     assert store.create("lease/00001.json", b"one")
     assert store.create("lease/00001.json", b"one")  # the answer to the first was lost, say
     assert not store.create("lease/00001.json", b"two")
@@ -289,7 +289,7 @@ def test_what_a_killed_process_left_half_written_is_swept(store: Store) -> None:
     store.write("results/jobs/a.parquet", b"whole")
     half = Path(store.path("results/jobs/.b.parquet.7-ab.unfinished"))
     half.write_bytes(b"half")
-    store.sweep()
+    store.remove_temporary()
     assert not half.exists()
     assert store.read("results/jobs/a.parquet") == b"whole"
 

@@ -48,7 +48,7 @@ def test_a_file_that_is_written_again_replaces_its_rows(store: Store, tiny: Expe
 
 def test_rows_belong_to_the_experiment_that_writes_them_whatever_they_said_before(tiny: Experiment) -> None:
     other = tiny.model_copy(update={"seed": 7})
-    (row,) = tables.rows_of(other, tables.rows_of(tiny, [{"epoch": 1}]))
+    (row,) = tables.rows_of(tiny, [{"epoch": 1}])
     assert (row["experiment"], row["seed"], row["epoch"]) == (other.signature, 7, 1)
 
 
@@ -100,7 +100,7 @@ def test_a_folder_in_the_place_of_a_file_is_named(store: Store, table: str) -> N
 
 
 def test_rows_of_an_older_version_lack_what_it_did_not_know(store: Store, tiny: Experiment) -> None:
-    tables.write(store, "jobs", "joint", tables.rows_of(tiny, [{"task": "joint", "devices": ["n1: cpu"]}]))
+    tables.write(store, "jobs", "joint", [{"task": "joint", "devices": ["n1: cpu"]}])
     old = pd.read_parquet(store.path("results/jobs/joint.parquet")).drop(columns="devices")
     old.to_parquet(store.path("results/jobs/joint.parquet"))
     (row,) = tables.read(store, "jobs").to_pylist()
@@ -121,7 +121,7 @@ def test_rows_are_counted_without_reading_the_files_whole(
 ) -> None:
     random = np.random.default_rng(0)
     rows = [{"model": "pgd-1", "example": n, "margin": m} for n, m in enumerate(random.random(50_000))]
-    tables.write(store, "predictions", "a", tables.rows_of(tiny, rows))
+    tables.write(store, "predictions", "a", rows)
     size = store.size("results/predictions/a.parquet")
     assert size
     assert size > 100_000
