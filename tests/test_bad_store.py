@@ -62,7 +62,7 @@ def test_a_finished_experiment_is_skipped(done: Path, capsys: pytest.CaptureFixt
 
 
 FOLDER, PIPE = "cannot be read: Is a directory", "cannot be read: not a regular file"
-TABLE_FOLDER = "not the Parquet file that was written (it is a folder); remove it, and it is made anew"
+TABLE_FOLDER = "not the Parquet file that was written (it is a folder); remove it, and the same command computes it again"
 
 
 @pytest.mark.parametrize(
@@ -103,7 +103,7 @@ def test_a_file_that_is_no_table_is_left_alone(done: Path, capsys: pytest.Captur
 
 def test_the_owner_in_a_lock_reaches_no_terminal_unescaped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "runs" / build("digits", None, [*TINY, *LONG_EPOCHS]).folder
-    owner = json.loads(Owner.me().model_dump_json())
+    owner = json.loads(Owner.current().model_dump_json())
     owner |= {"host": "\x1b]0;owned\x07\x1b[2J\u202e", "machine": "another", "job": "\n7"}
     (folder / "lease").mkdir(parents=True)
     (folder / "lease" / "00001.json").write_text(json.dumps(owner))

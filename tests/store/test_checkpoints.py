@@ -199,7 +199,7 @@ def test_a_checkpoint_that_is_not_what_was_saved_is_removed_and_both_are_named(
     assert checkpoint is not None
     assert (checkpoint.epoch, checkpoint.tensors["model.count"]) == (1, 1)
     told = checkpoints.discard_damaged(store, "pgd-1")
-    assert told == f"damaged checkpoint {_folder(store, 2)} removed; used is {_folder(store, 1)}"
+    assert told == f"damaged checkpoint {_folder(store, 2)} removed; resuming from {_folder(store, 1)}"
     assert store.names("checkpoints/pgd-1") == ["epoch-00001"]
     assert not Path("pwned").exists()
 
@@ -213,7 +213,7 @@ def test_good_ones_are_left_alone_and_without_any_it_starts_over(store: Store) -
     _flip_a_bit(_folder(store, 2))
     told = checkpoints.discard_damaged(store, "pgd-1")
     assert told is not None
-    assert told.endswith("removed; used is none: it starts over")
+    assert told.endswith("removed; starting over")
     assert checkpoints.load_latest(store, "pgd-1") is None
 
 
@@ -226,10 +226,12 @@ def test_who_needs_a_trained_model_gets_the_last_epochs_or_an_error_and_the_dama
         checkpoints.load_trained(store, "pgd-1", 3)
     assert str(lost.value) == (
         f"pgd-1 is not trained to the end: no checkpoint of epoch 3 (damaged checkpoint {_folder(store, 3)} removed; "
-        f"used is {_folder(store, 2)}); the same command again trains it"
+        f"resuming from {_folder(store, 2)}); run the same command again to train it"
     )
     assert checkpoints.latest_epoch(store, "pgd-1") == 2  # so it is trained again
-    with pytest.raises(checkpoints.CheckpointLost, match="no checkpoint of epoch 3; the same command again trains it"):
+    with pytest.raises(
+        checkpoints.CheckpointLost, match="no checkpoint of epoch 3; run the same command again to train it"
+    ):
         checkpoints.load_trained(store, "pgd-1", 3)
 
 
@@ -263,7 +265,7 @@ def test_a_shared_model_is_stored_once_and_says_where_it_is_from(store: Store) -
         assert shared.state["experiment"] == other.folder.rpartition("-")[2]
         assert shared.state["copied_from"] == source.folder
         assert other.names("checkpoints/pgd-1/epoch-00003") == ["manifest.json", "state.json"]
-        assert checkpoints.origin(other, "checkpoints/pgd-1/epoch-00003") == (
+        assert checkpoints.tensors_elsewhere(other, "checkpoints/pgd-1/epoch-00003") == (
             f"{store.folder}/checkpoints/pgd-1/epoch-00003"
         )
 
@@ -287,7 +289,7 @@ def test_a_shared_model_whose_tensors_are_gone_is_said_and_is_not_there(
     assert checkpoints.load_latest(other, "pgd-1") is None
     assert checkpoints.discard_damaged(other, "pgd-1") == (
         f"damaged checkpoint {_folder(other, 3)} (its tensors are those of "
-        f"{store.folder}/checkpoints/pgd-1/epoch-00003) removed; used is none: it starts over"
+        f"{store.folder}/checkpoints/pgd-1/epoch-00003) removed; starting over"
     )
     assert checkpoints.latest_epoch(other, "pgd-1") == 0
 

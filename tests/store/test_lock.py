@@ -21,7 +21,7 @@ from .. import PATIENCE
 
 
 def _write(store: Store, number: int, **changed: object) -> None:
-    holder = Owner.me().model_dump() | changed
+    holder = Owner.current().model_dump() | changed
     store.create(f"lease/{number:05d}.json", json.dumps(holder).encode())
 
 

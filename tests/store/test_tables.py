@@ -84,7 +84,7 @@ def test_a_file_that_is_not_what_was_written_is_named(store: Store, tiny: Experi
             tables.read(store, "metrics")
         assert re.fullmatch(
             r"/\S+/results/metrics/pgd-1\.parquet: not the Parquet file that was written \(.+\); "
-            "remove it, and it is made anew",
+            "remove it, and the same command computes it again",
             str(failed.value),
         )
 
