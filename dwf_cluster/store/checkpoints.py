@@ -3,7 +3,8 @@
 A checkpoint is the folder `checkpoints/<model, or joint>/epoch-00003/` with `tensors.safetensors`, `state.json` and
 `manifest.json` (bytes and SHA-256 of the other two). The manifest is written last; a folder without a manifest that
 matches is not a checkpoint. `epoch-00003-step-000017` was saved 17 steps into the fourth epoch. If experiments share a
-model, one has the tensors and the others' manifests refer to it: `"in": "<experiment>/checkpoints/<model>/epoch-00003"`.
+model, one has the tensors, and the others' manifests refer to it:
+`"in": "<experiment>/checkpoints/<model>/epoch-00003"`.
 torch is imported only by functions that use tensors, so that a driver can find out what is done without it.
 """
 

@@ -73,7 +73,7 @@ class Store:
         folder: name of the experiment's folder below the root; empty: the root itself.
         run: number of the run that writes; then every write, create and remove raises `LockLost` once a later run
             has taken the experiment over. None: writes are not fenced.
-        labels: added to every row that is written to a table; None: the store can only be read.
+        labels: added to every row that is written to a table; None: no rows can be written.
     """
 
     url: str
@@ -119,12 +119,12 @@ class Store:
         """Write one file, whole or not at all; a file of that name is replaced.
 
         Raises:
-            LockLost: if the store is fenced and its run no longer holds the lock.
+            LockLost: if the store is fenced and its run no longer owns the lock.
         """
         self._retry("written", name, lambda: self._put(name, content, exclusive=False))
 
     def create(self, name: str, content: bytes) -> bool:
-        """Write one file if it does not exist; return whether it did not. Of many processes, exactly one succeeds.
+        """Create one file and return True, or return False if it exists. Of many processes, exactly one succeeds.
 
         Args:
             name: name of the file.
