@@ -75,7 +75,7 @@ def store(tmp_path: Path, tiny: Experiment) -> Store:
 
 
 def write_npz(path: Path, **changed: np.ndarray | None) -> Path:
-    """Write an .npz data set of 64 + 16 colour images of 8x8 in three classes; arrays can be replaced or (None) omitted."""
+    """Write an .npz data set of 64 + 16 colour images of 8x8 in three classes; None omits an array."""
     random = np.random.default_rng(0)
     y_train, y_test = np.arange(64) % 3, np.arange(16) % 3
     arrays = {
