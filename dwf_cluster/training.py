@@ -96,11 +96,8 @@ def train(task: Task, model: nn.Module, images: DeviceImages) -> nn.Module:
 
     Args:
         task: the settings, and the store to resume from.
-        model: on the device of `images`; changed in place.
+        model: on the device of `images`; changed in place and returned.
         images: the data set.
-
-    Returns:
-        The model.
 
     Raises:
         NonFiniteLoss: if the loss becomes NaN or infinite.
