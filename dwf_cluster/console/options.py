@@ -128,7 +128,11 @@ def _parser() -> Parser:
         allow_abbrev=False,
     )
     parser.add_argument(
-        "--help-fields", nargs="?", const="", metavar="PART", help="print the fields for --set, all or those of one part"
+        "--help-fields",
+        nargs="?",
+        const="",
+        metavar="PART",
+        help="print the fields for --set, all or those of one part",
     )
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--local", action="store_true", help="run on this machine")
