@@ -7,7 +7,6 @@ resume command is derived from `experiment.json`, whose fields are validated; st
 
 from __future__ import annotations
 
-import re
 import shlex
 import sys
 from collections.abc import Iterable, Sequence
@@ -18,9 +17,7 @@ from dwf_cluster.plan.jobs import STAGES
 from dwf_cluster.settings import InvalidInput, printable, to_text
 from dwf_cluster.store import StorageFailed, Store
 from dwf_cluster.store.lock import SILENCE
-from dwf_cluster.store.status import Status, age
-
-_EXPERIMENT = re.compile(r"[A-Za-z0-9][\w.-]*-seed\d+-[0-9a-f]{10}", re.ASCII)
+from dwf_cluster.store.status import Status, age, experiment_folders
 
 _MAX_CELL = 60
 _MAX_REASON = 400
@@ -51,7 +48,7 @@ def _run(arguments: Sequence[str] | None) -> int:
     parser.add_argument("--yes", action="store_true", help="with --prune: do not ask")
     options = parser.parse_args(arguments)
     if options.prune:
-        from dwf_cluster.store import prune
+        from dwf_cluster.console import prune
 
         return prune.command(options.storage, options.yes)
     for line in lines(options.storage):
@@ -67,9 +64,7 @@ def lines(storage: str) -> list[str]:
         StorageFailed: if it cannot be listed.
     """
     store = Store(storage, "")
-    folders = [name for name in store.names("") if _EXPERIMENT.fullmatch(name)]
-    if not folders:
-        raise InvalidInput(f"storage: {storage!r} cannot be used: no experiments there")
+    folders = experiment_folders(storage)
     statuses = {
         folder: content if content is None or isinstance(content, StorageFailed) else Status.parse(content)
         for folder, content in _read_each(store, folders, Status.FILE)

@@ -10,6 +10,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from dwf_cluster.console.prune import format_bytes
 from dwf_cluster.data.registry import Sizes
 from dwf_cluster.evaluation.registry import Column, transfer_column
 from dwf_cluster.experiment import Experiment
@@ -20,7 +21,6 @@ from dwf_cluster.plan.resources import Resources, allocate
 from dwf_cluster.plan.schedule import Allocation, Planned, lower_bound, timeline
 from dwf_cluster.settings import printable, to_text
 from dwf_cluster.store import Store, tables
-from dwf_cluster.store.prune import size
 
 GPU_FLOPS = 8.4e13, "estimate for an H100 with TF32, not measured"
 CPU_FLOPS = 2.5e10, "estimate for a core at the demo's width, not measured"
@@ -105,8 +105,8 @@ def _add_plan(
 def _storage_line(experiments: Sequence[Experiment], sizes: Sizes, storage: str) -> str:
     in_checkpoints, in_tables = stored_bytes(experiments, sizes)
     return (
-        f"storage: about {size(in_checkpoints + in_tables)} below {storage} when all of it is done "
-        f"({size(in_checkpoints)} of checkpoints, {size(in_tables)} of tables)"
+        f"storage: about {format_bytes(in_checkpoints + in_tables)} below {storage} when all of it is done "
+        f"({format_bytes(in_checkpoints)} of checkpoints, {format_bytes(in_tables)} of tables)"
     )
 
 

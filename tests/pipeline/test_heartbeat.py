@@ -102,7 +102,7 @@ def test_a_thousand_experiments_beat_in_time_until_the_final_state_of_each_is_wr
     experiments: list[Experiment], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(standing, "HEARTBEAT", 0.01)
-    leases = {e: Lock(Store(URL, e.folder, run=1), 1, Owner.me()) for e in experiments}
+    leases = {e: Lock(Store(URL, e.folder, run=1), 1, Owner.current()) for e in experiments}
 
     def beats() -> int:
         return min(len(Counted.beats[e.folder]) for e in experiments)
@@ -137,7 +137,7 @@ def test_a_run_that_loses_one_of_its_experiments_says_to_whom_and_gives_the_othe
 ) -> None:
     lost, other = experiments[:2]
     leases = {e: lock.acquire(e.store(URL)) for e in (lost, other)}
-    successor = Owner.me().model_copy(update={"host": "n7", "pid": 4711, "since": "2026-11-23T12:00:00+00:00"})
+    successor = Owner.current().model_copy(update={"host": "n7", "pid": 4711, "since": "2026-11-23T12:00:00+00:00"})
 
     def run() -> None:
         with Standing(leases, SIZES, "the command").told() as told:
@@ -157,7 +157,7 @@ def test_a_run_that_loses_one_of_its_experiments_says_to_whom_and_gives_the_othe
 def test_silent_owners_are_looked_at_together(experiments: list[Experiment], monkeypatch: pytest.MonkeyPatch) -> None:
     """Each look waits for all others to have begun."""
     stores = {e: e.store(URL) for e in experiments[:100]}
-    silent = Owner.me().model_copy(update={"machine": "another", "since": "2026-01-01T00:00:00+00:00"})
+    silent = Owner.current().model_copy(update={"machine": "another", "since": "2026-01-01T00:00:00+00:00"})
     for store in stores.values():
         store.create("lease/00001.json", silent.model_dump_json().encode())
     together, take = threading.Barrier(len(stores), timeout=PATIENCE), lock.acquire
