@@ -8,10 +8,12 @@ import os
 import re
 import shlex
 import sys
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from dwf_cluster.cluster.environment import RESUME_COMMAND
 from dwf_cluster.console.terminal import Stop, lasting_output
 from dwf_cluster.experiment import PRESETS, Experiment, build, fields_of_an_experiment
 from dwf_cluster.plan.jobs import STAGES
@@ -212,10 +214,10 @@ def main(argv: Sequence[str] | None = None, again: str | None = None) -> int:
 
     Args:
         argv: the arguments; None: this process's.
-        again: the command that resumes a run; None: this one.
+        again: the command that resumes a run; None: that of the SLURM job that this is the driver of, or this one.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    again = again or f"python -m dwf_cluster.launch {shlex.join(arguments)}"
+    again = again or os.environ.get(RESUME_COMMAND) or f"python -m dwf_cluster.launch {shlex.join(arguments)}"
     with lasting_output():
         try:
             for argument in arguments:
@@ -231,6 +233,10 @@ def main(argv: Sequence[str] | None = None, again: str | None = None) -> int:
         except KeyboardInterrupt:
             print(f"interrupted; what is done is kept\nresume: {again}", file=sys.stderr)
             return 130
+        except Exception:  # a defect of the program
+            traceback.print_exc()
+            print(f"resume: {again}", file=sys.stderr)
+            return 1
 
 
 def job(name: str, *options: str) -> int:
@@ -314,7 +320,7 @@ def _go(
 ) -> int:
     from rich.console import Console
 
-    from dwf_cluster.cluster.driver import RayNotStarted, attached, local
+    from dwf_cluster.cluster.connect import RayNotStarted, attached, local
     from dwf_cluster.console import tables
     from dwf_cluster.console.progress import Progress
     from dwf_cluster.data.sources import DataUnavailable
