@@ -10,6 +10,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from dwf_cluster.cluster.environment import RESUME_COMMAND
 from dwf_cluster.console.command import CommandFailed, exit_status
 from dwf_cluster.console.options import help_fields, parse, seeds
 from dwf_cluster.console.terminal import Stop
@@ -35,10 +36,11 @@ def main(arguments: Sequence[str] | None = None, resume_command: str | None = No
 
     Args:
         arguments: None: those of this process.
-        resume_command: the command that resumes the run; None: this one.
+        resume_command: the command that resumes the run; None: that of the SLURM job that this is the driver of, or
+            this one.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
-    command = resume_command or shlex.join([*_COMMAND, *words])
+    command = resume_command or os.environ.get(RESUME_COMMAND) or shlex.join([*_COMMAND, *words])
     return exit_status(lambda: _run(parse(words), command), command)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
@@ -59,3 +60,7 @@ def exit_status(command: Callable[[], int], resume_command: str = "") -> int:
         except KeyboardInterrupt:
             print(f"interrupted; what is done is kept{resume}", file=sys.stderr)
             return 130
+        except Exception:  # a defect of the program
+            traceback.print_exc()
+            print(resume.lstrip(), file=sys.stderr)
+            return 1
