@@ -120,10 +120,10 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 MODELS = ["benign", "fgsm-1", "pgd-1", "mixture"]
 LOCAL = ["--local", "--cpus", "2", "--gpus", "0"]
-SLOWER = ["data.train_examples=700", "experts.epochs=3", "joint.epochs=3", "pgd.steps=6,8"]
-ARGUMENTS = [*LOCAL, "--set", *TINY, *SLOWER]
+LONG_EPOCHS = ["data.train_examples=700", "experts.epochs=3", "joint.epochs=3", "pgd.steps=6,8"]
+ARGUMENTS = [*LOCAL, "--set", *TINY, *LONG_EPOCHS]
 """Epochs of a second or two: long enough to be interrupted in the middle."""
-TIMINGS = {
+TIMING_COLUMNS = {
     "metrics": ["seconds", "images_per_second"],
     "evaluations": ["seconds"],
     "predictions": [],
@@ -133,9 +133,9 @@ TIMINGS = {
 
 
 @pytest.fixture(scope="session")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+def reference_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
     """The experiment's folder and what a run printed that nothing disturbed."""
-    launch = Launch(tmp_path_factory.mktemp("undisturbed"))
+    launch = Launch(tmp_path_factory.mktemp("reference_run"))
     result = launch(*ARGUMENTS)
     assert result.returncode == 0, result.stderr
     return Path(result.stdout.splitlines()[-1]), result
@@ -151,11 +151,11 @@ def _frame(store: Store, table: str) -> pd.DataFrame:
     frame = pd.read_parquet(store.path(f"results/{table}"))
     keys = ("epoch", "attack", "source", "epsilon", "steps", "first", "example", "check")
     columns = ["model", *(c for c in keys if c in frame)]
-    return frame.sort_values(columns, ignore_index=True).drop(columns=TIMINGS[table])
+    return frame.sort_values(columns, ignore_index=True).drop(columns=TIMING_COLUMNS[table])
 
 
 def assert_same(
-    one: Path | str, other: Path | str, models: Sequence[str] = MODELS, tables: Iterable[str] = TIMINGS
+    one: Path | str, other: Path | str, models: Sequence[str] = MODELS, tables: Iterable[str] = TIMING_COLUMNS
 ) -> None:
     """Two experiments' folders hold the same weights and, timings aside, the same rows."""
     stores = [store_of(one), store_of(other)]
@@ -173,13 +173,13 @@ def assert_same(
 
 
 @pytest.fixture(scope="session")
-def two_workers(
-    undisturbed: tuple[Path, subprocess.CompletedProcess[str]], tmp_path_factory: pytest.TempPathFactory
+def two_worker_run(
+    reference_run: tuple[Path, subprocess.CompletedProcess[str]], tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
     """The folder of a run with the same experts, whose joint stage ran on two workers."""
-    launch = Launch(tmp_path_factory.mktemp("two_workers"))
+    launch = Launch(tmp_path_factory.mktemp("two_worker_run"))
     mixtures = shutil.ignore_patterns("joint*", "mixture*", "*evaluate-*", "lease", "status.json")
-    shutil.copytree(undisturbed[0], launch.folder / "runs" / undisturbed[0].name, ignore=mixtures)
+    shutil.copytree(reference_run[0], launch.folder / "runs" / reference_run[0].name, ignore=mixtures)
     result = launch("--stages", "joint,evaluate", "--joint-workers", "2", *ARGUMENTS)
     assert result.returncode == 0, result.stderr
     return Path(result.stdout.splitlines()[-1])

@@ -16,13 +16,13 @@ from dwf_cluster.experiment import build
 from dwf_cluster.launch import main
 from dwf_cluster.store.lock import Owner
 
-from .conftest import ARGUMENTS, SLOWER, TINY
+from .conftest import ARGUMENTS, LONG_EPOCHS, TINY
 
 
 @pytest.fixture
-def done(undisturbed: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path) -> Path:
+def done(reference_run: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path) -> Path:
     """A copy of a finished experiment, in a storage of its own."""
-    return Path(shutil.copytree(undisturbed[0], tmp_path / "runs" / undisturbed[0].name))
+    return Path(shutil.copytree(reference_run[0], tmp_path / "runs" / reference_run[0].name))
 
 
 def _launch(folder: Path, capsys: pytest.CaptureFixture[str], *options: str) -> tuple[int, list[str], list[str]]:
@@ -102,7 +102,7 @@ def test_a_file_that_is_no_table_is_left_alone(done: Path, capsys: pytest.Captur
 
 
 def test_the_owner_in_a_lock_reaches_no_terminal_unescaped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = tmp_path / "runs" / build("digits", None, [*TINY, *SLOWER]).folder
+    folder = tmp_path / "runs" / build("digits", None, [*TINY, *LONG_EPOCHS]).folder
     owner = json.loads(Owner.me().model_dump_json())
     owner |= {"host": "\x1b]0;owned\x07\x1b[2J\u202e", "machine": "another", "job": "\n7"}
     (folder / "lease").mkdir(parents=True)

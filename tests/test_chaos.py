@@ -164,7 +164,7 @@ def test_no_kill_changes_a_number(
     kills: int,
     kinds: tuple[str, ...],
     setups: list[list[str]],
-    undisturbed: tuple[Path, subprocess.CompletedProcess[str]],
+    reference_run: tuple[Path, subprocess.CompletedProcess[str]],
     tmp_path: Path,
 ) -> None:
     """Prints what it did; `DWF_CHAOS_SEED` draws the same instants again.
@@ -173,13 +173,13 @@ def test_no_kill_changes_a_number(
         kills: how many, of all kinds in turn.
         kinds: of victims.
         setups: the arguments of one job after the other, in turn.
-        undisturbed: the first setup's run.
+        reference_run: the first setup's run.
         tmp_path: where the jobs' folders are.
     """
     seed = int(os.environ.get("DWF_CHAOS_SEED", time.time_ns() % 10**6))
     print(f"\nDWF_CHAOS_SEED={seed}")
     chance = random.Random(seed)
-    quiet = [undisturbed[0], *(_quiet(tmp_path / f"quiet-{n}", setups[n]) for n in range(1, len(setups)))]
+    quiet = [reference_run[0], *(_quiet(tmp_path / f"quiet-{n}", setups[n]) for n in range(1, len(setups)))]
     victims = (list(kinds) * kills)[:kills]
     killed: Counter[str] = Counter()
     rounds = starts = 0

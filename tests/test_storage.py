@@ -46,7 +46,7 @@ def s3(server: S3, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def test_a_run_whose_store_goes_away_for_a_while_ends_with_the_rows_of_a_folder(
-    s3: str, server: S3, launch: Launch, two_workers: Path
+    s3: str, server: S3, launch: Launch, two_worker_run: Path
 ) -> None:
     """Two workers in the joint stage: Ray Train has its notes in the store too."""
     other = Store(s3, "digits-seed9-0123456789")
@@ -60,15 +60,15 @@ def test_a_run_whose_store_goes_away_for_a_while_ends_with_the_rows_of_a_folder(
 
     arguments = ["--storage", s3, "--joint-workers", "2", *ARGUMENTS]
     printed: list[str] = []
-    code, stderr = launch.until("^expert pgd-1: epoch 1/3", go_away, *arguments, rest=printed)
+    code, stderr = launch.run_and_act_at("^expert pgd-1: epoch 1/3", go_away, *arguments, later_lines=printed)
     assert code == 0, stderr
     assert os.listdir(launch.folder) == []
     root = printed[-1]
     assert re.fullmatch(rf"{s3}/digits-seed0-[0-9a-f]{{10}}", root)
-    assert_same(root, str(two_workers))
+    assert_same(root, str(two_worker_run))
     (how,) = (line for line in printed if line.startswith("read them: "))
     frame = eval(how.removeprefix("read them: import pandas; "), {"pandas": pd})
-    assert len(frame) == len(pd.read_parquet(two_workers / "results" / "evaluations"))
+    assert len(frame) == len(pd.read_parquet(two_worker_run / "results" / "evaluations"))
     again = launch(*arguments)
     assert again.returncode == 0, again.stderr
     assert again.stdout.splitlines()[:3] == [f"{s}: done already, skipped" for s in ("experts", "joint", "evaluate")]
@@ -96,7 +96,7 @@ def _assert_no_secret(server: S3, processes: list[psutil.Process]) -> None:
 
 @pytest.mark.interruptions
 def test_a_disk_that_is_full_ends_the_run_and_with_more_room_it_goes_on(
-    small_disk: Path, launch: Launch, undisturbed: tuple[Path, subprocess.CompletedProcess[str]]
+    small_disk: Path, launch: Launch, reference_run: tuple[Path, subprocess.CompletedProcess[str]]
 ) -> None:
     arguments = ["--storage", str(small_disk), *ARGUMENTS]
     full = launch(*arguments)
@@ -112,7 +112,7 @@ def test_a_disk_that_is_full_ends_the_run_and_with_more_room_it_goes_on(
     subprocess.run(["mount", "-o", "remount,size=64m", small_disk], check=True)
     again = launch(*arguments)
     assert again.returncode == 0, again.stderr
-    assert_same(again.stdout.splitlines()[-1], str(undisturbed[0]))
+    assert_same(again.stdout.splitlines()[-1], str(reference_run[0]))
 
 
 def test_wrong_credentials_end_a_run_before_it_begins(s3: str, launch: Launch, monkeypatch: pytest.MonkeyPatch) -> None:

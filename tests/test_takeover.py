@@ -21,7 +21,7 @@ from .process import Launch, launch_on_machine, pause_after_first_epoch
 
 @pytest.mark.interruptions
 def test_a_run_that_stood_still_and_was_taken_over_writes_nothing_more_and_says_who_took_over(
-    launch: Launch, undisturbed: tuple[Path, subprocess.CompletedProcess[str]]
+    launch: Launch, reference_run: tuple[Path, subprocess.CompletedProcess[str]]
 ) -> None:
     pipes = {"cwd": launch.folder, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen(launch_on_machine("first", ARGUMENTS), **pipes) as first:  # type: ignore[call-overload]
@@ -55,7 +55,7 @@ def test_a_run_that_stood_still_and_was_taken_over_writes_nothing_more_and_says_
     ), errors
     assert lines[1].startswith("resume: ")
     assert len(lines) == 2
-    assert_same(folder, undisturbed[0])
+    assert_same(folder, reference_run[0])
     jobs = _jobs(folder)
     assert set(jobs.state) == {"done"}
     done_before = before[(before.host == "first") & (before.state == "done")]
