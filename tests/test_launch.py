@@ -1,4 +1,4 @@
-"""The command line: its help, its plan, the data set that it fetches, and errors before anything runs."""
+"""`python -m dwf_cluster.launch`: its plan, errors before anything runs, and lost output."""
 
 from __future__ import annotations
 
@@ -15,76 +15,12 @@ from pathlib import Path
 
 import pytest
 
-from dwf_cluster.experiment import PRESETS, fields_of_an_experiment
-from dwf_cluster.settings import FieldDescription
 from dwf_cluster.store import checkpoints, tables
 from dwf_cluster.store.status import Status
 
 from . import PATIENCE
-from .conftest import ARGUMENTS, TINY, store_of, write_npz
+from .conftest import ARGUMENTS, TINY, store_of
 from .process import Launch, pause_after_first_epoch, resume_and_stop
-
-
-SCREEN = 43
-"""Lines of a terminal of 80 columns."""
-
-
-def test_help_shows_every_preset_and_fits_on_two_screens(launch: Launch, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", "80")
-    result = launch("--help")
-    assert result.returncode == 0
-    for preset in PRESETS:
-        assert f"  {preset} " in result.stdout
-    assert "--help-fields" in result.stdout
-    assert len(result.stdout.splitlines()) <= 2 * SCREEN
-
-
-def _described(field: FieldDescription) -> str:
-    return f"  {field.name} ({field.type}; {field.default})\n      {field.meaning}\n"
-
-
-def test_help_fields_describes_every_field_with_its_default(launch: Launch) -> None:
-    result = launch("--help-fields")
-    assert result.returncode == 0
-    for field in fields_of_an_experiment():
-        assert _described(field) in result.stdout
-
-
-def test_help_fields_of_a_part_describes_the_fields_of_this_part_only(launch: Launch) -> None:
-    result = launch("--help-fields", "experts")
-    assert result.returncode == 0
-    for field in fields_of_an_experiment():
-        assert (_described(field) in result.stdout) == field.name.startswith("experts.")
-
-
-def test_help_fields_of_one_field_describes_it(launch: Launch) -> None:
-    (seed,) = (field for field in fields_of_an_experiment() if field.name == "seed")
-    heading, *description = launch("--help-fields", "seed").stdout.splitlines(keepends=True)
-    assert heading.startswith("fields for --set")
-    assert "".join(description) == _described(seed)
-
-
-@pytest.mark.parametrize(
-    ("function", "arguments"),
-    [
-        ("launch:main", ["--help"]),
-        ("launch:main", ["--help-fields"]),
-        ("launch:main", ["--local", "--set", "experts.epoch=5"]),
-        ("launch:main", ["--local", "--nodes", "2"]),
-        ("__main__:main", ["--help"]),
-        ("__main__:main", ["run", "--local", "--set", "experts.epoch=5"]),
-        ("__main__:main", ["trian"]),
-    ],
-)
-def test_help_and_a_typing_mistake_import_neither_torch_nor_ray(function: str, arguments: list[str]) -> None:
-    program = (
-        f"import pkgutil, sys; main = pkgutil.resolve_name('dwf_cluster.{function}')\n"
-        f"try: main({arguments!r})\n"
-        "except SystemExit: pass\n"
-        "sys.exit(sorted({'torch', 'ray', 'pyarrow', 'numpy'} & set(sys.modules)) or 0)"
-    )
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
 
 
 def test_dry_run_prints_the_plan_longest_first_and_starts_and_writes_nothing(launch: Launch) -> None:
@@ -160,89 +96,17 @@ def test_a_wrong_number_of_workers_or_an_unusable_storage_is_one_line(
     assert [path.name for path in launch.folder.iterdir()] == ["file"]
 
 
-@pytest.fixture
-def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_without_its_data_set_and_without_a_network_fails_in_one_line_that_says_what_to_do(
+    launch: Launch, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     for variable in ("http_proxy", "https_proxy"):
         monkeypatch.setenv(variable, "http://127.0.0.1:9")  # nothing listens there
-
-
-def test_a_run_without_its_data_set_and_without_a_network_fails_in_one_line_that_says_what_to_do(
-    launch: Launch, no_network: None, tmp_path: Path
-) -> None:
     result = launch("--local", "--preset", "svhn", "--data-folder", tmp_path / "nothing")
     assert result.returncode == 1
     first, second = result.stderr.splitlines()
     assert first.startswith("failed: SVHN is not in ")
     assert second.startswith("resume: python -m dwf_cluster.launch --local --preset svhn")
     assert not (tmp_path / "runs").exists()
-
-
-# --------------------------------------------------------------------------------------------- --fetch-data
-
-
-@pytest.mark.parametrize("where", [[], ["--slurm", "--nodes", "2"], ["--local"]], ids=["alone", "slurm", "local"])
-def test_fetch_data_verifies_the_data_set_and_runs_nothing(launch: Launch, where: list[str]) -> None:
-    result = launch("--fetch-data", *where)
-    assert (result.returncode, result.stderr) == (0, "")
-    assert result.stdout == "digits: verified; data folder: data\n"
-    assert list(launch.folder.iterdir()) == []
-
-
-def test_fetch_data_verifies_own_images_too(launch: Launch) -> None:
-    images = write_npz(launch.folder / "images.npz")
-    assert launch("--fetch-data", "--preset", images).returncode == 0
-    images.write_bytes(images.read_bytes()[:-200])
-    result = launch("--fetch-data", "--preset", images)
-    assert result.returncode == 2
-    assert result.stderr.startswith(f"error: {images}: not an .npz file of plain arrays")
-
-
-def test_fetch_data_reads_preset_assignments_and_folder(launch: Launch, no_network: None) -> None:
-    result = launch("--fetch-data", "--preset", "cifar10", "--set", "data.source=svhn", "--data-folder", "elsewhere")
-    assert result.returncode == 1
-    first, second = result.stderr.splitlines()
-    assert first.startswith("failed: SVHN is not in elsewhere and cannot be downloaded")
-    assert second == (
-        "resume: python -m dwf_cluster.launch --fetch-data --preset cifar10 --set data.source=svhn "
-        "--data-folder elsewhere"
-    )
-
-
-MISSING = (
-    "warning: svhn is not in {folder}; if compute nodes have no network, run this on the login node first: "
-    "python -m dwf_cluster.launch --fetch-data --preset svhn --data-folder {folder}"
-)
-
-
-def test_slurm_warns_of_a_missing_data_set_and_goes_on(launch: Launch) -> None:
-    options = ["--slurm", "--dry-run", "--preset", "svhn", "--data-folder", "elsewhere"]
-    result = launch(*options)
-    assert result.returncode == 0
-    assert result.stderr.splitlines() == [MISSING.format(folder="elsewhere")]
-    assert "#SBATCH" in result.stdout
-
-
-def test_the_warning_names_a_command_that_fetches_the_data_set_of_the_same_experiment(launch: Launch) -> None:
-    options = ["--preset", "digits", "--set", "data.source=svhn", "experts.epochs=3"]
-    (warning,) = launch("--slurm", "--dry-run", *options).stderr.splitlines()
-    assert warning.endswith("--fetch-data --preset digits --data-folder data --set data.source=svhn")
-
-
-def test_slurm_does_not_warn_of_data_that_is_there(launch: Launch) -> None:
-    assert launch("--slurm", "--dry-run").stderr == ""
-    images = write_npz(launch.folder / "images.npz")
-    assert launch("--slurm", "--dry-run", "--preset", images).stderr == ""
-
-
-def test_a_run_in_a_slurm_job_warns_of_a_missing_data_set_and_goes_on(
-    launch: Launch, monkeypatch: pytest.MonkeyPatch, no_network: None
-) -> None:
-    monkeypatch.setenv("SLURM_JOB_ID", "17")
-    result = launch("--local", "--gpus", "0", "--preset", "svhn", "--data-folder", "elsewhere")
-    assert result.returncode == 1  # it tries the network
-    warning, failure, _ = result.stderr.splitlines()
-    assert warning == MISSING.format(folder="elsewhere")
-    assert failure.startswith("failed: SVHN is not in elsewhere and cannot be downloaded")
 
 
 # ------------------------------------------------------------------------------------- what a terminal does
