@@ -295,10 +295,10 @@ def _plan(options: argparse.Namespace, experiments: Sequence[Experiment], names:
 
     from dwf_cluster.console import tables
     from dwf_cluster.data.sources import sizes
-    from dwf_cluster.pipeline.run import jobs_left
+    from dwf_cluster.pipeline.stages import pending_jobs
 
     size = sizes(experiments[0].data)
-    todo = jobs_left({e: e.store(options.storage) for e in experiments}, options.stages, size)
+    todo = pending_jobs({e: e.store(options.storage) for e in experiments}, options.stages, size)
     table, lines = tables.plan(experiments, names, todo, size, _here(options), options.storage)
     tables.show(Console(), table)
     print(*lines, *_roots(options, experiments), sep="\n")
@@ -315,11 +315,13 @@ def _go(
     from rich.console import Console
 
     from dwf_cluster.cluster.driver import RayNotStarted, attached, local
+    from dwf_cluster.cluster.events import Listener, Listeners
     from dwf_cluster.console import tables
     from dwf_cluster.console.progress import Progress
+    from dwf_cluster.console.ray_metrics import RayMetrics
     from dwf_cluster.data.sources import DataUnavailable
-    from dwf_cluster.pipeline import sweep as sweeps
-    from dwf_cluster.pipeline.run import StageFailed, run
+    from dwf_cluster.pipeline.run import Run
+    from dwf_cluster.pipeline.stages import StageFailed
     from dwf_cluster.store.lock import ExperimentLocked
 
     if options.address:
@@ -327,16 +329,19 @@ def _go(
     else:
         connect = functools.partial(local, _here(options))
     console, stop = Console(), Stop()
-    progress = Progress(names, options.storage, console)
+    listeners: dict[str, Listener] = {"progress": Progress(names, console), "Ray's metrics": RayMetrics()}
     if options.tensorboard:
         from dwf_cluster.console.tensorboard import EventFiles
 
-        names_of_models = {experiment.folder: experiment.names for experiment in experiments}
-        progress.heard = EventFiles(options.tensorboard, names_of_models, progress.warn).add
-    go = functools.partial(sweeps.run, sweep) if sweep else functools.partial(run, experiments, options.stages)
+        listeners["TensorBoard"] = EventFiles(options.tensorboard)
+    connection, tell = stop.with_signals(connect), Listeners(listeners)
+    run = Run(options.storage, options.data_folder, connection, tell, stop.is_set, again)
+    outcome = None
     try:
-        connection = stop.heeded(connect)
-        outcome = go(options.storage, connection, options.data_folder, progress, stop.is_set, again)
+        if sweep:
+            outcome = run.sweep(sweep)
+        else:
+            run.experiments(experiments, options.stages)
     except (StageFailed, DataUnavailable, ExperimentLocked, RayNotStarted) as error:
         print(f"failed: {printable_lines(error)}\nresume: {again}", file=sys.stderr)
         return 1
