@@ -14,7 +14,8 @@ from dwf_cluster.console.prune import format_bytes
 from dwf_cluster.data.registry import Sizes
 from dwf_cluster.evaluation.registry import Column, transfer_column
 from dwf_cluster.experiment import Experiment
-from dwf_cluster.pipeline.sweep import Sweep, TrialTable, headline
+from dwf_cluster.pipeline.sweep import Sweep
+from dwf_cluster.pipeline.trial_table import TrialTable, headline
 from dwf_cluster.plan.jobs import STAGES, Job, deduplicate, forward_flops, stored_bytes
 from dwf_cluster.plan.jobs import jobs as plan_jobs
 from dwf_cluster.plan.resources import Resources, allocate
