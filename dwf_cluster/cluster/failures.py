@@ -70,7 +70,7 @@ _BY_CLASS: Mapping[str, Kind] = {
     "ray.exceptions.ActorUnschedulableError": NODE_LOST,
     "ray.exceptions.WorkerCrashedError": WORKER_DIED,
     "ray.exceptions.RayActorError": WORKER_DIED,
-    "dwf_cluster.store.files.StorageFailed": STORE,
+    "dwf_cluster.store.retry.StorageFailed": STORE,
     "dwf_cluster.store.files.LockLost": STORE,
     "dwf_cluster.settings.InvalidInput": BAD_DATA,
     "dwf_cluster.data.sources.DataUnavailable": BAD_DATA,

@@ -12,7 +12,6 @@ import os
 import platform
 import threading
 import time
-import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -24,7 +23,6 @@ import torch.distributed as dist
 from pyarrow.fs import FSSpecHandler, PyFileSystem
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
-from ray.util.metrics import Gauge
 
 from dwf_cluster.cluster import failures
 from dwf_cluster.cluster.control import Claim
@@ -133,7 +131,7 @@ def _train(job: Job, store: Store, images: ray.ObjectRef, allocation: Allocation
         Probe(experiment.threat, evaluation.probe_steps, evaluation.probe_examples),
         experiment.checkpoint_minutes,
         store,
-        functools.partial(_report, job),
+        ray.train.report,
         lambda: job.folder in listener.folders,
     )
     try:
@@ -145,23 +143,6 @@ def _train(job: Job, store: Store, images: ray.ObjectRef, allocation: Allocation
         if allocation.workers:  # the job's own process gets only a part of this traceback
             failures.keep_log(store, failures.log_name(job.file, ray.train.get_context().get_world_rank()))
         raise
-
-
-def _report(job: Job, row: dict[str, Any]) -> None:
-    """Tell Train of an epoch, and whoever asks Ray for its metrics (Prometheus)."""
-    try:
-        for name, gauge in _gauges().items():
-            gauge.set(row[name], {"experiment": job.folder, "model": job.model})
-    except Exception as error:  # of any class: what is only watched must not end a training
-        warnings.warn(f"Ray's metrics lack epochs of {job.name}: {type(error).__name__}: {error}", stacklevel=2)
-    ray.train.report(row)
-
-
-@functools.cache
-def _gauges() -> dict[str, Gauge]:
-    names = ("epoch", "loss", "clean_accuracy", "probe_pgd_accuracy", "images_per_second")
-    about = "of the last epoch of a model's training, as in the table metrics"
-    return {name: Gauge(f"dwf_{name}", f"{name} {about}", ("experiment", "model")) for name in names}
 
 
 def _evaluate(job: Job, store: Store, images: ray.ObjectRef, allocation: Allocation, control: Any) -> None:

@@ -338,7 +338,7 @@ def test_a_run_stops_although_its_control_actor_was_killed(launch: Launch) -> No
         driver.send_signal(signal.SIGINT)
         resume_and_stop(training)
 
-    code, stderr = launch.until("^Ray dashboard", kill_then_interrupt, *ARGUMENTS)
+    code, stderr = launch.run_and_act_at("^Ray dashboard", kill_then_interrupt, *ARGUMENTS)
     assert code == 130, stderr
     assert "Traceback" not in stderr
     (folder,) = (launch.folder / "runs").iterdir()
