@@ -82,37 +82,62 @@ DEFENCE = Addition(
     """
 from dataclasses import replace
 
-from dwf_cluster.defences.registry import model
+from dwf_cluster.defences.registry import single
 
 
 def recipe(settings):
-    parent = model("parent", "smooth", settings)
-    return parent, replace(parent, name="child", method="pgd", options=model("", "pgd", settings).options)
+    parent = single("parent", "smooth", settings)
+    return parent, replace(parent, name="child", method="continued", parents=("parent",))
 """,
     "dwf_cluster/defences/registry.py",
-    "DEFENCES: Mapping[str, Callable[[DefenceSettings], tuple[ModelSpec, ...]]] = {",
-    '"pair": lambda settings: pkgutil.resolve_name("dwf_cluster.defences.toy_pair:recipe")(settings),',
+    "DEFENCES: Mapping[str, str] = {",
+    '"pair": "dwf_cluster.defences.toy_pair:recipe",',
+)
+CONTINUED = Addition(
+    "dwf_cluster/defences/toy_continued.py",
+    """
+from dwf_cluster.defences.adversarial import standard
+
+losses = standard
+
+
+def build(spec, images, parents):
+    (parent,) = parents.values()
+    return parent
+""",
+    "dwf_cluster/defences/registry.py",
+    "METHODS: Mapping[str, Method] = {",
+    '"continued": Method("dwf_cluster.defences.toy_continued:build", "dwf_cluster.defences.toy_continued:losses", '
+    "lambda spec: 3.0, needs_parents=True),",
 )
 SUITE = Addition(
     "dwf_cluster/evaluation/toy.py",
     """
-from dwf_cluster.attacks.toy import darker
 from dwf_cluster.evaluation.run import Attacked
 
 
 def dark(batch):
     (column,) = batch.columns
-    yield Attacked(column, darker(batch.x, column.epsilon))
+    yield Attacked(column, (batch.x - column.epsilon).clamp(0, 1))
 """,
     "dwf_cluster/evaluation/registry.py",
     "SUITES: Mapping[str, Suite] = {",
     '"dark": Suite("dwf_cluster.evaluation.toy:dark", lambda e, threat: [Column("dark", epsilon=threat.epsilon)], '
     "lambda e, networks: 1.0),",
 )
-ATTACK = """
-def darker(x, epsilon):
-    return (x - epsilon).clamp(0, 1)
-"""
+CHECK = Addition(
+    "dwf_cluster/evaluation/toy_check.py",
+    """
+from dwf_cluster.evaluation.masking import Check
+
+
+def large(inspection):
+    yield Check("large", float(inspection.scale), 0.0, "outputs are larger than nothing")
+""",
+    "dwf_cluster/evaluation/registry.py",
+    "CHECK_FUNCTIONS: Mapping[str, str] = {",
+    '"large": "dwf_cluster.evaluation.toy_check:large",',
+)
 DATASET = Addition(
     "dwf_cluster/data/toy.py",
     """
@@ -131,4 +156,117 @@ def stripes(folder):
     "DATASETS: Mapping[str, Dataset] = {",
     '"stripes": Dataset(100, 40, (1, 8, 8), 7, "dwf_cluster.data.toy:stripes"),',
 )
-ADDITIONS = (BACKBONE, METHOD, DEFENCE, SUITE, DATASET)
+FIGURE = Addition(
+    "analysis/toy_figures.py",
+    """
+from matplotlib.figure import Figure
+
+
+def counts(data):
+    figure = Figure()
+    figure.subplots().bar(list(data.group.models), 1)
+    return figure
+""",
+    "analysis/figures.py",
+    "FIGURES: Mapping[str, FigureEntry] = {",
+    '"counts": FigureEntry("analysis.toy_figures:counts", "One bar for each model."),',
+)
+ADDITIONS = (BACKBONE, METHOD, CONTINUED, DEFENCE, SUITE, CHECK, DATASET, FIGURE)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The experiment's folder, and what a whole run and its report printed, with all additions."""
+    folder = tmp_path_factory.mktemp("adding")
+    for package in ("dwf_cluster", "analysis"):
+        shutil.copytree(ROOT / package, folder / package, ignore=shutil.ignore_patterns("__pycache__"))
+    for addition in ADDITIONS:
+        (folder / addition.file).write_text(addition.content)
+        registry = folder / addition.registry
+        text = registry.read_text()
+        assert text.count(addition.declaration) == 1
+        registry.write_text(text.replace(addition.declaration, f"{addition.declaration}\n    {addition.entry}"))
+    settings = ["data.source=stripes", "data.train_examples=null", "data.test_examples=null", "model.backbone=toy"]
+    settings += ["baselines=smooth,pair", "evaluation.beyond=dark"]
+    printed = ""
+    for command in (
+        ["dwf_cluster.launch", "--local", "--cpus", "2", "--gpus", "0", "--set", *TINY, *settings],
+        ["analysis.figures", "runs"],
+        ["analysis.report", "runs"],
+    ):
+        result = subprocess.run(
+            [sys.executable, "-m", *command],
+            cwd=folder,
+            env={**os.environ, "PYTHONPATH": str(folder)},
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE,
+            check=False,
+        )
+        assert result.returncode == 0, result.stderr
+        printed += result.stdout
+    (experiment,) = (folder / "runs").glob("digits-seed0-*")
+    return experiment, printed
+
+
+def _table(experiment: Path, name: str) -> pd.DataFrame:
+    return pd.read_parquet(experiment / "results" / name)
+
+
+def test_a_backbone_is_trained_and_attacked(run: tuple[Path, str]) -> None:
+    experiment, _ = run
+    assert set(_table(experiment, "metrics").model) == {
+        "benign",
+        "fgsm-1",
+        "pgd-1",
+        "smooth",
+        "parent",
+        "child",
+        "mixture",
+    }
+    header = (experiment / "checkpoints/benign/epoch-00003/tensors.safetensors").read_bytes()[:1000]
+    assert b"model.2.weight" in header  # the one linear layer
+
+
+def test_a_method_trains_a_model_of_its_name(run: tuple[Path, str]) -> None:
+    experiment, printed = run
+    assert "expert smooth: done" in printed
+    assert set(_table(experiment, "evaluations").query("model == 'smooth'").attack) >= {"clean", "fgsm", "pgd", "dark"}
+
+
+def test_a_defence_trains_its_models_in_their_order(run: tuple[Path, str]) -> None:
+    experiment, printed = run
+    lines = printed.splitlines()
+    ends = [
+        next(i for i, line in enumerate(lines) if line.startswith(f"{job}: done"))
+        for job in ("expert parent", "joint child")
+    ]
+    assert ends == sorted(ends)
+    metrics = _table(experiment, "metrics")
+    last = metrics[metrics.model == "parent"].loss.iloc[-1]
+    assert metrics[metrics.model == "child"].loss.iloc[0] < last  # it starts from its parent's weights
+
+
+def test_a_suite_fills_its_column(run: tuple[Path, str]) -> None:
+    experiment, printed = run
+    evaluations = _table(experiment, "evaluations")
+    assert len(evaluations[evaluations.attack == "dark"]) == evaluations.model.nunique()
+    assert "dark" in printed
+
+
+def test_a_check_is_counted_and_reported(run: tuple[Path, str]) -> None:
+    experiment, printed = run
+    assert _table(experiment, "checks").query("check == 'large'").fired.all()
+    assert "warning: mixture, large: outputs are larger than nothing" in printed
+
+
+def test_a_data_set_is_read_and_its_classes_are_known(run: tuple[Path, str]) -> None:
+    experiment, _ = run
+    assert set(_table(experiment, "predictions").label) == set(range(7))
+    assert set(_table(experiment, "jobs").dataset) == {"stripes"}
+
+
+def test_a_figure_is_drawn_beside_the_others_and_in_the_report(run: tuple[Path, str]) -> None:
+    experiment, printed = run
+    assert "counts.pdf" in printed
+    assert "One bar for each model." in (experiment.parents[1] / "report.html").read_text()

@@ -2,11 +2,12 @@
 
 A *model* is a row of the result table; its ModelSpec says how it comes to be. A *method* is how a model is trained: two
 functions in a file of this folder. A *defence* is a paper's recipe: from settings to ModelSpecs, the last of which is
-the defended model. To add a method or a defence: a file beside this one, and an entry here.
+the defended model. To add a method or a defence: a file beside this one, and an entry in `METHODS` or `DEFENCES`.
 """
 
 from __future__ import annotations
 
+import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from statistics import fmean
@@ -233,43 +234,24 @@ def single(name: str, method: str, settings: DefenceSettings, **options: Any) ->
     )
 
 
-def _dwf(settings: DefenceSettings) -> tuple[ModelSpec, ...]:
-    """Divided We Fall: experts in the order of the gate's outputs, then their mixture (algorithms 1 to 3)."""
+_RECIPES = "dwf_cluster.defences.recipes"
 
-    def names(kind: str, count: int) -> list[str]:
-        return [kind] if kind == "benign" and count == 1 else [f"{kind}-{i + 1}" for i in range(count)]
-
-    counts = settings.experts
-    experts = (
-        *(single(name, "standard", settings) for name in names("benign", counts.benign)),
-        *(single(name, "fgsm", settings) for name in names("fgsm", counts.fgsm)),
-        *(single(name, "pgd", settings) for name in names("pgd", counts.pgd)),
-    )
-    mixture = ModelSpec(
-        "mixture",
-        settings.model.backbone,
-        settings.model.width,
-        "dwf",
-        settings.joint.of_a_model,
-        tuple(sorted(METHODS["dwf"].options(settings).items())),
-        tuple(expert.name for expert in experts),
-        (("gate", settings.gate.learning_rate, settings.gate.weight_decay),),
-    )
-    return (*experts, mixture)
-
-
-DEFENCES: Mapping[str, Callable[[DefenceSettings], tuple[ModelSpec, ...]]] = {
-    "dwf": _dwf,
-    "fgsm-at": lambda settings: (single("fgsm-at", "fgsm", settings, epsilons=(settings.pgd.epsilon,), fraction=0.5),),
-    "pgd-at": lambda settings: (single("pgd-at", "pgd", settings, steps=(10,), fraction=0.5),),
-    "given": lambda settings: (single("model", "given", settings),),
+DEFENCES: Mapping[str, str] = {
+    "dwf": f"{_RECIPES}:dwf",
+    "fgsm-at": f"{_RECIPES}:fgsm_at",
+    "pgd-at": f"{_RECIPES}:pgd_at",
+    "given": f"{_RECIPES}:given",
 }
-"""Recipes by name."""
+"""`module:function` of each defence's recipe: from `DefenceSettings` to ModelSpecs, the defended model last. The module
+imports no torch, because a run is planned without it."""
 
 
 def recipe(name: str, settings: DefenceSettings) -> tuple[ModelSpec, ...]:
     """The models of a defence, the defended model last; of a method, one model of the same name."""
-    return DEFENCES[name](settings) if name in DEFENCES else (single(name, name, settings),)
+    if name not in DEFENCES:
+        return (single(name, name, settings),)
+    specs: tuple[ModelSpec, ...] = pkgutil.resolve_name(DEFENCES[name])(settings)
+    return specs
 
 
 def recipe_names() -> tuple[str, ...]:

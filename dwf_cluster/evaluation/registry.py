@@ -243,20 +243,17 @@ SUITES: Mapping[str, Suite] = {
 _MASKING = "dwf_cluster.evaluation.masking"
 
 CHECK_FUNCTIONS: Mapping[str, str] = {
-    name: f"{_MASKING}:{name}"
-    for name in (
-        "nan",
-        "probabilities",
-        "random",
-        "train_mode",
-        "zero_gradients",
-        "one_step",
-        "more_steps",
-        "restarts",
-        "perturbation",
-        "black_box",
-        "huge_epsilon",
-    )
+    "nan": f"{_MASKING}:nan",
+    "probabilities": f"{_MASKING}:probabilities",
+    "random": f"{_MASKING}:random",
+    "train_mode": f"{_MASKING}:train_mode",
+    "zero_gradients": f"{_MASKING}:zero_gradients",
+    "one_step": f"{_MASKING}:one_step",
+    "more_steps": f"{_MASKING}:more_steps",
+    "restarts": f"{_MASKING}:restarts",
+    "perturbation": f"{_MASKING}:perturbation",
+    "black_box": f"{_MASKING}:black_box",
+    "huge_epsilon": f"{_MASKING}:huge_epsilon",
 }
 """`module:function` of each check by name, in the order in which they run: the random draws of `restarts` and of
 `black_box` come from the same generators. A function takes an `evaluation.masking.Inspection` and yields
