@@ -29,16 +29,16 @@ class Addition:
     Attributes:
         file: path of the new file.
         content: of it.
-        registry: path of the file with the registry.
+        registry: path of the file with the registry; empty for an attack, whose entry is that of its suite.
         declaration: the line that opens the registry.
         entry: the line that is added to it.
     """
 
     file: str
     content: str
-    registry: str
-    declaration: str
-    entry: str
+    registry: str = ""
+    declaration: str = ""
+    entry: str = ""
 
 
 BACKBONE = Addition(
@@ -110,15 +110,23 @@ def build(spec, images, parents):
     '"continued": Method("dwf_cluster.defences.toy_continued:build", "dwf_cluster.defences.toy_continued:losses", '
     "lambda spec: 3.0, needs_parents=True),",
 )
+ATTACK = Addition(
+    "dwf_cluster/attacks/toy.py",
+    """
+def darker(x, epsilon):
+    return (x - epsilon).clamp(0, 1)
+""",
+)
 SUITE = Addition(
     "dwf_cluster/evaluation/toy.py",
     """
+from dwf_cluster.attacks.toy import darker
 from dwf_cluster.evaluation.run import Attacked
 
 
 def dark(batch):
     (column,) = batch.columns
-    yield Attacked(column, (batch.x - column.epsilon).clamp(0, 1))
+    yield Attacked(column, darker(batch.x, column.epsilon))
 """,
     "dwf_cluster/evaluation/registry.py",
     "SUITES: Mapping[str, Suite] = {",
@@ -171,7 +179,7 @@ def counts(data):
     "FIGURES: Mapping[str, FigureEntry] = {",
     '"counts": FigureEntry("analysis.toy_figures:counts", "One bar for each model."),',
 )
-ADDITIONS = (BACKBONE, METHOD, CONTINUED, DEFENCE, SUITE, CHECK, DATASET, FIGURE)
+ADDITIONS = (BACKBONE, METHOD, CONTINUED, DEFENCE, ATTACK, SUITE, CHECK, DATASET, FIGURE)
 
 
 @pytest.fixture(scope="module")
@@ -182,6 +190,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
         shutil.copytree(ROOT / package, folder / package, ignore=shutil.ignore_patterns("__pycache__"))
     for addition in ADDITIONS:
         (folder / addition.file).write_text(addition.content)
+        if not addition.registry:
+            continue
         registry = folder / addition.registry
         text = registry.read_text()
         assert text.count(addition.declaration) == 1
@@ -247,7 +257,7 @@ def test_a_defence_trains_its_models_in_their_order(run: tuple[Path, str]) -> No
     assert metrics[metrics.model == "child"].loss.iloc[0] < last  # it starts from its parent's weights
 
 
-def test_a_suite_fills_its_column(run: tuple[Path, str]) -> None:
+def test_a_suite_fills_its_column_with_its_attack(run: tuple[Path, str]) -> None:
     experiment, printed = run
     evaluations = _table(experiment, "evaluations")
     assert len(evaluations[evaluations.attack == "dark"]) == evaluations.model.nunique()

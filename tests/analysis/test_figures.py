@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import io
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -138,13 +139,15 @@ def test_models_that_are_trained_alike_share_a_colour(cifar10: Group, data: Figu
 
 
 def _model(settings: DefenceSettings, name: str, fraction: float) -> tuple[ModelSpec, ...]:
-    return (registry.model(name, "fgsm", settings, fraction=fraction),)
+    return (registry.single(name, "fgsm", settings, fraction=fraction),)
 
 
 def test_more_kinds_than_colours_differ_in_dashes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names = [f"kind-{i}" for i in range(9)]
-    recipes = {name: functools.partial(_model, name=name, fraction=0.1 + i / 20) for i, name in enumerate(names)}
-    monkeypatch.setattr(registry, "DEFENCES", {**registry.DEFENCES, **recipes})
+    for i, name in enumerate(names):
+        recipe = functools.partial(_model, name=name, fraction=0.1 + i / 20)
+        monkeypatch.setattr(sys.modules[__name__], f"recipe_{i}", recipe, raising=False)
+        monkeypatch.setattr(registry, "DEFENCES", {**registry.DEFENCES, name: f"{__name__}:recipe_{i}"})
     experiment = build("digits", 0, ["experts.fgsm=1", "experts.pgd=0", f"baselines={','.join(names)}"])
     make_up(tmp_path, experiment, 40)
     (group,) = load(str(tmp_path)).groups
