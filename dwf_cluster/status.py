@@ -16,7 +16,7 @@ from dwf_cluster.experiment import Experiment, assemble, invocation
 from dwf_cluster.plan.jobs import STAGES
 from dwf_cluster.settings import InvalidInput, printable, printable_lines, to_text
 from dwf_cluster.store import StorageFailed, Store
-from dwf_cluster.store.lock import SILENCE
+from dwf_cluster.store.lock import HEARTBEAT_TIMEOUT
 from dwf_cluster.store.status import Status, age, experiment_folders
 
 _CELL = 60
@@ -99,12 +99,14 @@ def _row(folder: str, status: Status | StorageFailed | None) -> list[str]:
     where = status.host + (f" job {status.job}" if status.job else "")
     if state == "running":
         since = (
-            f"heartbeat {_number(max(beat, 0))} s ago" if beat > -SILENCE else "heartbeat ahead of this machine's clock"
+            f"heartbeat {_number(max(beat, 0))} s ago"
+            if beat > -HEARTBEAT_TIMEOUT
+            else "heartbeat ahead of this machine's clock"
         )
         where = f"{printable(where, _CELL - len(since) - 2)}, {since}"
     stages = ["/".join(map(_number, status.stages.get(stage, (0, 0)))) for stage in STAGES]
     rows = _number(sum(status.rows.values())) if status.rows else ""
-    shown = "lost" if state == "running" and beat > SILENCE else state
+    shown = "lost" if state == "running" and beat > HEARTBEAT_TIMEOUT else state
     return [folder, shown, *stages, _number(status.seconds), rows, printable(where, _CELL)]
 
 

@@ -148,7 +148,7 @@ def test_a_run_that_loses_one_of_its_experiments_says_to_whom_and_gives_the_othe
         run()
     assert str(held.value) == (
         f"{lost.folder} was taken over by n7 (process 4711) since 2026-11-23T12:00:00+00:00: "
-        "this run was silent for too long"
+        "this run sent no heartbeat for too long"
     )
     states = [status.state for e in (lost, other) if (status := Status.read(leases[e].store))]
     assert states == ["running", "stopped"]
