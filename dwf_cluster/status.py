@@ -16,7 +16,7 @@ from dwf_cluster.experiment import Experiment, assemble, invocation
 from dwf_cluster.plan.jobs import STAGES
 from dwf_cluster.settings import InvalidInput, printable, to_text
 from dwf_cluster.store import StorageFailed, Store
-from dwf_cluster.store.lock import SILENCE
+from dwf_cluster.store.lock import HEARTBEAT_TIMEOUT
 from dwf_cluster.store.status import Status, age, experiment_folders
 
 _MAX_CELL = 60
@@ -106,12 +106,12 @@ def _row(folder: str, status: Status | StorageFailed | None) -> list[str]:
     where = status.host + (f" job {status.job}" if status.job else "")
     if state == "running":
         heartbeat = f"heartbeat {_number(max(silence, 0))} s ago"
-        if silence <= -SILENCE:
+        if silence <= -HEARTBEAT_TIMEOUT:
             heartbeat = "heartbeat ahead of this machine's clock"
         where = f"{printable(where, _MAX_CELL - len(heartbeat) - 2)}, {heartbeat}"
     stages = ["/".join(map(_number, status.stages.get(stage, (0, 0)))) for stage in STAGES]
     rows = _number(sum(status.rows.values())) if status.rows else ""
-    shown_state = "lost" if state == "running" and silence > SILENCE else state
+    shown_state = "lost" if state == "running" and silence > HEARTBEAT_TIMEOUT else state
     return [folder, shown_state, *stages, _number(status.seconds), rows, printable(where, _MAX_CELL)]
 
 

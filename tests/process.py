@@ -140,8 +140,10 @@ def launch_on_machine(name: str, arguments: Sequence[str], impatient: bool = Fal
         impatient: whether two seconds without a heartbeat mean that another machine's run is dead, instead of a minute.
     """
     root = [] if os.geteuid() == 0 else ["--map-root-user"]
-    shorter_silence = "from dwf_cluster.store import lock; lock.SILENCE, lock.HEARTBEAT = 2, 1; " if impatient else ""
-    program = f"{shorter_silence}import sys; from dwf_cluster.launch import main; sys.exit(main(sys.argv[1:]))"
+    shorter_timeout = (
+        "from dwf_cluster.store import lock; lock.HEARTBEAT_TIMEOUT, lock.HEARTBEAT = 2, 1; " if impatient else ""
+    )
+    program = f"{shorter_timeout}import sys; from dwf_cluster.launch import main; sys.exit(main(sys.argv[1:]))"
     rename = ["sh", "-c", 'hostname "$0" && exec "$@"', name]
     return ["unshare", *root, "--uts", *rename, sys.executable, "-c", program, *arguments]
 

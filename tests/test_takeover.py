@@ -34,7 +34,7 @@ def test_a_suspended_run_that_was_replaced_writes_nothing_and_names_the_new_owne
         status = Status.read(store_of(folder))
         assert status is not None
         assert (status.run, status.host) == (1, "first")
-        time.sleep(lock.SILENCE + 2)  # no event: a launch is refused until the heartbeat is old enough
+        time.sleep(lock.HEARTBEAT_TIMEOUT + 2)  # no event: a launch is refused until the heartbeat is old enough
         with subprocess.Popen(launch_on_machine("second", ARGUMENTS), **pipes) as second:  # type: ignore[call-overload]
             for line in second.stdout:
                 if re.match(r"expert pgd-1: epoch \d/3", line):
@@ -50,7 +50,7 @@ def test_a_suspended_run_that_was_replaced_writes_nothing_and_names_the_new_owne
     assert first.returncode == 1
     assert re.match(
         rf"failed: {folder.name} was taken over by second \(process {second.pid}\) since 20\S+: "
-        "this run was silent for too long$",
+        "this run sent no heartbeat for too long$",
         lines[0],
     ), errors
     assert lines[1].startswith("resume: ")

@@ -24,7 +24,7 @@ from dwf_cluster.settings import printable
 from dwf_cluster.store.files import LockLost, Store, lock_file
 from dwf_cluster.store.status import HEARTBEAT, Status, Time, age, now
 
-SILENCE = 60.0
+HEARTBEAT_TIMEOUT = 60.0
 """Seconds without a heartbeat after which an owner on another machine is presumed dead."""
 
 
@@ -94,7 +94,7 @@ class Lock:
         if number == self.number:  # no later run: the run's folder of unfinished files was removed
             return ExperimentLocked(f"{self.store.folder}: the files of its run {number} were removed while it ran")
         return ExperimentLocked(
-            f"{self.store.folder} was taken over by {_describe(number, owner)}: this run was silent for too long"
+            f"{self.store.folder} was taken over by {_describe(number, owner)}: this run sent no heartbeat for too long"
         )
 
 
@@ -182,7 +182,7 @@ def _is_alive(store: Store, number: int, owner: Owner | None) -> bool | None:
     # Without a status, the run has just begun, or was killed before its first heartbeat.
     heartbeat = status.heartbeat if status and status.run == number else owner.since if owner else None
     # A heartbeat in the future shows only that the clocks differ.
-    return True if heartbeat and 0 <= age(heartbeat) < SILENCE else None
+    return True if heartbeat and 0 <= age(heartbeat) < HEARTBEAT_TIMEOUT else None
 
 
 def _locked_error(store: Store, number: int, owner: Owner | None) -> ExperimentLocked:

@@ -55,9 +55,9 @@ ELSEWHERE = {"host": "n7", "machine": "n7 of another cluster"}
 
 def test_a_new_experiment_is_not_locked_until_a_run_acquires_it(store: Store) -> None:
     assert not lock.is_locked(store)
-    mine = lock.acquire(store, _never_wait)
-    assert mine.number == 1
-    assert not mine.is_lost()
+    acquired = lock.acquire(store, _never_wait)
+    assert acquired.number == 1
+    assert not acquired.is_lost()
     assert lock.is_locked(store)
 
 
@@ -188,10 +188,10 @@ def test_a_dead_owner_with_another_clock_is_replaced_after_one_wait(store: Store
 
 @pytest.mark.parametrize("higher", [2, 3, 7])
 def test_a_lock_of_any_higher_number_means_that_the_lock_is_lost(store: Store, higher: int) -> None:
-    mine = lock.acquire(store)
-    assert not mine.is_lost()
+    acquired = lock.acquire(store)
+    assert not acquired.is_lost()
     _write_lock(store, higher, **ELSEWHERE)
-    assert mine.is_lost()
+    assert acquired.is_lost()
 
 
 def test_no_number_is_used_twice_after_a_pause_before_the_lock_is_created(
@@ -209,9 +209,9 @@ def test_no_number_is_used_twice_after_a_pause_before_the_lock_is_created(
         return self.create(name, content)
 
     monkeypatch.setattr(Store, "create", paused)
-    mine = lock.acquire(store, _never_wait)
-    assert [*numbers, mine.number] == [1, 2, 3, 4, 5]
-    assert not mine.is_lost()
+    acquired = lock.acquire(store, _never_wait)
+    assert [*numbers, acquired.number] == [1, 2, 3, 4, 5]
+    assert not acquired.is_lost()
 
 
 def _dead() -> int:
@@ -295,10 +295,10 @@ def test_a_replaced_run_cannot_finish_a_change_that_it_had_begun(
 
 
 def test_a_run_cannot_write_after_its_end(store: Store) -> None:
-    mine = lock.acquire(store)
-    mine.store.end_run()
+    acquired = lock.acquire(store)
+    acquired.store.end_run()
     with pytest.raises(LockLost, match="run 1 has ended"):
-        mine.store.write("file", b"content")
+        acquired.store.write("file", b"content")
     assert os.listdir(store.root) == ["lease"]
 
 

@@ -38,7 +38,7 @@ from ..s3 import S3
 
 PROCESSES = 4
 HEARTBEAT = 0.1
-SILENCE = 0.4
+HEARTBEAT_TIMEOUT = 0.4
 """Seconds, instead of ten and sixty."""
 
 MIN_ACQUIRED, MIN_LOST, MIN_REPEATED = 14, 3, 3
@@ -108,9 +108,9 @@ def _history(store: Store, folder: Path) -> _History:
             victim = chance.choice(processes)
             assert victim.pid is not None
             os.kill(victim.pid, signal.SIGSTOP)
-            time.sleep(chance.uniform(0.1, 6 * SILENCE))  # the length of the fault is random
+            time.sleep(chance.uniform(0.1, 6 * HEARTBEAT_TIMEOUT))  # the length of the fault is random
             os.kill(victim.pid, signal.SIGCONT)
-            time.sleep(chance.uniform(0, SILENCE))
+            time.sleep(chance.uniform(0, HEARTBEAT_TIMEOUT))
             events = [json.loads(line) for log in logs for line in log.read_text().splitlines() if line.endswith("}")]
             counts = Counter(event["what"] for event in events)
         finished.set()
@@ -179,7 +179,7 @@ def _patch(store: Store, chance: random.Random, note: Callable[..., None]) -> No
         return (datetime.now(timezone.utc) + offset).isoformat()
 
     patch.setattr(lock, "HEARTBEAT", HEARTBEAT)
-    patch.setattr(lock, "SILENCE", SILENCE)
+    patch.setattr(lock, "HEARTBEAT_TIMEOUT", HEARTBEAT_TIMEOUT)
     patch.setattr(lock, "_machine", lambda: f"machine {os.getpid()}")
     patch.setattr(lock, "now", now)
     patch.setattr(lock, "age", lambda time: status.age(time) + offset.total_seconds())
