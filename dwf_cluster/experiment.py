@@ -35,7 +35,7 @@ from dwf_cluster.settings import (
     flat,
     regular_file,
 )
-from dwf_cluster.store import Labels, Store
+from dwf_cluster.store import RowLabels, Store
 
 ADDED_LATER = frozenset({"defence", "model.backbone", "gate.kind", "joint.freeze_experts"})
 """Fields that came after results were out: at their defaults they are no part of the signature."""
@@ -151,10 +151,10 @@ class Experiment(Settings):
         return f"{self.preset}-seed{self.seed}-{self.signature}"
 
     @property
-    def labels(self) -> Labels:
+    def labels(self) -> RowLabels:
         """The columns of every table that say which experiment a row belongs to."""
         dataset = self.data.source.replace("\\", "/").rsplit("/", 1)[-1]
-        return Labels(self.signature, self.preset, dataset, self.seed)
+        return RowLabels(self.signature, self.preset, dataset, self.seed)
 
     def store(self, storage: str) -> Store:
         """Its folder below a storage URL."""

@@ -14,7 +14,7 @@ from dwf_cluster.evaluation.registry import CHECKS, PAPER, SUITES, TRANSFER, col
 from dwf_cluster.experiment import Experiment
 from dwf_cluster.models.registry import BACKBONES
 from dwf_cluster.settings import InvalidInput
-from dwf_cluster.store import Store, checkpoints, tables
+from dwf_cluster.store import Store, checkpoints
 
 EXPERTS, JOINT, EVALUATE = STAGES = ("experts", "joint", "evaluate")
 """The stages of the pipeline, in order: models without parents, models with parents, evaluations."""
@@ -170,6 +170,8 @@ def pending(experiment: Experiment, store: Store, sizes: Sizes) -> dict[str, lis
     An evaluation is done if the files of all its tables exist; a training if its row of `jobs` exists, its newest
     checkpoint is of the last epoch, and `metrics` has a row for each epoch.
     """
+    from dwf_cluster.store import tables  # which imports pyarrow; a typing mistake and `status` do not need it
+
     files = {table: tables.files(store, table) for table in ("predictions", "shards", CHECKS, "jobs")}
     epochs = tables.row_counts(store, "metrics", experiment.names)
 
@@ -192,6 +194,8 @@ def prepare_training(job: Job, store: Store) -> list[str]:
     Returns:
         A line for each checkpoint removed.
     """
+    from dwf_cluster.store import tables
+
     damage = checkpoints.discard_damaged(store, job.model)
     notes = [damage] if damage else []
     while state := checkpoints.latest_state(store, job.model):

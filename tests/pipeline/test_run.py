@@ -239,8 +239,8 @@ def test_removed_tables_and_a_damaged_model_are_made_anew_bit_for_bit(
     assert result.returncode == 1
     assert result.stderr.splitlines()[0].startswith(
         "failed: stage evaluate, evaluate benign noise 0-23: CheckpointLost: benign is not trained to the end: no "
-        f"checkpoint of epoch 3 (damaged checkpoint {last} removed; used is {last.with_name('epoch-00002')}); "
-        "the same command again trains it; log: "
+        f"checkpoint of epoch 3 (damaged checkpoint {last} removed; resuming from {last.with_name('epoch-00002')}); "
+        "run the same command again to train it; log: "
     )
     assert "Traceback" not in result.stderr
     result = launch(*ARGUMENTS)
@@ -268,7 +268,7 @@ def test_one_worker_or_two_and_a_slice_again_come_to_the_same_rows(
     alone = ["--local", "--cpus", "1", "--gpus", "0", "--set", *TINY, *LONG_EPOCHS]
     last = Path(store_of(copy).path("checkpoints/joint/epoch-00003"))
     (last / "tensors.safetensors").write_bytes(b"not what was saved")
-    again = rf"^warning: damaged checkpoint {last} removed; used is {last.with_name('epoch-00002')}$"
+    again = rf"^warning: damaged checkpoint {last} removed; resuming from {last.with_name('epoch-00002')}$"
     code, stderr = launch.run_and_act_at(again, lambda _, __: None, "--stages", "joint", *ARGUMENTS)
     assert code == 0, stderr
     assert_same(copy, reference_run[0], tables=["metrics"])
