@@ -1,10 +1,10 @@
-"""What durability costs: a checkpoint beside the training it keeps, and a look at a store of ten thousand experiments.
+"""What durability costs: a checkpoint beside the training that it saves, and the status of ten thousand experiments.
 
     python benchmarks/durability.py [--images 512] [--experiments 10000]
 
-A benign epoch, the cheapest that there is, of ResNet-18 at width 64 on random images of 32x32, with the checkpoint that
-the product saves after it; then the same checkpoint written with one `torch.save`, as a peer would, in turns. Seconds
-are medians. The last line is JSON.
+A benign epoch, the cheapest kind, of ResNet-18 at width 64 on random images of 32x32, with the checkpoint that the
+product saves after it; then the same tensors written with one `torch.save`, alternating. Seconds are medians. The last
+line is JSON.
 """
 
 from __future__ import annotations
@@ -24,23 +24,24 @@ from unittest import mock
 import numpy as np
 import torch
 
+from dwf_cluster.data.device import DeviceImages
 from dwf_cluster.data.sources import Images
-from dwf_cluster.defences import adversarial
+from dwf_cluster.defences.build import untrained
 from dwf_cluster.determinism import make_deterministic
 from dwf_cluster.experiment import build
 from dwf_cluster.store import Store, checkpoints, tables
 from dwf_cluster.store.status import HEARTBEAT, Status, now
-from dwf_cluster.training import Task
+from dwf_cluster.training import Probe, Task, train
 
 EPOCH = 50_000
-"""Images of CIFAR-10's training set: what an epoch's checkpoint is set against."""
+"""Images of CIFAR-10's training set; a checkpoint's time is compared with an epoch of them."""
 
 
 def checkpointing(images: int, epochs: int) -> dict[str, Any]:
     """Seconds of an epoch and of its checkpoint, and the checkpoint's bytes."""
     make_deterministic(os.cpu_count() or 1)
     assignments = [f"experts.epochs={epochs}", f"data.train_examples={images}"]
-    experiment = build("cifar10", 0, [*assignments, "evaluation.probe_examples=1", "evaluation.probe_steps=1"])
+    experiment = build("cifar10", 0, assignments)
     random = np.random.default_rng(0)
     x = random.integers(0, 256, (images, 3, 32, 32)).astype(np.uint8)
     data = Images(x, np.arange(images) % 10, x[:1], np.zeros(1, np.int64), 10, (0.5,) * 3, (0.25,) * 3)
@@ -49,19 +50,21 @@ def checkpointing(images: int, epochs: int) -> dict[str, Any]:
     save = checkpoints.save
 
     def timed(store: Store, *arguments: Any) -> None:
-        begun = time.perf_counter()
+        started = time.perf_counter()
         save(store, *arguments)
-        saving.append(time.perf_counter() - begun)
-        begun = time.perf_counter()
+        saving.append(time.perf_counter() - started)
+        started = time.perf_counter()
         with open(Path(store.url) / "pickle", "wb") as file:
             torch.save(arguments[3], file)
             os.fsync(file.fileno())
-        pickled.append(time.perf_counter() - begun)
+        pickled.append(time.perf_counter() - started)
 
     with tempfile.TemporaryDirectory() as folder, mock.patch.object(checkpoints, "save", timed):
         store = experiment.store(folder)
-        task = Task(experiment, store, "experts", "benign", experiment.experts)
-        adversarial.train_expert(task, data, experiment.regimes[0], torch.device("cpu"))
+        spec = experiment.spec("benign")
+        task = Task(spec, "experts", 0, Probe(experiment.threat, 1, 1), experiment.checkpoint_minutes, store)
+        model = untrained(spec, data.format, 0, {})
+        train(task, model, DeviceImages(data, experiment.data, torch.device("cpu")))
         seconds = [row["seconds"] for row in tables.read(store, "metrics").to_pylist()]
         (*_, newest) = store.names("checkpoints/benign")
         size = store.size(f"checkpoints/benign/{newest}/tensors.safetensors")
@@ -76,8 +79,8 @@ def checkpointing(images: int, epochs: int) -> dict[str, Any]:
     }
 
 
-def looking(experiments: int, times: int) -> dict[str, Any]:
-    """Seconds of `python -m dwf_cluster.status` on a store of so many experiments."""
+def status(experiments: int, times: int) -> dict[str, Any]:
+    """Seconds of `python -m dwf_cluster.status` on a store of this number of experiments."""
     with tempfile.TemporaryDirectory() as folder:
         for seed in range(experiments):
             Status(
@@ -95,9 +98,9 @@ def looking(experiments: int, times: int) -> dict[str, Any]:
             ).write(Store(folder, f"cifar10-seed{seed}-0123456789"))
         seconds = []
         for _ in range(times):
-            begun = time.perf_counter()
+            started = time.perf_counter()
             subprocess.run([sys.executable, "-m", "dwf_cluster.status", folder], stdout=subprocess.DEVNULL, check=True)
-            seconds.append(time.perf_counter() - begun)
+            seconds.append(time.perf_counter() - started)
     return {"experiments": experiments, "status_seconds": statistics.median(seconds)}
 
 
@@ -108,17 +111,18 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--experiments", type=int, default=10_000)
     options = parser.parse_args()
-    found = checkpointing(options.images, options.epochs) | looking(options.experiments, 3)
+    results = checkpointing(options.images, options.epochs) | status(options.experiments, 3)
+    seconds, plain = results["seconds"], results["torch_save_seconds"]
     print(
-        f"checkpoint at width 64: {found['bytes']:,} bytes, {found['seconds']:.2f} s "
-        f"(torch.save: {found['torch_save_seconds']:.2f} s, ratio {found['seconds'] / found['torch_save_seconds']:.1f})"
+        f"checkpoint at width 64: {results['bytes']:,} bytes, {seconds:.2f} s "
+        f"(torch.save: {plain:.2f} s, ratio {seconds / plain:.1f})"
     )
     print(
-        f"training at {found['images_per_second']:.0f} images/s: {found['share_of_these_epochs']:.2%} of epochs of "
-        f"{options.images} images, {found['share_of_an_epoch_of_50000']:.3%} of an epoch of {EPOCH:,}"
+        f"training at {results['images_per_second']:.0f} images/s: {results['share_of_these_epochs']:.2%} of epochs of "
+        f"{options.images} images, {results['share_of_an_epoch_of_50000']:.3%} of an epoch of {EPOCH:,}"
     )
-    print(f"status of {found['experiments']:,} experiments: {found['status_seconds']:.2f} s")
-    print(json.dumps(found))
+    print(f"status of {results['experiments']:,} experiments: {results['status_seconds']:.2f} s")
+    print(json.dumps(results))
 
 
 if __name__ == "__main__":

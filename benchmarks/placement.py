@@ -1,10 +1,10 @@
-"""How good the plan is: makespan against its lower bound, and against what really happened on this machine.
+"""How good the plan is: makespan against its lower bound, and against a real run on this machine.
 
     python benchmarks/placement.py [--run]
 
 The first table is the planned timeline of the paper's experiment on 1 to 64 GPUs. With `--run`, the digits preset is
-run twice in a temporary folder: the speeds of its stages on seed 0 give the plan for seed 1, and that is compared
-with what happened.
+run twice in a temporary folder: the speeds of its stages on seed 0 give the plan for seed 1, which is compared with the
+run of seed 1.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from dwf_cluster.experiment import Experiment, build
 from dwf_cluster.plan.jobs import STAGES, Job, forward_flops, jobs
 from dwf_cluster.plan.resources import Resources, allocate, cpus_here
 from dwf_cluster.plan.schedule import Planned, lower_bound, timeline
-from dwf_cluster.store import Store, tables
+from dwf_cluster.store import tables
 
 GPUS = (1, 2, 4, 8, 9, 16, 32, 64)
 
@@ -32,9 +32,9 @@ def planned(
     experiments: Sequence[Experiment], stages: Sequence[str], resources: Resources
 ) -> tuple[dict[Job, Planned], float]:
     """The timeline, and its lower bound, in passes."""
-    found = [job for e in experiments for stage in stages for job in jobs(e, stage, sizes(e.data))]
-    allocations = allocate(found, resources)
-    return timeline(found, allocations, resources.slots), lower_bound(found, allocations, resources.slots)
+    every = [job for e in experiments for stage in stages for job in jobs(e, stage, sizes(e.data))]
+    allocations = allocate(every, resources)
+    return timeline(every, allocations, resources.slots), lower_bound(every, allocations, resources.slots)
 
 
 def simulate() -> None:
@@ -44,7 +44,7 @@ def simulate() -> None:
     print("|---:|---:|---:|---:|---:|---:|")
     for seeds in (1, 5):
         experiments = [build("cifar10", seed) for seed in range(seeds)]
-        hour = 3600 * GPU_FLOPS[0] / forward_flops(experiments[0], (3, 32, 32))
+        hour = 3600 * GPU_FLOPS[0] / forward_flops(experiments[0].defended, (3, 32, 32))
         for gpus in GPUS:
             cells = []
             for stages in (("experts",), STAGES):
@@ -62,11 +62,11 @@ def run() -> None:
             subprocess.run([*command, "--seed", seed], stdout=subprocess.DEVNULL, check=True)
         first, second = build("digits", 0), build("digits", 1)
         resources = Resources(cpus_here(), 0)
-        found = [job for stage in STAGES for job in jobs(first, stage, sizes(first.data))]
-        speeds = measured_speeds(found, allocate(found, resources), storage)
+        every = [job for stage in STAGES for job in jobs(first, stage, sizes(first.data))]
+        speeds = measured_speeds(every, allocate(every, resources), storage)
         rows = pd.DataFrame(tables.read(second.store(storage), "jobs").to_pylist()).set_index("task")
-    found = [job for stage in STAGES for job in jobs(second, stage, sizes(second.data))]
-    when = timeline(found, allocate(found, resources), resources.slots, speeds)
+    every = [job for stage in STAGES for job in jobs(second, stage, sizes(second.data))]
+    when = timeline(every, allocate(every, resources), resources.slots, speeds)
     began = rows.started.min()
     print("| task | planned start | end | real start | end |\n|---|---:|---:|---:|---:|")
     for job, plan in when.items():

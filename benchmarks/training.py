@@ -3,8 +3,8 @@
     python benchmarks/training.py [--steps 5] [--joint-steps 3]
 
 A PGD expert (10 iterations, batch 128, width 16, 32x32) and a joint step of nine experts, both on one thread, as
-an expert has it; the two ways take turns. Images are random: a step costs the same whatever they show. The last
-line is JSON.
+an expert's training runs; the two ways alternate. Images are random: a step costs the same whatever they show. The
+last line is JSON.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ from torch import nn
 
 from dwf_cluster.data.device import DeviceImages
 from dwf_cluster.data.sources import Images
-from dwf_cluster.defences import adversarial, dwf
+from dwf_cluster.defences.build import untrained
 from dwf_cluster.determinism import make_deterministic
-from dwf_cluster.experiment import MIXTURE, Experiment, build
+from dwf_cluster.experiment import Experiment, build
 from dwf_cluster.models.frozen import frozen
 from dwf_cluster.store import Store
-from dwf_cluster.training import Task, train
+from dwf_cluster.training import Probe, Task, train
 
 ITERATIONS, BATCH = 10, 128
 
 
 def experiment(stage: str, steps: int) -> Experiment:
-    """Epochs of one batch each, of `steps` steps in all; the probe is as small as it can be."""
+    """An experiment with `steps` epochs of one batch each."""
     return build(
         "cifar10",
         0,
@@ -45,8 +45,6 @@ def experiment(stage: str, steps: int) -> Experiment:
             f"pgd.steps={ITERATIONS}",
             f"data.train_examples={BATCH}",
             f"{stage}.epochs={steps}",
-            "evaluation.probe_examples=1",
-            "evaluation.probe_steps=1",
         ],
     )
 
@@ -79,13 +77,13 @@ def plain_step(model: nn.Module, settings: Experiment, parts: bool) -> Callable[
 
 def bare(model: nn.Module, parts: int, x: torch.Tensor, y: torch.Tensor) -> float:
     """Seconds of a step's gradients and of its training pass, with nothing around them."""
-    view, seconds = frozen(model), []
+    frozen_model, seconds = frozen(model), []
     model.train()
     for _ in range(4):
         clock = time.perf_counter()
-        for some, labels in zip(torch.split(x, 32), torch.split(y, 32), strict=True):
-            leaf = some.contiguous(memory_format=torch.channels_last).requires_grad_()
-            torch.autograd.grad(F.cross_entropy(view(leaf), labels, reduction="sum"), leaf)
+        for chunk, labels in zip(torch.split(x, 32), torch.split(y, 32), strict=True):
+            leaf = chunk.contiguous(memory_format=torch.channels_last).requires_grad_()
+            torch.autograd.grad(F.cross_entropy(frozen_model(leaf), labels, reduction="sum"), leaf)
         gradient = time.perf_counter() - clock
         clock = time.perf_counter()
         batch = torch.cat([x] * parts).contiguous(memory_format=torch.channels_last)
@@ -98,13 +96,14 @@ def bare(model: nn.Module, parts: int, x: torch.Tensor, y: torch.Tensor) -> floa
 def compare(stage: str, steps: int) -> dict[str, Any]:
     """Seconds of a step, ours and plain, and how far ours is from the limit."""
     settings, data = experiment(stage, steps + 1), images()
-    if stage == "joint":
-        model, slow = (dwf.build(settings, data) for _ in range(2))
-        name, perturb, parts = MIXTURE, dwf.three_parts(settings), 3
-    else:
-        regime = next(r for r in settings.regimes if r.attack == "pgd")
-        model, slow = (adversarial.build(settings, data, regime.name) for _ in range(2))  # type: ignore[assignment]
-        name, perturb, parts = regime.name, adversarial.adversary(regime, settings.pgd), 1
+    spec = settings.defended if stage == "joint" else settings.spec("pgd-1")
+    parts = 3 if stage == "joint" else 1
+
+    def new_model() -> nn.Module:
+        parents = {name: untrained(settings.spec(name), data.format, 0, {}) for name in spec.parents}
+        return untrained(spec, data.format, 0, parents)
+
+    model, slow = new_model(), new_model()
     step = plain_step(slow, settings, stage == "joint")
     device_images = DeviceImages(data, settings.data, torch.device("cpu"))
     x, y = device_images.x_train.float() / 255, device_images.y_train
@@ -117,13 +116,14 @@ def compare(stage: str, steps: int) -> dict[str, Any]:
         plain.append(time.perf_counter() - clock)
 
     with tempfile.TemporaryDirectory() as folder:
-        task = Task(settings, Store(folder, "benchmark"), stage, name, settings.training(stage), report=turn)
-        train(task, model, device_images, perturb)
+        store = Store(folder, "benchmark", labels=settings.labels)
+        task = Task(spec, stage, 0, Probe(settings.threat, 1, 1), settings.checkpoint_minutes, store, turn)
+        train(task, model, device_images)
     limit = bare(model, parts, x, y)
-    ours, theirs = statistics.median(fast[1:]), statistics.median(plain[1:])  # the first warms up
+    ours, seconds_plain = statistics.median(fast[1:]), statistics.median(plain[1:])  # the first warms up
     return {
         "seconds": round(ours, 3),
-        "seconds_plain": round(theirs, 3),
+        "seconds_plain": round(seconds_plain, 3),
         "ratio": round(statistics.median(p / f for p, f in zip(plain[1:], fast[1:], strict=True)), 2),
         "times_the_limit": round(ours / limit, 2),
     }

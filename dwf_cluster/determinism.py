@@ -41,10 +41,10 @@ class Draws:
 def make_deterministic(threads: int) -> None:
     """Choose deterministic kernels and a fixed number of CPU threads in this process.
 
-    To be called before CUDA's first use and before the first collective operation, which read the environment.
+    Call it before the first use of CUDA and before the first collective operation, which read the environment.
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    # Sums that NVLink switches compute (NVLS, on HGX nodes) differ from call to call.
+    # Sums computed by NVLink switches (NVLS, on HGX nodes) differ from call to call.
     os.environ["NCCL_NVLS_ENABLE"] = "0"
     torch.use_deterministic_algorithms(True)
     # A debugging aid that costs 3 %.

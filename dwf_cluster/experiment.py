@@ -44,10 +44,10 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 
 
 class Experiment(Settings):
-    """Everything that decides the numbers, and nothing else (not where it runs, nor where results go)."""
+    """Everything that decides the numbers, and nothing else: neither where it runs nor where results are stored."""
 
     preset: Name = "cifar10"
-    """Name of the preset it started from; part of the folder's name."""
+    """Name of the preset that it is based on; part of the folder's name."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """Seed of every random draw."""
     checkpoint_minutes: Annotated[float, Field(gt=0, le=1_000_000)] = 10.0
@@ -285,10 +285,10 @@ def assemble(preset: str, seed: int | None, assignments: Sequence[str]) -> Exper
 
 
 def invocation(experiment: Experiment) -> tuple[str, dict[str, Any]]:
-    """What `--preset` and `--set` are given, beside `--seed`, to get an experiment again.
+    """The values of `--preset` and `--set` that, with `--seed`, give an experiment.
 
     Returns:
-        The value of `--preset`, and each field that differs from what it stands for, by its dotted name.
+        The value of `--preset`, and by its dotted name each field that differs from that preset.
     """
     source = experiment.data.source
     if experiment.preset in PRESETS:

@@ -29,6 +29,6 @@ def _enter(rank: int, count: int, work: Callable[..., None], folder: Path, argum
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=count)
     work(folder, *arguments)
     dist.destroy_process_group()
-    # DDP keeps gloo's threads alive past this, and one that lets go of a tensor while the interpreter is
-    # finalized aborts the process. Ray kills its workers instead of finalizing them; so does this.
+    # DDP keeps gloo's threads alive. A thread that releases a tensor while the interpreter is finalized aborts the
+    # process. So the process exits without finalization, as Ray's workers do.
     os._exit(0)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from dwf_cluster.defences.registry import DEFENCES, METHODS
+from dwf_cluster.defences.registry import METHODS, recipe_names
 from dwf_cluster.experiment import PRESETS, Experiment, build, fields_of_an_experiment
 from dwf_cluster.settings import InvalidInput
 
@@ -51,7 +51,8 @@ def test_the_papers_baselines_are_two_more_models_outside_the_mixture() -> None:
 
 
 def test_every_defence_and_every_method_without_parents_can_be_a_baseline_or_the_defence() -> None:
-    names = [name for name in (*DEFENCES, *METHODS) if name != "dwf"]
+    names = [name for name in recipe_names() if name not in ("dwf", "given")]  # `given` trains nothing
+    assert names == ["fgsm-at", "pgd-at", "standard", "fgsm", "pgd"]
     experiment = build("digits", 0, [f"baselines={','.join(names)}"])
     assert experiment.names == (
         "benign",
@@ -91,9 +92,7 @@ def test_a_method_that_needs_parents_is_refused_by_its_own_name(monkeypatch: pyt
     for field in ("defence", "baselines.0"):
         with pytest.raises(InvalidInput) as error:
             build("digits", 0, [f"{field.removesuffix('.0')}=merge"])
-        assert str(error.value) == (
-            f"{field}: 'merge' cannot be used: allowed are dwf, fgsm-at, pgd-at, standard, fgsm, pgd"
-        )
+        assert str(error.value) == (f"{field}: 'merge' cannot be used: allowed are {', '.join(recipe_names())}")
 
 
 def test_an_experiment_cannot_be_changed() -> None:

@@ -29,7 +29,7 @@ class DeviceImages:
     def epoch(self, batch_size: int, draws: Draws) -> list[torch.Tensor]:
         """The indices of each batch of one epoch, in a random order.
 
-        Every image comes once; sizes differ by one at most, so no batch is too small for BatchNorm.
+        Every image occurs once; sizes differ by one at most, so no batch is too small for BatchNorm.
         """
         order = torch.randperm(len(self.x_train), generator=draws.generator("order"))
         batches = -(-len(order) // batch_size)
