@@ -52,8 +52,6 @@ def _frozen(model: nn.Module, done: dict[int, nn.Module]) -> nn.Module:
         return experts
     if isinstance(model, torch.jit.ScriptModule):
         done[id(model)] = scripted = copy.deepcopy(model).eval()
-        for parameter in scripted.parameters():
-            parameter.requires_grad_(False)
         return scripted
     if _is_foldable(model):
         done[id(model)] = folded = _folded(model)  # type: ignore[arg-type]
