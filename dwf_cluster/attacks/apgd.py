@@ -35,8 +35,8 @@ def apgd(
         model, x, y, ball: as for `pgd`.
         generators: one an image, for the random start.
         steps: number of iterations.
-        objective: what to make large. With a target it is given labels of shape (n, 2): true and target.
-        target: the class that each image is to be taken for, shape (n,).
+        objective: what to make large. With a target, its labels have shape (n, 2): true and target.
+        target: the class that each image is to be classified as, shape (n,).
 
     Yields:
         x_0 to x_steps, for the images not yet fooled.

@@ -26,7 +26,7 @@ def autoattack(model: nn.Module, epsilon: float, worst: WorstCase, *, steps: int
     Args:
         model: frozen model, pixels in, logits of at least four classes out.
         epsilon: radius of the L-infinity ball, pixels in [0, 1].
-        worst: begun with the clean images and generators; takes what is found.
+        worst: of the clean images, with generators; it records every adversarial image.
         steps, queries: the authors' standard by default.
 
     Raises:

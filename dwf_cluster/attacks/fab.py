@@ -74,10 +74,10 @@ def project_to_hyperplane(x: torch.Tensor, normal: torch.Tensor, height: torch.T
     wanted = height.abs()[:, None]
     first = torch.searchsorted(reached, wanted).clamp(max=room.shape[1] - 1)
     before = (first - 1).clamp(min=0)
-    begun = first > 0
-    spent = torch.where(begun, moved.gather(1, before), torch.zeros_like(wanted))
-    slope = torch.where(begun, free.gather(1, before), sorted_weight.sum(1, keepdim=True))
-    amount = ((wanted - spent) / slope.clamp(min=1e-12)).clamp(min=0)
+    has_before = first > 0
+    gained = torch.where(has_before, moved.gather(1, before), torch.zeros_like(wanted))
+    slope = torch.where(has_before, free.gather(1, before), sorted_weight.sum(1, keepdim=True))
+    amount = ((wanted - gained) / slope.clamp(min=1e-12)).clamp(min=0)
     return (towards * torch.minimum(room, amount)).view_as(x)
 
 

@@ -14,15 +14,15 @@ from dwf_cluster.attacks.gradient import Objective, cross_entropy, differentiate
 
 @dataclass(frozen=True)
 class Iterate:
-    """Where an attack stands after some steps, for the n images that it still attacks.
+    """The state of an attack after some steps, for the n images that it still attacks.
 
     Attributes:
         step: number of steps done, from 0.
         index: which images of the batch these are, shape (n,).
         x: the adversarial images, shape (n, channels, height, width).
-        logits: the model's at x, shape (n, classes), where the attack came to know them.
-        gradient: of the attack's loss at x, shape of x, where the attack goes on.
-        gradient_count: gradient evaluations of single images that it took to know `gradient`.
+        logits: the model's at x, shape (n, classes), where the attack has computed them; else None.
+        gradient: of the attack's loss at x, shape of x, where the attack continues; else None.
+        gradient_count: gradient evaluations of single images that `gradient` cost.
     """
 
     step: int
@@ -66,7 +66,7 @@ def pgd(
         model: frozen model, pixels in, logits out.
         x: float in [0, 1], shape (n, channels, height, width).
         y: int64, shape (n,).
-        ball: what is allowed.
+        ball: the allowed images.
         step_size: in the ball's norm, pixels in [0, 1].
         steps: number of iterations, from 0.
         start: x_0; x itself by default, as in the paper.
@@ -149,9 +149,9 @@ class WorstCase:
         """Take one more version of some images."""
         logits = with_logits(self._model, iterate).logits
         assert logits is not None
-        news = self.robust[iterate.index]
-        index = iterate.index[news]
-        self.x[index], self.logits[index] = iterate.x[news], logits[news]
+        is_robust = self.robust[iterate.index]
+        index = iterate.index[is_robust]
+        self.x[index], self.logits[index] = iterate.x[is_robust], logits[is_robust]
         self.robust[index] = self.logits[index].argmax(1) == self._y[index]
 
     def attack(self, run: Callable[[Remaining], Iterator[Iterate]]) -> None:
@@ -160,6 +160,6 @@ class WorstCase:
         if len(remaining) == 0:
             return
         generators = [self._generators[i] for i in remaining.tolist()] if self._generators else []
-        for it in run(Remaining(remaining, self._x[remaining], self._y[remaining], generators)):
-            self.see(replace(it, index=remaining[it.index]))
-            self.gradient_count += it.gradient_count
+        for iterate in run(Remaining(remaining, self._x[remaining], self._y[remaining], generators)):
+            self.see(replace(iterate, index=remaining[iterate.index]))
+            self.gradient_count += iterate.gradient_count

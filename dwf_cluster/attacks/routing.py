@@ -1,4 +1,4 @@
-"""What attacks on a mixture can make large beside its own loss."""
+"""Objectives of attacks on a mixture beside its own loss."""
 
 from __future__ import annotations
 

@@ -60,7 +60,7 @@ class Attacked:
         column: which.
         x: the images, shape of the clean ones.
         logits: the model's at x, shape (n, classes), where the attack knows them.
-        gradient_count: gradients of single images that it took.
+        gradient_count: gradient evaluations of single images that it cost.
         model: name of the model that is tested; None: the one under attack.
     """
 
@@ -121,7 +121,7 @@ def evaluate(
     Args:
         models: on the device: the one to attack and, if its images are tested on others, those.
         name: of the model to attack, for the rows and the random starts.
-        suite: a key of `SUITES`, save for `CHECKS`.
+        suite: a key of `SUITES`, except `CHECKS`.
         x_test, y_test: the shard's images, uint8 or float32 in [0, 1], shape (n, channels, height, width), and
             integer labels.
         evaluation: strengths and iterations.

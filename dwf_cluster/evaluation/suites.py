@@ -24,10 +24,10 @@ MOMENTUM = 1.0
 
 
 def paper(batch: Batch) -> Iterator[Attacked]:
-    """Table 3, from one run of PGD and, for those that stand after it, its restarts.
+    """Table 3, from one run of PGD and, for images that are robust after it, its restarts.
 
     The run's first gradient is FGSM's at every epsilon, its iterates are the PGD columns and, with one EoT
-    sample and models that are deterministic, the adaptive one's; their logits come with the gradients.
+    sample and a deterministic model, the adaptive column; their logits come with the gradients.
     """
     model, evaluation, x, y = batch.model, batch.evaluation, batch.x, batch.y
     clean, *others = batch.columns

@@ -51,7 +51,7 @@ def _frozen(model: nn.Module, done: dict[int, nn.Module]) -> nn.Module:
         done[id(model)] = experts = _FrozenExperts(_frozen(expert, done) for expert in model)
         return experts
     if isinstance(model, torch.jit.ScriptModule):
-        done[id(model)] = scripted = copy.deepcopy(model).eval().requires_grad_(False)
+        done[id(model)] = scripted = copy.deepcopy(model).eval()
         return scripted
     if _is_foldable(model):
         done[id(model)] = folded = _folded(model)  # type: ignore[arg-type]

@@ -66,3 +66,54 @@ def test_a_batchnorm_that_cannot_be_folded_uses_its_running_statistics() -> None
     frozen_model = frozen(model)
     torch.testing.assert_close(frozen_model(x)[:1], frozen_model(x[:1]))
     assert model.training
+
+
+class _Looping(torch.nn.Module):
+    """Refers to itself, and to one layer twice, in plain containers; its method is an attribute of the object."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        norm = torch.nn.BatchNorm1d(4)
+        self.layers = {"pair": (norm, [torch.nn.Linear(4, 3)]), "self": [self]}
+        self.norms = [norm]
+        self.run = self._run
+
+    def _run(self, x: torch.Tensor) -> torch.Tensor:
+        assert self.layers["self"][0] is self
+        assert self.norms[0] is self.layers["pair"][0]
+        logits: torch.Tensor = self.layers["pair"][1][0](self.norms[0](x))  # type: ignore[index]
+        return logits
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.run(x)
+
+
+def test_modules_in_plain_containers_are_frozen_once_and_the_model_stays_in_its_mode() -> None:
+    model = _Looping()
+    frozen_model = frozen(model)
+    x = torch.rand(6, 4)
+    torch.testing.assert_close(frozen_model(x)[:1], frozen_model(x[:1]))
+    assert model.norms[0].training
+    assert int(model.norms[0].num_batches_tracked) == 0
+    assert not frozen_model(x).requires_grad
+
+
+def test_a_scripted_model_is_frozen_as_a_copy() -> None:
+    model = torch.jit.script(torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.BatchNorm1d(3)))
+    frozen_model = frozen(model)
+    x = torch.rand(6, 4)
+    torch.testing.assert_close(frozen_model(x)[:1], frozen_model(x[:1]))
+    assert model.training
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_a_pair_that_is_called_layer_by_layer_gives_the_same_logits() -> None:
+    pair = torch.nn.Sequential(torch.nn.Conv2d(1, 3, 3), torch.nn.BatchNorm2d(3)).double()
+    pair(torch.rand(8, 1, 8, 8, dtype=torch.float64))
+    frozen_pair, x = frozen(pair), torch.rand(4, 1, 8, 8, dtype=torch.float64)
+    torch.testing.assert_close(frozen_pair[1](frozen_pair[0](x)), pair.eval()(x))  # type: ignore[index]
+
+
+def test_a_batchnorm_without_running_statistics_is_not_folded() -> None:
+    pair = torch.nn.Sequential(torch.nn.Conv2d(1, 3, 3), torch.nn.BatchNorm2d(3, track_running_stats=False))
+    assert isinstance(frozen(pair)[1], torch.nn.BatchNorm2d)  # type: ignore[index]
