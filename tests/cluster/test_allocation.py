@@ -391,7 +391,7 @@ KILLED = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
 def first_node(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sitecustomize: str
 ) -> tuple[int, subprocess.Popen[bytes]]:
-    """Run the first node's part with a process in the place of Ray and a changed driver; exit status and that process."""
+    """Run the first node's part with a stand-in for Ray and a changed driver; its exit status, and the stand-in."""
     (tmp_path / "sitecustomize.py").write_text(sitecustomize)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     ray = subprocess.Popen(["sleep", "infinity"])
