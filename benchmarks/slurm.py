@@ -1,4 +1,4 @@
-"""How long a job takes to its first training step, and what an interruption costs, on a SLURM of two nodes.
+"""The time from sbatch to the first training step, and the cost of an interruption, on a SLURM of two nodes.
 
     python -m benchmarks.slurm
 
@@ -18,6 +18,7 @@ from pathlib import Path
 import pandas as pd
 
 from tests.cluster.slurm import Slurm
+from tests.process import command_line
 
 SCRIPT = Path(__file__).parents[1] / "slurm" / "full_pipeline.sh"
 CPUS = ["--gpus-per-node=0", "--cpus-per-task=1", "--mem=3G"]
@@ -25,7 +26,7 @@ ONE_STEP = ["data.train_examples=64", "experts.epochs=1", "experts.benign=1", "e
 
 
 def submit(slurm: Slurm, folder: Path, options: list[str], assignments: list[str]) -> tuple[str, Callable[[], str]]:
-    """A job's number, and what gives its log."""
+    """The number of a new job, and a function that returns its log."""
     arguments = ["--stages", "experts", "--set", *assignments]
     job = slurm.submit(*CPUS, *options, SCRIPT, *arguments, cwd=folder, DWF_PYTHON=sys.executable)
     log = folder / f"slurm-{job}.out"
@@ -35,24 +36,25 @@ def submit(slurm: Slurm, folder: Path, options: list[str], assignments: list[str
 def to_first_step(slurm: Slurm, folder: Path) -> dict[str, float]:
     """Seconds from sbatch to: batch script, srun's processes, Ray on both nodes, first task, end of its one step."""
     began = time.time()
-    job, log = submit(slurm, folder, ["--nodes=2"], ONE_STEP)
+    job, _ = submit(slurm, folder, ["--nodes=2"], ONE_STEP)
 
     def born(command: str) -> float:
-        found: list[float] = []
+        times: list[float] = []
 
-        def look() -> bool:
-            found[:] = [p.create_time() for p in slurm.processes(job) if command in " ".join(p.cmdline())]
-            return bool(found)
+        def has_begun() -> bool:
+            times[:] = [p.create_time() for p in slurm.processes(job) if command in command_line(p)]
+            return bool(times)
 
-        slurm.wait_for(look, command)
-        return min(found)
+        slurm.wait_for(has_begun, command)
+        return min(times)
 
     times = {
         "batch script": born("cluster.allocation"),
         "srun": born("cluster.node"),
         "Ray begins": born("ray.scripts"),
     }
-    slurm.wait_for(lambda: "Ray dashboard" in log(), "dashboard")
+    joined = folder / f"slurm-{job}.status"
+    slurm.wait_for(joined.exists, "status file")
     times["all nodes have joined"] = time.time()
     slurm.wait_for(lambda: list(folder.glob("runs/*/results/metrics/*.parquet")), "first step")
     times["first step"] = time.time()
@@ -72,20 +74,20 @@ def lost(slurm: Slurm, folder: Path) -> dict[str, dict[str, float]]:
     ):
         slurm.wait_for(lambda: re.search(r"pgd-1: epoch \d", log().rpartition("experts: ")[2]), "epoch of this life")
         time.sleep(1)
-        told = time.time()
+        sent = time.time()
         slurm(*command, job)
         slurm.wait_for(lambda n=number: int(slurm.field(job, "Restarts")) >= n, "requeue")
         (checkpoints,) = folder.glob("runs/*/checkpoints/pgd-1")
         saved = max(file.stat().st_mtime for file in checkpoints.glob("*/manifest.json"))
         metrics = pd.read_parquet(next(folder.glob("runs/*/results/metrics")), filters=[("model", "==", "pgd-1")])
         costs[name] = {
-            "seconds lost": round(max(0.0, told - saved), 1),
-            "seconds from the signal to the checkpoint": round(max(0.0, saved - told), 1),
+            "seconds lost": round(max(0.0, sent - saved), 1),
+            "seconds from the signal to the checkpoint": round(max(0.0, saved - sent), 1),
             "seconds of an epoch": round(metrics.seconds.mean(), 1),
             "seconds until it runs again": 0.0,
         }
         slurm.wait_for(lambda n=number: log().count("experts: ") >= n + 1, "next life", 300)
-        costs[name]["seconds until it runs again"] = round(time.time() - told, 1)
+        costs[name]["seconds until it runs again"] = round(time.time() - sent, 1)
     slurm.wait(job)
     return costs
 

@@ -1,6 +1,7 @@
 #!/bin/bash
-# The whole pipeline on the nodes of one allocation: sbatch [sbatch's options] slurm/full_pipeline.sh [launch's options]
-# What is given on sbatch's command line overrides what stands here. docs/slurm.md has more, for users and for sites.
+# Run the whole pipeline on the nodes of one allocation:
+#   sbatch [options of sbatch] slurm/full_pipeline.sh [options of dwf_cluster.launch]
+# Options on the command line of sbatch override those below. docs/slurm.md tells more, for users and for sites.
 #SBATCH --job-name=dwf
 #SBATCH --nodes=1
 #SBATCH --gpus-per-node=h100:8
@@ -9,11 +10,11 @@
 #SBATCH --output=slurm-%j.out
 #SBATCH --open-mode=append
 #SBATCH --requeue
-# Two minutes before the time is over: trainings save what they have, and the job is requeued.
+# Two minutes before the time limit, trainings save what they have, and the job is requeued.
 #SBATCH --signal=USR2@120
 
-# The environment that `make` has made beside slurm/, unless DWF_PYTHON names another Python. `bash slurm/full_pipeline.sh`
-# on the login node runs this check without submitting anything.
+# Use the environment beside slurm/ that `make` creates, unless DWF_PYTHON names another Python. Without sbatch, `bash
+# slurm/full_pipeline.sh` on the login node only runs this check.
 python="${DWF_PYTHON:-${SLURM_SUBMIT_DIR:-.}/.venv/bin/python}"
 if [ -z "${DWF_PYTHON:-}" ] && [ ! -x "$python" ]; then python=python; fi
 if ! "$python" -c "import dwf_cluster" 2> /dev/null; then

@@ -1,7 +1,7 @@
 #!/bin/bash
-# A sweep on the nodes of one allocation:
-#   sbatch [sbatch's options] slurm/sweep.sh seeds=0..4 gate.kind=soft gate.kind=hard [launch's options]
-# What is given on sbatch's command line overrides what stands here. docs/sweeps.md and docs/slurm.md have more.
+# Run a sweep on the nodes of one allocation:
+#   sbatch [options of sbatch] slurm/sweep.sh seeds=0..4 gate.kind=soft gate.kind=hard [options of dwf_cluster.launch]
+# Options on the command line of sbatch override those below. docs/sweeps.md and docs/slurm.md tell more.
 #SBATCH --job-name=dwf-sweep
 #SBATCH --nodes=1
 #SBATCH --gpus-per-node=h100:8
@@ -10,11 +10,11 @@
 #SBATCH --output=slurm-%j.out
 #SBATCH --open-mode=append
 #SBATCH --requeue
-# Two minutes before the time is over: trainings save what they have, and the job is requeued.
+# Two minutes before the time limit, trainings save what they have, and the job is requeued.
 #SBATCH --signal=USR2@120
 
-# The environment that `make` has made beside slurm/, unless DWF_PYTHON names another Python. `bash slurm/sweep.sh`
-# on the login node runs this check without submitting anything.
+# Use the environment beside slurm/ that `make` creates, unless DWF_PYTHON names another Python. Without sbatch, `bash
+# slurm/sweep.sh` on the login node only runs this check.
 python="${DWF_PYTHON:-${SLURM_SUBMIT_DIR:-.}/.venv/bin/python}"
 if [ -z "${DWF_PYTHON:-}" ] && [ ! -x "$python" ]; then python=python; fi
 if ! "$python" -c "import dwf_cluster" 2> /dev/null; then

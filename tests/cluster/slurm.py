@@ -2,7 +2,7 @@
 
 Everything lies in one folder and listens on loopback. Nodes have host names of their own (n1, n2, ...) but share the
 machine's one address, its processes and its /tmp. The partitions `main` and `high` have nodes that are alike, with
-fake H100s: device files that behave like /dev/null. The partition `uneven` has a last node too, with one CPU, whose
+fake H100s: device files that behave like /dev/null. The partition `uneven` also has a last node with one CPU, whose
 GPUs SLURM does not manage.
 """
 
@@ -74,7 +74,7 @@ PartitionName=uneven Nodes=ALL DefaultTime=10 PriorityTier=1 PreemptMode=REQUEUE
 
 
 def missing() -> str | None:
-    """Why no SLURM can be started here; None if it can."""
+    """Why no SLURM can be started on this machine; None if one can."""
     if os.geteuid() != 0:
         return "starting a SLURM of our own needs root"
     absent = [command for command in COMMANDS if shutil.which(command) is None]
@@ -122,9 +122,9 @@ class Slurm:
         munge = {"socket": "munge.socket", "key-file": "munge.key", "pid-file": "munged.pid", "log-file": "munged.log"}
         self("munged", *(f"--{option}={f / name}" for option, name in munge.items()), f"--seed-file={f}/munged.seed")
         self("slurmctld")
-        named = 'hostname "$1"; mount --bind "$2/hosts" /etc/hosts; exec slurmd -N "$1"'
+        with_name = 'hostname "$1"; mount --bind "$2/hosts" /etc/hosts; exec slurmd -N "$1"'
         for name in _NAMES:
-            self("unshare", "--uts", "--mount", "bash", "-c", named, "_", name, str(f))
+            self("unshare", "--uts", "--mount", "bash", "-c", with_name, "_", name, str(f))
         idle = ("sinfo", "-hNt", "idle", "-o", "%N")
         self.wait_for(lambda: set(self(*idle).split()) >= set(_NAMES), "idle nodes")
 
@@ -162,15 +162,15 @@ class Slurm:
 
     def submit(self, *arguments: str | os.PathLike[str], cwd: Path, **variables: str) -> str:
         """`sbatch` with these arguments; returns the job's number."""
-        found = re.search(r"\d+", self("sbatch", *arguments, cwd=cwd, **variables))
-        assert found is not None
-        return found[0]
+        number = re.search(r"\d+", self("sbatch", *arguments, cwd=cwd, **variables))
+        assert number is not None
+        return number[0]
 
     def field(self, job: str, name: str) -> str:
         """A field of `scontrol show job`, such as `JobState` or `Restarts`."""
-        found = re.search(rf"\b{name}=(\S+)", self("scontrol", "show", "job", job))
-        assert found is not None, name
-        return found[1]
+        match = re.search(rf"\b{name}=(\S+)", self("scontrol", "show", "job", job))
+        assert match is not None, name
+        return match[1]
 
     def state(self, job: str) -> str:
         """`PENDING`, `RUNNING`, `COMPLETED`, ..."""
@@ -191,14 +191,14 @@ class Slurm:
 
     def processes(self, job: str) -> list[psutil.Process]:
         """Every process of this machine that has the job's number in its environment."""
-        found = []
+        processes = []
         for process in psutil.process_iter():
             try:
                 if process.environ().get("SLURM_JOB_ID") == job and process.status() != psutil.STATUS_ZOMBIE:
-                    found.append(process)
+                    processes.append(process)
             except psutil.Error:  # it has ended since
                 continue
-        return found
+        return processes
 
 
 def _free_ports(count: int) -> int:
@@ -206,12 +206,12 @@ def _free_ports(count: int) -> int:
     for port in range(17000, 32000, count):
         sockets = [socket.socket() for _ in range(count)]
         try:
-            for offset, one in enumerate(sockets):
-                one.bind(("127.0.0.1", port + offset))
+            for offset, candidate in enumerate(sockets):
+                candidate.bind(("127.0.0.1", port + offset))
             return port
         except OSError:
             continue
         finally:
-            for one in sockets:
-                one.close()
+            for candidate in sockets:
+                candidate.close()
     raise AssertionError("no free ports")

@@ -1,4 +1,4 @@
-"""`sbatch slurm/full_pipeline.sh` on a real SLURM of two nodes, and every way in which SLURM takes them away."""
+"""`sbatch slurm/full_pipeline.sh` on a real SLURM of two nodes, and each way in which a job is interrupted."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import pandas as pd
 import psutil
 import pytest
 
-from dwf_cluster.cluster import allocation, node
+from dwf_cluster.cluster import allocation, connect, environment, node
 from dwf_cluster.cluster.allocation import Ports
 
 from ..conftest import LONG_EPOCHS, TINY, assert_same
@@ -33,7 +33,7 @@ ON_CPUS = ["--gpus-per-node=0", "--cpus-per-task=1", "--mem=3G"]
 
 
 class Job:
-    """A job of a script of `slurm/`, its log, its experiment's folder."""
+    """A job of a script of `slurm/`, its log, and its experiment's folder."""
 
     def __init__(
         self, cluster: Slurm, folder: Path, options: list[str], script: str, arguments: list[str], **variables: str
@@ -53,27 +53,27 @@ class Job:
         return results
 
     def wait_for(self, line: str, times: int = 1) -> None:
-        """Wait until so many lines of the log match."""
+        """Wait until at least `times` lines of the log match."""
 
-        def found() -> bool:
+        def is_logged() -> bool:
             assert self.cluster.state(self.number) not in ("COMPLETED", "FAILED", "CANCELLED"), self.log
             return len(re.findall(line, self.log, re.M)) >= times
 
-        self.cluster.wait_for(found, f"line like {line!r}")
+        self.cluster.wait_for(is_logged, f"line like {line!r}")
 
     def end(self, state: str = "COMPLETED") -> None:
-        """Wait for the end; nothing of the job may outlive it."""
+        """Wait for the end of the job and of all its processes."""
         assert self.cluster.wait(self.number) == state, self.log
         self.cluster.wait_for(lambda: not self.cluster.processes(self.number), "end of all processes")
 
     def process(self, title: str) -> psutil.Process:
         """The process of this job whose command line matches."""
 
-        def found() -> list[psutil.Process]:
-            return [p for p in self.cluster.processes(self.number) if re.search(command_line, " ".join(p.cmdline()))]
+        def matching() -> list[psutil.Process]:
+            return [p for p in self.cluster.processes(self.number) if re.search(title, command_line(p))]
 
-        self.cluster.wait_for(found, f"process like {title!r}")
-        return found()[0]
+        self.cluster.wait_for(matching, f"process like {title!r}")
+        return matching()[0]
 
 
 @pytest.fixture
@@ -100,7 +100,7 @@ def assert_same_experts(one: Path, other: Path) -> None:
 
 
 def argument(command: list[str], option: str) -> str:
-    """What a command line gives for an option."""
+    """The value of an option in a command line."""
     (value,) = (part.partition("=")[2] for part in command if part.startswith(f"{option}="))
     return value
 
@@ -110,12 +110,12 @@ def partial(folder: Path) -> list[str]:
     return [path.name for path in folder.glob("checkpoints/*/*-step-*")]
 
 
-def test_requeued_in_the_middle_two_nodes_come_to_the_tables_of_one_machine(
+def test_a_requeued_run_on_two_nodes_has_the_tables_of_one_machine(
     submit: Callable[..., Job], cluster: Slurm, two_worker_run: Path
 ) -> None:
     """Two nodes of one worker each train the mixture bit for bit as two workers of one node do."""
     job = submit("--nodes=2", arguments=["--joint-workers", "2", *ARGUMENTS])
-    pause_after_first_epoch(job.folder, "joint")  # SLURM lets it go on, with its signal
+    pause_after_first_epoch(job.folder, "joint")  # SLURM's signal resumes it
     cluster("scontrol", "requeue", job.number)
     job.end()
     assert cluster.field(job.number, "Restarts") == "1"
@@ -128,7 +128,7 @@ def test_requeued_in_the_middle_two_nodes_come_to_the_tables_of_one_machine(
 
 
 @pytest.mark.interruptions
-def test_preempted_with_a_warning_it_saves_the_step_it_is_at_without_one_it_has_the_last_epoch(
+def test_a_preempted_run_keeps_the_last_step_with_a_warning_and_the_last_epoch_without(
     submit: Callable[..., Job], cluster: Slurm, two_worker_run: Path, tmp_path: Path
 ) -> None:
     preempt = ("--partition=high", "--nodes=2", "--exclusive", "--wrap=true")
@@ -137,7 +137,7 @@ def test_preempted_with_a_warning_it_saves_the_step_it_is_at_without_one_it_has_
     other = cluster.submit(*preempt, cwd=tmp_path)
     job.wait_for("^stopping: ")
     resume_and_stop(training)
-    job.wait_for("^requeued: it goes on")
+    job.wait_for("^requeued: the run continues")
     assert re.search(r"^expert pgd-1: stopped in ", job.log, re.M)
     assert partial(job.results)
     assert cluster.wait(other) == "COMPLETED"
@@ -149,12 +149,12 @@ def test_preempted_with_a_warning_it_saves_the_step_it_is_at_without_one_it_has_
     cluster("scontrol", "update", "partition=main", "GraceTime=60")
     job.end()
     assert cluster.field(job.number, "Restarts") == "2"
-    assert job.log.count("requeued: it goes on") == 1
+    assert job.log.count("requeued: the run continues") == 1
     assert_same_experts(job.results, two_worker_run)
 
 
 @pytest.mark.interruptions
-def test_a_node_that_goes_down_costs_the_allocation_but_no_result(
+def test_a_run_whose_node_goes_down_is_requeued_and_loses_no_result(
     submit: Callable[..., Job], cluster: Slurm, two_worker_run: Path
 ) -> None:
     job = submit("--nodes=2", arguments=EXPERTS)
@@ -182,7 +182,7 @@ def test_a_killed_worker_and_a_killed_head_are_replaced_within_the_allocation(
 
 
 @pytest.mark.interruptions
-def test_cancelled_it_stops_for_good_says_how_to_resume_and_is_resumed(
+def test_a_cancelled_run_names_the_command_that_resumes_it(
     submit: Callable[..., Job], cluster: Slurm, two_worker_run: Path
 ) -> None:
     job = submit(*ONE_NODE, arguments=EXPERTS)
@@ -190,17 +190,17 @@ def test_cancelled_it_stops_for_good_says_how_to_resume_and_is_resumed(
     cluster("scancel", job.number)
     job.end("CANCELLED")
     assert f"\nresume: sbatch slurm/full_pipeline.sh --stages experts --set {TINY[0]} " in job.log
-    again = submit(*ONE_NODE, arguments=EXPERTS)
-    again.end()
-    assert_same_experts(again.results, two_worker_run)
+    resumed = submit(*ONE_NODE, arguments=EXPERTS)
+    resumed.end()
+    assert_same_experts(resumed.results, two_worker_run)
 
 
 @pytest.mark.interruptions
-def test_out_of_time_it_is_requeued(submit: Callable[..., Job], cluster: Slurm) -> None:
-    """SLURM looks at time limits every half minute only, and they are whole minutes."""
+def test_a_run_whose_time_is_over_is_requeued(submit: Callable[..., Job], cluster: Slurm) -> None:
+    """SLURM checks time limits every half minute, and they are whole minutes."""
     endless = [*EXPERTS, "experts.epochs=9999"]
     job = submit("--time=2", "--signal=USR2@20", *ONE_NODE, arguments=endless)
-    job.wait_for("^requeued: it goes on")
+    job.wait_for("^requeued: the run continues")
     cluster.wait_for(lambda: cluster.state(job.number) == "PENDING", "requeue")
     assert partial(job.results)
     cluster("scancel", job.number)
@@ -208,12 +208,12 @@ def test_out_of_time_it_is_requeued(submit: Callable[..., Job], cluster: Slurm) 
 
 
 @pytest.mark.interruptions
-def test_a_sweep_on_two_nodes_goes_on_after_it_was_requeued(
+def test_a_requeued_sweep_on_two_nodes_continues(
     submit: Callable[..., Job], cluster: Slurm, two_worker_run: Path
 ) -> None:
     varied = ["gate.kind=soft", "gate.kind=hard", "--joint-workers", "2"]
     job = submit("--nodes=2", script="sweep.sh", arguments=[*varied, *ARGUMENTS])
-    pause_after_first_epoch(job.folder, "joint")  # of one trial; SLURM lets it go on, with its signal
+    pause_after_first_epoch(job.folder, "joint")  # of one trial; SLURM's signal resumes it
     cluster("scontrol", "requeue", job.number)
     job.end()
     assert cluster.field(job.number, "Restarts") == "1"
@@ -223,7 +223,7 @@ def test_a_sweep_on_two_nodes_goes_on_after_it_was_requeued(
     assert_same(job.folder / "runs" / trials.folder["soft"], two_worker_run)
 
 
-def test_a_node_that_does_not_come_is_named_with_its_log(cluster: Slurm, submit: Callable[..., Job]) -> None:
+def test_a_node_that_does_not_join_is_named_with_its_log(cluster: Slurm, submit: Callable[..., Job]) -> None:
     job = submit("--nodes=2", "--export=ALL,DWF_JOIN_SECONDS=10", arguments=EXPERTS)
 
     def second() -> list[psutil.Process]:
@@ -242,7 +242,7 @@ def test_a_node_that_does_not_come_is_named_with_its_log(cluster: Slurm, submit:
 
 @pytest.fixture
 def strangers(cluster: Slurm, tmp_path: Path) -> Iterator[list[Path]]:
-    """Somebody else's folders, by the numbers of the jobs that will be submitted next."""
+    """Folders of another user, named after the jobs that will be submitted next."""
     number = cluster.submit("--hold", "--wrap=true", cwd=tmp_path)
     cluster("scancel", number)
     folders = [Path(f"/tmp/dwf-{int(number) + following}") for following in (1, 2)]
@@ -255,7 +255,7 @@ def strangers(cluster: Slurm, tmp_path: Path) -> Iterator[list[Path]]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def test_two_jobs_on_one_node_do_not_meet_and_have_what_is_theirs(
+def test_two_jobs_on_one_node_have_their_own_resources_ports_and_tokens(
     submit: Callable[..., Job], strangers: list[Path]
 ) -> None:
     jobs = [submit("--nodes=1", "--gpus-per-node=h100:1", "--nodelist=n1", arguments=EXPERTS) for _ in range(2)]
@@ -278,14 +278,14 @@ def test_two_jobs_on_one_node_do_not_meet_and_have_what_is_theirs(
     assert [(folder / "token").read_text() for folder in strangers] == ["theirs", "theirs"]
 
 
-def test_three_unequal_nodes_each_give_ray_what_they_have(submit: Callable[..., Job], cluster: Slurm) -> None:
+def test_ray_has_the_resources_of_each_of_three_different_nodes(submit: Callable[..., Job], cluster: Slurm) -> None:
     job = submit("--partition=uneven", "--exclusive", "--nodes=3", arguments=EXPERTS)
 
     def started() -> bool:
         commands = [command_line(process).split() for process in cluster.processes(job.number)]
         rays = [command for command in commands if "--block" in command]
-        given = {(argument(command, "--node-name"), argument(command, "--num-cpus")) for command in rays}
-        return given == {("n1", str(slurm.CPUS)), ("n2", str(slurm.CPUS)), (slurm.LAST, "1")}
+        cpus = {(argument(command, "--node-name"), argument(command, "--num-cpus")) for command in rays}
+        return cpus == {("n1", str(slurm.CPUS)), ("n2", str(slurm.CPUS)), (slurm.LAST, "1")}
 
     cluster.wait_for(started, "Ray on three nodes")
     cluster("scancel", job.number)
@@ -293,13 +293,13 @@ def test_three_unequal_nodes_each_give_ray_what_they_have(submit: Callable[..., 
 
 
 @pytest.mark.interruptions
-def test_unequal_nodes_come_to_the_same_tables(submit: Callable[..., Job], two_worker_run: Path) -> None:
+def test_different_nodes_give_the_same_tables(submit: Callable[..., Job], two_worker_run: Path) -> None:
     job = submit("--partition=uneven", "--exclusive", "--nodes=2", f"--nodelist=n1,{slurm.LAST}", arguments=EXPERTS)
     job.end()
     assert_same_experts(job.results, two_worker_run)
 
 
-def test_gpus_that_slurm_does_not_manage_are_used_on_a_node_that_is_all_ours(
+def test_a_job_that_has_a_whole_node_uses_gpus_that_slurm_does_not_manage(
     submit: Callable[..., Job], tmp_path: Path
 ) -> None:
     script = tmp_path / "site.sh"
@@ -314,7 +314,7 @@ def test_gpus_that_slurm_does_not_manage_are_used_on_a_node_that_is_all_ours(
     job.end("CANCELLED")
 
 
-def test_a_step_with_a_tmp_of_its_own_can_tell_that_it_is_done(submit: Callable[..., Job], tmp_path: Path) -> None:
+def test_a_step_with_its_own_tmp_reports_its_exit_status(submit: Callable[..., Job], tmp_path: Path) -> None:
     """As in a container, or where a plugin gives each step a private /tmp."""
     python = tmp_path / "python"
     python.write_text(
@@ -332,31 +332,31 @@ def test_a_step_with_a_tmp_of_its_own_can_tell_that_it_is_done(submit: Callable[
         os.rmdir(temporary)
 
 
-def test_what_ends_by_itself_is_not_started_again(submit: Callable[..., Job]) -> None:
+def test_a_driver_that_has_ended_is_not_started_again(submit: Callable[..., Job]) -> None:
     job = submit(*ONE_NODE, arguments=["--help"])
     job.end()
     assert job.log.count("Ray dashboard: ") == 1
 
 
 @pytest.mark.parametrize(
-    ("left", "lives", "message"),
+    ("status", "starts", "message"),
     [
         ("", 3, "Ray has not started on all nodes; see {log}; resume: again\n"),
         ("joined", 3, "the Ray cluster was lost; see {log}; resume: again\n"),
         ("1", 1, ""),
     ],
 )
-def test_a_cluster_that_was_lost_or_has_not_started_is_started_again_and_a_failed_run_is_not(
+def test_a_lost_cluster_is_started_again_but_a_failed_run_is_not(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-    left: str,
-    lives: int,
+    status: str,
+    starts: int,
     message: str,
 ) -> None:
     file = tmp_path / "slurm-7.status"
     commands = {
-        "srun": f'echo life >> lives; [ -z "{left}" ] || printf "{left}" > {file}; exit 1',
+        "srun": f'echo start >> starts; [ -z "{status}" ] || printf "{status}" > {file}; exit 1',
         "scontrol": "echo n1",
     }
     for name, command in commands.items():
@@ -372,43 +372,71 @@ def test_a_cluster_that_was_lost_or_has_not_started_is_started_again_and_a_faile
     finally:
         for signum, handler in handlers.items():
             signal.signal(signum, handler)
-    assert (tmp_path / "lives").read_text().count("life") == lives
+    assert (tmp_path / "starts").read_text().count("start") == starts
     assert capsys.readouterr().err.endswith(message.format(log=tmp_path / "slurm-7-n1.log"))
     assert not file.exists()
 
 
-def test_a_fault_of_the_driver_is_no_lost_cluster(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def fail(*arguments: object) -> int:
-        raise ZeroDivisionError
+DEFECT = """
+import dwf_cluster.store
 
+def check_url(url):
+    raise ZeroDivisionError
+
+dwf_cluster.store.check_url = check_url
+"""
+KILLED = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
+
+
+def first_node(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sitecustomize: str
+) -> tuple[int, subprocess.Popen[bytes]]:
+    """Run the first node's part with a stand-in for Ray and a changed driver; its exit status, and the stand-in."""
+    (tmp_path / "sitecustomize.py").write_text(sitecustomize)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     ray = subprocess.Popen(["sleep", "infinity"])
     monkeypatch.setattr(node, "LOSS_SECONDS", 0.1)
     monkeypatch.setattr(node, "_start_ray", lambda options: ray)
-    monkeypatch.setattr(node, "_join", lambda head: None)
-    monkeypatch.setattr("dwf_cluster.launch.main", fail)
     variables = {"SLURM_SUBMIT_DIR": tmp_path, "SLURM_JOB_ID": "7", "SLURMD_NODENAME": "n1", "DWF_FOLDER": tmp_path}
-    variables |= {"DWF_HEAD_PORT": 1, "DWF_DASHBOARD_PORT": 2, "DWF_AGAIN": "again", "SLURM_LAUNCH_NODE_IPADDR": "::1"}
+    variables |= {"DWF_HEAD_PORT": 1, "DWF_DASHBOARD_PORT": 2, "SLURM_LAUNCH_NODE_IPADDR": "::1"}
+    variables |= {environment.RESUME_COMMAND: "sbatch it"}
     for name, value in variables.items():
         monkeypatch.setenv(name, str(value))
-    handler = signal.getsignal(signal.SIGUSR2)
+    handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGUSR2)}
     try:
-        assert node._first([]) == 0
+        return node._run_first_node([]), ray
     finally:
-        signal.signal(signal.SIGUSR2, handler)
-    assert allocation.status_file().read_text() == "1"
-    assert capsys.readouterr().err.endswith("ZeroDivisionError\nresume: again\n")
+        for signum, handler in handlers.items():
+            signal.signal(signum, handler)
+
+
+def test_a_defect_of_the_driver_is_not_a_lost_cluster(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    status, ray = first_node(tmp_path, monkeypatch, DEFECT)
+    assert status == 0
+    assert environment.status_file().read_text() == "1"
+    assert capfd.readouterr().err.endswith("ZeroDivisionError\nresume: sbatch it\n")
     assert ray.poll() is not None
 
 
-def test_a_head_with_an_ipv6_address_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_driver_is_a_lost_cluster(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    status, ray = first_node(tmp_path, monkeypatch, KILLED)
+    assert status == 1
+    assert not environment.status_file().exists()
+    assert capfd.readouterr().err == "the driver was ended by signal 9\n"
+    assert ray.poll() is not None
+
+
+def test_a_head_with_an_ipv6_address_can_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.create_server(("::1", 0), family=socket.AF_INET6) as head:
         port = head.getsockname()[1]
         monkeypatch.setenv("SLURM_LAUNCH_NODE_IPADDR", "::1")
         monkeypatch.setenv("DWF_HEAD_PORT", str(port))
-        node._connect()
-        assert node._url(*node._head()) == f"[::1]:{port}"
+        connect.reach_head()
+        assert node._url(*environment.head_address()) == f"[::1]:{port}"
     assert [node._own_address(host) for host in ("::1", "127.0.0.1")] == ["::1", "127.0.0.1"]
     assert [node._interface(address) for address in ("::1", "127.0.0.1", "192.0.2.1")] == ["lo", "lo", None]
 
@@ -443,7 +471,9 @@ def test_a_temporary_folder_whose_path_is_too_long_for_sockets_is_not_used(
     assert allocation.new_folder() != allocation.new_folder()
 
 
-def test_folders_of_killed_lives_are_removed_and_nobody_elses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_private_folders_of_earlier_starts_of_this_job_are_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     current, old, theirs, other_job = (tmp_path / f"dwf-{name}" for name in ("7-new", "7-old", "7-theirs", "71-x"))
     for folder in (current, old, theirs, other_job):
@@ -454,7 +484,7 @@ def test_folders_of_killed_lives_are_removed_and_nobody_elses(tmp_path: Path, mo
 
 
 @pytest.mark.parametrize("script", ["full_pipeline.sh", "sweep.sh"])
-def test_a_batch_script_uses_the_environment_beside_it_or_says_what_to_do(tmp_path: Path, script: str) -> None:
+def test_a_batch_script_uses_the_environment_beside_it_or_prints_what_to_do(tmp_path: Path, script: str) -> None:
     def run(**variables: str) -> subprocess.CompletedProcess[str]:
         variables = {"PATH": "/usr/bin:/bin", "SLURM_SUBMIT_DIR": str(tmp_path)} | variables
         command = ["bash", SCRIPTS / script, "seeds=0..1"]
@@ -482,7 +512,7 @@ def test_ports_of_neighbouring_jobs_are_disjoint_and_free() -> None:
     assert all(20_000 <= port < 32_000 for port in used)
 
 
-def test_outside_an_allocation_it_says_what_to_do() -> None:
+def test_outside_an_allocation_the_error_names_the_command_to_use() -> None:
     result = subprocess.run(
         [sys.executable, "-m", "dwf_cluster.cluster.allocation"], capture_output=True, text=True, check=False
     )

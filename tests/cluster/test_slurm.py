@@ -1,4 +1,4 @@
-"""`--slurm`: submitting, following, following again; on a real SLURM, and with submitit's local executor."""
+"""`--slurm`: submit jobs, follow them, follow them again; on a real SLURM, and with submitit's local executor."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def on_slurm(cluster: Slurm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 @needs_slurm
-def test_several_seeds_are_an_array_that_goes_on_when_nobody_looks_and_is_found_again(
+def test_an_array_of_seeds_continues_when_launch_is_killed_and_is_followed_again(
     on_slurm: Launch, cluster: Slurm, reference_run: tuple[Path, subprocess.CompletedProcess[str]]
 ) -> None:
     command = [*ASK, "--seed", "0,1", "--throttle", "1", *EXPERTS]
@@ -57,19 +57,19 @@ def test_several_seeds_are_an_array_that_goes_on_when_nobody_looks_and_is_found_
     assert status == 0, errors
     folders = [Path(line) for line in lines[-2:]]
     assert [folder.name[:13] for folder in folders] == ["digits-seed0-", "digits-seed1-"]
-    assert len([line for line in lines if re.search(r": job \d+_[01] is there already$", line)]) == 2
+    assert len([line for line in lines if re.search(r": job \d+_[01] is already in the queue$", line)]) == 2
     assert not [line for line in lines if re.search(r"job \S+ submitted$", line)]
     assert any(line.startswith(f"{folders[1].name}: expert pgd-1: epoch 3/3") for line in lines)
     assert_same(folders[0], reference_run[0], models=["benign", "fgsm-1", "pgd-1"], tables=["metrics"])
     assert set(pd.read_parquet(folders[0] / "results" / "jobs").attempts) == {1}
 
-    again = on_slurm(*command)
-    assert again.returncode == 0
-    assert again.stdout.splitlines() == [str(folder) for folder in folders]  # nothing to submit
+    third = on_slurm(*command)
+    assert third.returncode == 0
+    assert third.stdout.splitlines() == [str(folder) for folder in folders]  # nothing to submit
 
 
 @needs_slurm
-def test_a_job_that_ends_too_early_is_a_failure_with_its_log_and_the_command_that_resumes(on_slurm: Launch) -> None:
+def test_a_failed_job_is_reported_with_its_log_and_the_command_that_resumes(on_slurm: Launch) -> None:
     exploding = ["experts.learning_rate=100", "experts.weight_decay=1", "experts.epochs=9"]
     result = on_slurm(*ASK, *EXPERTS, *exploding)
     assert result.returncode == 1
@@ -128,7 +128,9 @@ def test_dry_run_prints_a_script_that_sbatch_takes(on_slurm: Launch, cluster: Sl
         (["--executor", "lsf"], "--executor: invalid choice: 'lsf'"),
     ],
 )
-def test_what_sbatch_or_a_shell_must_not_see_is_refused(on_slurm: Launch, arguments: list[str], message: str) -> None:
+def test_arguments_that_sbatch_or_a_shell_would_interpret_are_refused(
+    on_slurm: Launch, arguments: list[str], message: str
+) -> None:
     result = on_slurm("--slurm", *arguments)
     assert result.returncode == 2
     assert result.stderr.startswith(f"error: {message}")
@@ -146,7 +148,7 @@ def test_options_of_sbatch_that_jobs_rely_on_are_refused(launch: Launch, option:
 
 @needs_slurm
 @pytest.mark.parametrize("name", ["a\n#SBATCH --wrap=true", "100%j", "a\\b"])
-def test_a_folder_that_sbatch_would_read_is_refused(on_slurm: Launch, name: str) -> None:
+def test_a_folder_name_that_sbatch_would_interpret_is_refused(on_slurm: Launch, name: str) -> None:
     on_slurm.folder /= name
     on_slurm.folder.mkdir()
     result = on_slurm("--slurm", "--dry-run")
@@ -156,7 +158,7 @@ def test_a_folder_that_sbatch_would_read_is_refused(on_slurm: Launch, name: str)
 
 
 @needs_slurm
-def test_a_python_that_cannot_be_run_is_refused_before_it_is_queued(
+def test_a_python_that_cannot_be_run_is_refused_before_submission(
     on_slurm: Launch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("DWF_PYTHON", "/nowhere/python")
@@ -167,7 +169,7 @@ def test_a_python_that_cannot_be_run_is_refused_before_it_is_queued(
     )
 
 
-def test_slurm_is_asked_once_for_all_jobs_ever_more_seldom_and_at_once_when_a_job_begins_or_ends(
+def test_squeue_is_called_once_for_all_jobs_with_growing_pauses_and_at_once_after_a_change(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls, queue = tmp_path / "calls", tmp_path / "queue"
@@ -239,7 +241,7 @@ def test_ray_job_submit_uploads_no_results_logs_or_scripts_of_jobs(tmp_path: Pat
         assert {name for name in package.namelist() if not name.endswith("/")} == {*kept, ".gitignore"}
 
 
-def test_without_slurm_it_says_so(launch: Launch, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_slurm_the_error_names_the_missing_commands(launch: Launch, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
     result = launch("--slurm")
     assert result.returncode == 2
@@ -256,7 +258,7 @@ def test_time_limits_are_read_as_sbatch_reads_them(text: str, minutes: int) -> N
     assert _minutes(text) == minutes
 
 
-def test_the_local_executor_is_told_saves_and_goes_on_as_slurm_would_have_it(
+def test_a_job_of_the_local_executor_saves_at_the_signal_and_is_requeued(
     launch: Launch, reference_run: tuple[Path, subprocess.CompletedProcess[str]]
 ) -> None:
     def tell(process: psutil.Process, line: str) -> None:
@@ -269,7 +271,7 @@ def test_the_local_executor_is_told_saves_and_goes_on_as_slurm_would_have_it(
         job.send_signal(signal.SIGUSR2)
         (log,) = launch.folder.glob("slurm-jobs/*/*.out")
         while "\nstopping: " not in log.read_text():
-            time.sleep(0.01)  # a file tells nobody
+            time.sleep(0.01)  # a file sends no events
         resume_and_stop(training)
 
     command = ["--slurm", "--executor", "local", *EXPERTS]
