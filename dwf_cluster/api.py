@@ -27,8 +27,7 @@ from dwf_cluster.evaluation.subject import Subject, isolated, prepare
 from dwf_cluster.experiment import Experiment
 from dwf_cluster.models.mixture import Mixture
 from dwf_cluster.settings import InvalidInput, one_line
-from dwf_cluster.store import Labels, Store, checkpoints, tables
-from dwf_cluster.store.files import check_url
+from dwf_cluster.store import RowLabels, Store, check_url, checkpoints, tables
 
 MODEL = "model"
 """Name of the user's model in every table; random starts depend on it, so it is the same for every class."""
@@ -243,7 +242,7 @@ def _count(name: str, value: int) -> int:
 
 
 def _frame(table: str, rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
-    labels = {label.name for label in fields(Labels)}
+    labels = {label.name for label in fields(RowLabels)}
     schema = pa.schema([column for column in tables.SCHEMAS[table] if column.name not in labels])
     frame: pd.DataFrame = pa.Table.from_pylist(list(rows), schema=schema).to_pandas()
     return frame

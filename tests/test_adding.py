@@ -109,10 +109,10 @@ def dark(batch):
     '"dark": Suite("dwf_cluster.evaluation.toy:dark", lambda e, threat: [Column("dark", epsilon=threat.epsilon)], '
     "lambda e, networks: 1.0),",
 )
-ATTACK = '''
+ATTACK = """
 def darker(x, epsilon):
     return (x - epsilon).clamp(0, 1)
-'''
+"""
 DATASET = Addition(
     "dwf_cluster/data/toy.py",
     """

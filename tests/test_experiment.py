@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
+from dwf_cluster.defences.registry import DEFENCES, METHODS
 from dwf_cluster.experiment import PRESETS, Experiment, build, fields_of_an_experiment
 from dwf_cluster.settings import InvalidInput
 
-from .conftest import write_npz
+from .conftest import TINY, write_npz
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -26,7 +27,7 @@ def test_every_preset_survives_a_round_trip_through_json(preset: str) -> None:
 def test_the_papers_presets_have_the_papers_scale(preset: str) -> None:
     experiment = build(preset)
     assert experiment.model.width == 64
-    assert [regime.name for regime in experiment.mixture_regimes] == [
+    assert list(experiment.defended.parents) == [
         "benign",
         *(f"fgsm-{i}" for i in range(1, 5)),
         *(f"pgd-{i}" for i in range(1, 5)),
@@ -36,13 +37,66 @@ def test_the_papers_presets_have_the_papers_scale(preset: str) -> None:
     assert experiment.data.flip is (preset == "cifar10")
 
 
-def test_the_papers_baselines_are_two_more_regimes_outside_the_mixture() -> None:
+def test_the_papers_baselines_are_two_more_models_outside_the_mixture() -> None:
     experiment = build("cifar10")
-    baselines = set(experiment.regimes) - set(experiment.mixture_regimes)
-    assert {(r.name, r.attack, r.fraction) for r in baselines} == {("fgsm-at", "fgsm", 0.5), ("pgd-at", "pgd", 0.5)}
+    experts = experiment.defended.parents
+    assert experiment.names == (*experts, "fgsm-at", "pgd-at", "mixture")
+    baselines = [experiment.spec(name) for name in ("fgsm-at", "pgd-at")]
+    assert [(spec.name, spec.method, spec.option("fraction")) for spec in baselines] == [
+        ("fgsm-at", "fgsm", 0.5),
+        ("pgd-at", "pgd", 0.5),
+    ]
+    assert baselines[0].option("epsilons") == (experiment.pgd.epsilon,)
+    assert baselines[1].option("steps") == (10,)
 
 
-def test_it_cannot_be_changed() -> None:
+def test_every_defence_and_every_method_without_parents_can_be_a_baseline_or_the_defence() -> None:
+    names = [name for name in (*DEFENCES, *METHODS) if name != "dwf"]
+    experiment = build("digits", 0, [f"baselines={','.join(names)}"])
+    assert experiment.names == (
+        "benign",
+        *(f"{kind}-{n}" for kind in ("fgsm", "pgd") for n in range(1, 5)),
+        *names,
+        "mixture",
+    )
+    for name in names:
+        spec = experiment.spec(name)
+        assert (spec.parents, spec.training) == ((), experiment.experts.of_a_model)
+        alone = build("digits", 0, [f"defence={name}"])
+        assert alone.models == (alone.defended,) == (spec,)
+
+
+def test_a_whole_defence_can_be_the_baseline_of_another() -> None:
+    experiment = build("digits", 0, [*TINY, "defence=pgd-at", "baselines=dwf"])
+    assert experiment.names == ("benign", "fgsm-1", "pgd-1", "mixture", "pgd-at")
+    assert experiment.defended.name == "pgd-at"
+
+
+@pytest.mark.parametrize(
+    ("assignments", "name"),
+    [
+        (["baselines=pgd-at,pgd-at"], "pgd-at"),
+        (["defence=pgd", "baselines=pgd"], "pgd"),
+        (["baselines=dwf"], "benign"),
+    ],
+)
+def test_two_models_of_one_name_are_refused(assignments: list[str], name: str) -> None:
+    with pytest.raises(InvalidInput) as error:
+        build("digits", 0, assignments)
+    assert str(error.value) == f"experiment: defence and baselines give two models the name {name!r}: allowed is one"
+
+
+def test_a_method_that_needs_parents_is_refused_by_its_own_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(METHODS, "merge", METHODS["dwf"])  # type: ignore[arg-type]
+    for field in ("defence", "baselines.0"):
+        with pytest.raises(InvalidInput) as error:
+            build("digits", 0, [f"{field.removesuffix('.0')}=merge"])
+        assert str(error.value) == (
+            f"{field}: 'merge' cannot be used: allowed are dwf, fgsm-at, pgd-at, standard, fgsm, pgd"
+        )
+
+
+def test_an_experiment_cannot_be_changed() -> None:
     with pytest.raises(ValidationError):
         build("digits").seed = 1  # type: ignore[misc]
 
@@ -110,7 +164,7 @@ def test_set_reads_json_bare_words_and_numbers_with_commas(assignment: str, valu
         ("data.source=mnist", "data.source: 'mnist' cannot be used: one of digits, fashion-mnist"),
         ("data.source=gone.npz", "data.source: 'gone.npz' cannot be read: No such file"),
         ("data.mean=0.1,0.2", "data: mean and std need the same number of channels"),
-        ("baselines=trades", "baselines.0: 'trades' cannot be used: Input should be 'fgsm-at' or 'pgd-at'"),
+        ("baselines=nonsense", "baselines.0: 'nonsense' cannot be used: allowed are dwf, fgsm-at, pgd-at"),
         ("preset=../../etc", "preset: '../../etc' cannot be used"),
         ("seed=-1", "seed: -1 cannot be used"),
     ],
@@ -138,31 +192,57 @@ def test_every_field_says_what_it_means() -> None:
     assert [field.name for field in fields_of_an_experiment() if not field.meaning] == []
 
 
-def test_fields_that_came_later_leave_the_signatures_of_before(tmp_path: Path) -> None:
-    """Results of the first version are found by its signature."""
-    assert build("digits").folder == "digits-seed0-ce2d226613"
-    for changed in ("gate.kind=hard", "joint.freeze_experts=true"):
-        assert build("digits", 0, [changed]).signature != build("digits").signature
+SIGNATURES = [
+    ("digits", 0, [], "ce2d226613"),
+    ("fashion-mnist", 0, [], "37a9b88532"),
+    ("cifar10", 0, [], "8fad623896"),
+    ("svhn", 0, [], "e4503d464c"),
+    ("digits", 3, [], "8966b66b8a"),
+    ("digits", 3, ["checkpoint_minutes=1"], "8966b66b8a"),
+    ("digits", 3, ["gate.kind=soft", "joint.freeze_experts=false", "defence=dwf"], "8966b66b8a"),
+    ("digits", 3, ["gate.kind=hard"], "be45a8a4af"),
+    ("digits", 3, ["joint.freeze_experts=true"], "8422670cb2"),
+    ("digits", 3, ["experts.epochs=5"], "ebc58ceab0"),
+    ("digits", 3, ["baselines=fgsm-at"], "0fde7255d9"),
+    ("digits", 3, ["baselines=pgd-at,fgsm-at"], "d902bd5a1f"),
+    ("cifar10", 3, ["baselines=[]"], "37945b98d1"),
+    ("digits", 3, ["pgd.epsilon=0.1", "fgsm.epsilons=0.1,0.2"], "f4ce82a63a"),
+    ("cifar10", 3, ["model.width=16", "data.train_examples=1000"], "d56160a427"),
+    ("digits", 3, ["evaluation.beyond=pgd_gate,autoattack,noise", "evaluation.restarts=2"], "fe54c7f6af"),
+    ("svhn", 3, ["joint.accumulation=4", "gate.hidden=64"], "4aa8788a16"),
+    ("digits", 3, ["data.mean=null", "data.padding=2", "experts.momentum=0.5"], "68b8237e40"),
+]
+"""As computed by version 7b2e8cc: finished experiments are found by their signatures."""
 
 
-def test_an_experts_signature_follows_what_trains_it() -> None:
+@pytest.mark.parametrize(("preset", "seed", "assignments", "signature"), SIGNATURES)
+def test_signatures_are_those_of_earlier_versions(
+    preset: str, seed: int, assignments: list[str], signature: str
+) -> None:
+    assert build(preset, seed, assignments).folder == f"{preset}-seed{seed}-{signature}"
+
+
+def test_fields_that_came_later_change_the_signature_if_they_are_set() -> None:
+    changes = ([], ["gate.kind=hard"], ["joint.freeze_experts=true"], ["defence=pgd-at"])
+    assert len({build("digits", 0, change).signature for change in changes}) == len(changes)
+
+
+def test_a_models_signature_follows_what_trains_it() -> None:
+    both = "baselines=fgsm-at,pgd-at"
+
     def changed(*assignments: str) -> set[str]:
-        both = "baselines=fgsm-at,pgd-at"
         base, other = build("digits", None, [both]), build("digits", None, [both, *assignments])
-        return {
-            regime.name
-            for regime in base.regimes
-            if base.expert_signature(regime.name) != other.expert_signature(regime.name)
-        }
+        names = (spec.name for spec in base.models if not spec.parents)
+        return {name for name in names if base.model_signature(name) != other.model_signature(name)}
 
-    every = {regime.name for regime in build("digits", 0, ["baselines=fgsm-at,pgd-at"]).regimes}
+    every = {spec.name for spec in build("digits", 0, [both]).models if not spec.parents}
     pgd, fgsm = ({f"{kind}-{n}" for n in range(1, 5)} for kind in ("pgd", "fgsm"))
     assert changed("pgd.steps=3") == pgd
     assert changed("fgsm.epsilons=0.1") == fgsm
     for nothing in ("joint.epochs=3", "gate.hidden=5", "experts.benign=1", "preset=other", "checkpoint_minutes=1"):
         assert changed(nothing) == set()
-    for all_of_them in ("seed=3", "experts.epochs=9", "model.width=16", "data.flip=true", "pgd.step_size=0.1"):
-        assert changed(all_of_them) == every
+    for all_models in ("seed=3", "experts.epochs=9", "model.width=16", "data.flip=true", "pgd.step_size=0.1"):
+        assert changed(all_models) == every
     assert changed("evaluation.probe_steps=3") == every  # the probe is in their rows of metrics
     assert changed("evaluation.restarts=9") == set()
-    assert len({build("digits").expert_signature(name) for name in ("fgsm-1", "fgsm-2", "pgd-1")}) == 3
+    assert len({build("digits").model_signature(name) for name in ("fgsm-1", "fgsm-2", "pgd-1")}) == 3

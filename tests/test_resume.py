@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import os
 import shutil
@@ -20,14 +21,14 @@ import torch.distributed as dist
 
 from dwf_cluster.data.device import DeviceImages
 from dwf_cluster.data.sources import load
-from dwf_cluster.defences import adversarial, dwf
+from dwf_cluster.defences.build import untrained
 from dwf_cluster.determinism import make_deterministic
 from dwf_cluster.experiment import build
 from dwf_cluster.store import Store, checkpoints
-from dwf_cluster.training import Stopped, Task, train
+from dwf_cluster.training import Stopped, train
 
 from . import PATIENCE
-from .conftest import ARGUMENTS, TINY, assert_same
+from .conftest import ARGUMENTS, TINY, assert_same, task_for
 from .gloo import run_workers
 from .process import Launch, command_line, resume_and_stop
 
@@ -44,40 +45,36 @@ def _interrupt_after_the_first_epoch(row: dict[str, Any]) -> None:
         raise Interrupt
 
 
-def _train_three_times(folder: Path, model: str) -> None:
-    """Train a model without a pause, and with one at each of two instants; one worker asks for the second one."""
+def _train_three_times(folder: Path, name: str) -> None:
+    """Train a model without an interruption, and with one at each of two instants; one worker asks for the second."""
     experiment = build("digits", 0, TINY)
-    images, cpu = load(experiment.data, folder), torch.device("cpu")
-    stage = "joint" if model == "mixture" else "experts"
-    if model == "mixture":
-        perturb = dwf.three_parts(experiment)
-    else:
-        regime = next(regime for regime in experiment.regimes if regime.name == model)
-        perturb = adversarial.adversary(regime, experiment.pgd)
+    images = load(experiment.data, folder)
+    experts = {
+        parent: untrained(experiment.spec(parent), images.format, experiment.seed, {})
+        for parent in experiment.spec(name).parents
+    }
 
-    def run(name: str, **options: Callable[..., Any]) -> None:
-        module = dwf.build(experiment, images) if model == "mixture" else adversarial.build(experiment, images, model)
-        task = Task(experiment, Store(str(folder), name), stage, model, experiment.training(stage), **options)
+    def run(run_name: str, **options: Callable[..., Any]) -> None:
+        model = untrained(experiment.spec(name), images.format, experiment.seed, copy.deepcopy(experts))
+        store = Store(str(folder), run_name, labels=experiment.labels)
         try:
-            train(task, module, DeviceImages(images, experiment.data, cpu), perturb)
+            data = DeviceImages(images, experiment.data, torch.device("cpu"))
+            train(task_for(experiment, store, name, **options), model, data)
         finally:
             dist.barrier()  # the first worker has saved
 
     run("whole")
     with pytest.raises(Interrupt):
-        run("after an epoch", report=_interrupt_after_the_first_epoch)
+        run("after an epoch", on_epoch=_interrupt_after_the_first_epoch)
     steps = itertools.count(1)
     with pytest.raises(Stopped):  # three steps an epoch
         run("in the middle of an epoch", stopping=lambda: next(steps) == 5 and dist.get_rank() == 2)
-    assert checkpoints.latest_epoch(Store(str(folder), "after an epoch"), model) == 1
-    (*_, last) = Store(str(folder), "in the middle of an epoch").names(f"checkpoints/{_checkpoints(model)}")
+    assert checkpoints.latest_epoch(Store(str(folder), "after an epoch"), name) == 1
+    stored_name = checkpoints.stored_name(name)
+    (*_, last) = Store(str(folder), "in the middle of an epoch").names(f"checkpoints/{stored_name}")
     assert last == "epoch-00001-step-000002"
-    for name in INTERRUPTED:
-        run(name)
-
-
-def _checkpoints(model: str) -> str:
-    return "joint" if model == "mixture" else model
+    for run_name in INTERRUPTED:
+        run(run_name)
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -93,7 +90,7 @@ def test_three_workers_resumed_end_with_the_bits_of_an_uninterrupted_run(tmp_pat
         assert not different, name
 
 
-def test_sums_on_nvlink_switches_are_off_whatever_the_environment_says(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sums_on_nvlink_switches_are_off_even_if_the_environment_turns_them_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NCCL_NVLS_ENABLE", "1")
     try:
         make_deterministic(1)
@@ -110,7 +107,7 @@ def _suspended_worker(folder: Path, epoch: int) -> psutil.Process:
     deadline = time.monotonic() + PATIENCE
     while not any(folder.glob(f"runs/*/checkpoints/joint/epoch-{epoch:05d}/manifest.json")):
         assert time.monotonic() < deadline, "no checkpoint"
-        time.sleep(0.01)  # nothing tells of another process's file
+        time.sleep(0.01)  # there is no event for a file of another process
     worker = next(process for process in psutil.process_iter() if "RayTrainWorker" in command_line(process))
     worker.suspend()
     return worker

@@ -311,9 +311,7 @@ def _two_workers(folder: Path, norm: bool) -> None:
     with pytest.raises(Stopped):  # on both
         _run(experiment, folder, "two", norm, lambda: dist.get_rank() == 1 and next(calls) == 2)
     dist.barrier()  # the first worker has saved
-    assert _store(folder, "two").names(f"checkpoints/{'benign' if norm else 'pgd-1'}") == [
-        "epoch-00000-step-000002"
-    ]
+    assert _store(folder, "two").names(f"checkpoints/{'benign' if norm else 'pgd-1'}") == ["epoch-00000-step-000002"]
     _run(experiment, folder, "two", norm)
 
 

@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from dwf_cluster.evaluation.registry import CHECKS, PAPER, SUITES
 from dwf_cluster.experiment import Experiment, build
 from dwf_cluster.settings import InvalidInput, one_line, printable, regular_file
-from dwf_cluster.store import StorageFailed, Store, tables
-from dwf_cluster.store.files import check_url
+from dwf_cluster.store import StorageFailed, Store, check_url, tables
 
 if TYPE_CHECKING:
     from torch import nn

@@ -43,9 +43,9 @@ class JobEvents:
     def following(self, jobs: Sequence[Job]) -> Iterator[JobEvents]:
         """Tell of these jobs while the body runs; first of the epochs that earlier runs trained."""
         self._tell(Queued(tuple(jobs)))
-        for job in jobs:  # before any of them starts, else a new epoch might be taken for an old one
-            self._read_epochs(job, is_replayed=True)
         try:
+            for job in jobs:  # before any of them starts, else a new epoch might be taken for an old one
+                self._read_epochs(job, is_replayed=True)
             with ThreadPoolExecutor(1, "job-events") as self._thread:
                 try:
                     yield self

@@ -1,10 +1,11 @@
-"""What fails, how often it is tried again, what the user reads, and what is kept."""
+"""Kinds of failure: how often a job is retried, what the user reads, and what the log contains."""
 
 from __future__ import annotations
 
 import asyncio
 import json
 import os
+import pkgutil
 import re
 import signal
 import subprocess
@@ -20,8 +21,9 @@ from torch import nn
 
 from dwf_cluster.attacks.gradient import NotLogits
 from dwf_cluster.cluster import failures
+from dwf_cluster.cluster.connect import RayNotStarted, local
 from dwf_cluster.cluster.control import Claim, Control
-from dwf_cluster.cluster.driver import RayNotStarted, fits, local
+from dwf_cluster.cluster.driver import fits
 from dwf_cluster.cluster.failures import KINDS, Kind, clean, failure, kind_of, last_line
 from dwf_cluster.cluster.memory import Memory
 from dwf_cluster.data.registry import Sizes
@@ -53,7 +55,7 @@ actual memory used=0.31GB, worker ID=55)
 Top 10 memory users: PID	MEM(GB)	COMMAND
 4	9.07	/home/somebody/else.py --password hunter2
 Refer to the documentation on how to address the out of memory issue: https://docs.ray.io."""
-"""As Ray 2.60 has it, shortened."""
+"""The message of Ray 2.60, shortened."""
 
 
 @pytest.fixture
@@ -75,7 +77,7 @@ def _in_a_task(error: Exception) -> Exception:
 
 
 def _of_two_workers(error: Exception) -> Exception:
-    """One worker's error, and what the other one sees of its end."""
+    """The error of one worker, and the broken connection of the other."""
     from ray.train.v2.api.exceptions import WorkerGroupError
 
     broken = RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:4711")
@@ -136,8 +138,8 @@ CASES: list[tuple[Callable[[], Exception], Kind, str]] = [
         "out of GPU memory: CUDA out of memory. Tried to allocate 2.25 GiB; "
         "set a higher experts.accumulation or a lower experts.batch_size",
     ),
-    (_crashed, failures.WORKER_DIED, "worker died: its process ended without a word"),
-    (_dead_worker, failures.WORKER_DIED, "worker died: its process ended without a word"),
+    (_crashed, failures.WORKER_DIED, "worker died: its process ended without a message"),
+    (_dead_worker, failures.WORKER_DIED, "worker died: its process ended without a message"),
     (_node_died, failures.NODE_LOST, "node lost: The node n2 is dead."),
     (_preempted, failures.PREEMPTION, "preemption: its node was drained"),
     (
@@ -169,24 +171,31 @@ CASES: list[tuple[Callable[[], Exception], Kind, str]] = [
 
 
 @pytest.mark.parametrize(("make", "kind", "reason"), CASES)
-def test_a_failure_has_a_kind_and_one_line_that_says_why(
+def test_a_failure_has_a_kind_and_a_reason_of_one_line(
     make: Callable[[], Exception], kind: Kind, reason: str, pgd: Job
 ) -> None:
-    found = failure(_in_a_task(make()), pgd, "expert pgd-1", {"f125": "n1"})
-    assert found.kind is kind
-    assert found.reason.startswith(reason)
-    assert "\n" not in found.reason
+    failed = failure(_in_a_task(make()), pgd, "expert pgd-1", {"f125": "n1"})
+    assert failed.kind is kind
+    assert failed.reason.startswith(reason)
+    assert "\n" not in failed.reason
 
 
 @pytest.mark.parametrize(("make", "kind", "reason"), CASES[:6])
-def test_a_worker_that_fails_first_counts_and_not_the_broken_connections_of_the_others(
+def test_the_failure_of_one_worker_counts_and_not_the_broken_connections_of_the_others(
     make: Callable[[], Exception], kind: Kind, reason: str, pgd: Job
 ) -> None:
-    found = failure(_of_two_workers(make()), pgd, "expert pgd-1", {"f125": "n1"})
-    assert (found.kind, found.reason[: len(reason)]) == (kind, reason)
+    failed = failure(_of_two_workers(make()), pgd, "expert pgd-1", {"f125": "n1"})
+    assert (failed.kind, failed.reason[: len(reason)]) == (kind, reason)
 
 
-def test_an_error_without_text_has_a_line_too() -> None:
+@pytest.mark.parametrize("name", failures._BY_CLASS)
+def test_the_exceptions_that_decide_the_kind_exist(name: str) -> None:
+    exception = pkgutil.resolve_name(name)
+    assert issubclass(exception, BaseException)
+    assert f"{exception.__module__}.{exception.__qualname__}" == name  # as `kind_of` spells it
+
+
+def test_an_error_without_text_has_a_line() -> None:
     assert last_line("") == "no message"
     assert kind_of(KeyError("x")) is failures.CODE
 
@@ -203,18 +212,18 @@ def test_low_memory_names_the_fields_of_the_stage(stage: str, fields: str, tiny:
     assert failure(_low_memory(), job, job.name, {}).reason.endswith(f"; set {fields}")
 
 
-def test_the_table_in_the_docs_is_the_table_in_the_code() -> None:
+def test_the_table_in_the_docs_has_the_kinds_and_retries_of_the_code() -> None:
     words = {0: "not", None: "every time"}
     text = (ROOT / "docs" / "failures.md").read_text()
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")][1:]
-    told = {row[0]: row[2] for row in rows}
-    assert list(told) == [kind.name for kind in KINDS]
+    retries = {row[0]: row[2] for row in rows}
+    assert list(retries) == [kind.name for kind in KINDS]
     for kind in KINDS:
-        assert told[kind.name].startswith(words.get(kind.retries, f"{kind.retries} times")), kind
+        assert retries[kind.name].startswith(words.get(kind.retries, f"{kind.retries} times")), kind
     assert f"wait {failures.NODE_PATIENCE:g} s" in text
 
 
-def test_neither_credentials_nor_other_users_command_lines_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_logs_contain_neither_credentials_nor_command_lines_of_other_users(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wJalrXUtnFEMI/K7MDENG")
     text = (
         f"{LOW_MEMORY}\nkey wJalrXUtnFEMI/K7MDENG of AKIAIOSFODNN7EXAMPLE\nhttps://me:hunter3@host/x\n"
@@ -234,7 +243,7 @@ def test_a_log_has_the_traceback_and_the_end_of_the_output() -> None:
     assert len(content) < failures.LOG_BYTES + 1000
 
 
-def test_a_failed_job_leaves_its_traceback_and_is_told_of_a_store_that_is_full(store: Store) -> None:
+def test_a_failed_job_stores_its_traceback(store: Store) -> None:
     with pytest.raises(KeyError), failures.logged(store, "joint"):
         {}["this one"]
     content = store.read("logs/joint.txt")
@@ -243,37 +252,35 @@ def test_a_failed_job_leaves_its_traceback_and_is_told_of_a_store_that_is_full(s
     assert b"KeyError: 'this one'" in content
 
 
-def test_jobs_reserve_what_was_measured_or_an_estimate_and_no_more_than_a_node_has(
-    tiny: Experiment, store: Store
-) -> None:
+def test_jobs_reserve_measured_or_estimated_memory_up_to_that_of_a_node(tiny: Experiment, store: Store) -> None:
     first, second, third = jobs(tiny, "experts", SIZES)
-    place, needs = Allocation(0, 1, 0), Memory(16 << 30)
-    assert 400 << 20 < needs.need(first, place) < 1 << 30
-    with recorded(store, tiny, {"stage": "experts", "model": first.model, "task": first.name}, first.file, 0, "cpu"):
+    allocation, needs = Allocation(0, 1, 0), Memory(16 << 30)
+    assert 400 << 20 < needs.need(first, allocation) < 1 << 30
+    with recorded(store, {"stage": "experts", "model": first.model, "task": first.name}, first.file, 0, "cpu"):
         pass
     needs.learn(first, True, store)
     (row,) = tables.read(store, "jobs").to_pylist()
-    assert needs.need(second, place) == pytest.approx(1.1 * row["peak_memory_bytes"], rel=1e-6)
-    assert needs.need(second, Allocation(2, 1, 0)) == 0  # of Train's workers nothing is known
+    assert needs.need(second, allocation) == pytest.approx(1.1 * row["peak_memory_bytes"], rel=1e-6)
+    assert needs.need(second, Allocation(2, 1, 0)) == 0  # nothing is reserved for Train's workers
     needs.failed(third, failures.OUT_OF_MEMORY)
     needs.failed(second, failures.WORKER_DIED)
-    assert needs.need(third, place) == 16 << 30
-    assert needs.need(second, place) < 16 << 30
-    assert Memory(100 << 20).need(first, place) == 100 << 20
-    assert Memory(0).need(first, place) == 0
+    assert needs.need(third, allocation) == 16 << 30
+    assert needs.need(second, allocation) < 16 << 30
+    assert Memory(100 << 20).need(first, allocation) == 100 << 20
+    assert Memory(0).need(first, allocation) == 0
 
 
-def test_memory_is_that_of_the_job_and_not_of_those_before_it_in_the_process(tiny: Experiment, store: Store) -> None:
+def test_the_peak_memory_of_a_job_excludes_earlier_jobs_of_its_process(tiny: Experiment, store: Store) -> None:
     job = {"stage": "experts", "model": "pgd-1", "task": "expert pgd-1"}
     peaks = []
     for size in (300 << 20, 0):
-        with recorded(store, tiny, job, "expert-pgd-1", 0, "cpu"):
+        with recorded(store, job, "expert-pgd-1", 0, "cpu"):
             bytes([1]) * size
         peaks.append(tables.read(store, "jobs").to_pylist()[0]["peak_memory_bytes"])
     assert peaks[0] > peaks[1] + (200 << 20)
 
 
-def test_a_control_actor_that_has_started_again_learns_from_the_driver_what_it_knew() -> None:
+def test_the_driver_restores_the_state_of_a_restarted_control_actor() -> None:
     def claim(job: str) -> Claim:
         return Claim(("run", job), 0, "n1", "GPU-0", 1.0, "H100", 7)
 
@@ -290,7 +297,7 @@ def test_a_control_actor_that_has_started_again_learns_from_the_driver_what_it_k
     assert "taken by joint of run" in refused
 
 
-def test_a_job_fits_where_enough_nodes_can_hold_its_workers() -> None:
+def test_a_job_fits_if_the_nodes_can_hold_all_its_workers() -> None:
     nodes = [{"CPU": 4.0, "GPU": 2.0}, {"CPU": 4.0}]
     assert fits(Allocation(0, 4, 0), nodes)
     assert not fits(Allocation(0, 5, 0), nodes)
@@ -300,10 +307,10 @@ def test_a_job_fits_where_enough_nodes_can_hold_its_workers() -> None:
     assert not fits(Allocation(0, 1, 0), [])
 
 
-def test_low_memory_ends_the_run_with_one_line_after_a_bounded_number_of_attempts(
+def test_a_run_fails_with_one_line_after_three_attempts_at_low_memory(
     launch: Launch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Any machine uses more, so Ray kills each worker, the control actor too, as soon as it looks.
+    # Any machine uses more, so Ray kills each worker, and the control actor, at its first check.
     monkeypatch.setenv("RAY_memory_usage_threshold", "0.001")
     alone = ["experts.fgsm=0", "experts.pgd=0"]
     result = launch(*LOCAL, "--stages", "experts", "--set", *TINY, *alone)
@@ -323,7 +330,7 @@ def test_low_memory_ends_the_run_with_one_line_after_a_bounded_number_of_attempt
 
 
 @pytest.mark.interruptions
-def test_a_control_actor_that_is_killed_comes_back_and_the_run_still_hears_that_it_is_to_stop(launch: Launch) -> None:
+def test_a_run_stops_although_its_control_actor_was_killed(launch: Launch) -> None:
     def kill_then_interrupt(driver: psutil.Process, line: str) -> None:
         training = pause_after_first_epoch(launch.folder, "expert pgd-1")
         (control,) = (p for p in driver.children(recursive=True) if command_line(p).startswith("ray::Control"))
@@ -343,19 +350,19 @@ import json, os, sys, time
 from dataclasses import replace
 from pathlib import Path
 
-from dwf_cluster.cluster import failures, ray as cluster_ray
-from dwf_cluster.cluster.placement import Resources
-from dwf_cluster.cluster.ray import Ended, Note, local
-from dwf_cluster.cluster.schedule import Allocation
-from dwf_cluster.data.sources import Sizes
+from dwf_cluster.cluster import driver, failures
+from dwf_cluster.cluster.connect import local
+from dwf_cluster.cluster.events import Ended, Note
+from dwf_cluster.data.registry import Sizes
 from dwf_cluster.experiment import build
-from dwf_cluster.plan import jobs
-from dwf_cluster.store import Store
+from dwf_cluster.plan.jobs import jobs
+from dwf_cluster.plan.resources import Resources
+from dwf_cluster.plan.schedule import Allocation
 
 TINY, folder = json.loads(sys.argv[1]), Path(sys.argv[2])
 
 
-def run_job(job, store, images, place, control):
+def run_job(job, store, images, allocation, control):
     import ray, torch
     from dwf_cluster.cluster import failures
     from dwf_cluster.cluster.control import Claim
@@ -364,7 +371,7 @@ def run_job(job, store, images, place, control):
     with open(folder / job.model, "a") as file:
         file.write(f"{memory} {os.getpid()}\\n")
     with failures.logged(store, job.file):
-        print(f"{job.model} is here", flush=True)
+        print(f"{job.model} begins", flush=True)
         if job.model == "fgsm-1":
             time.sleep(2)  # Ray's dashboard learns once a second which process it is
             os._exit(1)
@@ -374,7 +381,7 @@ def run_job(job, store, images, place, control):
     return True
 
 
-cluster_ray._run_job = run_job
+driver._run_job = run_job
 failures.NODE_PATIENCE = 0.0
 experiment = build("digits", 0, TINY)
 experts = jobs(experiment, "experts", Sizes(96, 40, (1, 8, 8)))
@@ -382,19 +389,19 @@ experts = jobs(experiment, "experts", Sizes(96, 40, (1, 8, 8)))
 with local(Resources(2, 0)) as cluster:
     cluster.resources = Resources(64, 0)
     events = []
-    for todo, place in ((experts, Allocation(0, 1, 0)), ([joint], Allocation(0, 64, 0))):
-        allocations = dict.fromkeys(todo, place)
+    for pending, allocation in ((experts, Allocation(0, 1, 0)), ([joint], Allocation(0, 64, 0))):
+        allocations = dict.fromkeys(pending, allocation)
         stores = {experiment.folder: experiment.store(str(folder))}
-        events += cluster.run(todo, allocations, stores, cluster.share(None), lambda job: job.name, bool)
-told = {e.job.name: (e.state, e.reason) for e in events if isinstance(e, Ended)}
-print(json.dumps({"told": told, "notes": [e.text for e in events if isinstance(e, Note)]}))
+        events += cluster.run(pending, allocations, stores, cluster.share(None), lambda job: job.name, bool)
+ended = {e.job.name: (e.state, e.reason) for e in events if isinstance(e, Ended)}
+print(json.dumps({"ended": ended, "notes": [e.text for e in events if isinstance(e, Note)]}))
 """
 
 
 @pytest.fixture(scope="module")
-def troubled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    """A real Ray: one expert is done, one's process dies, one's GPU is full, and the joint stage does not fit."""
-    folder = tmp_path_factory.mktemp("troubled")
+def failing(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """Folder and events of a Ray: one expert is done, one dies, one has a full GPU; the joint stage does not fit."""
+    folder = tmp_path_factory.mktemp("failing")
     command = [sys.executable, "-c", SCRIPT, json.dumps(TINY), folder]
     result = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False, cwd=ROOT)
     assert result.returncode == 0, result.stderr
@@ -405,43 +412,43 @@ def _attempts(folder: Path, model: str) -> list[list[str]]:
     return [line.split() for line in (folder / model).read_text().splitlines()]
 
 
-def test_a_worker_that_dies_is_tried_again_a_bounded_number_of_times(troubled: tuple[Path, dict[str, Any]]) -> None:
-    folder, found = troubled
+def test_a_job_whose_worker_dies_is_retried_twice(failing: tuple[Path, dict[str, Any]]) -> None:
+    folder, events = failing
     attempts = _attempts(folder, "fgsm-1")
     assert len(attempts) == len({pid for _, pid in attempts}) == 3
-    state, reason = found["told"]["expert fgsm-1"]
+    state, reason = events["ended"]["expert fgsm-1"]
     assert state == "failed"
     assert re.match(r"worker died: .*; tried 3 times; log: \S+$", reason)
-    notes = [note for note in found["notes"] if note.startswith("expert fgsm-1: worker died: ")]
+    notes = [note for note in events["notes"] if note.startswith("expert fgsm-1: worker died: ")]
     assert [note.endswith("; tried again") for note in notes] == [True, True]
     log = Path(reason.rpartition("log: ")[2]).read_text()
-    assert "fgsm-1 is here" in log
+    assert "fgsm-1 begins" in log
 
 
-def test_a_full_gpu_is_not_tried_again_and_leaves_its_log(troubled: tuple[Path, dict[str, Any]]) -> None:
-    folder, found = troubled
+def test_a_job_with_a_full_gpu_is_not_retried_and_has_a_log(failing: tuple[Path, dict[str, Any]]) -> None:
+    folder, events = failing
     assert len(_attempts(folder, "pgd-1")) == 1
-    state, reason = found["told"]["expert pgd-1"]
+    state, reason = events["ended"]["expert pgd-1"]
     assert state == "failed"
     assert reason.startswith("out of GPU memory: CUDA out of memory. Tried to allocate 2 GiB; set a higher experts.acc")
     log = Path(reason.rpartition("log: ")[2]).read_text()
     assert log.startswith("Traceback (most recent call last)")
-    assert "pgd-1 is here" in log
+    assert "pgd-1 begins" in log
 
 
-def test_each_task_reserves_memory(troubled: tuple[Path, dict[str, Any]]) -> None:
-    folder, found = troubled
-    assert found["told"]["expert benign"] == ["done", ""]
+def test_each_task_reserves_memory(failing: tuple[Path, dict[str, Any]]) -> None:
+    folder, events = failing
+    assert events["ended"]["expert benign"] == ["done", ""]
     assert all(float(memory) > 400 << 20 for memory, _ in _attempts(folder, "benign"))
 
 
-def test_a_job_that_no_node_can_hold_any_more_does_not_wait_for_ever(troubled: tuple[Path, dict[str, Any]]) -> None:
-    _, found = troubled
-    assert found["told"]["joint"] == ["failed", "node lost: no nodes are left that can hold 64 CPU"]
-    assert any(note.startswith("joint: node lost: ") for note in found["notes"])
+def test_a_job_that_no_node_can_hold_fails_after_a_limited_wait(failing: tuple[Path, dict[str, Any]]) -> None:
+    _, events = failing
+    assert events["ended"]["joint"] == ["failed", "node lost: no nodes are left that can hold 64 CPU"]
+    assert any(note.startswith("joint: node lost: ") for note in events["notes"])
 
 
-def test_a_ray_that_does_not_start_is_tried_again_and_then_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_ray_that_does_not_start_is_retried_and_then_an_error_of_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     log = "ERROR dashboard\nTraceback\nRuntimeError: Module MetricsHead failed to start. Timeout after 30.0 seconds."
 
     def fail(**options: object) -> None:

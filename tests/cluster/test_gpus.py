@@ -1,4 +1,4 @@
-"""Which GPU each process computes on: told with a `torch.cuda` that is a stub, and with a Ray that is told of GPUs."""
+"""Which GPU each process computes on: with a stub of `torch.cuda`, and with a Ray that has GPUs which do not exist."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from dwf_cluster.cluster import tasks
 from dwf_cluster.cluster.control import Claim, Control
 from dwf_cluster.data import sources
 from dwf_cluster.data.device import DeviceImages
-from dwf_cluster.defences import adversarial
+from dwf_cluster.defences.build import to_train
 from dwf_cluster.experiment import Experiment
 from dwf_cluster.plan.jobs import Job, jobs
 from dwf_cluster.plan.schedule import Allocation
 from dwf_cluster.store import Store, tables
-from dwf_cluster.training import Task, train
+from dwf_cluster.training import Probe, Task, train
 
 from ..conftest import TINY
 from ..process import Launch
@@ -76,7 +76,7 @@ def _claim_by(job: Job, device: str, share: float = 1.0, worker: int = 0) -> Cla
 
 
 @pytest.mark.usefixtures("second_of_two_gpus")
-def test_a_worker_claims_and_uses_the_gpu_that_train_gave_it(tiny: Experiment, control: DirectControl) -> None:
+def test_a_worker_claims_the_gpu_that_train_gave_it(tiny: Experiment, control: DirectControl) -> None:
     job = _job(tiny, "joint")
     device = tasks._claim(control, job, 1, Allocation(workers=2, cpus=1, gpus=1))
     assert device == torch.device("cuda", 1)
@@ -85,14 +85,14 @@ def test_a_worker_claims_and_uses_the_gpu_that_train_gave_it(tiny: Experiment, c
 
 
 @pytest.mark.usefixtures("second_of_two_gpus")
-def test_a_job_without_gpus_computes_on_the_cpu_of_a_machine_that_has_some(
+def test_a_job_without_gpus_computes_on_the_cpu_of_a_machine_with_gpus(
     tiny: Experiment, control: DirectControl
 ) -> None:
     assert tasks._claim(control, _job(tiny, "joint"), 0, Allocation(workers=0, cpus=1, gpus=0)) == torch.device("cpu")
 
 
 @pytest.mark.usefixtures("second_of_two_gpus")
-def test_a_claim_waits_for_a_job_that_has_left_the_gpu_but_has_not_ended_yet(
+def test_a_claim_waits_for_a_job_that_no_longer_uses_the_gpu_but_has_not_ended(
     tiny: Experiment, control: DirectControl, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ending, starting = _job(tiny, "expert pgd-1"), _job(tiny, "expert benign")
@@ -110,7 +110,7 @@ def test_a_claim_waits_for_a_job_that_has_left_the_gpu_but_has_not_ended_yet(
 
 
 @pytest.mark.usefixtures("second_of_two_gpus")
-def test_a_gpu_that_stays_taken_is_an_error_that_names_the_other_job(
+def test_a_gpu_that_is_not_released_is_an_error_that_names_the_other_job(
     tiny: Experiment, control: DirectControl, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     other, job = _job(tiny, "expert pgd-1"), _job(tiny, "expert benign")
@@ -121,7 +121,7 @@ def test_a_gpu_that_stays_taken_is_an_error_that_names_the_other_job(
         tasks._claim(control, job, 0, Allocation(workers=1, cpus=1, gpus=1))
 
 
-def test_workers_that_were_replaced_may_swap_their_gpus(tiny: Experiment, control: DirectControl) -> None:
+def test_replaced_workers_may_swap_their_gpus(tiny: Experiment, control: DirectControl) -> None:
     job = _job(tiny, "joint")
     for worker, device in enumerate(("GPU 0", "GPU 1")):
         assert control.claim.remote(_claim_by(job, device, worker=worker)) is None
@@ -132,14 +132,14 @@ def test_workers_that_were_replaced_may_swap_their_gpus(tiny: Experiment, contro
 
 
 @pytest.mark.parametrize("accelerator", [None, torch.device("cuda")])
-def test_the_task_that_waits_for_a_training_leaves_cuda_alone(
+def test_the_task_that_waits_for_a_training_does_not_call_cuda(
     accelerator: torch.device | None,
     tiny: Experiment,
     store: Store,
     control: DirectControl,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """What it does not know it does not decide: the backend is chosen, and the device named, by the workers."""
+    """The workers choose the backend and name the device."""
     job = _job(tiny, "joint")
 
     def refuse() -> None:
@@ -156,7 +156,7 @@ def test_the_task_that_waits_for_a_training_leaves_cuda_alone(
             # In a worker, as Train would call `init_process_group`.
             with monkeypatch.context() as worker_machine:
                 worker_machine.setattr(torch.accelerator, "current_accelerator", lambda *_, **__: accelerator)
-                # Older torch asks here.
+                # Older torch calls this function.
                 worker_machine.setattr(torch._C, "_get_accelerator", lambda: accelerator or torch.device("cpu"))
                 backends.update(dist.BackendConfig(self.backend).get_device_backend_map())
 
@@ -172,18 +172,18 @@ def test_the_task_that_waits_for_a_training_leaves_cuda_alone(
 
 
 class OnAnotherGpu:
-    """Images on the CPU that are said to lie on a GPU."""
+    """Images on the CPU that report to be on a GPU."""
 
     def __init__(self, images: DeviceImages, index: int) -> None:
         self._images = images
-        self.x_train = SecondHand(len(images.x_train), torch.device("cuda", index))
+        self.x_train = NumberAndDevice(len(images.x_train), torch.device("cuda", index))
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._images, name)
 
 
-class SecondHand:
-    """What the epoch loop asks training images for: their number and their device."""
+class NumberAndDevice:
+    """The number of the training images and their device, which the epoch loop asks for."""
 
     def __init__(self, count: int, device: torch.device) -> None:
         self.count, self.device = count, device
@@ -192,15 +192,17 @@ class SecondHand:
         return self.count
 
 
-def test_the_device_in_metrics_is_its_type_whichever_gpu_it_is(
+def test_metrics_have_the_type_of_the_device_without_its_index(
     tiny: Experiment, store: Store, images: sources.Images
 ) -> None:
-    regime = next(regime for regime in tiny.regimes if regime.name == "benign")
     arrays = DeviceImages(images, tiny.data, torch.device("cpu"))
     for index, epochs in enumerate((1, 2)):  # stopped after the first epoch, resumed on another GPU
-        task = Task(tiny, store, "experts", "benign", tiny.experts.model_copy(update={"epochs": epochs}))
-        model = adversarial.build(tiny, images, "benign")
-        train(task, model, OnAnotherGpu(arrays, index), adversarial.adversary(regime, tiny.pgd))  # type: ignore[arg-type]
+        experiment = tiny.model_copy(update={"experts": tiny.experts.model_copy(update={"epochs": epochs})})
+        spec, evaluation = experiment.spec("benign"), experiment.evaluation
+        probe = Probe(experiment.threat, evaluation.probe_steps, evaluation.probe_examples)
+        task = Task(spec, "experts", experiment.seed, probe, experiment.checkpoint_minutes, store)
+        model = to_train(experiment.models, "benign", images.format, experiment.seed, store)
+        train(task, model, OnAnotherGpu(arrays, index))  # type: ignore[arg-type]
     assert tables.read(store, "metrics", ["benign"])["device"].to_pylist() == ["cuda", "cuda"]
 
 
@@ -220,7 +222,7 @@ END = re.compile(r"^(?P<job>.+): \S+ in [\d.]+ s \(\d+ of \d+\)$")
 
 
 @pytest.mark.parametrize(("gpus", "workers", "share"), [(4, 3, 1.0), (3, 2, 0.5)])
-def test_on_several_gpus_a_process_has_one_ever_and_jobs_share_none(
+def test_each_process_uses_one_gpu_and_no_gpu_is_oversubscribed(
     gpus: int, workers: int, share: float, launch: Launch
 ) -> None:
     resources = ["--local", "--gpus", str(gpus), "--cpus", str(gpus), "--joint-workers", str(workers)]
@@ -244,9 +246,9 @@ def test_on_several_gpus_a_process_has_one_ever_and_jobs_share_none(
 
     table = pd.read_parquet(Path(result.stdout.splitlines()[-1]) / "results" / "jobs").set_index("task")
     assert set(table.state) == {"done"}
-    assert set(table.index) == functools.reduce(set.union, jobs_of.values())  # every job has claimed what it used
+    assert set(table.index) == functools.reduce(set.union, jobs_of.values())  # every job has claimed its devices
     joint = table.loc["joint"]
     assert len(set(joint.devices)) == workers
     beside = table[(table.stage == "evaluate") & (table.started < joint.finished) & (table.finished > joint.started)]
     assert len(beside) >= 1
-    assert set(table.device) == {"cpu"}  # where such a GPU computes
+    assert set(table.device) == {"cpu"}  # because these GPUs do not exist

@@ -264,7 +264,7 @@ def test_the_test_set_is_read_a_batch_at_a_time(images: Images, tmp_path: Path) 
 
         def __getitem__(self, key: Any) -> Any:
             rows_read = super().__getitem__(key)
-            self.read.append(len(rows_read) if found.ndim == 4 else 1)
+            self.read.append(len(rows_read) if rows_read.ndim == 4 else 1)
             return np.asarray(rows_read)
 
     np.save(tmp_path / "x.npy", images.x_test)

@@ -8,10 +8,21 @@ import torch
 from dwf_cluster.data.registry import Sizes
 from dwf_cluster.experiment import Experiment, build
 from dwf_cluster.models.resnet import ResNet18
-from dwf_cluster.plan import jobs
-from dwf_cluster.plan.jobs import STAGES, Job, forward_flops, jobs, pending, prepare_training, select
+from dwf_cluster.plan.jobs import (
+    STAGES,
+    Job,
+    deduplicate,
+    forward_flops,
+    jobs,
+    pending,
+    prepare_training,
+    select,
+    stored_bytes,
+)
 from dwf_cluster.settings import InvalidInput
 from dwf_cluster.store import Store, checkpoints, tables
+
+from ..conftest import TINY
 
 CIFAR10, TINY_SIZES = Sizes(50_000, 10_000, (3, 32, 32)), Sizes(96, 40, (1, 8, 8))
 
@@ -41,46 +52,49 @@ def test_the_longest_come_first(stage: str) -> None:
     assert len(set(costs)) > 2
 
 
-def test_the_evaluation_attacks_every_model_with_every_family() -> None:
+def test_the_evaluation_measures_every_model_by_every_suite() -> None:
     experiment = build("cifar10", 0, ["evaluation.beyond=pgd_gate,noise,transfer"])
-    found = {(job.model, job.suite) for job in jobs(experiment, "evaluate", CIFAR10)}
-    single = {(regime.name, family) for regime in experiment.regimes for family in ("paper", "noise", "checks")}
-    assert found == single | {("mixture", family) for family in ("paper", "pgd_gate", "noise", "checks")}
+    measured = {(job.model, job.suite) for job in jobs(experiment, "evaluate", CIFAR10)}
+    suites = ("paper", "noise", "checks")
+    assert measured == {(name, suite) for name in experiment.names for suite in suites} | {("mixture", "pgd_gate")}
 
 
-def test_slices_are_whole_batches_cover_the_test_set_and_take_minutes() -> None:
+def test_shards_are_whole_batches_cover_the_test_set_and_take_minutes() -> None:
     for experiment in (build("cifar10"), build("cifar10", 0, ["model.width=4"]), build("digits")):
-        slices = [j for j in jobs(experiment, "evaluate", CIFAR10) if (j.model, j.family) == ("benign", "paper")]
-        slices.sort(key=lambda job: job.first)
-        assert [job.first for job in slices] == [0, *(job.stop for job in slices[:-1])]
-        assert slices[-1].stop == 10_000
-        assert all(job.first % experiment.evaluation.batch_size == 0 for job in slices)
-        assert [job.file for job in slices] == sorted(job.file for job in slices)
-        flop = slices[0].cost * forward_flops(experiment, CIFAR10.shape)
-        batch = flop * experiment.evaluation.batch_size / slices[0].stop
+        shards = [j for j in jobs(experiment, "evaluate", CIFAR10) if (j.model, j.suite) == ("benign", "paper")]
+        shards.sort(key=lambda job: job.first)
+        assert [job.first for job in shards] == [0, *(job.stop for job in shards[:-1])]
+        assert shards[-1].stop == 10_000
+        assert all(job.first % experiment.evaluation.batch_size == 0 for job in shards)
+        assert [job.file for job in shards] == sorted(job.file for job in shards)
+        flop = shards[0].cost * forward_flops(experiment.spec("benign"), CIFAR10.shape)
+        batch = flop * experiment.evaluation.batch_size / shards[0].stop
         assert flop < 1e13 + batch
 
 
 def test_the_estimate_of_storage_knows_the_size_of_the_networks() -> None:
     experiment = build("cifar10", 0, ["model.width=16"])
     state = ResNet18(10, (0.5,) * 3, (0.5,) * 3, 16).state_dict()
-    assert jobs._weights(experiment, 3) == pytest.approx(sum(t.numel() for t in state.values()), rel=0.001)
-    one, _ = jobs.stored_bytes([experiment], CIFAR10)
-    seeds, _ = jobs.stored_bytes([experiment, experiment.model_copy(update={"seed": 1})], CIFAR10)
+    backbone = sum(tensor.numel() for tensor in state.values())
+    alone, _ = stored_bytes([build("cifar10", 0, ["model.width=16", "defence=standard", "baselines=[]"])], CIFAR10)
+    newest, previous_with_momentum, float_bytes = 1, 2, 4
+    assert alone == pytest.approx(float_bytes * backbone * (newest + previous_with_momentum), rel=0.001)
+    one, _ = stored_bytes([experiment], CIFAR10)
+    seeds, _ = stored_bytes([experiment, experiment.model_copy(update={"seed": 1})], CIFAR10)
     assert seeds == 2 * one
-    gates, _ = jobs.stored_bytes([experiment, build("cifar10", 0, ["model.width=16", "gate.kind=hard"])], CIFAR10)
+    gates, _ = stored_bytes([experiment, build("cifar10", 0, ["model.width=16", "gate.kind=hard"])], CIFAR10)
     assert gates < 2 * one  # the experts are stored once
 
 
-def test_a_slice_can_be_chosen() -> None:
+def test_a_shard_can_be_chosen() -> None:
     experiment = build("digits", 0, ["evaluation.shard_examples=100", "evaluation.batch_size=64"])
-    slices = [j for j in jobs(experiment, "evaluate", Sizes(1, 360, (1, 8, 8))) if j.family == "paper"]
-    assert {(job.first, job.stop) for job in slices} == {(0, 128), (128, 256), (256, 360)}
-    assert "evaluate mixture paper 256-359" in {job.name for job in slices}
+    shards = [j for j in jobs(experiment, "evaluate", Sizes(1, 360, (1, 8, 8))) if j.suite == "paper"]
+    assert {(job.first, job.stop) for job in shards} == {(0, 128), (128, 256), (256, 360)}
+    assert "evaluate mixture paper 256-359" in {job.name for job in shards}
 
 
 def _finish(store: Store, job: Job, metrics: bool = True) -> None:
-    """Write what a job leaves; `metrics`: whether the checkpoint has its rows, as those of this version do."""
+    """Write what a job stores; `metrics`: whether its checkpoints hold their rows, as those of this version do."""
     rows = [{"stage": job.stage, "model": job.model, "epoch": epoch, "loss": 1 / epoch} for epoch in (1, 2, 3)]
     for epoch in () if job.stage == "evaluate" else (2, 3):
         state = {"metrics": rows[:epoch]} if metrics else {}
@@ -90,8 +104,8 @@ def _finish(store: Store, job: Job, metrics: bool = True) -> None:
         tables.write(store, table, name, content)
 
 
-def _left(experiment: Experiment, store: Store) -> set[str]:
-    return {job.name for found in pending(experiment, store, TINY_SIZES).values() for job in found}
+def _pending(experiment: Experiment, store: Store) -> set[str]:
+    return {job.name for stage in pending(experiment, store, TINY_SIZES).values() for job in stage}
 
 
 def _job(experiment: Experiment, name: str) -> Job:
@@ -101,26 +115,26 @@ def _job(experiment: Experiment, name: str) -> Job:
 
 @pytest.mark.parametrize("name", ["expert pgd-1", "evaluate benign paper 0-23", "evaluate benign checks 0-7"])
 def test_a_job_is_done_when_all_of_its_files_are_there(store: Store, tiny: Experiment, name: str) -> None:
-    job, before = _job(tiny, name), _left(tiny, store)
+    job, before = _job(tiny, name), _pending(tiny, store)
     _finish(store, job)
-    assert _left(tiny, store) == before - {name}
+    assert _pending(tiny, store) == before - {name}
     for table in (*job.tables, "jobs"):
         tables.remove(store, table, job.model if table == "metrics" else job.file)
-        assert name in _left(tiny, store)
+        assert name in _pending(tiny, store)
         _finish(store, job)
-        assert name not in _left(tiny, store)
+        assert name not in _pending(tiny, store)
 
 
-def test_rows_that_another_writer_lost_come_back_from_the_checkpoint(store: Store, tiny: Experiment) -> None:
+def test_rows_that_another_writer_lost_are_restored_from_the_checkpoint(store: Store, tiny: Experiment) -> None:
     job = _job(tiny, "expert pgd-1")
     _finish(store, job)
     whole = tables.read(store, "metrics")
     for rows in ([], whole.to_pylist()[:2], [whole.to_pylist()[n] for n in (0, 2)]):
         tables.write(store, "metrics", job.model, rows)
-        assert job.name in _left(tiny, store)
+        assert job.name in _pending(tiny, store)
         assert prepare_training(job, store) == []
         assert tables.read(store, "metrics").equals(whole)
-        assert job.name not in _left(tiny, store)
+        assert job.name not in _pending(tiny, store)
 
 
 def test_rows_that_no_checkpoint_has_are_trained_again(store: Store, tiny: Experiment) -> None:
@@ -139,7 +153,7 @@ def test_rows_that_no_checkpoint_has_are_trained_again(store: Store, tiny: Exper
     assert checkpoints.latest_path(store, job.model) is None
 
 
-def test_a_damaged_checkpoint_is_said_before_training_goes_on(store: Store, tiny: Experiment) -> None:
+def test_a_damaged_checkpoint_is_named_before_training_resumes(store: Store, tiny: Experiment) -> None:
     job = _job(tiny, "expert pgd-1")
     _finish(store, job)
     store.write("checkpoints/pgd-1/epoch-00003/tensors.safetensors", b"something else")
@@ -166,3 +180,34 @@ def test_a_stage_whose_forerunner_is_missing_is_refused_with_the_way_out(store: 
     with pytest.raises(InvalidInput, match=r"evaluate cannot be run: experts is not done .*experts,joint,evaluate"):
         select(pending(tiny, store, TINY_SIZES), ["evaluate"])
     assert {job.stage for job in select(pending(tiny, store, TINY_SIZES), ["experts"])} == {"experts"}
+
+
+def _copies(*experiments: Experiment) -> set[str]:
+    """Names of the jobs of the last experiment that copy those of an earlier one."""
+    every = [job for e in experiments for stage in STAGES for job in jobs(e, stage, TINY_SIZES)]
+    unique = deduplicate(every)
+    assert [(job.folder, job.name) for job in unique] == [(job.folder, job.name) for job in every]
+    assert not any(job.copy_of for job in unique if job.folder == experiments[0].folder)
+    return {job.name for job in unique if job.folder == experiments[-1].folder and job.copy_of}
+
+
+def test_models_without_parents_and_their_evaluations_are_shared_and_others_are_not() -> None:
+    tiny = [*TINY, "evaluation.beyond=noise"]
+    experiment = build("digits", 0, tiny)
+    without_parents = {
+        job.name for stage in STAGES for job in jobs(experiment, stage, TINY_SIZES) if not job.spec.parents
+    }
+    assert _copies(experiment, build("digits", 0, [*tiny, "gate.hidden=9"])) == without_parents
+    assert _copies(experiment, build("digits", 1, tiny)) == set()
+    trainings = {f"expert {name}" for name in ("benign", "fgsm-1", "pgd-1")}
+    assert _copies(experiment, build("digits", 0, [*tiny, "evaluation.restarts=3"])) == trainings
+    no_pgd = {name for name in without_parents if "pgd-1" not in name}
+    assert _copies(experiment, build("digits", 0, [*tiny, "pgd.steps=3"])) == no_pgd
+
+
+def test_evaluations_that_are_transferred_to_all_models_are_not_shared() -> None:
+    tiny = [*TINY, "evaluation.beyond=transfer"]
+    copies = _copies(build("digits", 0, tiny), build("digits", 0, [*tiny, "gate.hidden=9"]))
+    assert {name for name in copies if name.startswith("evaluate")} == {
+        f"evaluate {name} checks 0-7" for name in ("benign", "fgsm-1", "pgd-1")
+    }

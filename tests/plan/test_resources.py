@@ -19,21 +19,21 @@ from dwf_cluster.plan.schedule import Allocation
 from dwf_cluster.settings import InvalidInput
 
 
-def _places(resources: Resources, *assignments: str) -> dict[str, Allocation]:
+def _allocations(resources: Resources, *assignments: str) -> dict[str, Allocation]:
     experiment = build("digits", 0, assignments)
-    found: list[Job] = [job for stage in STAGES for job in jobs(experiment, stage, Sizes(10, 10, (1, 8, 8)))]
-    return {job.name: placement for job, placement in allocate(found, resources).items()}
+    every: list[Job] = [job for stage in STAGES for job in jobs(experiment, stage, Sizes(10, 10, (1, 8, 8)))]
+    return {job.name: allocation for job, allocation in allocate(every, resources).items()}
 
 
 def test_on_cpus_a_task_does_the_work_itself() -> None:
-    allocations = _places(Resources(cpus=8, gpus=0))
+    allocations = _allocations(Resources(cpus=8, gpus=0))
     assert allocations["expert pgd-1"] == Allocation(workers=0, cpus=1, gpus=0)
     assert allocations["joint"] == Allocation(workers=0, cpus=8, gpus=0)
     assert allocations["evaluate mixture paper 0-9"] == Allocation(workers=0, cpus=1, gpus=0)
 
 
-def test_on_gpus_train_starts_the_workers_that_hold_them() -> None:
-    allocations = _places(Resources(cpus=8, gpus=4))
+def test_on_gpus_ray_train_starts_the_workers_that_hold_them() -> None:
+    allocations = _allocations(Resources(cpus=8, gpus=4))
     assert allocations["expert pgd-1"] == Allocation(workers=1, cpus=1, gpus=1)
     assert allocations["joint"] == Allocation(workers=2, cpus=2, gpus=1)
     assert allocations["evaluate mixture paper 0-9"] == Allocation(workers=0, cpus=1, gpus=1)
@@ -44,25 +44,25 @@ def test_on_gpus_train_starts_the_workers_that_hold_them() -> None:
 def test_each_worker_of_the_joint_stage_has_32_images_of_a_batch(
     resources: Resources, batch: int, workers: int
 ) -> None:
-    joint = _places(resources, f"joint.batch_size={batch}")["joint"]
+    joint = _allocations(resources, f"joint.batch_size={batch}")["joint"]
     assert max(1, joint.workers) == workers
 
 
 def test_the_joint_stage_has_a_worker_for_each_gpu_or_each_node_that_there_is() -> None:
     batch = "joint.batch_size=512"
-    assert _places(Resources(cpus=8, gpus=4, nodes=2), batch)["joint"] == Allocation(workers=8, cpus=2, gpus=1)
-    assert _places(Resources(cpus=8, gpus=0, nodes=2), batch)["joint"] == Allocation(workers=2, cpus=8, gpus=0)
+    assert _allocations(Resources(cpus=8, gpus=4, nodes=2), batch)["joint"] == Allocation(workers=8, cpus=2, gpus=1)
+    assert _allocations(Resources(cpus=8, gpus=0, nodes=2), batch)["joint"] == Allocation(workers=2, cpus=8, gpus=0)
 
 
 def test_gpus_that_the_joint_stage_leaves_free_keep_their_share_of_the_cpus() -> None:
-    joint = _places(Resources(cpus=64, gpus=8), "joint.batch_size=128")["joint"]
+    joint = _allocations(Resources(cpus=64, gpus=8), "joint.batch_size=128")["joint"]
     assert joint == Allocation(workers=4, cpus=8, gpus=1)
 
 
 @pytest.mark.parametrize(("workers", "cpus"), [(1, 8), (2, 8), (3, 4), (5, 2), (16, 1)])
 def test_no_worker_of_the_joint_stage_needs_more_cpus_than_a_node_has_for_it(workers: int, cpus: int) -> None:
     resources = Resources(cpus=8, gpus=0, nodes=2, limits=Limits(joint_workers=workers))
-    joint = _places(resources)["joint"]
+    joint = _allocations(resources)["joint"]
     assert (max(1, joint.workers), joint.cpus) == (workers, cpus)
 
 
@@ -71,21 +71,21 @@ def test_no_worker_of_the_joint_stage_needs_more_cpus_than_a_node_has_for_it(wor
     [(Limits(), 1), (Limits(expert_workers=3), 3), (Limits(expert_workers=3, gpus_per_expert=0.5), 1)],
 )
 def test_an_expert_has_one_gpu_unless_more_are_asked_for(limits: Limits, workers: int) -> None:
-    allocations = _places(Resources(cpus=64, gpus=32, limits=limits))
-    assert {allocate.workers for name, allocate in allocations.items() if name.startswith("expert ")} == {workers}
+    allocations = _allocations(Resources(cpus=64, gpus=32, limits=limits))
+    assert {given.workers for name, given in allocations.items() if name.startswith("expert ")} == {workers}
 
 
 @pytest.mark.parametrize(("stage", "option"), [("joint", "--joint-workers"), ("experts", "--expert-workers")])
 def test_workers_without_images_are_refused(stage: str, option: str) -> None:
-    """They would have no gradient, for which the others would wait."""
+    """The other workers would wait for gradients that they do not have."""
     limits = Limits(joint_workers=17) if stage == "joint" else Limits(expert_workers=17)
     message = f"^{option}: 17 cannot be used: allowed are 1 to 16, two images of a batch of 32 for each$"
     with pytest.raises(InvalidInput, match=message):
-        _places(Resources(cpus=64, gpus=32, limits=limits), f"{stage}.batch_size=32")
+        _allocations(Resources(cpus=64, gpus=32, limits=limits), f"{stage}.batch_size=32")
 
 
 def test_what_a_job_gets_does_not_depend_on_what_else_runs() -> None:
-    """BatchNorm would see other parts of each batch, and a run of several seeds come to other numbers than one."""
+    """Otherwise BatchNorm would see other parts of a batch, and several seeds would give other numbers than one."""
     size = Sizes(50_000, 10_000, (3, 32, 32))
     seeds = [[job for stage in STAGES for job in jobs(build("cifar10", seed), stage, size)] for seed in range(5)]
     resources = Resources(cpus=64, gpus=16, limits=Limits(expert_workers=4))
@@ -94,7 +94,7 @@ def test_what_a_job_gets_does_not_depend_on_what_else_runs() -> None:
 
 
 def test_experts_can_share_gpus() -> None:
-    allocations = _places(Resources(cpus=8, gpus=1, limits=Limits(gpus_per_expert=0.5)))
+    allocations = _allocations(Resources(cpus=8, gpus=1, limits=Limits(gpus_per_expert=0.5)))
     assert allocations["expert pgd-1"] == Allocation(workers=1, cpus=1, gpus=0.5)
     assert allocations["joint"] == Allocation(workers=1, cpus=8, gpus=1)
     assert allocations["evaluate mixture paper 0-9"] == Allocation(workers=0, cpus=1, gpus=1)
@@ -102,28 +102,28 @@ def test_experts_can_share_gpus() -> None:
 
 def test_joint_workers_share_the_cpus() -> None:
     resources = Resources(cpus=8, gpus=0, limits=Limits(joint_workers=3))
-    assert _places(resources)["joint"] == Allocation(workers=3, cpus=2, gpus=0)
+    assert _allocations(resources)["joint"] == Allocation(workers=3, cpus=2, gpus=0)
 
 
 def _machine(
     monkeypatch: pytest.MonkeyPatch, devices: int, cuda: bool = True, visible: str | None = None
 ) -> tuple[int, str]:
-    """Number of GPUs used, and the warning, on a machine with so many of NVIDIA's devices."""
-    monkeypatch.setattr(placement, "glob", lambda pattern: [f"/dev/nvidia{n}" for n in range(devices)])
-    monkeypatch.setattr(placement, "_torch_uses_gpus", lambda: cuda)
+    """Number of GPUs used, and the warning, on a machine with this number of NVIDIA devices."""
+    monkeypatch.setattr(resources, "glob", lambda pattern: [f"/dev/nvidia{n}" for n in range(devices)])
+    monkeypatch.setattr(resources, "_torch_uses_gpus", lambda: cuda)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     return gpus_here(), unused_gpus()
 
 
-def test_gpus_are_those_that_cuda_may_see(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpus_are_those_in_cuda_visible_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     assert _machine(monkeypatch, 8) == (8, "")
     assert _machine(monkeypatch, 8, visible="2,5") == (2, "")
     assert _machine(monkeypatch, 0) == (0, "")
 
 
-def test_gpus_that_are_there_and_not_used_are_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unused_gpus_are_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     hidden, built_without = (_machine(monkeypatch, 8, visible=""), _machine(monkeypatch, 8, cuda=False))
     assert hidden == (0, "warning: 8 GPU of this machine not used: CUDA_VISIBLE_DEVICES is empty")
     assert built_without == (0, "warning: 8 GPU of this machine not used: this PyTorch is built without CUDA")
@@ -151,7 +151,7 @@ def _version_1(folder: str, quota: int) -> dict[str, str]:
         (None, {}, 64),
     ],
 )
-def test_cpus_are_those_that_it_may_run_on_or_fewer_by_a_cgroups_quota(
+def test_cpus_are_those_of_the_affinity_or_fewer_by_a_cgroups_quota(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cgroup: str | None, files: dict[str, str], cpus: int
 ) -> None:
     monkeypatch.setattr(resources.os, "sched_getaffinity", lambda process: set(range(64)), raising=False)
@@ -168,7 +168,7 @@ def _node(name: str, alive: bool = True, **resources: float) -> dict[str, Any]:
     return {"NodeID": f"id-{name}", "NodeManagerHostname": name, "Alive": alive, "Resources": resources}
 
 
-def test_alike_nodes_are_those_with_the_most_gpus_together_and_what_is_left_out_is_named() -> None:
+def test_equal_nodes_with_the_most_gpus_together_are_used_and_the_others_named() -> None:
     four = [_node(f"n{n}", CPU=64 - n, GPU=8) for n in range(4)]
     others = [_node("head", CPU=16), _node("small", CPU=8, GPU=2), _node("gone", alive=False, CPU=64, GPU=8)]
     resources, line = alike_nodes([*others, *four, _node("idle")], Limits())
@@ -210,18 +210,18 @@ def test_jobs_must_not_run_on_nodes_that_are_left_out() -> None:
         (Limits(gpus_per_expert=0.5), "--gpus-per-expert: 0.5 cannot be used: there are no GPUs"),
     ],
 )
-def test_limits_without_room_are_refused(limits: Limits, message: str) -> None:
+def test_limits_beyond_the_slots_are_refused(limits: Limits, message: str) -> None:
     with pytest.raises(InvalidInput, match=message):
         Resources(cpus=4, gpus=0, limits=limits)
 
 
-def test_two_that_should_not_share_a_device_are_an_error_that_names_both() -> None:
+def test_jobs_that_must_not_share_a_device_are_an_error_that_names_both() -> None:
     def claim(name: str, worker: int, node: str, share: float) -> Claim:
         return Claim(("run", name), worker, node, "H100 GPU-1", share, "H100", 7)
 
     async def run() -> list[str | None]:
         control = Control()
-        found = [
+        complaints = [
             await control.claim(claim("expert pgd-1", 0, "n1", 0.5)),
             await control.claim(claim("expert pgd-1", 0, "n1", 0.5)),  # its worker was replaced
             await control.claim(claim("expert pgd-2", 0, "n1", 0.5)),
@@ -230,7 +230,7 @@ def test_two_that_should_not_share_a_device_are_an_error_that_names_both() -> No
         ]
         for name in ("expert pgd-1", "expert pgd-2", "joint"):
             await control.release(("run", name))
-        return [*found, await control.claim(claim("joint", 1, "n1", 1.0))]
+        return [*complaints, await control.claim(claim("joint", 1, "n1", 1.0))]
 
     *fine, shared, released = asyncio.run(run())
     assert fine == [None] * 4

@@ -22,15 +22,15 @@ def _jobs(seeds: int = 1, stages: tuple[str, ...] = STAGES, *assignments: str) -
     return [job for experiment in experiments for stage in stages for job in jobs(experiment, stage, size)]
 
 
-def _schedule(found: list[Job], resources: Resources) -> Schedule:
-    return Schedule(found, allocate(found, resources), resources.slots)
+def _schedule(every: list[Job], resources: Resources) -> Schedule:
+    return Schedule(every, allocate(every, resources), resources.slots)
 
 
 def _startable(schedule: Schedule) -> list[Job]:
     return list(iter(schedule.start, None))
 
 
-def test_the_longest_expert_starts_first_and_as_many_as_there_is_room_for() -> None:
+def test_the_longest_expert_starts_first_and_others_fill_the_slots() -> None:
     schedule = _schedule(_jobs(), Resources(cpus=2, gpus=0))
     first = _startable(schedule)
     assert [job.name for job in first] == ["expert pgd-1", "expert fgsm-1"]
@@ -38,7 +38,7 @@ def test_the_longest_expert_starts_first_and_as_many_as_there_is_room_for() -> N
     assert [job.name for job in _startable(schedule)] == ["expert benign"]
 
 
-def test_what_a_trained_expert_is_needed_for_fills_the_time_until_the_joint_stage_has_all_room() -> None:
+def test_evaluations_of_trained_experts_fill_the_time_until_the_joint_stage_gets_all_slots() -> None:
     schedule = _schedule(_jobs(1, STAGES, "evaluation.beyond=noise"), Resources(cpus=3, gpus=0))
     experts = {job.model: job for job in _startable(schedule)}
     assert set(experts) == {"benign", "fgsm-1", "pgd-1"}
@@ -48,7 +48,7 @@ def test_what_a_trained_expert_is_needed_for_fills_the_time_until_the_joint_stag
     schedule.end(experts["fgsm-1"])
     (other,) = _startable(schedule)
     schedule.end(experts["pgd-1"])
-    assert _startable(schedule) == []  # the joint stage may start, and nothing small gets in before it
+    assert _startable(schedule) == []  # the joint stage is ready, and no smaller job starts before it
     schedule.end(evaluation)
     assert _startable(schedule) == []
     schedule.end(other)
@@ -57,8 +57,8 @@ def test_what_a_trained_expert_is_needed_for_fills_the_time_until_the_joint_stag
 
 
 def test_the_joint_stage_does_not_wait_for_baselines() -> None:
-    found = _jobs(1, ("experts", "joint"), "baselines=fgsm-at")
-    joint = next(job for job in found if job.stage == "joint")
+    every = _jobs(1, ("experts", "joint"), "baselines=fgsm-at")
+    joint = next(job for job in every if job.stage == "joint")
     assert joint.inputs == {(joint.folder, name) for name in ("benign", "fgsm-1", "pgd-1")}
 
 
@@ -68,27 +68,27 @@ def test_a_transfer_column_needs_every_model() -> None:
     assert {job.inputs for job in paper} == {frozenset((paper[0].folder, model) for model in models)}
 
 
-def test_after_a_failure_nothing_of_a_later_stage_starts() -> None:
+def test_after_a_failure_no_job_of_a_later_stage_starts() -> None:
     schedule = _schedule(_jobs(1, STAGES, "evaluation.beyond=noise"), Resources(cpus=1, gpus=0))
     (failed,) = _startable(schedule)
     schedule.end(failed, done=False)
-    left = []
+    others = []
     while started := schedule.start():
-        left.append(started.name)
+        others.append(started.name)
         schedule.end(started)
-    assert left == ["expert fgsm-1", "expert benign"]
+    assert others == ["expert fgsm-1", "expert benign"]
 
 
-def test_several_seeds_share_the_room_experts_of_all_first() -> None:
-    found = _jobs(3, ("experts", "joint"))
-    order = list(timeline(found, allocate(found, Resources(cpus=4, gpus=0)), 4))
+def test_experts_of_all_seeds_start_before_joint_stages() -> None:
+    every = _jobs(3, ("experts", "joint"))
+    order = list(timeline(every, allocate(every, Resources(cpus=4, gpus=0)), 4))
     assert [job.stage for job in order] == ["experts"] * 9 + ["joint"] * 3
     assert [job.model for job in order[:3]] == ["pgd-1"] * 3
     assert len({job.folder for job in order[:3]}) == 3
 
 
 def _use(planned: dict[Job, Planned], shares: dict[Job, float]) -> list[float]:
-    """The most that is taken of any device at each start."""
+    """The share that is taken of each device at each start."""
     used = []
     for now in {when.start for when in planned.values()}:
         busy = [(n, shares[job]) for job, w in planned.items() if w.start <= now < w.end for n in w.devices]
@@ -97,42 +97,42 @@ def _use(planned: dict[Job, Planned], shares: dict[Job, float]) -> list[float]:
 
 
 @pytest.mark.parametrize(("gpus", "share"), [(0, 1.0), (1, 0.5), (4, 1.0), (4, 0.25), (7, 1.0)])
-def test_the_timeline_gives_no_device_away_twice_and_keeps_every_order(gpus: int, share: float) -> None:
-    found, resources = _jobs(2), Resources(cpus=3, gpus=gpus, limits=Limits(gpus_per_expert=share))
-    allocations = allocate(found, resources)
-    planned = timeline(found, allocations, resources.slots)
-    assert set(planned) == set(found)
-    assert max(_use(planned, {job: min(1.0, allocations[job].gpus or 1.0) for job in found})) <= 1 + 1e-9
-    for job, other in itertools.permutations(found, 2):
+def test_the_timeline_shares_no_device_twice_and_keeps_the_order_of_inputs(gpus: int, share: float) -> None:
+    every, resources = _jobs(2), Resources(cpus=3, gpus=gpus, limits=Limits(gpus_per_expert=share))
+    allocations = allocate(every, resources)
+    planned = timeline(every, allocations, resources.slots)
+    assert set(planned) == set(every)
+    assert max(_use(planned, {job: min(1.0, allocations[job].gpus or 1.0) for job in every})) <= 1 + 1e-9
+    for job, other in itertools.permutations(every, 2):
         if other.output in job.inputs:
             assert planned[job].start >= planned[other].end * (1 - 1e-9)
 
 
-def test_joint_stages_of_several_seeds_run_side_by_side_where_there_are_gpus_for_them() -> None:
-    found = [job for seed in range(3) for job in jobs(build("cifar10", seed), "joint", Sizes(96, 40, (3, 32, 32)))]
-    planned = timeline(found, allocate(found, Resources(cpus=8, gpus=8)), 8)
+def test_joint_stages_of_several_seeds_run_side_by_side_if_there_are_gpus_for_them() -> None:
+    every = [job for seed in range(3) for job in jobs(build("cifar10", seed), "joint", Sizes(96, 40, (3, 32, 32)))]
+    planned = timeline(every, allocate(every, Resources(cpus=8, gpus=8)), 8)
     first, second, third = planned.values()
     assert (first.devices, second.devices) == ((0, 1, 2, 3), (4, 5, 6, 7))
     assert first.start == second.start < third.start
 
 
 def test_the_lower_bound_is_all_work_shared_or_the_longest_chain() -> None:
-    found = _jobs(1, ("experts", "joint"))
-    costs = {job.name: job.cost for job in found}
+    every = _jobs(1, ("experts", "joint"))
+    costs = {job.name: job.cost for job in every}
     one, many = Resources(cpus=1, gpus=0), Resources(cpus=100, gpus=0)
-    assert lower_bound(found, allocate(found, one), 1) == sum(costs.values())
-    assert lower_bound(found, allocate(found, many), 100) == costs["expert pgd-1"] + costs["joint"] / 100
+    assert lower_bound(every, allocate(every, one), 1) == sum(costs.values())
+    assert lower_bound(every, allocate(every, many), 100) == costs["expert pgd-1"] + costs["joint"] / 100
 
 
-def test_the_lower_bound_counts_the_rounds_that_equal_jobs_take_and_what_follows_the_last() -> None:
-    """Three seeds' longest experts on two CPUs: one of them has to wait, and its joint stage follows."""
-    found = [job for job in _jobs(3, ("experts", "joint")) if job.name in ("expert pgd-1", "joint")]
-    expert, joint = (next(job for job in found if job.name == name) for name in ("expert pgd-1", "joint"))
+def test_the_lower_bound_counts_the_rounds_of_equal_jobs_and_what_follows_the_last() -> None:
+    """Three seeds' longest experts on two CPUs: one of them waits, and its joint stage follows."""
+    every = [job for job in _jobs(3, ("experts", "joint")) if job.name in ("expert pgd-1", "joint")]
+    expert, joint = (next(job for job in every if job.name == name) for name in ("expert pgd-1", "joint"))
     limits = Limits(joint_workers=1)
-    allocations = allocate(found, Resources(cpus=2, gpus=0, limits=limits))
+    allocations = allocate(every, Resources(cpus=2, gpus=0, limits=limits))
     speeds = {"experts": 1.0, "joint": joint.cost / expert.cost * 100}  # so short that sharing all work bounds less
     joint_length = joint.cost / speeds["joint"] / 2
-    assert lower_bound(found, allocations, 2, speeds) == pytest.approx(2 * expert.cost + joint_length)
+    assert lower_bound(every, allocations, 2, speeds) == pytest.approx(2 * expert.cost + joint_length)
 
 
 @pytest.mark.parametrize("seeds", [1, 5])
@@ -141,9 +141,9 @@ def test_at_the_papers_scale_the_makespan_is_close_to_the_lower_bound(gpus: int,
     experiments = [build("cifar10", seed) for seed in range(seeds)]
     resources = Resources(cpus=8, gpus=gpus)
     for stages in (("experts",), STAGES):
-        found = [j for e in experiments for stage in stages for j in jobs(e, stage, sizes(e.data))]
-        allocations = allocate(found, resources)
-        planned, bound = timeline(found, allocations, resources.slots), lower_bound(found, allocations, resources.slots)
+        every = [j for e in experiments for stage in stages for j in jobs(e, stage, sizes(e.data))]
+        allocations = allocate(every, resources)
+        planned, bound = timeline(every, allocations, resources.slots), lower_bound(every, allocations, resources.slots)
         # Joint stages take four GPUs each, so the ninth has little to do.
         close = 1.07 if gpus == 9 else 1.05
         assert bound * (1 - 1e-9) <= max(when.end for when in planned.values()) <= close * bound
