@@ -1,8 +1,8 @@
-"""Every model under every attack, table 3.
+"""Evaluate every model under every attack: table 3 of the paper.
 
     ray job submit --working-dir . -- python jobs/evaluate.py --storage /shared/runs [options of dwf_cluster.launch]
 
-Without a Ray job around it, it runs on this machine.
+Outside a Ray job, it runs on this machine.
 """
 
 import sys

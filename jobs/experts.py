@@ -1,8 +1,8 @@
-"""Pre-training of every expert, algorithms 1 and 2.
+"""Train every expert and baseline: algorithms 1 and 2 of the paper.
 
     ray job submit --working-dir . -- python jobs/experts.py --storage /shared/runs [options of dwf_cluster.launch]
 
-Without a Ray job around it, it runs on this machine.
+Outside a Ray job, it runs on this machine.
 """
 
 import sys

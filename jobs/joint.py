@@ -1,8 +1,8 @@
-"""Joint training of experts and gate, algorithm 3.
+"""Train experts and gate jointly: algorithm 3 of the paper.
 
     ray job submit --working-dir . -- python jobs/joint.py --storage /shared/runs [options of dwf_cluster.launch]
 
-Without a Ray job around it, it runs on this machine.
+Outside a Ray job, it runs on this machine.
 """
 
 import sys

@@ -1,9 +1,9 @@
-"""A sweep: an experiment for each combination of values, as trials of Ray Tune.
+"""Run a sweep: an experiment for each combination of values, as trials of Ray Tune.
 
     ray job submit --working-dir . -- python jobs/sweep.py seeds=0..4 gate.kind=soft gate.kind=hard ...
 
-What is varied comes first, then options of dwf_cluster.launch, such as --storage /shared/runs. Without a Ray job
-around it, it runs on this machine.
+The varied fields come first, then options of dwf_cluster.launch, such as --storage /shared/runs. Outside a Ray job, it
+runs on this machine.
 """
 
 import sys

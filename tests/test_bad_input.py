@@ -1,4 +1,4 @@
-"""Whatever a user gets wrong: one line that says what and what is allowed, exit status 2, and nothing is written."""
+"""Bad input: one line names the value and what is allowed, the exit status is 2, and nothing is written."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Malicious:
 
 
 @pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder that commands run in, with files of many kinds."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("not a folder")
@@ -61,10 +61,10 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     good = json.loads(build("digits").to_json())
     for name, content in {
         "good": json.dumps(good),
-        "no-json": "{",
+        "invalid": "{",
         "list": "[]",
         "number": "7",
-        "bottomless": "[" * 100_000,
+        "nested": "[" * 100_000,
         "unknown": json.dumps({**good, "colour": "red"}),
         "outside": json.dumps({**good, "preset": "../../etc"}),
         "shell": json.dumps({**good, "preset": "$(touch pwned)"}),
@@ -106,7 +106,15 @@ def _sweep(*arguments: str) -> list[str]:
 CASES: list[tuple[list[str], str]] = [
     # the command line
     ([], "one of the arguments --local --address --slurm is required"),
+    (["--seed", "3"], "one of the arguments --local --address --slurm is required"),
     (["--local", "--slurm"], "--slurm: not allowed with argument --local"),
+    (["--help-fields", "expert"], "--help-fields: 'expert' cannot be used: allowed are preset, seed, "),
+    (["--help-fields", "experts.epoch"], "--help-fields: 'experts.epoch' cannot be used: allowed are preset, seed, "),
+    (["--help-fields", "x" * 500], "--help-fields: 'xxxx"),
+    (["--fetch-data", "--preset", "mnist"], "preset: 'mnist' is none of"),
+    (["--fetch-data", "--set", "data.source=mnist"], "data.source: 'mnist' cannot be used: one of digits"),
+    (["--fetch-data", "--nodes", "2"], "--nodes: cannot be used without --slurm"),
+    (["--fetch-data", "--preset", "gone.npz"], "data.source: 'gone.npz' cannot be read: No such file or directory"),
     (["--local", "--nodes", "2"], "--nodes: cannot be used without --slurm"),
     (["--address", "auto", "--cpus", "2"], "--cpus: cannot be used without --local"),
     (["--address", "127.0.0.1:1"], "--address: '127.0.0.1:1' cannot be reached: "),
@@ -169,10 +177,10 @@ CASES: list[tuple[list[str], str]] = [
     (_local("--preset", ""), "preset: '' is none of"),
     (_local("--preset", "../digits"), "preset: '../digits' is none of"),
     (_local("--preset", "gone.json"), "preset: 'gone.json' cannot be read: No such file or directory"),
-    (_local("--preset", "no-json.json"), "experiment: "),
+    (_local("--preset", "invalid.json"), "experiment: "),
     (_local("--preset", "list.json"), "experiment: "),
     (_local("--preset", "number.json"), "experiment: "),
-    (_local("--preset", "bottomless.json"), "experiment: "),
+    (_local("--preset", "nested.json"), "experiment: "),
     (_local("--preset", "binary.json"), "preset: 'binary.json' cannot be used: it is not text"),
     (_local("--preset", "utf-16.json"), "preset: 'utf-16.json' cannot be used: it is not text in UTF-8"),
     (_local("--preset", "bom.json"), "experiment: "),
@@ -194,6 +202,7 @@ CASES: list[tuple[list[str], str]] = [
     # --set
     (_set("experts.epoch=5"), "experts.epoch: no such field; did you mean experts.epochs?"),
     (_set("experts=3"), "experts: no such field"),
+    (_set("zzz=3"), "zzz: no such field; --help-fields lists them all"),
     (_set("experts.epochs"), "--set: 'experts.epochs' is not of the form"),
     (_set("=1"), ": no such field"),
     (_set("experts.epochs=-1"), "experts.epochs: -1 cannot be used"),
@@ -242,16 +251,16 @@ CASES: list[tuple[list[str], str]] = [
     ("arguments", "message"), CASES, ids=lambda value: shlex.join(value)[:60] if isinstance(value, list) else ""
 )
 def test_bad_input_is_one_line_and_exit_status_2_and_nothing_is_written(
-    here: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+    working_folder: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
-    before = sorted(os.listdir(here))
+    before = sorted(os.listdir(working_folder))
     assert main(arguments) == 2
-    told = capsys.readouterr()
-    assert told.err.startswith(f"error: {message}")
-    assert told.err.count("\n") == 1
-    assert len(told.err) < 400
-    assert "secret" not in told.err
-    assert sorted(os.listdir(here)) == before
+    printed = capsys.readouterr().err
+    assert printed.startswith(f"error: {message}")
+    assert printed.count("\n") == 1
+    assert len(printed) < 400
+    assert "secret" not in printed
+    assert sorted(os.listdir(working_folder)) == before
 
 
 def _plan(folder: Path) -> list[str]:
@@ -286,38 +295,39 @@ def _other_columns() -> bytes:
     ],
     ids=["empty", "header", "gzip", "pickle", "columns"],
 )
-def test_a_table_that_cannot_be_read_is_a_fault_of_the_store(
-    here: Path, capsys: pytest.CaptureFixture[str], damage: Callable[[Path], None]
+def test_a_table_that_cannot_be_read_is_a_failure_of_the_store(
+    working_folder: Path, capsys: pytest.CaptureFixture[str], damage: Callable[[Path], None]
 ) -> None:
-    folder = here / "runs" / build("digits", None, TINY).folder
+    folder = working_folder / "runs" / build("digits", None, TINY).folder
     damage(folder)
-    assert main(_plan(here / "runs")) == 1
-    told = capsys.readouterr().err.splitlines()
-    assert told[0].startswith(
+    assert main(_plan(working_folder / "runs")) == 1
+    failure, resume = capsys.readouterr().err.splitlines()
+    assert failure.startswith(
         f"failed: {folder}/results/jobs/expert-pgd-1.parquet: not the Parquet file that was written"
     )
-    assert told[1].startswith("resume: python -m dwf_cluster.launch --local")
-    assert len(told) == 2
-    assert not (here / "pwned").exists()
+    assert resume.startswith("resume: python -m dwf_cluster.launch --local")
+    assert not (working_folder / "pwned").exists()
 
 
-def test_a_folder_of_a_checkpoint_that_is_none_is_no_checkpoint(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = here / "runs" / build("digits", None, TINY).folder / "checkpoints" / "pgd-1"
+def test_folders_that_only_look_like_checkpoints_are_ignored(
+    working_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = working_folder / "runs" / build("digits", None, TINY).folder / "checkpoints" / "pgd-1"
     for name in ("epoch-00003", "epoch-99999-step-1", "epoch-../../x".replace("/", "_"), "notes"):
         (folder / name).mkdir(parents=True)
     (folder / "epoch-00004").write_text("a file")
     (folder / "epoch-00003" / "manifest.json").write_text('{"tensors.safetensors": {"bytes": "3"}, "state.json": []}')
-    assert main(_plan(here / "runs")) == 0
+    assert main(_plan(working_folder / "runs")) == 0
     assert "expert pgd-1" in capsys.readouterr().out
 
 
-def test_of_a_field_that_is_given_twice_the_last_value_counts(here: Path) -> None:
+def test_the_last_value_of_a_field_that_is_given_twice_counts(working_folder: Path) -> None:
     assert build("twice.json").seed == 4
 
 
-def test_an_experiment_that_a_run_has_written_is_a_preset(here: Path) -> None:
+def test_the_experiment_file_of_a_run_can_be_used_as_a_preset(working_folder: Path) -> None:
     experiment = build("digits", 3, ["experts.epochs=7", "checkpoint_minutes=2"])
-    (here / "experiment.json").write_text(experiment.to_json())
+    (working_folder / "experiment.json").write_text(experiment.to_json())
     assert build("experiment.json") == experiment
     assert build("experiment.json", 4, ["experts.epochs=7"]).folder.startswith("digits-seed4-")
 
@@ -326,6 +336,6 @@ def test_minutes_between_checkpoints_are_no_part_of_the_signature() -> None:
     assert build("digits", 0, ["checkpoint_minutes=2"]).signature == build("digits").signature
 
 
-def test_status_of_what_is_no_store(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_status_refuses_a_file_as_a_storage(working_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert status.main(["file"]) == 2
     assert capsys.readouterr().err == "error: storage: 'file' cannot be used: no experiments there\n"

@@ -1,4 +1,4 @@
-"""Whatever is written into an assignment or an experiment's file: it is an experiment, or one line says why not."""
+"""Random assignments and random files of experiments give an experiment, or an error of one line."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ NAMES = FIELDS | st.text(max_size=30)
 VALUES = st.text(max_size=40) | JSON.map(json.dumps) | st.sampled_from(["1", "0.5", "1,2", "true", "null"])
 
 
-def _answers(make: Callable[[], Experiment]) -> None:
-    """It is an experiment that survives a round trip, or one line."""
+def _assert_valid_or_one_line(build_experiment: Callable[[], Experiment]) -> None:
+    """The result is an experiment that survives a round trip through JSON, or the error has one line."""
     try:
-        experiment = make()
+        experiment = build_experiment()
     except InvalidInput as error:
         (line,) = str(error).splitlines()
         assert line.isprintable()
@@ -39,12 +39,12 @@ FUZZ = settings(max_examples=1000, deadline=None, suppress_health_check=list(Hea
 
 @FUZZ
 @given(st.lists(st.tuples(NAMES, VALUES).map("=".join) | st.text(max_size=30), max_size=4))
-def test_whatever_is_set_is_answered(assignments: list[str]) -> None:
-    _answers(lambda: build("digits", 0, assignments))
+def test_random_assignments_give_an_experiment_or_an_error_of_one_line(assignments: list[str]) -> None:
+    _assert_valid_or_one_line(lambda: build("digits", 0, assignments))
 
 
 @st.composite
-def _damaged(draw: st.DrawFn) -> str:
+def _damaged_files(draw: st.DrawFn) -> str:
     fields: Any = json.loads(build("digits").to_json())
     for name in draw(st.lists(FIELDS, max_size=3)):
         *parents, leaf = name.split(".")
@@ -59,6 +59,6 @@ def _damaged(draw: st.DrawFn) -> str:
 
 
 @FUZZ
-@given(_damaged() | JSON.map(json.dumps) | st.text(max_size=60))
-def test_whatever_an_experiments_file_says_is_answered(text: str) -> None:
-    _answers(lambda: Experiment.from_json(text))
+@given(_damaged_files() | JSON.map(json.dumps) | st.text(max_size=60))
+def test_random_files_give_an_experiment_or_an_error_of_one_line(text: str) -> None:
+    _assert_valid_or_one_line(lambda: Experiment.from_json(text))

@@ -1,4 +1,4 @@
-"""`python -m dwf_cluster.status`: the state of each experiment, whatever the files say."""
+"""`python -m dwf_cluster.status` shows the state of each experiment and trusts no stored text."""
 
 from __future__ import annotations
 
@@ -47,13 +47,13 @@ def _ago(seconds: float) -> str:
     return (datetime.now(timezone.utc) - timedelta(seconds=seconds)).isoformat()
 
 
-def test_it_shows_each_state_why_an_experiment_failed_and_how_to_resume_it(tmp_path: Path) -> None:
-    part = {"experts": [2, 3], "joint": [0, 1], "evaluate": [0, 24]}
+def test_status_shows_each_state_the_reason_of_a_failure_and_the_resume_command(tmp_path: Path) -> None:
+    partly = {"experts": [2, 3], "joint": [0, 1], "evaluate": [0, 24]}
     failed = "stage experts, expert pgd-1: NonFiniteLoss: the loss became nan in epoch 3, step 7 of pgd-1"
     names = [_experiment(tmp_path, 0).folder]
-    names.append(_experiment(tmp_path, 1, state="running", heartbeat=_ago(4), stages=part, rows={}, job="17").folder)
-    names.append(_experiment(tmp_path, 2, state="failed", reason=failed, stages=part).folder)
-    names.append(_experiment(tmp_path, 3, state="running", heartbeat=_ago(400), stages=part).folder)
+    names.append(_experiment(tmp_path, 1, state="running", heartbeat=_ago(4), stages=partly, rows={}, job="17").folder)
+    names.append(_experiment(tmp_path, 2, state="failed", reason=failed, stages=partly).folder)
+    names.append(_experiment(tmp_path, 3, state="running", heartbeat=_ago(400), stages=partly).folder)
     (tmp_path / "digits-seed4-0123456789").mkdir()
     (tmp_path / "something else").mkdir()
     resume = f"    resume: python -m dwf_cluster.launch --local --preset digits --seed {{}} --storage {tmp_path}"
@@ -84,7 +84,7 @@ def test_it_shows_each_state_why_an_experiment_failed_and_how_to_resume_it(tmp_p
     ]
     + [json.dumps(STATUS | {"heartbeat": beat}).encode() for beat in ("yesterday", "2026-11-23T12:00:00", 7)],
 )
-def test_a_file_of_another_kind_is_an_unknown_state(tmp_path: Path, content: bytes) -> None:
+def test_a_status_file_that_cannot_be_parsed_is_an_unknown_state(tmp_path: Path, content: bytes) -> None:
     Store(str(tmp_path), "digits-seed0-0123456789").write("status.json", content)
     assert status.lines(str(tmp_path))[1] == "digits-seed0-0123456789  unknown"
 
@@ -105,7 +105,7 @@ def test_a_file_of_another_kind_is_an_unknown_state(tmp_path: Path, content: byt
         (["preset=mine"], "", ["--local", "--preset", "cifar10", "--seed", "3", "--set", "preset=mine"]),
     ],
 )
-def test_the_resume_command_begins_the_same_experiment(
+def test_the_resume_command_builds_the_same_experiment(
     tmp_path: Path, assignments: list[str], job: str, words: list[str]
 ) -> None:
     store = _experiment(tmp_path, 3, assignments, state="stopped", job=job)
@@ -119,7 +119,7 @@ def test_the_resume_command_begins_the_same_experiment(
     assert build(preset, int(seed), sets).folder == store.folder
 
 
-def test_own_images_are_resumed_from_their_file_without_reading_it(
+def test_the_resume_command_names_the_file_of_own_images_without_reading_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -148,50 +148,66 @@ HOSTILE = [
 
 
 @pytest.mark.parametrize("resume", HOSTILE)
-def test_the_stored_resume_command_is_never_shown(tmp_path: Path, resume: str) -> None:
+def test_status_never_shows_the_stored_resume_command(tmp_path: Path, resume: str) -> None:
     _experiment(tmp_path, 0, state="stopped", resume=resume)
     assert status.lines(str(tmp_path))[-1] == (
         f"    resume: python -m dwf_cluster.launch --local --preset digits --seed 0 --storage {tmp_path}"
     )
 
 
-def _without(store: Store) -> None:
+def _remove_experiment(store: Store) -> None:
     store.remove("experiment.json")
 
 
-def _another_experiment(store: Store) -> None:
+def _write_another_experiment(store: Store) -> None:
     store.write("experiment.json", build("digits", 1).to_json().encode())
 
 
-def _no_json(store: Store) -> None:
+def _write_invalid_json(store: Store) -> None:
     store.write("experiment.json", b"[" * 100_000)
 
 
-def _hostile_source(store: Store) -> None:
+def _write_hostile_source(store: Store) -> None:
     fields = json.loads(build("digits").to_json())
     fields["data"]["source"] = "--storage=/tmp;\x1b[31m.npz"
     store.write("experiment.json", json.dumps(fields).encode())
 
 
-def _directory(store: Store) -> None:
+def _make_directory(store: Store) -> None:
     store.remove("experiment.json")
     os.mkdir(store.path("experiment.json"))
 
 
-def _pipe(store: Store) -> None:
+def _make_pipe(store: Store) -> None:
     store.remove("experiment.json")
     os.mkfifo(store.path("experiment.json"))
 
 
-@pytest.mark.parametrize("damage", [_without, _another_experiment, _no_json, _hostile_source, _directory, _pipe])
-def test_an_experiment_that_cannot_be_read_is_resumed_by_the_command_that_began_it(
+@pytest.mark.parametrize(
+    "damage",
+    [
+        _remove_experiment,
+        _write_another_experiment,
+        _write_invalid_json,
+        _write_hostile_source,
+        _make_directory,
+        _make_pipe,
+    ],
+)
+def test_an_experiment_that_cannot_be_read_has_no_resume_command_of_its_own(
     tmp_path: Path, damage: Callable[[Store], None]
 ) -> None:
     damage(_experiment(tmp_path, 0, state="stopped"))
-    assert status.lines(str(tmp_path))[-1] == "    resume: the command that began it, again"
+    assert status.lines(str(tmp_path))[-1] == "    resume: run the command that started it again"
 
 
 # --------------------------------------------------------------------------------------- a hostile store
+
+LINES = 1 + 1 + 20 + 1
+"""Heading, experiment, twenty lines of the reason, resume command."""
+
+WIDTH = 420
+"""Characters of a line of the reason, and its indentation."""
 
 
 @pytest.mark.parametrize(
@@ -211,54 +227,52 @@ def test_an_experiment_that_cannot_be_read_is_resumed_by_the_command_that_began_
     ],
     ids=lambda changed: ",".join(f"{name}" for name in changed),
 )
-def test_nothing_from_a_store_reaches_the_terminal_unescaped_or_unbounded(
-    tmp_path: Path, changed: dict[str, object]
-) -> None:
+def test_status_escapes_and_shortens_all_text_from_a_store(tmp_path: Path, changed: dict[str, object]) -> None:
     _experiment(tmp_path, 0, **({"state": "failed"} | changed))
     shown = status.lines(str(tmp_path))
-    assert len(shown) <= 23
-    assert all(line.isprintable() and len(line) <= 420 for line in shown)
+    assert len(shown) <= LINES
+    assert all(line.isprintable() and len(line) <= WIDTH for line in shown)
     assert len(shown[1]) <= 200
 
 
-def test_clocks_that_differ_are_not_shown_as_negative_ages(tmp_path: Path) -> None:
+def test_a_heartbeat_from_the_future_is_not_shown_as_a_negative_age(tmp_path: Path) -> None:
     _experiment(tmp_path, 0, state="running", heartbeat=_ago(-30))
     _experiment(tmp_path, 1, state="running", heartbeat=_ago(-300))
     assert status.lines(str(tmp_path))[1].endswith("n1, heartbeat 0 s ago")
     assert status.lines(str(tmp_path))[2].endswith("n1, heartbeat ahead of this machine's clock")
 
 
-def _status_directory(path: Path) -> None:
+def _make_status_directory(path: Path) -> None:
     path.mkdir()
 
 
-def _status_pipe(path: Path) -> None:
+def _make_status_pipe(path: Path) -> None:
     os.mkfifo(path)
 
 
-def _status_loop(path: Path) -> None:
+def _make_status_loop(path: Path) -> None:
     path.symlink_to(path)
 
 
-def _status_device(path: Path) -> None:
+def _make_status_device(path: Path) -> None:
     path.symlink_to("/dev/zero")
 
 
-def _status_large(path: Path) -> None:
+def _make_status_large(path: Path) -> None:
     path.write_bytes(b" " * (MAX_JSON_BYTES + 1))
 
 
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
-        (_status_directory, "Is a directory"),
-        (_status_pipe, "not a regular file"),
-        (_status_loop, "Too many levels of symbolic links"),
-        (_status_device, "not a regular file"),
-        (_status_large, f"{MAX_JSON_BYTES + 1} bytes of JSON, allowed are {MAX_JSON_BYTES}"),
+        (_make_status_directory, "Is a directory"),
+        (_make_status_pipe, "not a regular file"),
+        (_make_status_loop, "Too many levels of symbolic links"),
+        (_make_status_device, "not a regular file"),
+        (_make_status_large, f"{MAX_JSON_BYTES + 1} bytes of JSON, allowed are {MAX_JSON_BYTES}"),
     ],
 )
-def test_a_status_that_is_no_file_does_not_hide_the_other_experiments(
+def test_a_status_that_is_not_a_file_does_not_hide_the_other_experiments(
     tmp_path: Path, make: Callable[[Path], None], reason: str
 ) -> None:
     good = _experiment(tmp_path, 0)
@@ -271,7 +285,7 @@ def test_a_status_that_is_no_file_does_not_hide_the_other_experiments(
     assert shown[2] == f"    {tmp_path}/{bad.folder}/status.json: cannot be read: {reason}"
 
 
-def test_a_thousand_experiments_take_one_line_each(tmp_path: Path) -> None:
+def test_status_shows_a_thousand_experiments_in_one_line_each(tmp_path: Path) -> None:
     for seed in range(1000):
         _experiment(tmp_path, seed)
     assert len(status.lines(str(tmp_path))) == 1001
@@ -290,20 +304,22 @@ def test_a_thousand_experiments_take_one_line_each(tmp_path: Path) -> None:
         [""],
         ["file://"],
         ["memory://x"],
+        ["--colour"],
+        ["runs", "more"],
     ],
 )
-def test_bad_input_is_one_line(
+def test_status_answers_bad_input_in_one_line(
     arguments: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert status.main(arguments) == 2
-    told = capsys.readouterr().err
-    assert told.startswith("error: ")
-    assert told.count("\n") == 1
-    assert "secret" not in told
+    message = capsys.readouterr().err
+    assert message.startswith("error: ")
+    assert message.count("\n") == 1
+    assert "secret" not in message
 
 
-def test_it_needs_neither_torch_nor_ray_nor_arrow(tmp_path: Path) -> None:
+def test_status_imports_neither_torch_nor_ray_nor_arrow(tmp_path: Path) -> None:
     _experiment(tmp_path, 0)
     program = (
         f"import sys; from dwf_cluster.status import main; status = main([{str(tmp_path)!r}])\n"

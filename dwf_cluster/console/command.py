@@ -62,5 +62,5 @@ def exit_status(command: Callable[[], int], resume_command: str = "") -> int:
             return 130
         except Exception:  # a defect of the program
             traceback.print_exc()
-            print(resume.lstrip(), file=sys.stderr)
+            print(f"failed: a defect of the program; see above{resume}", file=sys.stderr)
             return 1
