@@ -1,4 +1,4 @@
-"""The tests, and what is common to them and to benchmarks that need no pytest."""
+"""The tests, and what they share with benchmarks, which run without pytest."""
 
 PATIENCE = 1200.0
-"""Seconds after which what a test waits for will not come: no test depends on the speed of a machine."""
+"""Seconds that a test waits for an event before it fails: long enough that no test depends on a machine's speed."""

@@ -1,4 +1,4 @@
-"""A small experiment, a command line run in a process of its own, and small images."""
+"""Fixtures and helpers of many tests: a tiny experiment, small images, launches, and comparison of experiments."""
 
 from __future__ import annotations
 
@@ -45,12 +45,12 @@ TINY = [
     "evaluation.probe_examples=40",
     "evaluation.probe_steps=2",
 ]
-"""Assignments that make the digits preset a matter of seconds: three experts, 96 images."""
+"""Assignments with which the digits preset takes seconds: three experts, 96 images."""
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _heed_interrupts() -> None:
-    """A shell may have its background jobs ignore Ctrl-C, and they pass that on; a user's terminal does not."""
+def _default_interrupt_handler() -> None:
+    """A shell may start background jobs with SIGINT ignored, and child processes inherit that; undo it."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
@@ -75,7 +75,7 @@ def store(tmp_path: Path, tiny: Experiment) -> Store:
 
 
 def write_npz(path: Path, **changed: np.ndarray | None) -> Path:
-    """An .npz data set of 64 + 16 colour images of 8x8 with three classes; arrays can be replaced or left out."""
+    """Write an .npz data set of 64 + 16 colour images of 8x8 in three classes; None omits an array."""
     random = np.random.default_rng(0)
     y_train, y_test = np.arange(64) % 3, np.arange(16) % 3
     arrays = {
@@ -90,7 +90,7 @@ def write_npz(path: Path, **changed: np.ndarray | None) -> Path:
 
 
 class InDouble(nn.Module):
-    """A model in double precision that takes images in single precision."""
+    """A model in double precision that accepts images in single precision."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -108,7 +108,7 @@ def launch(tmp_path: Path) -> Launch:
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of its own of 1 MiB."""
+    """The mount point of a file system of 1 MiB."""
     if os.geteuid() != 0:
         pytest.skip("mounting a small file system needs root")
     folder = tmp_path / "disk"
@@ -120,10 +120,10 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 MODELS = ["benign", "fgsm-1", "pgd-1", "mixture"]
 LOCAL = ["--local", "--cpus", "2", "--gpus", "0"]
-SLOWER = ["data.train_examples=700", "experts.epochs=3", "joint.epochs=3", "pgd.steps=6,8"]
-ARGUMENTS = [*LOCAL, "--set", *TINY, *SLOWER]
-"""Epochs of a second or two: long enough to be interrupted in the middle."""
-TIMINGS = {
+LONG_EPOCHS = ["data.train_examples=700", "experts.epochs=3", "joint.epochs=3", "pgd.steps=6,8"]
+ARGUMENTS = [*LOCAL, "--set", *TINY, *LONG_EPOCHS]
+"""Arguments of a launch whose epochs take a second or two, long enough to be interrupted."""
+TIMING_COLUMNS = {
     "metrics": ["seconds", "images_per_second"],
     "evaluations": ["seconds"],
     "predictions": [],
@@ -133,9 +133,9 @@ TIMINGS = {
 
 
 @pytest.fixture(scope="session")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
-    """The experiment's folder and what a run printed that nothing disturbed."""
-    launch = Launch(tmp_path_factory.mktemp("undisturbed"))
+def reference_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    """The experiment's folder of a run that was not interrupted, and the finished process with its output."""
+    launch = Launch(tmp_path_factory.mktemp("reference_run"))
     result = launch(*ARGUMENTS)
     assert result.returncode == 0, result.stderr
     return Path(result.stdout.splitlines()[-1]), result
@@ -151,14 +151,14 @@ def _frame(store: Store, table: str) -> pd.DataFrame:
     frame = pd.read_parquet(store.path(f"results/{table}"))
     keys = ("epoch", "attack", "source", "epsilon", "steps", "first", "example", "check")
     columns = ["model", *(c for c in keys if c in frame)]
-    return frame.sort_values(columns, ignore_index=True).drop(columns=TIMINGS[table])
+    return frame.sort_values(columns, ignore_index=True).drop(columns=TIMING_COLUMNS[table])
 
 
 def assert_same(
-    one: Path | str, other: Path | str, models: Sequence[str] = MODELS, tables: Iterable[str] = TIMINGS
+    folder: Path | str, other: Path | str, models: Sequence[str] = MODELS, tables: Iterable[str] = TIMING_COLUMNS
 ) -> None:
-    """Two experiments' folders hold the same weights and, timings aside, the same rows."""
-    stores = [store_of(one), store_of(other)]
+    """Assert that two experiments' folders have the same weights and, except for timings, the same rows."""
+    stores = [store_of(folder), store_of(other)]
     for model in models:
         first, second = (checkpoints.load_latest(store, model) for store in stores)
         assert first is not None
@@ -173,13 +173,13 @@ def assert_same(
 
 
 @pytest.fixture(scope="session")
-def two_workers(
-    undisturbed: tuple[Path, subprocess.CompletedProcess[str]], tmp_path_factory: pytest.TempPathFactory
+def two_worker_run(
+    reference_run: tuple[Path, subprocess.CompletedProcess[str]], tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    """The folder of a run with the same experts, whose joint stage ran on two workers."""
-    launch = Launch(tmp_path_factory.mktemp("two_workers"))
+    """The experiment's folder of a run with the same experts, whose joint stage had two workers."""
+    launch = Launch(tmp_path_factory.mktemp("two_worker_run"))
     mixtures = shutil.ignore_patterns("joint*", "mixture*", "*evaluate-*", "lease", "status.json")
-    shutil.copytree(undisturbed[0], launch.folder / "runs" / undisturbed[0].name, ignore=mixtures)
+    shutil.copytree(reference_run[0], launch.folder / "runs" / reference_run[0].name, ignore=mixtures)
     result = launch("--stages", "joint,evaluate", "--joint-workers", "2", *ARGUMENTS)
     assert result.returncode == 0, result.stderr
     return Path(result.stdout.splitlines()[-1])

@@ -1,4 +1,4 @@
-"""Commands as a user runs them, in processes of their own, and what can be done to those processes."""
+"""Runs the commands in child processes, as a user does, and signals, pauses and finds processes."""
 
 from __future__ import annotations
 
@@ -27,35 +27,45 @@ class Launch:
         return [sys.executable, "-m", "dwf_cluster.launch", *map(str, arguments)]
 
     def __call__(self, *arguments: str | os.PathLike[str]) -> subprocess.CompletedProcess[str]:
-        """Run to the end."""
+        """Run until the command ends."""
         return subprocess.run(
             self._command(arguments), cwd=self.folder, capture_output=True, text=True, timeout=PATIENCE, check=False
         )
 
-    def until(
+    def run_and_act_at(
         self,
         line: str,
-        then: Callable[[psutil.Process, str], None],
+        action: Callable[[psutil.Process, str], None],
         *arguments: str | os.PathLike[str],
-        rest: list[str] | None = None,
+        later_lines: list[str] | None = None,
     ) -> tuple[int, str]:
-        """Run until a line of the output matches, do something, read on; returns the exit status and stderr.
+        """Run until the command ends; call `action` at the first line of output that matches the pattern `line`.
 
-        `rest` is given the lines that follow.
+        Args:
+            line: a regular expression.
+            action: takes the command's process and the line.
+            arguments: of the command.
+            later_lines: extended by the lines of output after that one.
+
+        Returns:
+            The exit status and stderr.
         """
-        code, errors, lines = self.along([(line, then)], *arguments)
-        met = next(number for number, printed in enumerate(lines) if re.search(line, printed))
-        (rest if rest is not None else []).extend(lines[met + 1 :])
+        code, errors, lines = self.run_with_steps([(line, action)], *arguments)
+        matched = next(number for number, printed in enumerate(lines) if re.search(line, printed))
+        (later_lines if later_lines is not None else []).extend(lines[matched + 1 :])
         return code, errors
 
-    def along(
+    def run_with_steps(
         self, steps: Sequence[tuple[str, Callable[[psutil.Process, str], None]]], *arguments: str | os.PathLike[str]
     ) -> tuple[int, str, list[str]]:
-        """Run to the end, and do each step at the first line that matches it, one after the other.
+        """Run until the command ends; call each step's action at the first line that matches its pattern, in order.
 
-        Returns the exit status, stderr, and the lines of stdout.
+        A step waits for its line only after the step before has been called.
+
+        Returns:
+            The exit status, stderr, and the lines of stdout.
         """
-        left, lines = list(steps), list[str]()
+        pending, lines = list(steps), list[str]()
         with subprocess.Popen(
             self._command(arguments),
             cwd=self.folder,
@@ -67,45 +77,45 @@ class Launch:
             assert process.stderr is not None
             for printed in process.stdout:
                 lines.append(printed.rstrip("\n"))
-                if left and re.search(left[0][0], printed):
-                    left.pop(0)[1](psutil.Process(process.pid), printed)
+                if pending and re.search(pending[0][0], printed):
+                    pending.pop(0)[1](psutil.Process(process.pid), printed)
             errors = process.stderr.read()
-            assert not left, f"no line matched {left[0][0]!r}: {errors}"
+            assert not pending, f"no line matched {pending[0][0]!r}: {errors}"
             return process.wait(), errors, lines
 
 
 def pause_after_first_epoch(folder: Path, job: str) -> psutil.Process:
-    """Stop a process of a job, as soon as its training's first epoch is saved: what is to meet it there may be slow.
+    """Suspend a training job's process as soon as its first epoch is saved, so that a test has time to interrupt it.
 
-    To be called before the job begins: the run's output tells of an epoch up to a second after its end.
+    Call it before the job begins: the run prints an epoch up to a second after the epoch has ended.
     """
 
-    def is_it(process: psutil.Process) -> bool:
+    def is_job(process: psutil.Process) -> bool:
         try:  # another run on this machine may have a job of that name
             return re.match(rf"ray::(\S+ )?{job}", command_line(process)) is not None and folder.samefile(process.cwd())
-        except (psutil.Error, OSError):  # it has ended
+        except (psutil.Error, OSError):  # the process has ended
             return False
 
     saved = f"runs/*/checkpoints/{job.rsplit(maxsplit=1)[-1]}/epoch-00001/manifest.json"
     deadline, process = time.monotonic() + PATIENCE, None
     while True:
-        if process is None or not is_it(process):
-            process = next(filter(is_it, psutil.process_iter()), None)
+        if process is None or not is_job(process):
+            process = next(filter(is_job, psutil.process_iter()), None)
         if process is not None and any(folder.glob(saved)):
             process.suspend()
             return process
-        assert time.monotonic() < deadline, f"no {job} to be held"
-        time.sleep(0.01)  # nobody tells of another process's file
+        assert time.monotonic() < deadline, f"no process of {job} has saved its first epoch"
+        time.sleep(0.01)  # no event tells that another process has written a file
 
 
 def resume_and_stop(training: psutil.Process) -> None:
-    """Let a held training go on, so that it meets its run's wish to stop."""
-    time.sleep(2)  # until the wish has got there: less than a quarter of that, and nothing tells of it
+    """Resume a suspended training after its run has been asked to stop, so that it stops at its next step."""
+    time.sleep(2)  # no event tells that the request has reached the training; it takes less than half a second
     training.resume()
 
 
 def wait_for_answer(request: urllib.request.Request | str) -> str:
-    """What a service answers to a request. One that is starting, or busy, may refuse the first connections."""
+    """The body of a service's answer. Retries while the service is starting or busy."""
     deadline = time.monotonic() + PATIENCE
     while True:
         try:
@@ -115,29 +125,29 @@ def wait_for_answer(request: urllib.request.Request | str) -> str:
         except urllib.error.HTTPError as error:
             if error.code < 500 or time.monotonic() > deadline:
                 raise
-        except OSError:  # refused, reset, timed out
+        except OSError:  # connection refused or reset, or timed out
             if time.monotonic() > deadline:
                 raise
-        time.sleep(0.2)  # a service does not tell when it is ready
+        time.sleep(0.2)  # no event tells that a service is ready
 
 
 def launch_on_machine(name: str, arguments: Sequence[str], impatient: bool = False) -> list[str]:
-    """A launch on a machine of another name.
+    """The command line of a launch in a UTS namespace of its own, which looks like another machine.
 
     Args:
-        name: its host name.
+        name: the machine's host name.
         arguments: of the launch.
-        impatient: whether another machine's silence of two seconds seems long to it: not two waits of a minute.
+        impatient: whether two seconds without a heartbeat mean that another machine's run is dead, instead of a minute.
     """
     root = [] if os.geteuid() == 0 else ["--map-root-user"]
-    patience = "from dwf_cluster.store import lease; lock.SILENCE, lock.HEARTBEAT = 2, 1; " if impatient else ""
-    program = f"{patience}import sys; from dwf_cluster.launch import main; sys.exit(main(sys.argv[1:]))"
+    shorter_silence = "from dwf_cluster.store import lock; lock.SILENCE, lock.HEARTBEAT = 2, 1; " if impatient else ""
+    program = f"{shorter_silence}import sys; from dwf_cluster.launch import main; sys.exit(main(sys.argv[1:]))"
     rename = ["sh", "-c", 'hostname "$0" && exec "$@"', name]
     return ["unshare", *root, "--uts", *rename, sys.executable, "-c", program, *arguments]
 
 
 def command_line(process: psutil.Process) -> str:
-    """A process's command line; empty if it has ended."""
+    """A process's command line; empty if the process has ended."""
     try:
         return " ".join(process.cmdline()).strip()  # Ray pads the title that it sets
     except psutil.Error:

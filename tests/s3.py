@@ -1,7 +1,8 @@
-"""A real S3 server on this machine, with real authentication: SeaweedFS, from PyPI."""
+"""A real S3 server on this machine, with authentication: SeaweedFS, from PyPI."""
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 import shutil
 import socket
@@ -17,7 +18,7 @@ from . import PATIENCE
 
 
 class S3:
-    """The server, which can be stopped and started again with all that it holds."""
+    """The server. It can be stopped, and started again with its data."""
 
     BUCKET = "bucket"
 
@@ -29,7 +30,7 @@ class S3:
 
     @property
     def environment(self) -> dict[str, str]:
-        """What a user has in their environment."""
+        """Environment variables with endpoint and credentials."""
         return {
             "AWS_ACCESS_KEY_ID": self.key,
             "AWS_SECRET_ACCESS_KEY": self.secret,
@@ -50,25 +51,25 @@ class S3:
                 [str(part) for part in command], stdout=log, stderr=log, cwd=self.folder, env=self.environment
             )
         deadline = time.monotonic() + PATIENCE
-        while not self._answers():
+        while not self._is_ready():
             assert self._process.poll() is None, (self.folder / "weed.log").read_text()
             assert time.monotonic() < deadline, (self.folder / "weed.log").read_text()
             time.sleep(0.1)
 
     def stop(self) -> None:
-        """Stop the server, as a power cut would."""
+        """Kill the server's processes, as a power cut would."""
         assert self._process is not None
-        parts = [psutil.Process(self._process.pid), *psutil.Process(self._process.pid).children(recursive=True)]
-        for part in parts:
-            part.kill()
+        processes = [psutil.Process(self._process.pid), *psutil.Process(self._process.pid).children(recursive=True)]
+        for process in processes:
+            process.kill()
         self._process.wait()
 
     def remove(self) -> None:
-        """Stop it for good."""
+        """Stop the server and remove its data."""
         self.stop()
         shutil.rmtree(self.folder)
 
-    def _answers(self) -> bool:
+    def _is_ready(self) -> bool:
         import s3fs
 
         try:
@@ -80,17 +81,15 @@ class S3:
                 skip_instance_cache=True,
             )
             socket.create_connection(("127.0.0.1", self.port), timeout=1).close()
-            files.pipe_file(f"{self.BUCKET}/here", b"1")  # the bucket is there only when the volume server is
+            files.pipe_file(f"{self.BUCKET}/here", b"1")  # fails until the volume server is ready
         except OSError:
             return False
         return True
 
 
 def _free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    for one in sockets:
-        one.bind(("127.0.0.1", 0))
-    ports = [int(one.getsockname()[1]) for one in sockets]
-    for one in sockets:
-        one.close()
-    return ports
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for unbound in sockets:
+            unbound.bind(("127.0.0.1", 0))
+        return [int(bound.getsockname()[1]) for bound in sockets]

@@ -118,13 +118,13 @@ def _suspended_worker(folder: Path, epoch: int) -> psutil.Process:
 
 @pytest.mark.interruptions
 def test_a_joint_stage_of_three_workers_stopped_and_killed_ends_with_the_same_bits(
-    undisturbed: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path
+    reference_run: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path
 ) -> None:
     runs = []
     for name in ("uninterrupted", "interrupted"):
         launch = Launch(tmp_path / name)
         experts_only = shutil.ignore_patterns("joint*", "mixture*", "evaluat*", "lease", "status.json")
-        shutil.copytree(undisturbed[0], launch.folder / "runs" / undisturbed[0].name, ignore=experts_only)
+        shutil.copytree(reference_run[0], launch.folder / "runs" / reference_run[0].name, ignore=experts_only)
         runs.append(launch)
     uninterrupted, interrupted = runs
     result = uninterrupted(*JOINT)
@@ -138,11 +138,11 @@ def test_a_joint_stage_of_three_workers_stopped_and_killed_ends_with_the_same_bi
     def kill(driver: psutil.Process, line: str) -> None:
         _suspended_worker(interrupted.folder, epoch=2).kill()
 
-    code, stderr = interrupted.until("^Ray dashboard", stop, *JOINT)
+    code, stderr = interrupted.run_and_act_at("^Ray dashboard", stop, *JOINT)
     assert code == 130, stderr
-    folders = [launch.folder / "runs" / undisturbed[0].name for launch in runs]
+    folders = [launch.folder / "runs" / reference_run[0].name for launch in runs]
     assert list(folders[1].glob("checkpoints/joint/epoch-00001-step-*"))  # in the middle of the second epoch
-    code, stderr = interrupted.until("^Ray dashboard", kill, *JOINT)
+    code, stderr = interrupted.run_and_act_at("^Ray dashboard", kill, *JOINT)
     assert code == 0, stderr
     assert_same(*folders, models=["mixture"], tables=["metrics"])
     jobs = pd.read_parquet(folders[1] / "results" / "jobs").set_index("task")

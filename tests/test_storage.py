@@ -1,4 +1,4 @@
-"""A store in S3 behaves as a folder does: on a real server with real authentication, also when it goes away."""
+"""A store in S3 behaves as a folder does: on a real server with real authentication, also when it is interrupted."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ import pytest
 
 from dwf_cluster import status
 from dwf_cluster.settings import InvalidInput
-from dwf_cluster.store import LockLost, StorageFailed, Store, files, lock
+from dwf_cluster.store import LockLost, StorageFailed, Store, lock, retry
 
 from . import PATIENCE
 from .conftest import ARGUMENTS, assert_same
@@ -37,7 +37,7 @@ def server() -> Iterator[S3]:
 
 @pytest.fixture
 def s3(server: S3, monkeypatch: pytest.MonkeyPatch) -> str:
-    """URL of a store on the server, whose credentials and endpoint are in the environment, as a user has them."""
+    """URL of a store on the server, with its credentials and endpoint in the environment."""
     for name, value in server.environment.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
@@ -45,14 +45,14 @@ def s3(server: S3, monkeypatch: pytest.MonkeyPatch) -> str:
     return f"s3://{server.BUCKET}/some/prefix"
 
 
-def test_a_run_whose_store_goes_away_for_a_while_ends_with_the_rows_of_a_folder(
-    s3: str, server: S3, launch: Launch, two_workers: Path
+def test_a_run_on_s3_with_a_server_restart_gives_the_rows_of_a_run_in_a_folder(
+    s3: str, server: S3, launch: Launch, two_worker_run: Path
 ) -> None:
-    """Two workers in the joint stage: Ray Train has its notes in the store too."""
+    """With two workers in the joint stage, so that Ray Train writes to the store too."""
     other = Store(s3, "digits-seed9-0123456789")
     other.write("results/metrics/pgd-1.parquet", b"another experiment's")
 
-    def go_away(driver: psutil.Process, line: str) -> None:
+    def restart_server(driver: psutil.Process, line: str) -> None:
         processes = [driver, *driver.children(recursive=True)]
         _assert_no_secret(server, processes)
         server.stop()
@@ -60,20 +60,20 @@ def test_a_run_whose_store_goes_away_for_a_while_ends_with_the_rows_of_a_folder(
 
     arguments = ["--storage", s3, "--joint-workers", "2", *ARGUMENTS]
     printed: list[str] = []
-    code, stderr = launch.until("^expert pgd-1: epoch 1/3", go_away, *arguments, rest=printed)
+    code, stderr = launch.run_and_act_at("^expert pgd-1: epoch 1/3", restart_server, *arguments, later_lines=printed)
     assert code == 0, stderr
     assert os.listdir(launch.folder) == []
     root = printed[-1]
     assert re.fullmatch(rf"{s3}/digits-seed0-[0-9a-f]{{10}}", root)
-    assert_same(root, str(two_workers))
-    (how,) = (line for line in printed if line.startswith("read them: "))
-    frame = eval(how.removeprefix("read them: import pandas; "), {"pandas": pd})
-    assert len(frame) == len(pd.read_parquet(two_workers / "results" / "evaluations"))
+    assert_same(root, str(two_worker_run))
+    (command,) = (line for line in printed if line.startswith("read them: "))
+    frame = eval(command.removeprefix("read them: import pandas; "), {"pandas": pd})
+    assert len(frame) == len(pd.read_parquet(two_worker_run / "results" / "evaluations"))
     again = launch(*arguments)
     assert again.returncode == 0, again.stderr
     assert again.stdout.splitlines()[:3] == [f"{s}: done already, skipped" for s in ("experts", "joint", "evaluate")]
-    (told,) = (line for line in status.lines(s3) if line.startswith("digits-seed0"))
-    assert told.split()[1:5] == ["done", "3/3", "1/1", "24/24"]
+    (row,) = (line for line in status.lines(s3) if line.startswith("digits-seed0"))
+    assert row.split()[1:5] == ["done", "3/3", "1/1", "24/24"]
     assert other.names("") == ["results"]
     for path in fsspec.filesystem("s3").find(s3):
         content = fsspec.filesystem("s3").cat_file(path)
@@ -82,7 +82,7 @@ def test_a_run_whose_store_goes_away_for_a_while_ends_with_the_rows_of_a_folder(
 
 
 def _assert_no_secret(server: S3, processes: list[psutil.Process]) -> None:
-    """Neither in a command line nor in a file of Ray's: logs, the dashboard's, runtime environments."""
+    """Assert that the secret is neither in a command line nor in a file of Ray (logs, dashboard, environments)."""
     folders = set()
     for process in processes:
         words = process.cmdline()
@@ -95,8 +95,8 @@ def _assert_no_secret(server: S3, processes: list[psutil.Process]) -> None:
 
 
 @pytest.mark.interruptions
-def test_a_disk_that_is_full_ends_the_run_and_with_more_room_it_goes_on(
-    small_disk: Path, launch: Launch, undisturbed: tuple[Path, subprocess.CompletedProcess[str]]
+def test_a_full_disk_ends_the_run_and_it_resumes_with_more_space(
+    small_disk: Path, launch: Launch, reference_run: tuple[Path, subprocess.CompletedProcess[str]]
 ) -> None:
     arguments = ["--storage", str(small_disk), *ARGUMENTS]
     full = launch(*arguments)
@@ -105,17 +105,19 @@ def test_a_disk_that_is_full_ends_the_run_and_with_more_room_it_goes_on(
     reason = rf"failed: .*{small_disk}/\S+: cannot be written: No space left on device; (.+)$"
     match = re.match(reason, lines[0])
     assert match, full.stderr
-    log = match[1].removeprefix("log: ")  # there may have been room for it
+    log = match[1].removeprefix("log: ")  # there may have been space for it
     assert log == "no log: the job could not write it" or Path(log).read_text().startswith("Traceback")
     assert lines[-1].startswith(f"resume: python -m dwf_cluster.launch --storage {small_disk}")
     assert "Traceback" not in full.stderr
     subprocess.run(["mount", "-o", "remount,size=64m", small_disk], check=True)
     again = launch(*arguments)
     assert again.returncode == 0, again.stderr
-    assert_same(again.stdout.splitlines()[-1], str(undisturbed[0]))
+    assert_same(again.stdout.splitlines()[-1], str(reference_run[0]))
 
 
-def test_wrong_credentials_end_a_run_before_it_begins(s3: str, launch: Launch, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_credentials_end_a_run_before_its_first_job(
+    s3: str, launch: Launch, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
     result = launch("--storage", s3, *ARGUMENTS)
     assert result.returncode == 1
@@ -126,7 +128,9 @@ def test_wrong_credentials_end_a_run_before_it_begins(s3: str, launch: Launch, m
     assert "wrong" not in result.stderr
 
 
-def test_without_credentials_too(s3: str, launch: Launch, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_credentials_end_a_run_before_its_first_job(
+    s3: str, launch: Launch, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(launch.folder))
@@ -135,10 +139,10 @@ def test_without_credentials_too(s3: str, launch: Launch, monkeypatch: pytest.Mo
     assert re.match(r"failed: s3://\S+: cannot be listed: Unable to locate credentials\nresume: ", result.stderr)
 
 
-def test_a_server_that_does_not_come_back_is_said(
+def test_a_write_to_a_stopped_server_fails_and_names_the_file(
     s3: str, server: S3, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(files, "PATIENCE", 1.0)
+    monkeypatch.setattr(retry, "PATIENCE", 1.0)
     store = Store(s3, "digits-seed8-0123456789")
     store.write("file", b"before")
     server.stop()
@@ -150,7 +154,7 @@ def test_a_server_that_does_not_come_back_is_said(
     assert store.read("file") == b"before"
 
 
-def test_the_store_has_a_folders_manners(s3: str) -> None:
+def test_a_store_on_s3_does_what_a_folder_does(s3: str) -> None:
     store = Store(s3, "digits-seed7-0123456789")
     store.preflight()
     assert store.names("") == []
@@ -158,7 +162,7 @@ def test_the_store_has_a_folders_manners(s3: str) -> None:
     store.write("a/b/file", b"content")
     assert (store.names("a"), store.names("a/b"), store.size("a/b/file")) == (["b"], ["file"], 7)
     assert store.create("lease/00001.json", b"one")
-    assert store.create("lease/00001.json", b"one")  # the answer to the first was lost, say
+    assert store.create("lease/00001.json", b"one")  # as if the answer to the first had been lost
     assert not store.create("lease/00001.json", b"two")
     assert store.read_all(["a/b/file", "gone"]) == [b"content", None]
     assert store.read_all([]) == store.read_ends([], 4) == []
@@ -170,37 +174,37 @@ def test_the_store_has_a_folders_manners(s3: str) -> None:
     store.remove("a")
     store.remove("a")
     assert (store.read("a/b/file"), store.names("a/b")) == (None, [])
-    taken = lock.acquire(Store(s3, "digits-seed6-0123456789"))
-    assert lock.is_locked(taken.store)
+    acquired = lock.acquire(Store(s3, "digits-seed6-0123456789"))
+    assert lock.is_locked(acquired.store)
 
 
-def _take(store: Store, host: str, go: Any, answers: Any, end: Any) -> None:
+def _acquire(store: Store, host: str, go: Any, answers: Any, end: Any) -> None:
     go.wait()
     try:
         answers.put((host, lock.acquire(store).number))
-    except lock.ExperimentLocked as held:
-        answers.put((host, str(held)))
+    except lock.ExperimentLocked as error:
+        answers.put((host, str(error)))
     end.wait()  # alive until all have answered
 
 
-def test_of_many_at_once_one_gets_it(s3: str) -> None:
+def test_of_four_processes_at_once_exactly_one_acquires_the_lock(s3: str) -> None:
     context = multiprocessing.get_context("spawn")
     go, answers, end = context.Event(), context.Queue(), context.Event()
     store = Store(s3, "digits-seed5-0123456789")
-    processes = [context.Process(target=_take, args=(store, f"n{i}", go, answers, end)) for i in range(4)]
+    processes = [context.Process(target=_acquire, args=(store, f"n{i}", go, answers, end)) for i in range(4)]
     for process in processes:
         process.start()
     go.set()
-    told = dict(answers.get(timeout=PATIENCE) for _ in processes)
+    results = dict(answers.get(timeout=PATIENCE) for _ in processes)
     end.set()
     for process in processes:
         process.join()
-    assert [answer for answer in told.values() if answer == 1] == [1]
-    assert sum("is being run by" in str(answer) for answer in told.values()) == 3
+    assert list(results.values()).count(1) == 1
+    assert sum("is being run by" in str(result) for result in results.values()) == 3
     assert store.names("lease") == ["00001.json"]
 
 
-def test_a_run_that_was_taken_over_puts_and_removes_nothing(s3: str) -> None:
+def test_a_replaced_run_can_neither_write_nor_create_nor_remove(s3: str) -> None:
     store = Store(s3, "digits-seed4-0123456789")
     old = lock.acquire(store).store
     old.write("results/jobs/a.parquet", b"before")
@@ -216,8 +220,8 @@ def test_a_run_that_was_taken_over_puts_and_removes_nothing(s3: str) -> None:
     assert store.names("results/jobs") == ["a.parquet"]
 
 
-def test_a_server_that_ignores_if_none_match_is_refused(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As older versions of s3fs do, whose requests do not have the header either."""
+def test_the_preflight_refuses_a_server_that_ignores_if_none_match(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Simulated by requests without that header, as older versions of s3fs send."""
     store = Store(s3, "digits-seed3-0123456789")
     pipe_file = store.files.pipe_file
     monkeypatch.setattr(store.files, "pipe_file", lambda path, value, mode="": pipe_file(path, value))
@@ -229,7 +233,7 @@ def test_a_server_that_ignores_if_none_match_is_refused(s3: str, monkeypatch: py
 class _Answers(BaseHTTPRequestHandler):
     """Answers every request with one status and error code of S3."""
 
-    protocol_version = "HTTP/1.1"  # clients wait to be told to go on
+    protocol_version = "HTTP/1.1"  # clients wait for "100 Continue"
     status, code = 503, "SlowDown"
 
     def _answer(self) -> None:
@@ -244,19 +248,19 @@ class _Answers(BaseHTTPRequestHandler):
     do_GET = do_PUT = do_HEAD = _answer  # noqa: N815, its parent's names
 
     def log_message(self, *arguments: object) -> None:
-        """Say nothing."""
+        """Print nothing."""
 
 
 @pytest.mark.parametrize(
-    ("code", "name", "waits"),
+    ("code", "name", "retried"),
     [(503, "SlowDown", True), (500, "InternalError", True), (403, "ExpiredToken", False), (403, "AccessDenied", False)],
 )
-def test_what_servers_answer_is_understood(
-    s3: str, monkeypatch: pytest.MonkeyPatch, code: int, name: str, waits: bool
+def test_answers_of_s3_servers_are_retried_or_fail_at_once(
+    s3: str, monkeypatch: pytest.MonkeyPatch, code: int, name: str, retried: bool
 ) -> None:
     pauses: list[float] = []
-    monkeypatch.setattr(files, "PATIENCE", 1.0)
-    monkeypatch.setattr(files.random, "uniform", lambda low, high: pauses.append(high) or high)
+    monkeypatch.setattr(retry, "PATIENCE", 1.0)
+    monkeypatch.setattr(retry.random, "uniform", lambda low, high: pauses.append(high) or high)
     monkeypatch.setattr(_Answers, "status", code)
     monkeypatch.setattr(_Answers, "code", name)
     with ThreadingHTTPServer(("127.0.0.1", 0), _Answers) as faulty:
@@ -266,4 +270,4 @@ def test_what_servers_answer_is_understood(
         with pytest.raises(StorageFailed, match="experiment/file: cannot be written: as the server has it"):
             Store("s3://bucket", "experiment").write("file", b"content")
         faulty.shutdown()
-    assert bool(pauses) is waits
+    assert bool(pauses) is retried

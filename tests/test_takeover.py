@@ -1,4 +1,4 @@
-"""A run whose every process stands still, is taken over by another machine, and then goes on."""
+"""A run is suspended, another machine takes over, and then the suspended run continues."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from .process import Launch, launch_on_machine, pause_after_first_epoch
 
 
 @pytest.mark.interruptions
-def test_a_run_that_stood_still_and_was_taken_over_writes_nothing_more_and_says_who_took_over(
-    launch: Launch, undisturbed: tuple[Path, subprocess.CompletedProcess[str]]
+def test_a_suspended_run_that_was_replaced_writes_nothing_and_names_the_new_owner(
+    launch: Launch, reference_run: tuple[Path, subprocess.CompletedProcess[str]]
 ) -> None:
     pipes = {"cwd": launch.folder, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen(launch_on_machine("first", ARGUMENTS), **pipes) as first:  # type: ignore[call-overload]
@@ -34,7 +34,7 @@ def test_a_run_that_stood_still_and_was_taken_over_writes_nothing_more_and_says_
         status = Status.read(store_of(folder))
         assert status is not None
         assert (status.run, status.host) == (1, "first")
-        time.sleep(lock.SILENCE + 2)  # no event: until the heartbeat is old enough, a launch is refused at once
+        time.sleep(lock.SILENCE + 2)  # no event: a launch is refused until the heartbeat is old enough
         with subprocess.Popen(launch_on_machine("second", ARGUMENTS), **pipes) as second:  # type: ignore[call-overload]
             for line in second.stdout:
                 if re.match(r"expert pgd-1: epoch \d/3", line):
@@ -55,7 +55,7 @@ def test_a_run_that_stood_still_and_was_taken_over_writes_nothing_more_and_says_
     ), errors
     assert lines[1].startswith("resume: ")
     assert len(lines) == 2
-    assert_same(folder, undisturbed[0])
+    assert_same(folder, reference_run[0])
     jobs = _jobs(folder)
     assert set(jobs.state) == {"done"}
     done_before = before[(before.host == "first") & (before.state == "done")]

@@ -1,5 +1,7 @@
 """What an experiment has produced: one folder below an fsspec URL, with checkpoints and Parquet tables."""
 
-from dwf_cluster.store.files import Labels, LockLost, StorageFailed, Store, check_url
+from dwf_cluster.store.files import LockLost, RowLabels, Store
+from dwf_cluster.store.retry import StorageFailed
+from dwf_cluster.store.url import check_url
 
-__all__ = ["Labels", "LockLost", "StorageFailed", "Store", "check_url"]
+__all__ = ["LockLost", "RowLabels", "StorageFailed", "Store", "check_url"]

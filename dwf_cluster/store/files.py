@@ -1,129 +1,58 @@
-"""The one class that owns every file name of an experiment, writes whole files or none, and retries.
+"""Store: the folder of one experiment. It knows every file's place, writes files whole or not at all, and retries.
 
 A store that carries the number of a run is *fenced*: as soon as a later run has taken the experiment's lock, none of
-its writes appears. On a disk that holds without exception (`store.disk`). Object stores have no rename, so the locks
-are looked at right before each PUT.
+its writes appears. On a disk this holds without exception (`store.disk`). Object stores cannot rename, so the store
+reads the locks right before each PUT.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import os
-import random
 import re
 import secrets
-import stat
-import time
-import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
-from dwf_cluster.settings import MAX_JSON_BYTES, InvalidInput
+from dwf_cluster.settings import InvalidInput
 from dwf_cluster.store import disk
+from dwf_cluster.store.retry import NotAFile, Result, StorageFailed, retry
+from dwf_cluster.store.url import check_url
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
 
-Result = TypeVar("Result")
-
-PATIENCE = 60.0
-"""Seconds for which an operation is retried while the store times out, breaks off or asks to slow down."""
-
 LOCKS = "lease"
 """Folder of an experiment's locks, one file a run, `00001.json` and so on. They are never replaced or removed."""
 
-_LONGEST_PAUSE = 10.0
+_LOCK_NAME = re.compile(r"(\d+)\.json", re.ASCII)
 
 _CONNECTIONS = 64
-"""HTTP connections of a process at once: a run of many experiments writes their heartbeats in as many threads."""
-
-_PASSING = {
-    errno.EAGAIN,
-    errno.EBUSY,  # 503 SlowDown
-    errno.EINTR,
-    errno.EIO,
-    errno.EHOSTUNREACH,
-    errno.ENETUNREACH,
-    errno.ESTALE,
-    getattr(errno, "EREMOTEIO", errno.EIO),  # 500
-    None,  # a status that the library has no number for, such as 502
-}
-_PASSING_NAMES = {
-    "ConnectionError",
-    "HTTPClientError",
-    "TimeoutError",
-    "ClientPayloadError",
-    "IncompleteReadError",
-    "ResponseParserError",  # a proxy's error page, or XML that was cut off
-}
-"""Of classes anywhere among an error's ancestors: each file system has its own, and none is imported for this."""
-
-_AZURE = ("abfs", "abfss", "az")
-"""Kinds whose usual URL is `abfs://CONTAINER@ACCOUNT.dfs.core.windows.net/PREFIX`."""
-
-_LOCK = re.compile(r"(\d+)\.json", re.ASCII)
-
-
-class StorageFailed(RuntimeError):
-    """The store does not answer, does not let us in, or is full. Its text is one line: file, what was tried, why."""
-
-
-class NotAFile(StorageFailed):
-    """A folder stands where a file is expected."""
+"""HTTP connections of one process: a run of many experiments writes their heartbeats in as many threads."""
 
 
 class LockLost(RuntimeError):
-    """A later run has taken the experiment over, or this run has ended: it may write nothing more."""
-
-
-def check_url(url: str) -> None:
-    """Refuse a storage URL that contains secrets, or of a kind that fsspec does not know.
-
-    Raises:
-        InvalidInput: with what might be a secret left out.
-    """
-    if any(unicodedata.category(character) in ("Cc", "Cs") for character in url):  # Cs: bytes that are no UTF-8
-        raise InvalidInput(f"--storage: {url!r} cannot be used: allowed are printable characters in UTF-8")
-    kind, separator, rest = url.partition("://")
-    if not separator:
-        return
-    host = rest.partition("/")[0]
-    user, at, _ = host.rpartition("@")
-    is_container = kind in _AZURE and bool(user) and ":" not in user and "@" not in user
-    if (at and not is_container) or re.search("[?#;]", rest) or "::" in url:
-        shown = f"{kind.rpartition('::')[2]}://{re.split('[?#;]', rest.rpartition('@')[2])[0]}"
-        raise InvalidInput(
-            f"--storage: {shown!r} with a password, a key or options cannot be used: allowed is KIND://BUCKET/PREFIX; "
-            "keys and endpoint come from the environment, the profile or the machine"
-        )
-    import fsspec
-    from fsspec.archive import AbstractArchiveFileSystem
-
-    try:
-        files = fsspec.get_filesystem_class(kind)
-    except (ValueError, ImportError) as error:
-        raise InvalidInput(f"--storage: {url!r} cannot be used: {error}") from None
-    if issubclass(files, AbstractArchiveFileSystem) or kind == "data":
-        raise InvalidInput(f"--storage: {url!r} cannot be used: {kind} has no files that can be replaced")
+    """A later run has taken the experiment over, or this run has ended: it may not write any more."""
 
 
 def lock_file(number: int) -> str:
-    """Name of the lock of an experiment's run of that number, from 1."""
+    """Path of the lock of an experiment's run, below the experiment's folder; runs are numbered from 1."""
     return f"{LOCKS}/{number:05d}.json"
 
 
 @dataclass(frozen=True)
-class Labels:
+class RowLabels:
     """The columns of every table that say which experiment a row belongs to.
 
     Attributes:
-        experiment: its signature.
-        preset: the name of the preset it started from.
+        experiment: the experiment's signature.
+        preset: name of the preset that the experiment started from.
         dataset: name of the data set, or of the file with the images.
-        seed: of every random draw.
+        seed: seed of every random draw.
     """
 
     experiment: str
@@ -136,45 +65,45 @@ class Labels:
 class Store:
     """An experiment's folder. Picklable: each process opens the file system for itself.
 
-    Every method retries for `PATIENCE` seconds, with growing random pauses, where that may help, and raises
-    `StorageFailed` where it does not. A missing file is no failure.
+    Every method retries transient errors (`store.retry`) and raises `StorageFailed` for others. A missing file is not
+    an error.
 
     Attributes:
         url: storage root, a path or any fsspec URL (`s3://bucket/prefix`).
-        folder: the experiment's folder below it; empty: the root itself.
+        folder: name of the experiment's folder below the root; empty: the root itself.
         run: number of the run that writes; then every write, create and remove raises `LockLost` once a later run
             has taken the experiment over. None: writes are not fenced.
-        labels: of the rows that are written to tables; None: no rows can be.
+        labels: added to every row that is written to a table; None: no rows can be written.
     """
 
     url: str
     folder: str
     run: int | None = None
-    labels: Labels | None = None
+    labels: RowLabels | None = None
 
     def __post_init__(self) -> None:
         check_url(self.url)
-        if "://" not in self.url:  # workers have another working directory
+        if "://" not in self.url:  # Ray's workers have another working directory
             object.__setattr__(self, "url", os.path.abspath(self.url))
             check_url(self.url)
 
     @cached_property
     def files(self) -> AbstractFileSystem:
-        """The file system, with endpoint and credentials from where its library looks for them."""
+        """The file system. Its library finds the endpoint and the credentials."""
         import fsspec
 
-        options: dict[str, object] = {"use_listings_cache": False}  # what others have written must be seen at once
+        options: dict[str, object] = {"use_listings_cache": False}  # see at once what other processes have written
         if self.url.startswith("s3://"):
-            # botocore retries five times, s3fs five times that: `_ask` retries long enough.
+            # Only `retry` retries. By default botocore would five times, and s3fs five times that.
             retries = {"total_max_attempts": 1}
             options["config_kwargs"] = {"retries": retries, "max_pool_connections": _CONNECTIONS}
-        files = fsspec.core.url_to_fs(self.url, **options)[0]
-        files.retries = 1
-        return files
+        file_system = fsspec.core.url_to_fs(self.url, **options)[0]
+        file_system.retries = 1
+        return file_system
 
     @cached_property
     def is_local(self) -> bool:
-        """Whether the files are on a disk of this machine, or mounted as if they were."""
+        """Whether the files are on a disk of this machine or on a mounted file system."""
         return "file" in self.files.protocol
 
     @property
@@ -183,40 +112,40 @@ class Store:
         return "/".join(part for part in (self.url.rstrip("/"), self.folder) if part)
 
     def path(self, name: str) -> str:
-        """Path or URL of a file of this experiment, for people and for pandas."""
+        """Path or URL of a file of this experiment, for messages and for pandas."""
         return f"{self.root}/{name}"
 
     def write(self, name: str, content: bytes) -> None:
         """Write one file, whole or not at all; a file of that name is replaced.
 
         Raises:
-            LockLost: if the store is fenced and its run no longer holds the lock.
+            LockLost: if the store is fenced and its run no longer owns the lock.
         """
-        self._ask("written", name, lambda: self._put(name, content, exclusive=False))
+        self._retry("written", name, lambda: self._put(name, content, exclusive=False))
 
     def create(self, name: str, content: bytes) -> bool:
-        """Write one file if there is none of that name; returns whether it did. Of many who try, one succeeds.
+        """Create one file and return True, or return False if it exists. Of many processes, exactly one succeeds.
 
         Args:
-            name: of the file.
-            content: unlike what any other process would write.
+            name: name of the file.
+            content: content that no other process would write.
 
         Raises:
             LockLost: as `write`.
         """
         try:
-            self._ask("written", name, lambda: self._put(name, content, exclusive=True))
+            self._retry("written", name, lambda: self._put(name, content, exclusive=True))
         except (FileExistsError, StorageFailed):
             existing = self.read(name)
             if existing is None:
                 raise
-            return existing == content  # ours, if only the answer to the request was lost
+            return existing == content  # ours, if only the answer to an earlier attempt was lost
         return True
 
     def read(self, name: str) -> bytes | None:
-        """The content of one file; None if there is none."""
+        """The content of one file; None if it does not exist."""
         try:
-            content: bytes = self._ask("read", name, lambda: self._content(self._key(name)))
+            content: bytes = self._retry("read", name, lambda: self._content(self._key(name)))
         except (FileNotFoundError, NotADirectoryError):
             return None
         return content
@@ -225,35 +154,36 @@ class Store:
         """The contents of many files, in parallel where the store can do that.
 
         Returns:
-            For each file its content, None if there is none, or why it cannot be read: the others still can.
+            For each file its content, None if it does not exist, or the reason why it cannot be read.
         """
         keys = [self._key(name) for name in names]
-        remote = bool(keys) and not self.is_local  # `cat` takes no empty list
-        results = self._ask("read", "", lambda: self.files.cat(keys, on_error="return")) if remote else {}
+        remote = bool(keys) and not self.is_local  # `cat` does not accept an empty list
+        results = self._retry("read", "", lambda: self.files.cat(keys, on_error="return")) if remote else {}
         contents = [results.get(key) for key in keys]
-        # Other errors: read the file once more, with retries.
+        # Read a file again, with retries, if there was another error.
         return [
             content if isinstance(content, bytes) else None if _is_absent(content) else self._read_or_reason(name)
             for name, content in zip(names, contents, strict=True)
         ]
 
     def read_start(self, name: str, count: int) -> bytes | None:
-        """The first `count` bytes of one file; None if there is none."""
+        """The first `count` bytes of one file; None if it does not exist."""
         try:
-            content: bytes = self._ask("read", name, lambda: self._content(self._key(name), count))
+            content: bytes = self._retry("read", name, lambda: self._content(self._key(name), count))
         except (FileNotFoundError, NotADirectoryError, NotAFile):
             return None
         return content
 
     def read_ends(self, names: Sequence[str], count: int) -> list[bytes | None]:
-        """At least the last `count` bytes of many files, at once where the store can do that; None for each absent."""
+        """At least the last `count` bytes of many files, in parallel where the store can; None for missing files."""
         keys = [self._key(name) for name in names]
         if self.is_local:
-            ends: list[object] = [_end(key, count) for key in keys]
+            ends: list[object] = [disk.read_end(key, count) for key in keys]
         else:
-            found = self._ask("read", "", lambda: self.files.cat(keys, on_error="return", start=-count)) if keys else {}
-            ends = [found.get(key) for key in keys]
-        # What else went wrong is asked for once more, with patience.
+            read = functools.partial(self.files.cat, keys, on_error="return", start=-count)
+            results = self._retry("read", "", read) if keys else {}
+            ends = [results.get(key) for key in keys]
+        # Read a file again, with retries, if there was another error.
         return [
             end if isinstance(end, bytes) else None if _is_absent(end) else self.read(name)
             for name, end in zip(names, ends, strict=True)
@@ -266,16 +196,16 @@ class Store:
             return error
 
     def size(self, name: str) -> int | None:
-        """Bytes of one file; None if there is none."""
+        """Bytes of one file; None if it does not exist."""
         try:
-            return int(self._ask("read", name, lambda: self.files.size(self._key(name))))
+            return int(self._retry("read", name, lambda: self.files.size(self._key(name))))
         except (FileNotFoundError, NotADirectoryError):
             return None
 
     def names(self, folder: str) -> list[str]:
-        """Names of the files and folders directly below a folder, sorted; hidden and unfinished ones left out."""
+        """Names of the files and folders directly below a folder, sorted; without hidden and unfinished ones."""
         try:
-            paths = self._ask("listed", folder, lambda: self.files.ls(self._key(folder), detail=False))
+            paths = self._retry("listed", folder, lambda: self.files.ls(self._key(folder), detail=False))
         except (FileNotFoundError, NotADirectoryError):
             return []
         own = self._key(folder).rstrip("/")
@@ -284,30 +214,30 @@ class Store:
         return sorted(name for name in names if not name.startswith("."))
 
     def remove(self, name: str) -> None:
-        """Remove a file, or a folder and all that is in it, if it exists.
+        """Remove a file, or a folder with its content, if it exists.
 
         Raises:
             LockLost: as `write`.
         """
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-            self._ask("removed", name, lambda: self._remove(self._key(name)))
+            self._retry("removed", name, lambda: self._remove(self._key(name)))
 
     def newest_run(self) -> int:
         """Number of the newest run that has taken the experiment's lock; 0 without one."""
-        locks = (_LOCK.fullmatch(name) for name in self.names(LOCKS))
+        locks = (_LOCK_NAME.fullmatch(name) for name in self.names(LOCKS))
         number = max((int(lock[1]) for lock in locks if lock), default=0)
         number = max(number, self.run or 0)
-        while self.read(lock_file(number + 1)) is not None:  # a listing may be older than the newest lock
+        while self.read(lock_file(number + 1)) is not None:  # the listing may be older than the newest lock
             number += 1
         return number
 
     def preflight(self) -> None:
-        """Prove that the store can do what a run relies on: write, replace, read, remove, and create exclusively.
+        """Test what a run relies on: to write, replace, read and remove a file, and to create one exclusively.
 
         Raises:
-            InvalidInput: if there cannot be such a folder, or files cannot be created exclusively, without which two
-                runs could hold one lock.
-            StorageFailed: if one of the others cannot be done.
+            InvalidInput: if the folder cannot be made, or files cannot be created exclusively: then two runs could
+                own one lock.
+            StorageFailed: if another operation fails.
         """
         from fsspec import AbstractFileSystem
 
@@ -320,56 +250,50 @@ class Store:
         if self.read(name) != other:
             raise StorageFailed(f"{self.path(name)}: cannot be read as it was written")
         self.remove(name)
-        # fsspec's own `pipe_file` looks whether the file exists and then writes: two processes may both succeed.
+        # fsspec's default `pipe_file` checks that the file does not exist, then writes: two processes may both succeed.
         exclusive = self.is_local or getattr(self.files.pipe_file, "__func__", None) != AbstractFileSystem.pipe_file
         try:
             exclusive = exclusive and self.create(name, content) and not self.create(name, other)
-        except (NotImplementedError, TypeError, ValueError):  # of a `pipe_file` that knows no such mode
+        except (NotImplementedError, TypeError, ValueError):  # a `pipe_file` without that mode
             exclusive = False
         self.remove(name)
         if not exclusive:
             raise InvalidInput(
                 f"--storage: {self.url!r} cannot be used: it, or the library that opens it, does not refuse to create "
-                "a file that exists, so two runs could hold one experiment; allowed are folders, and object stores "
+                "a file that exists, so two runs could own one experiment; allowed are folders, and object stores "
                 "with conditional writes (If-None-Match)"
             )
 
     def begin_run(self) -> None:
-        """Fence off all earlier runs: when this returns, none of their writes can appear any more.
+        """Fence off all earlier runs: after this returns, none of their writes can appear.
 
         Raises:
             LockLost: if a later run has already begun.
         """
         if folder := self._staging:
-            self._ask("written", os.path.basename(folder), lambda: os.makedirs(folder, exist_ok=True))
+            self._retry("written", os.path.basename(folder), lambda: os.makedirs(folder, exist_ok=True))
         self.remove_temporary()
         try:
-            # A later run that has swept before the folder was made has its lock by now.
+            # A later run may have removed temporary files before this folder was made; then its lock exists by now.
             self._fail_if_lost()
         except LockLost:
             self.end_run()
             raise
 
     def end_run(self) -> None:
-        """Let nothing more be written by this run, not even by a cancelled process that has not ended yet."""
+        """Prevent all further writes of this run, also by cancelled processes that have not ended yet."""
         if folder := self._staging:
-            self._ask("removed", os.path.basename(folder), lambda: disk.remove_run(folder))
+            self._retry("removed", os.path.basename(folder), lambda: disk.remove_run(folder))
 
     def remove_temporary(self) -> None:
-        """Remove what earlier runs have left half-written. No other run may be writing."""
+        """Remove the unfinished files of earlier runs. No other run may be writing."""
         if self.is_local:
-            self._ask("removed", "", lambda: disk.sweep(self._key(""), self.run))
+            self._retry("removed", "", lambda: disk.remove_unfinished(self._key(""), self.run))
 
     def _content(self, key: str, count: int | None = None) -> bytes:
-        """The content of a file, or its first `count` bytes; on a disk only of a regular one: a pipe has no end."""
+        """The content of a file, or its first `count` bytes."""
         if self.is_local:
-            status = os.stat(key)
-            if stat.S_ISDIR(status.st_mode):
-                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-            if not stat.S_ISREG(status.st_mode):
-                raise OSError(errno.EINVAL, "not a regular file")
-            if key.endswith(".json") and status.st_size > MAX_JSON_BYTES:
-                raise OSError(errno.EFBIG, f"{status.st_size} bytes of JSON, allowed are {MAX_JSON_BYTES}")
+            disk.check_regular(key)
         content: bytes = self.files.cat_file(key, start=None if count is None else 0, end=count)
         return content
 
@@ -378,20 +302,20 @@ class Store:
 
     @property
     def _staging(self) -> str | None:
-        """Folder of the run's unfinished files, on a disk; None without."""
+        """Folder of the run's unfinished files; None if the store is not fenced, or not on a disk."""
         return None if self.run is None or not self.is_local else disk.run_folder(self._key(""), self.run)
 
     def _put(self, name: str, content: bytes, exclusive: bool) -> None:
         if not self.is_local:
             self._fail_if_lost()
-            # Object stores put whole objects.
+            # An object appears whole or not at all.
             self.files.pipe_file(self._key(name), content, **({"mode": "create"} if exclusive else {}))
             return
         try:
             disk.put(self._key(name), content, exclusive, self._staging, name.replace("/", "-"))
         except FileNotFoundError as error:
             self._fail_if_ended()
-            raise OSError(errno.ESTALE, "its folder was removed meanwhile") from error  # to be tried again
+            raise OSError(errno.ESTALE, "its folder was removed meanwhile") from error  # transient
 
     def _remove(self, key: str) -> None:
         if self._staging is None:
@@ -413,54 +337,9 @@ class Store:
             self._fail_if_lost()
             raise LockLost(f"{self.root}: run {self.run} has ended, or its folder was removed: it writes nothing more")
 
-    def _ask(self, what: str, name: str, call: Callable[[], Result]) -> Result:
-        deadline, pause = time.monotonic() + PATIENCE, 0.1
-        while True:
-            try:
-                return call()
-            except (FileExistsError, NotADirectoryError):
-                raise
-            except IsADirectoryError as error:
-                raise NotAFile(f"{self.path(name)}: cannot be {what}: {_reason(error)}") from None
-            except FileNotFoundError as error:
-                if what == "written":
-                    raise StorageFailed(f"{self.path(name)}: cannot be written: {_reason(error)}") from None
-                raise
-            except Exception as error:  # each file system has its own classes
-                passing = _is_passing(error)
-                # botocore's own: no credentials, no such profile, a bucket's name that cannot be.
-                spoken = isinstance(error, OSError) or type(error).__module__.startswith("botocore.")
-                if not passing and not spoken:
-                    raise
-                if not passing or time.monotonic() > deadline:
-                    raise StorageFailed(f"{self.path(name)}: cannot be {what}: {_reason(error)}") from error
-            time.sleep(random.uniform(0, pause))
-            pause = min(2 * pause, _LONGEST_PAUSE)
-
-
-def _end(path: str, count: int) -> bytes | OSError:
-    """The last bytes of a file of this machine, or why they cannot be read."""
-    try:
-        if not os.path.isfile(path):
-            return FileNotFoundError(path) if not os.path.lexists(path) else OSError(path)
-        with open(path, "rb") as file:
-            file.seek(max(0, os.fstat(file.fileno()).st_size - count))
-            return file.read()
-    except OSError as error:
-        return error
+    def _retry(self, participle: str, name: str, operation: Callable[[], Result]) -> Result:
+        return retry(self.path(name), participle, operation)
 
 
 def _is_absent(result: object) -> bool:
     return isinstance(result, FileNotFoundError | NotADirectoryError)
-
-
-def _is_passing(error: Exception) -> bool:
-    """Whether it may work if it is tried again."""
-    if {parent.__name__ for parent in type(error).__mro__} & _PASSING_NAMES:
-        return True
-    return type(error) is OSError and error.errno in _PASSING
-
-
-def _reason(error: Exception) -> str:
-    text = getattr(error, "strerror", None) or str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__

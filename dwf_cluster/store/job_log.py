@@ -1,4 +1,4 @@
-"""The `jobs` table: one row a job, written when it starts and again when it ends."""
+"""The `jobs` table: one row per job, written when the job starts and again when it ends."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ from dwf_cluster.store.files import Store
 def recorded(
     store: Store, job: Mapping[str, str], file: str, gpus: float, device: str | None
 ) -> Iterator[dict[str, Any]]:
-    """Keep the row of a job while it runs in this process: `running`, then `done` or `failed`.
+    """Record a job that runs in this process: its state is `running`, then `done` or `failed`.
 
-    Yields the row: the body may add to it, and give another state than `done`.
+    Yields the row. The body of the `with` statement may add columns and set a state other than `done`.
 
     Args:
-        store: takes the row.
-        job: its columns `stage`, `model` and `task`.
-        file: name of its file in the table.
-        gpus: that it was given, fractions included.
-        device: what it computes on, if that is known already.
+        store: store of the experiment.
+        job: the columns `stage`, `model` and `task`.
+        file: name of the job's file in the table.
+        gpus: number of GPUs that the job was given, fractions included.
+        device: device that the job computes on; None: not known yet.
     """
-    _reset_peak()
+    _reset_peak_memory()
     before = tables.read(store, "jobs", [file]).to_pylist()
     started, clock = datetime.now(timezone.utc), time.perf_counter()
     row: dict[str, Any] = {
@@ -65,24 +65,24 @@ def recorded(
     finally:
         row["finished"] = datetime.now(timezone.utc)
         row["seconds"] = time.perf_counter() - clock
-        row["peak_memory_bytes"] = _peak()
+        row["peak_memory_bytes"] = _peak_memory()
         write()
 
 
-def _reset_peak() -> None:
-    """Forget the memory of the jobs that this process did before, where the system can."""
+def _reset_peak_memory() -> None:
+    """Start a new measurement, without the jobs that this process ran before, where the system supports that."""
     with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w") as file:
         file.write("5")
 
 
-def _peak() -> int:
-    """The most memory that this process has had to itself since `_reset_peak`, in bytes."""
+def _peak_memory() -> int:
+    """Peak of this process's private memory since `_reset_peak_memory`, in bytes."""
     with contextlib.suppress(OSError, KeyError), open("/proc/self/status") as file:
         sizes = {name: value.split() for name, _, value in (line.partition(":") for line in file)}
-        # torch's libraries and the images are in memory once, however many processes use them.
+        # Shared pages (torch's libraries, the images) are in memory once for all processes.
         peak, *shared = (int(sizes[name][0]) for name in ("VmHWM", "RssFile", "RssShmem"))
         return (peak - sum(shared)) * 1024
-    # All of it, since the process began. Linux counts kibibytes, macOS bytes.
+    # Elsewhere: with shared pages, since the process began. Linux counts kibibytes, macOS bytes.
     unit = 1 if platform.system() == "Darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 

@@ -1,9 +1,10 @@
 """The lock of an experiment: one run at a time, and another only when the owner of the lock is dead.
 
 `lease/00003.json` says who began the experiment's third run; the owner of the highest number owns the lock. These files
-are only ever created, never replaced or removed, so of many processes that try to be the fourth, one succeeds, and no
-number is ever given twice. On the same machine the owner's process shows whether it is alive; across machines, the
-heartbeat of its `status.json`. An owner that was wrongly thought dead is fenced off: its writes fail (`Store.run`).
+are created exclusively and never replaced or removed, so of many processes that try to begin the fourth run one
+succeeds, and no number is used twice. On the same machine the owner's process shows whether it is alive; across
+machines, the heartbeat of its `status.json`. An owner that was wrongly taken for dead is fenced off: its writes fail
+(`Store.run`).
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from dwf_cluster.store.files import LockLost, Store, lock_file
 from dwf_cluster.store.status import HEARTBEAT, Status, Time, age, now
 
 SILENCE = 60.0
-"""Seconds without a heartbeat after which an owner on another machine may be dead."""
+"""Seconds without a heartbeat after which an owner on another machine is presumed dead."""
 
 
 class ExperimentLocked(RuntimeError):
@@ -32,15 +33,15 @@ class ExperimentLocked(RuntimeError):
 
 
 class Owner(BaseModel):
-    """Who began a run of an experiment.
+    """Who began a run of an experiment: the content of a lock file.
 
     Attributes:
-        host: name of the driver's machine.
-        machine: distinguishes machines and containers of one name, and a machine before and after a restart.
-        pid, began: the driver's process, and when it started, as its machine counts.
+        host: host name of the driver's machine.
+        machine: distinguishes machines and containers with one host name, and a machine before and after a restart.
+        pid, began: process number of the driver, and its start time in the units of its operating system.
         job, life: SLURM's job number, and how often the job was requeued; empty outside SLURM.
         since: when the run began; ISO 8601, UTC.
-        token: different for every owner.
+        token: random, different for every owner.
     """
 
     model_config = ConfigDict(frozen=True, strict=True)
@@ -55,13 +56,13 @@ class Owner(BaseModel):
     token: str
 
     @staticmethod
-    def me(pid: int | None = None) -> Owner:
-        """This process, or another one of this machine on whose behalf it acts."""
+    def current(pid: int | None = None) -> Owner:
+        """This process as owner, or another process of this machine on whose behalf it acts."""
         return Owner(
             host=platform.node(),
             machine=_machine(),
             pid=pid or os.getpid(),
-            began=_stat(pid or os.getpid())[1],
+            began=_process_state(pid or os.getpid())[1],
             job=os.environ.get("SLURM_JOB_ID", ""),
             life=os.environ.get("SLURM_RESTART_COUNT", ""),
             since=now(),
@@ -74,8 +75,8 @@ class Lock:
     """This process's lock on an experiment.
 
     Attributes:
-        store: of the experiment, fenced: what is written through it appears only while the lock is owned.
-        number: of the run.
+        store: store of the experiment, fenced: its writes appear only while this process owns the lock.
+        number: number of the run.
         owner: this process, or the one on whose behalf it acts.
     """
 
@@ -89,69 +90,69 @@ class Lock:
 
     def loss(self) -> ExperimentLocked:
         """The error that says who has taken the lock."""
-        number, owner = _last(self.store)
-        if number == self.number:  # nobody has, but the folder that the run writes from was removed
+        number, owner = _newest(self.store)
+        if number == self.number:  # no later run: the run's folder of unfinished files was removed
             return ExperimentLocked(f"{self.store.folder}: the files of its run {number} were removed while it ran")
         return ExperimentLocked(
-            f"{self.store.folder} was taken over by {_owner(number, owner)}: this run was silent for too long"
+            f"{self.store.folder} was taken over by {_describe(number, owner)}: this run was silent for too long"
         )
 
 
 def is_locked(store: Store) -> bool:
-    """Whether another run plainly owns the lock. `acquire` looks closer."""
-    number, owner = _last(store)
+    """Whether another run certainly owns the lock. `acquire` waits to find out when it is uncertain."""
+    number, owner = _newest(store)
     return bool(number and _is_alive(store, number, owner))
 
 
 def fail_if_locked(store: Store) -> None:
-    """Fail at once if another run plainly owns the lock.
+    """Fail at once if another run certainly owns the lock.
 
     Raises:
         ExperimentLocked: if so.
     """
-    number, owner = _last(store)
+    number, owner = _newest(store)
     if number and _is_alive(store, number, owner):
-        raise _locked(store, number, owner)
+        raise _locked_error(store, number, owner)
 
 
 def acquire(store: Store, wait: Callable[[float], object] = time.sleep, pid: int | None = None) -> Lock:
-    """Acquire the lock. When this returns, no write of an earlier run can appear any more.
+    """Acquire the lock. After this returns, no write of an earlier run can appear.
 
     Args:
-        store: of the experiment.
-        wait: waits so many seconds.
-        pid: of the process of this machine that is to be known as the owner; None: this one.
+        store: store of the experiment.
+        wait: waits for a number of seconds.
+        pid: process of this machine that becomes the owner; None: this process.
 
     Raises:
-        ExperimentLocked: if another run owns it, and is alive.
+        ExperimentLocked: if another run owns the lock and is alive.
     """
     while True:
-        number, owner = _last(store)
+        number, owner = _newest(store)
         alive = _is_alive(store, number, owner) if number else False
-        if alive is None:  # silent, by clocks that may differ: does a heartbeat come while we look?
+        if alive is None:  # no recent heartbeat, but clocks may differ: wait for the next one
             before = store.read(Status.FILE)
             wait(2 * HEARTBEAT)
             alive = store.read(Status.FILE) != before
         if alive:
-            raise _locked(store, number, owner)
-        me = Owner.me(pid)
-        if store.create(lock_file(number + 1), (me.model_dump_json(indent=2) + "\n").encode()):
-            mine = replace(store, run=number + 1)
+            raise _locked_error(store, number, owner)
+        new_owner = Owner.current(pid)
+        if store.create(lock_file(number + 1), (new_owner.model_dump_json(indent=2) + "\n").encode()):
+            fenced = replace(store, run=number + 1)
             try:
-                mine.begin_run()
-            except LockLost:  # this process was paused for so long that it was itself thought dead
+                fenced.begin_run()
+            except LockLost:  # this process was paused for so long that another run took over
                 continue
-            return Lock(mine, number + 1, me)
+            return Lock(fenced, number + 1, new_owner)
 
 
 def final_state(store: Store) -> str | None:
-    """Final state of the experiment's last run: `done`, `stopped` or `failed`; None if it has not written one."""
-    number, _ = _last(store)
+    """Final state of the experiment's newest run: `done`, `stopped` or `failed`; None if it has not written one."""
+    number, _ = _newest(store)
     return _final_state(store, number)
 
 
-def _last(store: Store) -> tuple[int, Owner | None]:
-    """The newest lock: its number, 0 without one, and its owner; None if the file cannot be read."""
+def _newest(store: Store) -> tuple[int, Owner | None]:
+    """The newest lock: its number (0: there is none) and its owner (None: the file cannot be parsed)."""
     number = store.newest_run()
     if number == 0:
         return 0, None
@@ -167,30 +168,30 @@ def _final_state(store: Store, number: int) -> str | None:
 
 
 def _is_alive(store: Store, number: int, owner: Owner | None) -> bool | None:
-    """Whether the owner of the newest lock still runs the experiment; None: there is no telling without a look."""
+    """Whether the owner of the newest lock still runs the experiment; None: only a wait for its heartbeat can tell."""
     if _final_state(store, number):
         return False
     if owner:
-        me = Owner.me()
-        if owner.machine == me.machine:
-            state, began = _stat(owner.pid)
+        current = Owner.current()
+        if owner.machine == current.machine:
+            state, began = _process_state(owner.pid)
             return state not in ("", "Z") and began == owner.began
-        if me.job and owner.job == me.job and owner.life != me.life:
+        if current.job and owner.job == current.job and owner.life != current.life:
             return False  # SLURM ends the earlier life of a job before it begins the next one
     status = Status.read(store)
     # Without a status, the run has just begun, or was killed before its first heartbeat.
-    beat = status.heartbeat if status and status.run == number else owner.since if owner else None
-    # A heartbeat from the future says only that the clocks differ.
-    return True if beat and 0 <= age(beat) < SILENCE else None
+    heartbeat = status.heartbeat if status and status.run == number else owner.since if owner else None
+    # A heartbeat in the future shows only that the clocks differ.
+    return True if heartbeat and 0 <= age(heartbeat) < SILENCE else None
 
 
-def _locked(store: Store, number: int, owner: Owner | None) -> ExperimentLocked:
+def _locked_error(store: Store, number: int, owner: Owner | None) -> ExperimentLocked:
     status = Status.read(store)
-    beat = f", last heartbeat {age(status.heartbeat):.0f} s ago" if status else ""
-    return ExperimentLocked(f"{store.folder} is being run by {_owner(number, owner)}{beat}")
+    heartbeat = f", last heartbeat {age(status.heartbeat):.0f} s ago" if status else ""
+    return ExperimentLocked(f"{store.folder} is being run by {_describe(number, owner)}{heartbeat}")
 
 
-def _owner(number: int, owner: Owner | None) -> str:
+def _describe(number: int, owner: Owner | None) -> str:
     if owner is None:
         return f"a run whose lock {lock_file(number)} cannot be read"
     job = f", SLURM job {owner.job}" if owner.job else ""
@@ -198,18 +199,18 @@ def _owner(number: int, owner: Owner | None) -> str:
 
 
 def _machine() -> str:
-    """This machine since it was last started, and the container: where a process number means this process."""
+    """Identifies this machine, its boot and the container: within them a process number is unique at any time."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{platform.node()} {boot} {os.stat('/proc/self/ns/pid').st_ino}"
-    except OSError:  # macOS: host names alone are often the same
+    except OSError:  # macOS, where several machines often have one host name
         command = ["sysctl", "-n", "kern.bootsessionuuid"]
         boot = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
         return f"{platform.node()} {boot}"
 
 
-def _stat(pid: int) -> tuple[str, str]:
-    """State of a process of this machine, empty if there is none, and when it started, as Linux says both."""
+def _process_state(pid: int) -> tuple[str, str]:
+    """State (empty: no such process) and start time of a process of this machine, from Linux's `/proc/PID/stat`."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

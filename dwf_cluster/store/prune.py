@@ -1,100 +1,64 @@
-"""What a store holds that no run needs any more: older checkpoints of trained models, and their momentum.
+"""What no run needs any more: older checkpoints of trained models, and the momentum in their newest ones.
 
-A run never takes either of them up again: a trained model is only loaded, from its newest checkpoint. What another
-experiment refers to (`checkpoints.refer`) stays, and so does everything of an experiment that is being run.
+A trained model is only loaded, from its newest checkpoint. What another experiment refers to (`checkpoints.refer`)
+stays, and so does everything of an experiment that is being run.
 """
 
 from __future__ import annotations
 
 import re
-import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from dwf_cluster.settings import InvalidInput
 from dwf_cluster.store import checkpoints, lock
 from dwf_cluster.store.files import Store
+from dwf_cluster.store.status import experiment_folders
 
-_EXPERIMENT = re.compile(r"[A-Za-z0-9][\w.-]*-seed\d+-[0-9a-f]{10}", re.ASCII)
 _MODEL = re.compile(r"[A-Za-z0-9][\w.-]*", re.ASCII)
 
 
 @dataclass(frozen=True)
-class Waste:
-    """Something that can be removed.
+class Removable:
+    """A checkpoint, or the momentum in one, that can be removed.
 
     Attributes:
-        store: of the experiment.
-        model: that it belongs to.
+        store: store of the experiment.
+        model: name of the model.
         checkpoint: folder of the checkpoint.
-        momentum: whether it is the momentum of the newest checkpoint; else a whole older checkpoint.
-        bytes: that it takes.
+        is_momentum: whether only the momentum of this checkpoint, the newest one, is removed; else the whole of it.
+        bytes: size on the storage.
     """
 
     store: Store
     model: str
     checkpoint: str
-    momentum: bool
+    is_momentum: bool
     bytes: int
 
-    def __str__(self) -> str:
-        what = "momentum of a trained model" if self.momentum else "older checkpoint of a trained model"
-        return f"{self.store.path(self.checkpoint)}  {size(self.bytes)}  {what}"
 
-    def remove(self) -> None:
-        """Remove it."""
-        if self.momentum:
-            checkpoints.drop_momentum(self.store, self.model)
-        else:
-            self.store.remove(self.checkpoint)
+def find(storage: str) -> tuple[list[Removable], list[Store]]:
+    """Find what can be removed.
 
-
-def command(storage: str, yes: bool) -> int:
-    """List what can be removed, ask on a terminal, remove it; returns the exit status.
-
-    Args:
-        storage: path or URL.
-        yes: do not ask. Without a terminal to ask on, nothing is removed.
+    Returns:
+        What can be removed, and the stores of the experiments that are being run, which were not searched.
 
     Raises:
-        InvalidInput: if there is no such storage.
-        StorageFailed: if it cannot be read or written.
+        InvalidInput: if the storage has no experiments.
     """
-    root = Store(storage, "")
-    stores = [Store(storage, name) for name in root.names("") if _EXPERIMENT.fullmatch(name)]
-    if not stores:
-        raise InvalidInput(f"storage: {storage!r} cannot be used: no experiments there")
-    waste: list[Waste] = []
-    referred = {place for store in stores for place in _referred(store)}
-    for store in stores:
-        if lock.is_locked(store):
-            print(f"{store.root}  is being run: left as it is")
+    stores = [Store(storage, folder) for folder in experiment_folders(storage)]
+    referenced = {path for store in stores for path in _references(store)}
+    running = [store for store in stores if lock.is_locked(store)]
+    return [item for store in stores if store not in running for item in _removable(store, referenced)], running
+
+
+def remove(removable: Iterable[Removable]) -> None:
+    """Remove what `find` has found. Needs torch if there is momentum."""
+    # Momentum first: if writing the newest checkpoint again fails, the one before is still there.
+    for item in sorted(removable, key=lambda item: not item.is_momentum):
+        if item.is_momentum:
+            checkpoints.drop_momentum(item.store, item.model)
         else:
-            waste += _waste(store, referred)
-    for item in waste:
-        print(item)
-    total = size(sum(item.bytes for item in waste))
-    if not waste:
-        print("nothing to remove")
-    elif not yes and not sys.stdin.isatty():
-        print(f"nothing was removed: --yes removes these {total} without asking")
-    elif yes or input(f"remove these {total}? [y/N] ").strip().lower() in ("y", "yes"):
-        # Momentum first: while the newest checkpoint is written anew, the one before is there to fall back on.
-        for item in sorted(waste, key=lambda item: not item.momentum):
-            item.remove()
-        print(f"removed: {total}")
-    else:
-        print("nothing was removed")
-    return 0
-
-
-def size(count: float) -> str:
-    """A number of bytes, for people."""
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} TB"
+            item.store.remove(item.checkpoint)
 
 
 def _models(store: Store) -> list[str]:
@@ -102,25 +66,25 @@ def _models(store: Store) -> list[str]:
     return [checkpoints.model_name(name) for name in names]
 
 
-def _referred(store: Store) -> Iterator[str]:
+def _references(store: Store) -> Iterator[str]:
     """Checkpoints of other experiments that this one refers to."""
     for model in _models(store):
         for folder in checkpoints.folders(store, model):
-            if place := checkpoints.origin(store, folder):
-                yield place
+            if path := checkpoints.tensors_elsewhere(store, folder):
+                yield path
 
 
-def _waste(store: Store, referred: set[str]) -> Iterator[Waste]:
+def _removable(store: Store, referenced: set[str]) -> Iterator[Removable]:
     for model in _models(store):
         path = checkpoints.latest_path(store, model)
         state = checkpoints.latest_state(store, model) if path else None
         if path is None or not state or state.get("epochs") != state.get("epoch"):
-            continue  # its training goes on from here
+            continue  # its training resumes from here
         for folder in checkpoints.folders(store, model):
-            if f"{store.folder}/{folder}" in referred:
+            if f"{store.folder}/{folder}" in referenced:
                 continue
             if store.path(folder) != path:
                 sizes = (store.size(f"{folder}/{name}") for name in store.names(folder))
-                yield Waste(store, model, folder, False, sum(size or 0 for size in sizes))
+                yield Removable(store, model, folder, False, sum(size or 0 for size in sizes))
             elif momentum := checkpoints.momentum_bytes(store, folder):
-                yield Waste(store, model, folder, True, momentum)
+                yield Removable(store, model, folder, True, momentum)

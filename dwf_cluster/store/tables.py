@@ -1,8 +1,8 @@
-"""The Parquet tables: their schemas, and rows that are replaced and never doubled.
+"""The Parquet tables: their schemas, and rows that are replaced and never duplicated.
 
-A table is the folder `results/<table>/` with one file for each job (`metrics`: for each model), so no two
-tasks write to the same file and `pandas.read_parquet(folder)` reads all of them. A file is always written
-whole, from rows that the writer holds in memory: no writer reads a file in order to add to it.
+A table is the folder `results/<table>/` with one file for each job (`metrics`: for each model), so no two tasks write
+to the same file, and `pandas.read_parquet(folder)` reads all of them. A writer has all rows of its file in memory and
+always writes the whole file.
 """
 
 from __future__ import annotations
@@ -15,17 +15,18 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dwf_cluster.store.files import NotAFile, StorageFailed, Store
+from dwf_cluster.store.files import Store
+from dwf_cluster.store.retry import NotAFile, StorageFailed
 
-_EXPERIMENT = [("experiment", pa.string()), ("preset", pa.string()), ("dataset", pa.string()), ("seed", pa.int64())]
+_LABELS = [("experiment", pa.string()), ("preset", pa.string()), ("dataset", pa.string()), ("seed", pa.int64())]
 _time = pa.timestamp("us", tz="UTC")
 
 _FOOTER = 16_384
-"""Bytes at the end of a file that hold its footer, with the number of rows: four times the longest that we write."""
+"""Bytes at the end of a file that contain its footer, with the number of rows: four times the longest one so far."""
 
 
 def _schema(*fields: tuple[str, pa.DataType]) -> pa.Schema:
-    return pa.schema([*_EXPERIMENT, *fields])
+    return pa.schema([*_LABELS, *fields])
 
 
 COLUMN = [
@@ -38,9 +39,9 @@ COLUMN = [
     ("restarts", pa.int64()),
     ("eot", pa.int64()),
 ]
-"""What tells the rows of `evaluations` apart."""
+"""The key of `evaluations`: no two rows of an experiment agree in all of these."""
 
-_COUNTED = [
+_COST = [
     ("perturbation", pa.float64()),
     ("gradients", pa.int64()),
     ("seconds", pa.float64()),
@@ -67,7 +68,7 @@ SCHEMAS: Mapping[str, pa.Schema] = {
         ("accuracy", pa.float64()),
         ("accuracy_low", pa.float64()),
         ("accuracy_high", pa.float64()),
-        *_COUNTED,
+        *_COST,
     ),
     "shards": _schema(
         *COLUMN,
@@ -75,7 +76,7 @@ SCHEMAS: Mapping[str, pa.Schema] = {
         ("first", pa.int64()),
         ("examples", pa.int64()),
         ("correct", pa.int64()),
-        *_COUNTED,
+        *_COST,
     ),
     "predictions": _schema(
         ("model", pa.string()),
@@ -125,14 +126,14 @@ SCHEMAS: Mapping[str, pa.Schema] = {
 MAX_ROWS = {"predictions": 50_000_000}
 MAX_ROWS_ELSEWHERE = 1_000_000
 MAX_FILE_BYTES = 2 << 30
-"""Rows of one file, and bytes when it is decompressed: a few kilobytes on a disk can stand for all of the memory."""
+"""Limits of one file: a few kilobytes on a disk can decompress to more than the memory."""
 
 
 def refuse_large(table: str, metadata: pq.FileMetaData) -> None:
-    """Refuse a file before its rows are read.
+    """Refuse a file that is too large, by its footer, before its rows are read.
 
     Raises:
-        pa.ArrowInvalid: if its footer promises more than a table's file may hold.
+        pa.ArrowInvalid: if the file has more rows or bytes than a file of this table may have.
     """
     rows, largest = metadata.num_rows, MAX_ROWS.get(table, MAX_ROWS_ELSEWHERE)
     if rows > largest:
@@ -148,10 +149,11 @@ def folder(table: str) -> str:
 
 
 def write(store: Store, table: str, file: str, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write one file of a table, with the store's labels in each row; rows that it held before are replaced.
+    """Write one file of a table, with the store's labels in each row; replace the rows that it had.
 
     Raises:
-        KeyError: if a row has a column that the schema does not.
+        KeyError: if a row has a column that is not in the schema.
+        ValueError: if the store has no labels.
     """
     schema, labels = SCHEMAS[table], _labels(store)
     rows = [{**row, **labels} for row in rows]
@@ -162,54 +164,59 @@ def write(store: Store, table: str, file: str, rows: Sequence[Mapping[str, Any]]
 
 
 def copy(source: Store, store: Store, table: str, file: str, **columns: Any) -> None:
-    """Copy one file of another experiment's table, as rows of this store's experiment, with some columns changed."""
+    """Copy one file of another experiment's table, as rows of this store's experiment, with some columns changed.
+
+    Raises:
+        ValueError: if the store has no labels.
+    """
     rows = read(source, table, [file])
     for name, value in {**_labels(store), **columns}.items():
         field = rows.schema.field(name)
-        same = pa.repeat(pa.scalar(value, field.type), len(rows))
-        rows = rows.set_column(rows.schema.get_field_index(name), field, same)
+        column = pa.repeat(pa.scalar(value, field.type), len(rows))
+        rows = rows.set_column(rows.schema.get_field_index(name), field, column)
     _write(store, table, file, rows)
 
 
 def _labels(store: Store) -> dict[str, Any]:
-    assert store.labels is not None  # only a store that an experiment has made is written to
+    if store.labels is None:
+        raise ValueError(f"{store.root}: a store without labels cannot write rows; make it with Experiment.store()")
     return asdict(store.labels)
 
 
 def read(store: Store, table: str, only: Sequence[str] | None = None) -> pa.Table:
-    """A whole table, or those of its files that are there; empty if there are none."""
+    """The rows of a table, or of its files `only`; files that do not exist have none."""
     names = sorted(files(store, table)) if only is None else only
     return pa.concat_tables([SCHEMAS[table].empty_table(), *(_read_file(store, table, name) for name in names)])
 
 
 def metrics_until(store: Store, model: str, epoch: int) -> list[dict[str, Any]]:
-    """The rows of a model's first `epoch` epochs, in their order."""
+    """The rows of a model's first `epoch` epochs, in order."""
     rows: list[dict[str, Any]] = read(store, "metrics", [model]).sort_by("epoch").to_pylist()
     return [row for row in rows if row["epoch"] <= epoch]
 
 
 def remove(store: Store, table: str, file: str) -> None:
-    """Remove one file of a table, if it is there."""
+    """Remove one file of a table, if it exists."""
     store.remove(_path(table, file))
 
 
 def files(store: Store, table: str) -> frozenset[str]:
-    """Which files of the table have been written."""
+    """Names of a table's files, without `.parquet`."""
     return frozenset(name.removesuffix(".parquet") for name in store.names(folder(table)))
 
 
 def count(store: Store) -> dict[str, int]:
-    """How many rows each table has."""
+    """Number of rows of each table."""
     return {table: sum(row_counts(store, table, files(store, table)).values()) for table in SCHEMAS}
 
 
 def row_counts(store: Store, table: str, names: Iterable[str]) -> dict[str, int]:
-    """How many rows each of these files of a table has, for those that exist. Reads only the ends of the files."""
+    """Number of rows of each of these files of a table that exists. Reads only the ends of the files."""
     names = sorted(names)
     try:
         ends = store.read_ends([_path(table, name) for name in names], _FOOTER)
     except NotAFile:
-        ends = [_content(store, table, name) for name in names]  # raises for the folder among them
+        ends = [_content(store, table, name) for name in names]  # raises at the folder
     counts = {}
     for name, end in zip(names, ends, strict=True):
         if end is not None:
@@ -239,18 +246,20 @@ def _read_file(store: Store, table: str, file: str) -> pa.Table:
     try:
         parquet = pq.ParquetFile(pa.BufferReader(content), pre_buffer=False)
         refuse_large(table, parquet.metadata)
-        # Not with Arrow's threads: one that outlives the interpreter takes the process down with it.
+        # Without Arrow's threads: one that outlives the interpreter crashes the process.
         rows = parquet.read(use_threads=False)
-        # Columns that an older version did not have are null.
-        whole = pa.concat_tables([schema.empty_table(), rows], promote_options="permissive")
-        return whole.select(schema.names).cast(schema)
+        # Columns that the file lacks, because an older version wrote it, become null.
+        merged = pa.concat_tables([schema.empty_table(), rows], promote_options="permissive")
+        return merged.select(schema.names).cast(schema)
     except pa.ArrowException as error:
         raise _damaged(store, table, file, str(error).strip().splitlines()[0]) from None
 
 
 def _damaged(store: Store, table: str, file: str, reason: str) -> StorageFailed:
     path = store.path(_path(table, file))
-    return StorageFailed(f"{path}: not the Parquet file that was written ({reason}); remove it, and it is made anew")
+    return StorageFailed(
+        f"{path}: not the Parquet file that was written ({reason}); remove it, and the same command computes it again"
+    )
 
 
 def _write(store: Store, table: str, file: str, rows: pa.Table) -> None:

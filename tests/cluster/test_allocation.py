@@ -20,7 +20,7 @@ import pytest
 from dwf_cluster.cluster import allocation, node
 from dwf_cluster.cluster.allocation import Ports
 
-from ..conftest import SLOWER, TINY, assert_same
+from ..conftest import LONG_EPOCHS, TINY, assert_same
 from ..process import command_line, pause_after_first_epoch, resume_and_stop
 from . import slurm
 from .slurm import Slurm
@@ -28,7 +28,7 @@ from .slurm import Slurm
 pytestmark = pytest.mark.skipif(slurm.missing() is not None, reason=str(slurm.missing()))
 
 SCRIPTS = Path(__file__).parents[2] / "slurm"
-ARGUMENTS = ["--set", *TINY, *SLOWER]
+ARGUMENTS = ["--set", *TINY, *LONG_EPOCHS]
 ON_CPUS = ["--gpus-per-node=0", "--cpus-per-task=1", "--mem=3G"]
 
 
@@ -111,7 +111,7 @@ def partial(folder: Path) -> list[str]:
 
 
 def test_requeued_in_the_middle_two_nodes_come_to_the_tables_of_one_machine(
-    submit: Callable[..., Job], cluster: Slurm, two_workers: Path
+    submit: Callable[..., Job], cluster: Slurm, two_worker_run: Path
 ) -> None:
     """Two nodes of one worker each train the mixture bit for bit as two workers of one node do."""
     job = submit("--nodes=2", arguments=["--joint-workers", "2", *ARGUMENTS])
@@ -119,7 +119,7 @@ def test_requeued_in_the_middle_two_nodes_come_to_the_tables_of_one_machine(
     cluster("scontrol", "requeue", job.number)
     job.end()
     assert cluster.field(job.number, "Restarts") == "1"
-    assert_same(job.results, two_workers)
+    assert_same(job.results, two_worker_run)
     jobs = pd.read_parquet(job.results / "results" / "jobs").set_index("task")
     assert sorted(jobs.loc["joint", "devices"]) == ["n1: cpu", "n2: cpu"]
     assert jobs.loc["joint", "attempts"] == 2
@@ -129,7 +129,7 @@ def test_requeued_in_the_middle_two_nodes_come_to_the_tables_of_one_machine(
 
 @pytest.mark.interruptions
 def test_preempted_with_a_warning_it_saves_the_step_it_is_at_without_one_it_has_the_last_epoch(
-    submit: Callable[..., Job], cluster: Slurm, two_workers: Path, tmp_path: Path
+    submit: Callable[..., Job], cluster: Slurm, two_worker_run: Path, tmp_path: Path
 ) -> None:
     preempt = ("--partition=high", "--nodes=2", "--exclusive", "--wrap=true")
     job = submit(*ONE_NODE, arguments=EXPERTS)
@@ -150,12 +150,12 @@ def test_preempted_with_a_warning_it_saves_the_step_it_is_at_without_one_it_has_
     job.end()
     assert cluster.field(job.number, "Restarts") == "2"
     assert job.log.count("requeued: it goes on") == 1
-    assert_same_experts(job.results, two_workers)
+    assert_same_experts(job.results, two_worker_run)
 
 
 @pytest.mark.interruptions
 def test_a_node_that_goes_down_costs_the_allocation_but_no_result(
-    submit: Callable[..., Job], cluster: Slurm, two_workers: Path
+    submit: Callable[..., Job], cluster: Slurm, two_worker_run: Path
 ) -> None:
     job = submit("--nodes=2", arguments=EXPERTS)
     pause_after_first_epoch(job.folder, "expert pgd-1")
@@ -164,12 +164,12 @@ def test_a_node_that_goes_down_costs_the_allocation_but_no_result(
     cluster("scontrol", "update", "nodename=n2", "state=resume")
     job.end()
     assert cluster.field(job.number, "Restarts") == "1"
-    assert_same_experts(job.results, two_workers)
+    assert_same_experts(job.results, two_worker_run)
 
 
 @pytest.mark.interruptions
 def test_a_killed_worker_and_a_killed_head_are_replaced_within_the_allocation(
-    submit: Callable[..., Job], cluster: Slurm, two_workers: Path
+    submit: Callable[..., Job], cluster: Slurm, two_worker_run: Path
 ) -> None:
     job = submit(*ONE_NODE, arguments=EXPERTS)
     job.process("ray::expert pgd-1").kill()
@@ -178,12 +178,12 @@ def test_a_killed_worker_and_a_killed_head_are_replaced_within_the_allocation(
     job.end()
     assert "the Ray cluster was lost; see " in job.log
     assert cluster.field(job.number, "Restarts") == "0"
-    assert_same_experts(job.results, two_workers)
+    assert_same_experts(job.results, two_worker_run)
 
 
 @pytest.mark.interruptions
 def test_cancelled_it_stops_for_good_says_how_to_resume_and_is_resumed(
-    submit: Callable[..., Job], cluster: Slurm, two_workers: Path
+    submit: Callable[..., Job], cluster: Slurm, two_worker_run: Path
 ) -> None:
     job = submit(*ONE_NODE, arguments=EXPERTS)
     pause_after_first_epoch(job.folder, "expert pgd-1")
@@ -192,7 +192,7 @@ def test_cancelled_it_stops_for_good_says_how_to_resume_and_is_resumed(
     assert f"\nresume: sbatch slurm/full_pipeline.sh --stages experts --set {TINY[0]} " in job.log
     again = submit(*ONE_NODE, arguments=EXPERTS)
     again.end()
-    assert_same_experts(again.results, two_workers)
+    assert_same_experts(again.results, two_worker_run)
 
 
 @pytest.mark.interruptions
@@ -209,7 +209,7 @@ def test_out_of_time_it_is_requeued(submit: Callable[..., Job], cluster: Slurm) 
 
 @pytest.mark.interruptions
 def test_a_sweep_on_two_nodes_goes_on_after_it_was_requeued(
-    submit: Callable[..., Job], cluster: Slurm, two_workers: Path
+    submit: Callable[..., Job], cluster: Slurm, two_worker_run: Path
 ) -> None:
     varied = ["gate.kind=soft", "gate.kind=hard", "--joint-workers", "2"]
     job = submit("--nodes=2", script="sweep.sh", arguments=[*varied, *ARGUMENTS])
@@ -220,7 +220,7 @@ def test_a_sweep_on_two_nodes_goes_on_after_it_was_requeued(
     (table,) = (job.folder / "runs" / "sweeps").glob("*/trials.parquet")
     trials = pd.read_parquet(table).set_index("gate.kind")
     assert trials.state.to_dict() == {"soft": "done", "hard": "done"}
-    assert_same(job.folder / "runs" / trials.folder["soft"], two_workers)
+    assert_same(job.folder / "runs" / trials.folder["soft"], two_worker_run)
 
 
 def test_a_node_that_does_not_come_is_named_with_its_log(cluster: Slurm, submit: Callable[..., Job]) -> None:
@@ -293,10 +293,10 @@ def test_three_unequal_nodes_each_give_ray_what_they_have(submit: Callable[..., 
 
 
 @pytest.mark.interruptions
-def test_unequal_nodes_come_to_the_same_tables(submit: Callable[..., Job], two_workers: Path) -> None:
+def test_unequal_nodes_come_to_the_same_tables(submit: Callable[..., Job], two_worker_run: Path) -> None:
     job = submit("--partition=uneven", "--exclusive", "--nodes=2", f"--nodelist=n1,{slurm.LAST}", arguments=EXPERTS)
     job.end()
-    assert_same_experts(job.results, two_workers)
+    assert_same_experts(job.results, two_worker_run)
 
 
 def test_gpus_that_slurm_does_not_manage_are_used_on_a_node_that_is_all_ours(

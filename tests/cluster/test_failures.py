@@ -331,7 +331,7 @@ def test_a_control_actor_that_is_killed_comes_back_and_the_run_still_hears_that_
         driver.send_signal(signal.SIGINT)
         resume_and_stop(training)
 
-    code, stderr = launch.until("^Ray dashboard", kill_then_interrupt, *ARGUMENTS)
+    code, stderr = launch.run_and_act_at("^Ray dashboard", kill_then_interrupt, *ARGUMENTS)
     assert code == 130, stderr
     assert "Traceback" not in stderr
     (folder,) = (launch.folder / "runs").iterdir()

@@ -20,14 +20,14 @@ from ray._private.runtime_env.packaging import create_package
 from dwf_cluster.cluster.sbatch import RESERVED, SlurmJob, SlurmOptions, follow
 from dwf_cluster.settings import InvalidInput
 
-from ..conftest import SLOWER, TINY, assert_same, write_npz
+from ..conftest import LONG_EPOCHS, TINY, assert_same, write_npz
 from ..process import Launch, pause_after_first_epoch, resume_and_stop
 from . import slurm
 from .slurm import Slurm
 
 needs_slurm = pytest.mark.skipif(slurm.missing() is not None, reason=str(slurm.missing()))
 ASK = ["--slurm", "--gpus-per-node", "0", "--cpus-per-node", "2", "--time", "30", "--sbatch", "mem=3G"]
-EXPERTS = ["--stages", "experts", "--set", *TINY, *SLOWER]
+EXPERTS = ["--stages", "experts", "--set", *TINY, *LONG_EPOCHS]
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def on_slurm(cluster: Slurm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 @needs_slurm
 def test_several_seeds_are_an_array_that_goes_on_when_nobody_looks_and_is_found_again(
-    on_slurm: Launch, cluster: Slurm, undisturbed: tuple[Path, subprocess.CompletedProcess[str]]
+    on_slurm: Launch, cluster: Slurm, reference_run: tuple[Path, subprocess.CompletedProcess[str]]
 ) -> None:
     command = [*ASK, "--seed", "0,1", "--throttle", "1", *EXPERTS]
 
@@ -48,19 +48,19 @@ def test_several_seeds_are_an_array_that_goes_on_when_nobody_looks_and_is_found_
         training.append(pause_after_first_epoch(on_slurm.folder, "expert pgd-1"))
         process.kill()
 
-    status, _ = on_slurm.until(r"job \S+: RUNNING", close, *command)
+    status, _ = on_slurm.run_and_act_at(r"job \S+: RUNNING", close, *command)
     assert status == -signal.SIGKILL
     running = cluster("squeue", "-hro", "%K %T").split("\n")
     assert sorted(filter(None, running)) == ["0 RUNNING", "1 PENDING"]  # no more than one at once
 
-    status, errors, lines = on_slurm.along([("^Ctrl-C", lambda _, line: training[0].resume())], *command)
+    status, errors, lines = on_slurm.run_with_steps([("^Ctrl-C", lambda _, line: training[0].resume())], *command)
     assert status == 0, errors
     folders = [Path(line) for line in lines[-2:]]
     assert [folder.name[:13] for folder in folders] == ["digits-seed0-", "digits-seed1-"]
     assert len([line for line in lines if re.search(r": job \d+_[01] is there already$", line)]) == 2
     assert not [line for line in lines if re.search(r"job \S+ submitted$", line)]
     assert any(line.startswith(f"{folders[1].name}: expert pgd-1: epoch 3/3") for line in lines)
-    assert_same(folders[0], undisturbed[0], models=["benign", "fgsm-1", "pgd-1"], tables=["metrics"])
+    assert_same(folders[0], reference_run[0], models=["benign", "fgsm-1", "pgd-1"], tables=["metrics"])
     assert set(pd.read_parquet(folders[0] / "results" / "jobs").attempts) == {1}
 
     again = on_slurm(*command)
@@ -257,7 +257,7 @@ def test_time_limits_are_read_as_sbatch_reads_them(text: str, minutes: int) -> N
 
 
 def test_the_local_executor_is_told_saves_and_goes_on_as_slurm_would_have_it(
-    launch: Launch, undisturbed: tuple[Path, subprocess.CompletedProcess[str]]
+    launch: Launch, reference_run: tuple[Path, subprocess.CompletedProcess[str]]
 ) -> None:
     def tell(process: psutil.Process, line: str) -> None:
         training = pause_after_first_epoch(launch.folder, "expert pgd-1")
@@ -274,9 +274,9 @@ def test_the_local_executor_is_told_saves_and_goes_on_as_slurm_would_have_it(
 
     command = ["--slurm", "--executor", "local", *EXPERTS]
     lines: list[str] = []
-    status, stderr = launch.until(r"job \S+: RUNNING", tell, *command, rest=lines)
+    status, stderr = launch.run_and_act_at(r"job \S+: RUNNING", tell, *command, later_lines=lines)
     assert status == 0, stderr
     assert any(line.startswith("expert pgd-1: stopped in ") for line in lines)
     folder = Path(lines[-1])
-    assert_same(folder, undisturbed[0], models=["benign", "fgsm-1", "pgd-1"], tables=["metrics"])
+    assert_same(folder, reference_run[0], models=["benign", "fgsm-1", "pgd-1"], tables=["metrics"])
     assert pd.read_parquet(folder / "results" / "jobs").set_index("task").attempts["expert pgd-1"] == 2

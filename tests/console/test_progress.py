@@ -60,14 +60,14 @@ def test_elsewhere_each_epoch_and_each_end_is_a_plain_line(store: Store, tiny: E
 
 
 def test_what_a_job_noted_is_a_warning(store: Store, tiny: Experiment, experts: list[Job]) -> None:
-    note = "damaged checkpoint 2 removed; used is 1\nrows are lost"
+    note = "damaged checkpoint 2 removed; resuming from 1\nrows are lost"
     tables.write(store, "jobs", experts[0].file, [{"state": "done", "note": note}])
     printed = io.StringIO()
     progress = _progress(store, tiny, Console(file=printed))
     with progress.watching(experts):
         progress.update(Ended(experts[0], "done"))
     assert printed.getvalue().splitlines() == [
-        "warning: damaged checkpoint 2 removed; used is 1",
+        "warning: damaged checkpoint 2 removed; resuming from 1",
         "warning: rows are lost",
         "expert pgd-1: done (1 of 3)",
     ]

@@ -24,15 +24,15 @@ from dwf_cluster.experiment import Experiment, build
 from dwf_cluster.plan.jobs import stored_bytes
 from dwf_cluster.store import checkpoints, tables
 
-from ..conftest import ARGUMENTS, LOCAL, MODELS, SLOWER, TINY, assert_same, store_of
+from ..conftest import ARGUMENTS, LOCAL, MODELS, LONG_EPOCHS, TINY, assert_same, store_of
 from ..process import Launch, command_line, pause_after_first_epoch, resume_and_stop, wait_for_answer
 
 
 def test_it_leaves_checkpoints_tables_and_the_experiment(
-    undisturbed: tuple[Path, subprocess.CompletedProcess[str]],
+    reference_run: tuple[Path, subprocess.CompletedProcess[str]],
 ) -> None:
-    folder, _ = undisturbed
-    experiment = build("digits", 0, [*TINY, *SLOWER])
+    folder, _ = reference_run
+    experiment = build("digits", 0, [*TINY, *LONG_EPOCHS])
     assert Experiment.from_json((folder / "experiment.json").read_text()) == experiment
     assert folder.name == experiment.folder
     assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["benign", "fgsm-1", "joint", "pgd-1"]
@@ -57,9 +57,9 @@ def test_it_leaves_checkpoints_tables_and_the_experiment(
 
 
 def test_every_job_has_a_name_a_person_understands_and_a_row(
-    undisturbed: tuple[Path, subprocess.CompletedProcess[str]],
+    reference_run: tuple[Path, subprocess.CompletedProcess[str]],
 ) -> None:
-    folder, _ = undisturbed
+    folder, _ = reference_run
     jobs = pd.read_parquet(folder / "results" / "jobs")
     assert {"expert pgd-1", "joint", "evaluate mixture paper 0-23", "evaluate mixture checks 0-7"} <= set(jobs.task)
     assert len(jobs) == 3 + 1 + 2 * (4 * 2 + 2) + 4
@@ -72,9 +72,9 @@ def test_every_job_has_a_name_a_person_understands_and_a_row(
 
 
 def test_it_prints_progress_the_table_and_how_to_read_the_results(
-    undisturbed: tuple[Path, subprocess.CompletedProcess[str]],
+    reference_run: tuple[Path, subprocess.CompletedProcess[str]],
 ) -> None:
-    folder, result = undisturbed
+    folder, result = reference_run
     lines = result.stdout.splitlines()
     assert lines[-1] == str(folder)
     assert re.search(r"^expert pgd-1: epoch 3/3, loss \d+\.\d+, clean [\d.]+%, PGD probe", result.stdout, re.M)
@@ -97,9 +97,9 @@ def test_it_prints_progress_the_table_and_how_to_read_the_results(
 
 
 def test_the_same_command_again_skips_what_is_done(
-    undisturbed: tuple[Path, subprocess.CompletedProcess[str]],
+    reference_run: tuple[Path, subprocess.CompletedProcess[str]],
 ) -> None:
-    folder, first = undisturbed
+    folder, first = reference_run
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     again = Launch(folder.parent.parent)(*ARGUMENTS)
     assert again.returncode == 0
@@ -110,7 +110,7 @@ def test_the_same_command_again_skips_what_is_done(
 
 
 def test_interrupted_and_killed_it_goes_on_and_ends_with_the_same_bits(
-    launch: Launch, undisturbed: tuple[Path, subprocess.CompletedProcess[str]]
+    launch: Launch, reference_run: tuple[Path, subprocess.CompletedProcess[str]]
 ) -> None:
     refused: list[str] = []
 
@@ -130,7 +130,7 @@ def test_interrupted_and_killed_it_goes_on_and_ends_with_the_same_bits(
         training.kill()
         driver.kill()
 
-    code, stderr = launch.until("^Ray dashboard", interrupt, *ARGUMENTS)
+    code, stderr = launch.run_and_act_at("^Ray dashboard", interrupt, *ARGUMENTS)
     assert code == 130
     assert stderr.splitlines()[0] == "stopping: trainings save what they have; again to stop at once"
     assert stderr.splitlines()[1] == "interrupted; what is done is kept"
@@ -140,7 +140,7 @@ def test_interrupted_and_killed_it_goes_on_and_ends_with_the_same_bits(
 
     (told,) = _status(launch)
     assert told.split()[1] == "stopped"
-    code, _ = launch.until("^Ray dashboard", kill, *ARGUMENTS)
+    code, _ = launch.run_and_act_at("^Ray dashboard", kill, *ARGUMENTS)
     assert code == -signal.SIGKILL
     assert refused
     assert checkpoints.latest_epoch(store_of(folder), "mixture") in (1, 2)
@@ -148,7 +148,7 @@ def test_interrupted_and_killed_it_goes_on_and_ends_with_the_same_bits(
     result = launch(*ARGUMENTS)  # takes over at once: it sees that the process is gone
     assert result.returncode == 0, result.stderr
     assert "experts: done already, skipped" in result.stdout
-    assert_same(folder, undisturbed[0])
+    assert_same(folder, reference_run[0])
     jobs = pd.read_parquet(folder / "results" / "jobs").set_index("task")
     assert jobs.loc[["expert pgd-1", "joint"], "attempts"].tolist() == [2, 2]
     assert set(jobs.state) == {"done"}
@@ -163,33 +163,33 @@ def _status(launch: Launch) -> list[str]:
 
 @pytest.mark.interruptions
 def test_a_killed_worker_is_replaced_and_changes_no_number(
-    launch: Launch, undisturbed: tuple[Path, subprocess.CompletedProcess[str]]
+    launch: Launch, reference_run: tuple[Path, subprocess.CompletedProcess[str]]
 ) -> None:
     def kill_worker(driver: psutil.Process, line: str) -> None:
         pause_after_first_epoch(launch.folder, "joint").kill()
 
-    code, stderr = launch.until("^Ray dashboard", kill_worker, *ARGUMENTS)
+    code, stderr = launch.run_and_act_at("^Ray dashboard", kill_worker, *ARGUMENTS)
     assert code == 0, stderr
     (folder,) = (launch.folder / "runs").iterdir()
-    assert_same(folder, undisturbed[0])
+    assert_same(folder, reference_run[0])
     jobs = pd.read_parquet(folder / "results" / "jobs").set_index("task")
     assert jobs.loc["joint", "attempts"] == 2
 
 
 def test_a_trained_model_is_kept_without_its_optimizer_and_one_to_fall_back_on_with_it(
-    undisturbed: tuple[Path, subprocess.CompletedProcess[str]],
+    reference_run: tuple[Path, subprocess.CompletedProcess[str]],
 ) -> None:
     for model in ("pgd-1", "joint"):
-        older, last = sorted((undisturbed[0] / "checkpoints" / model).iterdir())
+        older, last = sorted((reference_run[0] / "checkpoints" / model).iterdir())
         kinds = [{name.partition(".")[0] for name in load_file(f / "tensors.safetensors")} for f in (older, last)]
         assert kinds == [{"model", "momentum"}, {"model"}]
 
 
-def test_the_dry_run_knew_what_would_be_stored(undisturbed: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
-    experiment = build("digits", 0, [*TINY, *SLOWER])
+def test_the_dry_run_knew_what_would_be_stored(reference_run: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    experiment = build("digits", 0, [*TINY, *LONG_EPOCHS])
     estimates = stored_bytes([experiment], sources.sizes(experiment.data))
     for folder, estimate in zip(("checkpoints", "results"), estimates, strict=True):
-        stored = sum(path.stat().st_size for path in (undisturbed[0] / folder).rglob("*") if path.is_file())
+        stored = sum(path.stat().st_size for path in (reference_run[0] / folder).rglob("*") if path.is_file())
         assert 0.5 < estimate / stored < 2, (folder, estimate, stored)
 
 
@@ -200,25 +200,25 @@ def _remove(folder: Path, *files: str) -> None:
 
 
 def test_removed_evaluations_are_added_up_again_without_ray(
-    launch: Launch, undisturbed: tuple[Path, subprocess.CompletedProcess[str]]
+    launch: Launch, reference_run: tuple[Path, subprocess.CompletedProcess[str]]
 ) -> None:
-    copy = launch.folder / "runs" / undisturbed[0].name
-    shutil.copytree(undisturbed[0], copy)
-    table = undisturbed[1].stdout[undisturbed[1].stdout.index("Accuracy in percent") :]
+    copy = launch.folder / "runs" / reference_run[0].name
+    shutil.copytree(reference_run[0], copy)
+    table = reference_run[1].stdout[reference_run[1].stdout.index("Accuracy in percent") :]
     for removed in ("evaluations/evaluate-pgd-1-paper.parquet", "evaluations"):
         _remove(copy, removed)
         result = launch(*ARGUMENTS)
         assert result.returncode == 0, result.stderr
         assert "Ray dashboard" not in result.stdout
-        assert table.replace(str(undisturbed[0]), str(copy)) in result.stdout
-        assert_same(copy, undisturbed[0])
+        assert table.replace(str(reference_run[0]), str(copy)) in result.stdout
+        assert_same(copy, reference_run[0])
 
 
 def test_removed_tables_and_a_damaged_model_are_made_anew_bit_for_bit(
-    launch: Launch, undisturbed: tuple[Path, subprocess.CompletedProcess[str]]
+    launch: Launch, reference_run: tuple[Path, subprocess.CompletedProcess[str]]
 ) -> None:
-    copy = launch.folder / "runs" / undisturbed[0].name
-    shutil.copytree(undisturbed[0], copy)
+    copy = launch.folder / "runs" / reference_run[0].name
+    shutil.copytree(reference_run[0], copy)
     tasks = set(pd.read_parquet(copy / "results" / "jobs").task)
     saved = {path: path.stat().st_mtime_ns for path in (copy / "checkpoints").rglob("*")}
     _remove(copy, *tables.SCHEMAS)
@@ -226,7 +226,7 @@ def test_removed_tables_and_a_damaged_model_are_made_anew_bit_for_bit(
     assert result.returncode == 0, result.stderr
     # Nothing is trained: checkpoints have the rows.
     assert {path: path.stat().st_mtime_ns for path in (copy / "checkpoints").rglob("*")} == saved
-    assert_same(copy, undisturbed[0])
+    assert_same(copy, reference_run[0])
     assert set(pd.read_parquet(copy / "results" / "jobs").task) == tasks
 
     evaluation = "evaluate-{}-000000000.parquet"
@@ -239,23 +239,23 @@ def test_removed_tables_and_a_damaged_model_are_made_anew_bit_for_bit(
     assert result.returncode == 1
     assert result.stderr.splitlines()[0].startswith(
         "failed: stage evaluate, evaluate benign noise 0-23: CheckpointLost: benign is not trained to the end: no "
-        f"checkpoint of epoch 3 (damaged checkpoint {last} removed; used is {last.with_name('epoch-00002')}); "
-        "the same command again trains it; log: "
+        f"checkpoint of epoch 3 (damaged checkpoint {last} removed; resuming from {last.with_name('epoch-00002')}); "
+        "run the same command again to train it; log: "
     )
     assert "Traceback" not in result.stderr
     result = launch(*ARGUMENTS)
     assert result.returncode == 0, result.stderr
     assert "expert benign: done in" in result.stdout
-    assert_same(copy, undisturbed[0])
+    assert_same(copy, reference_run[0])
     assert set(pd.read_parquet(copy / "results" / "jobs").task) == tasks
 
 
 def test_one_worker_or_two_and_a_slice_again_come_to_the_same_rows(
-    launch: Launch, undisturbed: tuple[Path, subprocess.CompletedProcess[str]]
+    launch: Launch, reference_run: tuple[Path, subprocess.CompletedProcess[str]]
 ) -> None:
-    copy = launch.folder / "runs" / undisturbed[0].name
+    copy = launch.folder / "runs" / reference_run[0].name
     evaluated = shutil.ignore_patterns("evaluations", "shards", "predictions", "checks", "evaluate-*")
-    shutil.copytree(undisturbed[0], copy, ignore=evaluated)
+    shutil.copytree(reference_run[0], copy, ignore=evaluated)
     killed: list[str] = []
 
     def kill_worker(driver: psutil.Process, line: str) -> None:
@@ -265,16 +265,16 @@ def test_one_worker_or_two_and_a_slice_again_come_to_the_same_rows(
                     process.kill()
                     killed.append(name.removeprefix("ray::"))
 
-    alone = ["--local", "--cpus", "1", "--gpus", "0", "--set", *TINY, *SLOWER]
+    alone = ["--local", "--cpus", "1", "--gpus", "0", "--set", *TINY, *LONG_EPOCHS]
     last = Path(store_of(copy).path("checkpoints/joint/epoch-00003"))
     (last / "tensors.safetensors").write_bytes(b"not what was saved")
-    again = rf"^warning: damaged checkpoint {last} removed; used is {last.with_name('epoch-00002')}$"
-    code, stderr = launch.until(again, lambda _, __: None, "--stages", "joint", *ARGUMENTS)
+    again = rf"^warning: damaged checkpoint {last} removed; resuming from {last.with_name('epoch-00002')}$"
+    code, stderr = launch.run_and_act_at(again, lambda _, __: None, "--stages", "joint", *ARGUMENTS)
     assert code == 0, stderr
-    assert_same(copy, undisturbed[0], tables=["metrics"])
-    code, stderr = launch.until(r"evaluate .* done", kill_worker, *alone)
+    assert_same(copy, reference_run[0], tables=["metrics"])
+    code, stderr = launch.run_and_act_at(r"evaluate .* done", kill_worker, *alone)
     assert code == 0, stderr
-    assert_same(copy, undisturbed[0])
+    assert_same(copy, reference_run[0])
     jobs = pd.read_parquet(copy / "results" / "jobs").set_index("task").attempts
     again = set(jobs[jobs == 2].index)
     assert len(again) <= len(killed)  # the others were not run again
@@ -295,12 +295,12 @@ def test_a_run_that_fails_says_which_expert_why_and_how_to_resume(launch: Launch
 
 
 def test_two_gloo_workers_train_the_mixture_nearly_as_one_does(
-    undisturbed: tuple[Path, subprocess.CompletedProcess[str]], two_workers: Path
+    reference_run: tuple[Path, subprocess.CompletedProcess[str]], two_worker_run: Path
 ) -> None:
     """What differs is BatchNorm, which sees half of each batch."""
     one, two = (
         pd.read_parquet(folder / "results" / "metrics", filters=[("model", "==", "mixture")]).sort_values("epoch")
-        for folder in (undisturbed[0], two_workers)
+        for folder in (reference_run[0], two_worker_run)
     )
     assert two.epoch.tolist() == one.epoch.tolist() == [1, 2, 3]
     assert two.step.tolist() == one.step.tolist()
@@ -333,7 +333,7 @@ def test_all_listens_on_loopback_and_the_dashboard_refuses_whoever_has_no_token(
         assert [job["type"] for job in json.loads(wait_for_answer(request))] == ["DRIVER"]
         driver.send_signal(signal.SIGINT)
 
-    code, _ = launch.until("^Ray dashboard", knock, *ARGUMENTS)
+    code, _ = launch.run_and_act_at("^Ray dashboard", knock, *ARGUMENTS)
     assert code == 130
     assert not files[0].parent.exists()
     assert not [process for process in psutil.process_iter() if str(files[0].parent) in command_line(process)]

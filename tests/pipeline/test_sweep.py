@@ -215,7 +215,7 @@ def swept(tmp_path_factory: pytest.TempPathFactory) -> Swept:
     steps = [("^Ray dashboard", remember), (r"^gate\.kind=hard joint: epoch 1/3", look)]
     with pytest.MonkeyPatch.context() as environment, RayMetrics() as metrics:
         environment.setenv("RAY_metrics_report_interval_ms", "250")  # epochs take a second, Ray reports every ten
-        code, errors, lines = launch.along(steps, "--tensorboard", "tensorboard", *SWEEP)
+        code, errors, lines = launch.run_with_steps(steps, "--tensorboard", "tensorboard", *SWEEP)
     assert code == 0, errors
     seen["metrics"] = metrics.samples
     return launch.folder, subprocess.CompletedProcess([], code, "\n".join(lines), errors), seen
@@ -223,9 +223,9 @@ def swept(tmp_path_factory: pytest.TempPathFactory) -> Swept:
 
 def test_a_trial_comes_to_the_bits_of_the_same_experiment_run_alone(
     swept: Swept,
-    undisturbed: tuple[Path, subprocess.CompletedProcess[str]],
+    reference_run: tuple[Path, subprocess.CompletedProcess[str]],
 ) -> None:
-    assert_same(_trial(swept[0], "gate.kind=soft"), undisturbed[0])
+    assert_same(_trial(swept[0], "gate.kind=soft"), reference_run[0])
 
 
 def test_experts_are_trained_once_and_copied_with_their_rows(
@@ -304,7 +304,7 @@ def test_the_same_sweep_again_does_nothing_and_prints_the_same_table(
     again = Launch(folder)(*SWEEP)
     assert again.returncode == 0
     assert again.stdout.splitlines()[:3] == [f"{s}: done already, skipped" for s in ("experts", "joint", "evaluate")]
-    table = first.stdout[first.stdout.index("Accuracy of the mixture") :].strip()
+    table = first.stdout[first.stdout.index("Accuracy of the defended model") :].strip()
     assert table in again.stdout
 
 
@@ -349,11 +349,11 @@ def test_interrupted_and_killed_it_goes_on_and_ends_with_the_same_bits(launch: L
     def kill(driver: psutil.Process, line: str) -> None:
         driver.kill()
 
-    code, errors = launch.until("^Ray dashboard", interrupt, *SWEEP)
+    code, errors = launch.run_and_act_at("^Ray dashboard", interrupt, *SWEEP)
     assert code == 130
     assert "\nresume: python -m dwf_cluster.launch --local" in errors
     assert "stopped" in set(_outcome(launch.folder).state)
-    code, _ = launch.until(r"^gate\.kind=\w+ joint: epoch [23]/3", kill, *SWEEP)
+    code, _ = launch.run_and_act_at(r"^gate\.kind=\w+ joint: epoch [23]/3", kill, *SWEEP)
     assert code == -signal.SIGKILL
     result = launch(*SWEEP)
     assert result.returncode == 0, result.stderr

@@ -144,7 +144,7 @@ def test_a_damaged_checkpoint_is_said_before_training_goes_on(store: Store, tiny
     _finish(store, job)
     store.write("checkpoints/pgd-1/epoch-00003/tensors.safetensors", b"something else")
     folder = store.path("checkpoints/pgd-1/epoch-0000")
-    assert prepare_training(job, store) == [f"damaged checkpoint {folder}3 removed; used is {folder}2"]
+    assert prepare_training(job, store) == [f"damaged checkpoint {folder}3 removed; resuming from {folder}2"]
 
 
 def test_what_is_done_is_seen_without_a_look_at_tensors(

@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not there, verified, without pickle."""
+"""Checkpoints: complete or absent, verified, without pickle."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def _folder(store: Store, epoch: int, model: str = "pgd-1") -> Path:
     return Path(store.path(f"checkpoints/{model}/epoch-{epoch:05d}"))
 
 
-def test_what_was_saved_comes_back(store: Store) -> None:
+def test_loading_returns_what_was_saved(store: Store) -> None:
     assert checkpoints.load_latest(store, "pgd-1") is None
     _save(store, 1)
     checkpoint = checkpoints.load_latest(store, "pgd-1")
@@ -37,7 +37,7 @@ def test_what_was_saved_comes_back(store: Store) -> None:
     assert checkpoint.tensors["model.count"].dtype == torch.int64
 
 
-def test_one_from_the_middle_of_an_epoch_lies_between_its_neighbours(store: Store) -> None:
+def test_a_checkpoint_within_an_epoch_is_ordered_between_whole_epochs(store: Store) -> None:
     for epoch, steps in ((3, 0), (3, 17), (3, 105)):
         checkpoints.save(store, "pgd-1", epoch, steps, {"x": torch.tensor(steps)}, {})
     assert store.names("checkpoints/pgd-1") == ["epoch-00003-step-000017", "epoch-00003-step-000105"]
@@ -50,7 +50,7 @@ def test_one_from_the_middle_of_an_epoch_lies_between_its_neighbours(store: Stor
     assert (latest.epoch, latest.state["steps"]) == (3, 105)
 
 
-def test_the_mixture_lies_in_the_folder_joint(store: Store) -> None:
+def test_the_mixtures_checkpoints_are_in_the_folder_joint(store: Store) -> None:
     _save(store, 1, "mixture")
     assert _folder(store, 1, "joint").is_dir()
     assert checkpoints.latest_epoch(store, "mixture") == 1
@@ -73,7 +73,7 @@ def test_the_newest_two_are_kept(store: Store) -> None:
 
 
 @pytest.mark.parametrize("file", ["tensors.safetensors", "state.json", "manifest.json"])
-def test_a_checkpoint_that_lacks_a_file_does_not_exist(store: Store, file: str) -> None:
+def test_a_folder_without_one_of_the_files_is_not_a_checkpoint(store: Store, file: str) -> None:
     _save(store, 1)
     _save(store, 2)
     (_folder(store, 2) / file).unlink()
@@ -94,7 +94,7 @@ def _truncate(folder: Path) -> None:
     (folder / "tensors.safetensors").write_bytes(content[:-1])
 
 
-def _vanish(folder: Path) -> None:
+def _remove_state(folder: Path) -> None:
     (folder / "state.json").unlink()
 
 
@@ -116,8 +116,8 @@ def _swap_with_another_experiment(folder: Path) -> None:
     shutil.copytree(_folder(other, 2), folder, dirs_exist_ok=True)
 
 
-def _signed(folder: Path, name: str, content: bytes) -> None:
-    """Put a file in, and a manifest that vouches for it."""
+def _write_with_manifest(folder: Path, name: str, content: bytes) -> None:
+    """Write a file, and a manifest that matches it."""
     (folder / name).write_bytes(content)
     manifest = {
         path.name: {"bytes": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
@@ -133,32 +133,32 @@ class _Malicious:
 
 
 def _pickle_instead_of_tensors(folder: Path) -> None:
-    _signed(folder, "tensors.safetensors", pickle.dumps(_Malicious()))
+    _write_with_manifest(folder, "tensors.safetensors", pickle.dumps(_Malicious()))
 
 
 def _torch_pickle_instead_of_tensors(folder: Path) -> None:
     buffer = io.BytesIO()
     torch.save({"model.weight": _Malicious()}, buffer)
-    _signed(folder, "tensors.safetensors", buffer.getvalue())
+    _write_with_manifest(folder, "tensors.safetensors", buffer.getvalue())
 
 
-def _state_without_a_place(folder: Path) -> None:
-    _signed(folder, "state.json", b"{}")
+def _state_without_identity(folder: Path) -> None:
+    _write_with_manifest(folder, "state.json", b"{}")
 
 
-def _state_of_another_kind(folder: Path) -> None:
-    _signed(folder, "state.json", b"[1, 2]")
+def _state_that_is_a_list(folder: Path) -> None:
+    _write_with_manifest(folder, "state.json", b"[1, 2]")
 
 
-def _bottomless_state(folder: Path) -> None:
-    _signed(folder, "state.json", b"[" * 200_000)
+def _deeply_nested_state(folder: Path) -> None:
+    _write_with_manifest(folder, "state.json", b"[" * 200_000)
 
 
-def _bottomless_manifest(folder: Path) -> None:
+def _deeply_nested_manifest(folder: Path) -> None:
     (folder / "manifest.json").write_bytes(b"[" * 200_000)
 
 
-def _manifest_of_another_kind(folder: Path) -> None:
+def _manifest_with_wrong_types(folder: Path) -> None:
     (folder / "manifest.json").write_text('{"tensors.safetensors": 1, "state.json": null}')
 
 
@@ -171,23 +171,23 @@ def _manifest_that_is_no_text(folder: Path) -> None:
     [
         _flip_a_bit,
         _truncate,
-        _vanish,
+        _remove_state,
         _swap_a_file,
         _swap_with_another_epoch,
         _swap_with_another_model,
         _swap_with_another_experiment,
         _pickle_instead_of_tensors,
         _torch_pickle_instead_of_tensors,
-        _state_without_a_place,
-        _state_of_another_kind,
-        _bottomless_state,
-        _bottomless_manifest,
-        _manifest_of_another_kind,
+        _state_without_identity,
+        _state_that_is_a_list,
+        _deeply_nested_state,
+        _deeply_nested_manifest,
+        _manifest_with_wrong_types,
         _manifest_that_is_no_text,
     ],
     ids=lambda damage: damage.__name__.strip("_"),
 )
-def test_a_checkpoint_that_is_not_what_was_saved_is_removed_and_both_are_named(
+def test_a_damaged_checkpoint_is_removed_and_the_older_one_is_used(
     store: Store, damage: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -198,26 +198,26 @@ def test_a_checkpoint_that_is_not_what_was_saved_is_removed_and_both_are_named(
     checkpoint = checkpoints.load_latest(store, "pgd-1")
     assert checkpoint is not None
     assert (checkpoint.epoch, checkpoint.tensors["model.count"]) == (1, 1)
-    told = checkpoints.discard_damaged(store, "pgd-1")
-    assert told == f"damaged checkpoint {_folder(store, 2)} removed; used is {_folder(store, 1)}"
+    message = checkpoints.discard_damaged(store, "pgd-1")
+    assert message == f"damaged checkpoint {_folder(store, 2)} removed; resuming from {_folder(store, 1)}"
     assert store.names("checkpoints/pgd-1") == ["epoch-00001"]
     assert not Path("pwned").exists()
 
 
-def test_good_ones_are_left_alone_and_without_any_it_starts_over(store: Store) -> None:
+def test_intact_checkpoints_are_kept_and_without_any_training_starts_over(store: Store) -> None:
     _save(store, 1)
     _save(store, 2)
     assert checkpoints.discard_damaged(store, "pgd-1") is None
     _flip_a_bit(_folder(store, 1))
-    assert checkpoints.discard_damaged(store, "pgd-1") is None  # nobody needs it
+    assert checkpoints.discard_damaged(store, "pgd-1") is None  # the newer one is intact
     _flip_a_bit(_folder(store, 2))
-    told = checkpoints.discard_damaged(store, "pgd-1")
-    assert told is not None
-    assert told.endswith("removed; used is none: it starts over")
+    message = checkpoints.discard_damaged(store, "pgd-1")
+    assert message is not None
+    assert message.endswith("removed; starting over")
     assert checkpoints.load_latest(store, "pgd-1") is None
 
 
-def test_who_needs_a_trained_model_gets_the_last_epochs_or_an_error_and_the_damage_is_removed(store: Store) -> None:
+def test_loading_a_trained_model_fails_if_its_last_checkpoint_is_damaged(store: Store) -> None:
     _save(store, 2)
     _save(store, 3)
     assert checkpoints.load_trained(store, "pgd-1", 3).epoch == 3
@@ -226,23 +226,23 @@ def test_who_needs_a_trained_model_gets_the_last_epochs_or_an_error_and_the_dama
         checkpoints.load_trained(store, "pgd-1", 3)
     assert str(lost.value) == (
         f"pgd-1 is not trained to the end: no checkpoint of epoch 3 (damaged checkpoint {_folder(store, 3)} removed; "
-        f"used is {_folder(store, 2)}); the same command again trains it"
+        f"resuming from {_folder(store, 2)}); run the same command again to train it"
     )
     assert checkpoints.latest_epoch(store, "pgd-1") == 2  # so it is trained again
-    with pytest.raises(checkpoints.CheckpointLost, match="no checkpoint of epoch 3; the same command again trains it"):
+    with pytest.raises(
+        checkpoints.CheckpointLost, match="no checkpoint of epoch 3; run the same command again to train it"
+    ):
         checkpoints.load_trained(store, "pgd-1", 3)
 
 
-def test_a_listing_that_is_behind_costs_an_epoch_and_nothing_else(
-    store: Store, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_outdated_listing_costs_an_epoch_and_nothing_else(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     _save(store, 1)
     _save(store, 2)
     _save(store, 3)
     monkeypatch.setattr(Store, "names", lambda store, folder: ["epoch-00001", "epoch-00002"])
     checkpoint = checkpoints.load_latest(store, "pgd-1")
     assert checkpoint is not None
-    assert checkpoint.epoch == 2  # and the folder of the first, which is gone, is no checkpoint
+    assert checkpoint.epoch == 2  # the first one's folder, which was removed, is not a checkpoint
     assert checkpoints.latest_epoch(store, "pgd-1") == 2
 
 
@@ -250,25 +250,25 @@ def _others(store: Store) -> tuple[Store, Store]:
     return Store(store.url, "digits-seed0-0123456789"), Store(store.url, "digits-seed0-abcdef0123")
 
 
-def test_a_shared_model_is_stored_once_and_says_where_it_is_from(store: Store) -> None:
+def test_a_shared_model_is_stored_once_and_names_its_source(store: Store) -> None:
     _save(store, 3)
     second, third = _others(store)
     checkpoints.refer(store, second, "pgd-1")
     checkpoints.refer(second, third, "pgd-1")
-    one = checkpoints.load_trained(store, "pgd-1", 3)
+    original = checkpoints.load_trained(store, "pgd-1", 3)
     for other, source in ((second, store), (third, second)):
         shared = checkpoints.load_trained(other, "pgd-1", 3)
         assert checkpoints.latest_epoch(other, "pgd-1") == 3
-        assert all(torch.equal(tensor, one.tensors[name]) for name, tensor in shared.tensors.items())
+        assert all(torch.equal(tensor, original.tensors[name]) for name, tensor in shared.tensors.items())
         assert shared.state["experiment"] == other.folder.rpartition("-")[2]
         assert shared.state["copied_from"] == source.folder
         assert other.names("checkpoints/pgd-1/epoch-00003") == ["manifest.json", "state.json"]
-        assert checkpoints.origin(other, "checkpoints/pgd-1/epoch-00003") == (
+        assert checkpoints.tensors_elsewhere(other, "checkpoints/pgd-1/epoch-00003") == (
             f"{store.folder}/checkpoints/pgd-1/epoch-00003"
         )
 
 
-def test_a_damaged_model_is_not_shared_and_is_removed_so_that_it_is_trained_again(store: Store) -> None:
+def test_a_damaged_model_is_removed_instead_of_shared(store: Store) -> None:
     _save(store, 3)
     _flip_a_bit(_folder(store, 3))
     with pytest.raises(checkpoints.CheckpointLost, match=f"{store.folder} has no trained pgd-1 \\(damaged checkpoint "):
@@ -276,8 +276,8 @@ def test_a_damaged_model_is_not_shared_and_is_removed_so_that_it_is_trained_agai
     assert checkpoints.latest_epoch(store, "pgd-1") == 0
 
 
-@pytest.mark.parametrize("damage", [shutil.rmtree, _flip_a_bit], ids=["gone", "other tensors"])
-def test_a_shared_model_whose_tensors_are_gone_is_said_and_is_not_there(
+@pytest.mark.parametrize("damage", [shutil.rmtree, _flip_a_bit], ids=["missing", "other tensors"])
+def test_a_reference_to_missing_or_damaged_tensors_is_a_damaged_checkpoint(
     store: Store, damage: Callable[[Path], None]
 ) -> None:
     _save(store, 3)
@@ -287,16 +287,18 @@ def test_a_shared_model_whose_tensors_are_gone_is_said_and_is_not_there(
     assert checkpoints.load_latest(other, "pgd-1") is None
     assert checkpoints.discard_damaged(other, "pgd-1") == (
         f"damaged checkpoint {_folder(other, 3)} (its tensors are those of "
-        f"{store.folder}/checkpoints/pgd-1/epoch-00003) removed; used is none: it starts over"
+        f"{store.folder}/checkpoints/pgd-1/epoch-00003) removed; starting over"
     )
     assert checkpoints.latest_epoch(other, "pgd-1") == 0
 
 
-@pytest.mark.parametrize("place", ["../x/checkpoints/pgd-1/epoch-00003", "/etc/passwd", "a/b", 7, None, "x/../epoch-1"])
-def test_a_manifest_refers_to_checkpoints_only(store: Store, place: object) -> None:
+@pytest.mark.parametrize(
+    "reference", ["../x/checkpoints/pgd-1/epoch-00003", "/etc/passwd", "a/b", 7, None, "x/../epoch-1"]
+)
+def test_a_manifest_can_refer_only_to_checkpoints(store: Store, reference: object) -> None:
     _save(store, 3)
     manifest = json.loads((_folder(store, 3) / "manifest.json").read_text())
-    manifest["tensors.safetensors"]["in"] = place
+    manifest["tensors.safetensors"]["in"] = reference
     (_folder(store, 3) / "manifest.json").write_text(json.dumps(manifest))
     assert checkpoints.load_latest(store, "pgd-1") is None
     assert checkpoints.latest_epoch(store, "pgd-1") == 0

@@ -1,4 +1,4 @@
-"""One runs an experiment at a time; another takes over only when that one is dead."""
+"""The lock of an experiment: one run at a time; another run takes over only when the owner is dead."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from dwf_cluster.store.status import Status, now
 from .. import PATIENCE
 
 
-def _write(store: Store, number: int, **changed: object) -> None:
-    holder = Owner.me().model_dump() | changed
-    store.create(f"lease/{number:05d}.json", json.dumps(holder).encode())
+def _write_lock(store: Store, number: int, **changed: object) -> None:
+    owner = Owner.current().model_dump() | changed
+    store.create(f"lease/{number:05d}.json", json.dumps(owner).encode())
 
 
-def _beat(store: Store, run: int, state: str = "running", seconds_ago: float = 0.0) -> None:
+def _write_heartbeat(store: Store, run: int, state: str = "running", seconds_ago: float = 0.0) -> None:
     heartbeat = (datetime.now(timezone.utc) - timedelta(seconds=seconds_ago)).isoformat()
     Status.model_validate_json(
         json.dumps(
@@ -46,91 +46,89 @@ def _beat(store: Store, run: int, state: str = "running", seconds_ago: float = 0
     ).write(store)
 
 
-def _unreachable(seconds: float) -> None:
-    raise AssertionError("waited where the answer is plain")
+def _never_wait(seconds: float) -> None:
+    raise AssertionError("waited, although it is certain whether the owner is alive")
 
 
 ELSEWHERE = {"host": "n7", "machine": "n7 of another cluster"}
 
 
-def test_nobody_holds_a_new_experiment_and_its_taker_does(store: Store) -> None:
+def test_a_new_experiment_is_not_locked_until_a_run_acquires_it(store: Store) -> None:
     assert not lock.is_locked(store)
-    mine = lock.acquire(store, _unreachable)
+    mine = lock.acquire(store, _never_wait)
     assert mine.number == 1
     assert not mine.is_lost()
     assert lock.is_locked(store)
 
 
-def test_who_comes_second_is_told_who_holds_it_since_when_and_as_which_job(store: Store) -> None:
-    _write(store, 1, **ELSEWHERE, job="4711", since="2026-11-23T12:00:00+00:00", pid=99)
-    _beat(store, 1, seconds_ago=7)
-    for refuse in (lock.fail_if_locked, lock.acquire):
-        with pytest.raises(ExperimentLocked) as held:
-            refuse(store)
-        assert str(held.value) == (
+def test_a_second_run_is_told_the_owners_host_process_job_and_start(store: Store) -> None:
+    _write_lock(store, 1, **ELSEWHERE, job="4711", since="2026-11-23T12:00:00+00:00", pid=99)
+    _write_heartbeat(store, 1, seconds_ago=7)
+    for acquire in (lock.fail_if_locked, lock.acquire):
+        with pytest.raises(ExperimentLocked) as refused:
+            acquire(store)
+        assert str(refused.value) == (
             f"{store.folder} is being run by n7 (process 99, SLURM job 4711) since 2026-11-23T12:00:00+00:00, "
             "last heartbeat 7 s ago"
         )
 
 
-def test_one_that_has_said_its_last_word_is_followed_at_once(store: Store) -> None:
-    _write(store, 1, **ELSEWHERE)
+def test_a_finished_run_can_be_replaced_at_once(store: Store) -> None:
+    _write_lock(store, 1, **ELSEWHERE)
     for state in ("done", "failed", "stopped"):
-        _beat(store, 1, state)
+        _write_heartbeat(store, 1, state)
         assert lock.final_state(store) == state
         assert not lock.is_locked(store)
-    assert lock.acquire(store, _unreachable).number == 2
+    assert lock.acquire(store, _never_wait).number == 2
     assert lock.final_state(store) is None
 
 
-def test_a_dead_process_of_this_machine_is_followed_at_once(store: Store) -> None:
+def test_a_dead_run_of_this_machine_can_be_replaced_at_once(store: Store) -> None:
     with subprocess.Popen([sys.executable, "-c", "pass"]) as process:
         process.wait()
-    _write(store, 1, pid=process.pid)
-    _beat(store, 1)
-    assert lock.acquire(store, _unreachable).number == 2
+    _write_lock(store, 1, pid=process.pid)
+    _write_heartbeat(store, 1)
+    assert lock.acquire(store, _never_wait).number == 2
 
 
-def test_who_holds_it_for_another_process_holds_it_as_long_as_that_lives(store: Store) -> None:
-    """A sweep's trial for its driver: killed, the driver can be begun again while the trial has not yet noticed."""
+def test_a_lock_for_another_process_is_owned_until_that_process_ends(store: Store) -> None:
+    """A sweep's trial locks for its driver: a killed driver can be restarted before the trial notices its death."""
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as driver:
         assert lock.acquire(store, pid=driver.pid).number == 1
         with pytest.raises(ExperimentLocked, match=rf"\(process {driver.pid}\)"):
             lock.acquire(store)
         driver.kill()
-    assert lock.acquire(store, _unreachable).number == 2
+    assert lock.acquire(store, _never_wait).number == 2
 
 
-def test_a_process_that_has_only_the_number_of_the_dead_one_does_not_count(store: Store) -> None:
-    _write(store, 1, began="long ago")
-    _beat(store, 1)
-    assert lock.acquire(store, _unreachable).number == 2
+def test_a_new_process_with_the_dead_owners_number_is_not_the_owner(store: Store) -> None:
+    _write_lock(store, 1, began="long ago")
+    _write_heartbeat(store, 1)
+    assert lock.acquire(store, _never_wait).number == 2
 
 
-def test_an_earlier_life_of_the_same_slurm_job_is_dead(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_requeued_slurm_job_replaces_its_earlier_run_at_once(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", "12")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    _write(store, 1, **ELSEWHERE, job="12", life="1")
-    _beat(store, 1)
+    _write_lock(store, 1, **ELSEWHERE, job="12", life="1")
+    _write_heartbeat(store, 1)
     assert lock.is_locked(store)
     monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
-    assert lock.acquire(store, _unreachable).number == 2
+    assert lock.acquire(store, _never_wait).number == 2
 
 
-@pytest.mark.parametrize("beats", [True, False])
-def test_one_on_another_machine_is_dead_when_it_is_silent_while_we_look_whatever_the_clocks_say(
-    store: Store, beats: bool
-) -> None:
-    _write(store, 1, **ELSEWHERE, since="2026-01-01T00:00:00+00:00")
-    _beat(store, 1, seconds_ago=300)
+@pytest.mark.parametrize("alive", [True, False])
+def test_a_silent_owner_on_another_machine_is_replaced_unless_a_heartbeat_comes(store: Store, alive: bool) -> None:
+    _write_lock(store, 1, **ELSEWHERE, since="2026-01-01T00:00:00+00:00")
+    _write_heartbeat(store, 1, seconds_ago=300)
     waited: list[float] = []
 
     def wait(seconds: float) -> None:
         waited.append(seconds)
-        if beats:
-            _beat(store, 1, seconds_ago=290)
+        if alive:
+            _write_heartbeat(store, 1, seconds_ago=290)
 
-    if beats:
+    if alive:
         with pytest.raises(ExperimentLocked):
             lock.acquire(store, wait)
     else:
@@ -138,9 +136,9 @@ def test_one_on_another_machine_is_dead_when_it_is_silent_while_we_look_whatever
     assert waited == [20.0]
 
 
-def test_one_that_was_thought_dead_learns_that_it_has_lost(store: Store) -> None:
+def test_a_replaced_owner_sees_that_its_lock_is_lost(store: Store) -> None:
     first = lock.acquire(store)
-    _write(store, 2, **ELSEWHERE)
+    _write_lock(store, 2, **ELSEWHERE)
     assert first.is_lost()
 
 
@@ -148,58 +146,58 @@ UNREADABLE = [b"", b"{}", b"[" * 100_000, b'{"host": 1}', b"\xff"]
 
 
 @pytest.mark.parametrize("content", UNREADABLE, ids=range(len(UNREADABLE)))
-def test_an_unreadable_lock_is_taken_only_if_no_heartbeat_comes(store: Store, content: bytes) -> None:
+def test_an_unreadable_lock_is_replaced_only_if_no_heartbeat_comes(store: Store, content: bytes) -> None:
     store.write("lease/00003.json", content)
     assert not lock.is_locked(store)
     waited: list[float] = []
     with pytest.raises(
         ExperimentLocked, match=r"run by a run whose lock lease/00003\.json cannot be read, last heartbeat"
     ):
-        lock.acquire(store, lambda seconds: _beat(store, 3, seconds_ago=300))
+        lock.acquire(store, lambda seconds: _write_heartbeat(store, 3, seconds_ago=300))
     assert lock.acquire(store, waited.append).number == 4
     assert waited == [20.0]
 
 
-def test_an_unreadable_lock_of_a_run_that_beats_is_refused_at_once(store: Store) -> None:
+def test_an_unreadable_lock_with_a_recent_heartbeat_is_respected_at_once(store: Store) -> None:
     store.write("lease/00003.json", b"of another version")
-    _beat(store, 3, seconds_ago=1)
+    _write_heartbeat(store, 3, seconds_ago=1)
     assert lock.is_locked(store)
-    for refuse in (lock.fail_if_locked, lambda store: lock.acquire(store, _unreachable)):
+    for acquire in (lock.fail_if_locked, lambda store: lock.acquire(store, _never_wait)):
         with pytest.raises(ExperimentLocked, match="cannot be read, last heartbeat 1 s ago"):
-            refuse(store)
+            acquire(store)
 
 
 @pytest.mark.parametrize("content", UNREADABLE, ids=range(len(UNREADABLE)))
-def test_an_unreadable_lock_of_a_run_that_has_ended_is_taken_at_once(store: Store, content: bytes) -> None:
+def test_an_unreadable_lock_of_a_finished_run_is_replaced_at_once(store: Store, content: bytes) -> None:
     store.write("lease/00003.json", content)
-    _beat(store, 3, "stopped")
-    assert lock.acquire(store, _unreachable).number == 4
+    _write_heartbeat(store, 3, "stopped")
+    assert lock.acquire(store, _never_wait).number == 4
 
 
 @pytest.mark.parametrize("hours", [2, -2])
-def test_a_dead_owner_whose_clock_differed_is_taken_over_after_one_look(store: Store, hours: int) -> None:
+def test_a_dead_owner_with_another_clock_is_replaced_after_one_wait(store: Store, hours: int) -> None:
     ahead = (datetime.now(timezone.utc) + timedelta(hours=hours)).isoformat()
-    _write(store, 1, **ELSEWHERE, since=ahead)
+    _write_lock(store, 1, **ELSEWHERE, since=ahead)
     waited: list[float] = []
-    assert lock.acquire(store, waited.append).number == 2  # it never came to its first heartbeat
-    _write(store, 3, **ELSEWHERE, since=ahead)
-    _beat(store, 3, seconds_ago=-3600 * hours)
+    assert lock.acquire(store, waited.append).number == 2  # the owner died before its first heartbeat
+    _write_lock(store, 3, **ELSEWHERE, since=ahead)
+    _write_heartbeat(store, 3, seconds_ago=-3600 * hours)
     assert lock.acquire(store, waited.append).number == 4
     assert waited == [20.0, 20.0]
 
 
 @pytest.mark.parametrize("higher", [2, 3, 7])
-def test_any_higher_number_means_that_the_lock_is_lost(store: Store, higher: int) -> None:
+def test_a_lock_of_any_higher_number_means_that_the_lock_is_lost(store: Store, higher: int) -> None:
     mine = lock.acquire(store)
     assert not mine.is_lost()
-    _write(store, higher, **ELSEWHERE)
+    _write_lock(store, higher, **ELSEWHERE)
     assert mine.is_lost()
 
 
-def test_a_process_that_was_paused_before_it_created_its_lock_gets_no_number_a_second_time(
+def test_no_number_is_used_twice_after_a_pause_before_the_lock_is_created(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Four others take turns between its look at the locks and its attempt to create the next one."""
+    """Four other runs come and go after it has read the locks and before it creates the next one."""
     numbers: list[int] = []
     create = Store.create
 
@@ -207,11 +205,11 @@ def test_a_process_that_was_paused_before_it_created_its_lock_gets_no_number_a_s
         monkeypatch.setattr(Store, "create", create)
         for _ in range(4):
             numbers.append(lock.acquire(store, pid=_dead()).number)
-        _beat(store, numbers[-1], "stopped")
+        _write_heartbeat(store, numbers[-1], "stopped")
         return self.create(name, content)
 
     monkeypatch.setattr(Store, "create", paused)
-    mine = lock.acquire(store, _unreachable)
+    mine = lock.acquire(store, _never_wait)
     assert [*numbers, mine.number] == [1, 2, 3, 4, 5]
     assert not mine.is_lost()
 
@@ -223,32 +221,32 @@ def _dead() -> int:
     return process.pid
 
 
-def test_a_run_that_was_paused_before_it_made_its_folder_finds_that_it_is_lost(
+def test_a_run_paused_before_it_makes_its_folder_notices_that_its_lock_is_lost(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The next run removes the folders of those before it; this one makes its own only after that."""
+    """The next run removes the folders of earlier runs; this one makes its folder only after that."""
     begin = Store.begin_run
     others: list[lock.Lock] = []
 
     def paused(self: Store) -> None:
         monkeypatch.setattr(Store, "begin_run", begin)
         store.remove("lease/00001.json")
-        _write(store, 1, began="long ago")  # else it is this process, alive
+        _write_lock(store, 1, began="long ago")  # otherwise the owner is this process, which is alive
         others.append(lock.acquire(store))
         self.begin_run()
 
     monkeypatch.setattr(Store, "begin_run", paused)
     with pytest.raises(ExperimentLocked, match=f"process {os.getpid()}"):
-        lock.acquire(store, _unreachable)
+        lock.acquire(store, _never_wait)
     assert [other.number for other in others] == [2]
     assert sorted(os.listdir(store.root)) == [".run-00002", "lease"]
 
 
-def test_a_run_that_was_taken_over_writes_creates_and_removes_nothing(store: Store) -> None:
+def test_a_replaced_run_can_neither_write_nor_create_nor_remove(store: Store) -> None:
     old = lock.acquire(store).store
     old.write("results/jobs/a.parquet", b"before")
     assert old.create("created", b"before")
-    _write(store, 2, began="long ago")
+    _write_lock(store, 2, began="long ago")
     new = lock.acquire(store).store
     before = _content(store)
     for attempt in (
@@ -271,13 +269,13 @@ def _content(store: Store) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("function", ["replace", "link", "rename"])
-def test_a_run_that_is_paused_in_the_last_instant_before_a_change_does_not_make_it(
+def test_a_replaced_run_cannot_finish_a_change_that_it_had_begun(
     store: Store, monkeypatch: pytest.MonkeyPatch, function: str
 ) -> None:
-    """The file is written and synced, the locks are as they were; then it is paused, and another takes over."""
+    """It is paused when the unfinished file is complete, right before the rename; meanwhile another run takes over."""
     old = lock.acquire(store).store
     old.write("file", b"before")
-    _beat(store, 1, "stopped")
+    _write_heartbeat(store, 1, "stopped")
     original = getattr(os, function)
 
     def paused(source: str, target: str) -> None:
@@ -296,7 +294,7 @@ def test_a_run_that_is_paused_in_the_last_instant_before_a_change_does_not_make_
     assert (store.read("file"), store.read("other")) == (b"before", None)
 
 
-def test_nothing_is_written_for_a_run_after_its_end(store: Store) -> None:
+def test_a_run_cannot_write_after_its_end(store: Store) -> None:
     mine = lock.acquire(store)
     mine.store.end_run()
     with pytest.raises(LockLost, match="run 1 has ended"):
@@ -304,44 +302,44 @@ def test_nothing_is_written_for_a_run_after_its_end(store: Store) -> None:
     assert os.listdir(store.root) == ["lease"]
 
 
-def test_the_next_run_sweeps_what_killed_ones_left(store: Store) -> None:
+def test_the_next_run_removes_unfinished_files_of_killed_runs(store: Store) -> None:
     killed = lock.acquire(store).store
     Path(store.root, ".run-00001", "results-jobs-a.parquet.7-ab.unfinished").write_bytes(b"half")
     killed.write("results/jobs/a.parquet", b"whole")
     Path(store.path("results/jobs/.b.parquet.7-ab.unfinished")).write_bytes(b"half of an older version's")
-    _beat(store, 1, "stopped")
+    _write_heartbeat(store, 1, "stopped")
     lock.acquire(store)
     assert sorted(os.listdir(store.root)) == [".run-00002", "lease", "results", "status.json"]
     assert os.listdir(store.path("results/jobs")) == ["a.parquet"]
 
 
-def test_messages_about_an_owner_contain_nothing_but_printable_characters(store: Store) -> None:
-    _write(store, 1, **ELSEWHERE | {"host": "n7\x1b[2J"}, since=now())
+def test_messages_about_an_owner_are_printable(store: Store) -> None:
+    _write_lock(store, 1, **ELSEWHERE | {"host": "n7\x1b[2J"}, since=now())
     with pytest.raises(ExperimentLocked, match=r"is being run by n7\\x1b\[2J \(process"):
         lock.fail_if_locked(store)
 
 
-def test_a_listing_that_is_behind_hides_nobody(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    _write(store, 1, began="long ago")
-    behind = store.names("lease")
-    _write(store, 2, **ELSEWHERE)
-    monkeypatch.setattr(Store, "names", lambda store, folder: behind)
+def test_an_outdated_listing_does_not_hide_the_newest_lock(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    _write_lock(store, 1, began="long ago")
+    outdated = store.names("lease")
+    _write_lock(store, 2, **ELSEWHERE)
+    monkeypatch.setattr(Store, "names", lambda store, folder: outdated)
     assert lock.is_locked(store)
     with pytest.raises(ExperimentLocked, match="n7"):
-        lock.acquire(store, _unreachable)
+        lock.acquire(store, _never_wait)
 
 
-def _take(store: Store, go: object, answers: object) -> None:
+def _acquire(store: Store, go: object, answers: object) -> None:
     go.wait()  # type: ignore[attr-defined]
     try:
         answers.put(lock.acquire(store).number)  # type: ignore[attr-defined]
-    except ExperimentLocked as held:
-        answers.put(str(held))  # type: ignore[attr-defined]
+    except ExperimentLocked as error:
+        answers.put(str(error))  # type: ignore[attr-defined]
     go.wait_end()  # type: ignore[attr-defined]
 
 
 class _Gate:
-    """Begins all at once, and keeps the winner alive until all have answered."""
+    """Starts all processes at once, and keeps the winner alive until all have answered."""
 
     def __init__(self) -> None:
         context = multiprocessing.get_context("spawn")
@@ -350,26 +348,26 @@ class _Gate:
         self.open, self.close = self._go.set, self._end.set
 
 
-def test_of_many_at_once_one_gets_it(store: Store) -> None:
+def test_of_four_processes_at_once_exactly_one_acquires_the_lock(store: Store) -> None:
     context = multiprocessing.get_context("spawn")
     gate, answers = _Gate(), context.Queue()
-    processes = [context.Process(target=_take, args=(store, gate, answers)) for _ in range(4)]
+    processes = [context.Process(target=_acquire, args=(store, gate, answers)) for _ in range(4)]
     for process in processes:
         process.start()
     gate.open()
-    told = [answers.get(timeout=PATIENCE) for _ in processes]
+    results = [answers.get(timeout=PATIENCE) for _ in processes]
     gate.close()
     for process in processes:
         process.join()
-    assert [answer for answer in told if answer == 1] == [1]
-    (pid,) = {process.pid for process in processes if all(f"process {process.pid}" in t for t in told if t != 1)}
+    assert results.count(1) == 1
+    refusals = [result for result in results if result != 1]
+    (pid,) = {process.pid for process in processes if all(f"process {process.pid}" in text for text in refusals)}
     assert pid != os.getpid()
 
 
-def test_two_experiments_do_not_touch_each_other(store: Store) -> None:
-    taken: Callable[[Store], lock.Lock] = lock.acquire
-    taken(store)
+def test_experiments_of_one_storage_have_separate_locks(store: Store) -> None:
+    lock.acquire(store)
     before = {name: store.read(f"lease/{name}") for name in store.names("lease")}
     other = Store(store.url, "digits-seed1-0123456789")
-    assert taken(other).number == 1
+    assert lock.acquire(other).number == 1
     assert {name: store.read(f"lease/{name}") for name in store.names("lease")} == before

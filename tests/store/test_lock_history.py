@@ -1,13 +1,13 @@
-"""The lock under faults: many processes take it, beat and write, and what they did is checked afterwards.
+"""The lock under faults: several processes acquire it, send heartbeats and write; then their history is checked.
 
-They are stopped and continued at random (SIGSTOP, SIGCONT), their clocks differ by up to an hour, and answers of the
-store are lost on the way. Every process writes down what it did, with the machine's monotonic clock. Asserted is:
+They are stopped and continued at random (SIGSTOP, SIGCONT), their clocks differ by up to an hour, and some answers of
+the storage are lost. Every process logs what it does, with the machine's monotonic clock. The test asserts:
 
-- no number of a lock has two owners;
-- nothing that an owner has written appears after a later one's `take` has returned. On a disk that is so without
-  exception; on S3 a PUT may be under way, and then the look at the locks before it must have begun before that.
+- no lock number has two owners;
+- no write of an owner appears after `acquire` has returned to a later owner. On a disk this holds without exception; on
+  S3 a PUT may be under way at that time, but the process must have read the locks before it.
 
-`DWF_LOCK_SEED` draws the same faults again.
+`DWF_LOCK_SEED` repeats the same random faults.
 """
 
 from __future__ import annotations
@@ -39,15 +39,15 @@ from ..s3 import S3
 PROCESSES = 4
 HEARTBEAT = 0.1
 SILENCE = 0.4
-"""Seconds, in place of ten and sixty."""
+"""Seconds, instead of ten and sixty."""
 
-TAKEN, LOST, REPEATED = 14, 3, 3
-"""So many locks must have been taken, lost to another process and had their answers lost before the history ends."""
+MIN_ACQUIRED, MIN_LOST, MIN_REPEATED = 14, 3, 3
+"""The history ends after so many acquired locks, locks lost to another process, and lost answers."""
 
 DATA = "data"
 
 
-def test_of_a_disk_the_history_has_one_owner_a_number_and_no_late_write(tmp_path: Path) -> None:
+def test_on_a_disk_each_lock_has_one_owner_and_no_write_appears_late(tmp_path: Path) -> None:
     history = _history(Store(str(tmp_path / "runs"), "digits-seed0-0123456789"), tmp_path)
     late = list(history.late())
     assert late == []
@@ -64,56 +64,56 @@ def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     server.remove()
 
 
-def test_on_s3_no_late_write_was_begun_after_another_had_taken_over(s3: str, tmp_path: Path) -> None:
+def test_on_s3_no_write_begins_after_a_later_run_has_acquired_the_lock(s3: str, tmp_path: Path) -> None:
     history = _history(Store(s3, "digits-seed0-0123456789"), tmp_path)
-    for write, looked, acquired in history.late():
-        assert looked < acquired, f"{write} looked at the locks after a later run had taken over"
+    for write, checked, acquired in history.late():
+        assert checked < acquired, f"before {write} the locks were read after a later run had acquired one"
 
 
 @dataclass
 class _History:
-    """What the processes wrote down, in the order of time, and what the store has at the end."""
+    """The logged events, in order of time, and the files of the storage at the end."""
 
     events: list[dict[str, Any]]
     files: set[str]
 
     def late(self) -> Iterator[tuple[str, float, float]]:
-        """Files that appeared after a later run had taken the lock: name, last look at the locks, time of that."""
-        looked = {event["file"]: event["time"] for event in self.events if event["what"] == "looks"}
+        """Files that appeared after a later run acquired the lock: name, time of the last check, time of acquiring."""
+        checked = {event["file"]: event["time"] for event in self.events if event["what"] == "checks"}
         for event in self.events:
             if event["what"] == "acquired":
                 for name in self.files - set(event["files"]):
                     if int(name[:5]) < event["run"]:
-                        yield name, looked[name], event["time"]
+                        yield name, checked[name], event["time"]
 
 
 def _history(store: Store, folder: Path) -> _History:
-    """Let processes go at the store until enough has happened; check the owners."""
+    """Run the processes until enough has happened; assert that each lock has one owner."""
     seed = int(os.environ.get("DWF_LOCK_SEED", time.time_ns() % 10**6))
     print(f"\nDWF_LOCK_SEED={seed}")
     chance = random.Random(seed)
     context = multiprocessing.get_context("spawn")
-    over = context.Event()
+    finished = context.Event()
     logs = [folder / f"{number}.jsonl" for number in range(PROCESSES)]
-    processes = [context.Process(target=_process, args=(store, log, seed + i, over)) for i, log in enumerate(logs)]
+    processes = [context.Process(target=_process, args=(store, log, seed + i, finished)) for i, log in enumerate(logs)]
     for log, process in zip(logs, processes, strict=True):
         log.touch()
         process.start()
     deadline, events = time.monotonic() + PATIENCE, list[dict[str, Any]]()
     try:
         counts: Counter[str] = Counter()
-        while counts["acquired"] < TAKEN or counts["lost"] < LOST or counts["repeats"] < REPEATED:
+        while counts["acquired"] < MIN_ACQUIRED or counts["lost"] < MIN_LOST or counts["repeats"] < MIN_REPEATED:
             assert time.monotonic() < deadline, f"not enough has happened: {counts}"
             assert all(process.is_alive() for process in processes)
             victim = chance.choice(processes)
             assert victim.pid is not None
             os.kill(victim.pid, signal.SIGSTOP)
-            time.sleep(chance.uniform(0.1, 6 * SILENCE))  # the fault is drawn
+            time.sleep(chance.uniform(0.1, 6 * SILENCE))  # the length of the fault is random
             os.kill(victim.pid, signal.SIGCONT)
             time.sleep(chance.uniform(0, SILENCE))
             events = [json.loads(line) for log in logs for line in log.read_text().splitlines() if line.endswith("}")]
             counts = Counter(event["what"] for event in events)
-        over.set()
+        finished.set()
         for process in processes:
             process.join(PATIENCE)
             assert process.exitcode == 0
@@ -130,8 +130,8 @@ def _history(store: Store, folder: Path) -> _History:
     return _History(sorted(events, key=lambda event: event["time"]), set(store.names(DATA)))
 
 
-def _process(store: Store, log: Path, seed: int, over: Any) -> None:
-    """Take the lock, write and beat until it is lost or given back, again and again."""
+def _process(store: Store, log: Path, seed: int, finished: Any) -> None:
+    """Acquire the lock, write and send heartbeats until it is lost or released, again and again."""
     chance = random.Random(seed)
     with open(log, "ab", buffering=0) as file:
 
@@ -139,28 +139,28 @@ def _process(store: Store, log: Path, seed: int, over: Any) -> None:
             file.write((json.dumps({"what": what, "time": time.monotonic(), **more}) + "\n").encode())
 
         _patch(store, chance, note)
-        while not over.is_set():
+        while not finished.is_set():
             try:
-                mine = lock.acquire(store)
+                acquired = lock.acquire(store)
             except ExperimentLocked:
-                over.wait(chance.uniform(0, HEARTBEAT))
+                finished.wait(chance.uniform(0, HEARTBEAT))
                 continue
-            note("acquired", run=mine.number, files=store.names(DATA))
+            note("acquired", run=acquired.number, files=store.names(DATA))
             try:
-                _own(mine, chance, over)
+                _use(acquired, chance, finished)
             except LockLost:
-                note("lost", run=mine.number)
+                note("lost", run=acquired.number)
 
 
-def _own(mine: lock.Lock, chance: random.Random, over: Any) -> None:
+def _use(acquired: lock.Lock, chance: random.Random, finished: Any) -> None:
     for number in range(chance.randrange(5, 60)):
-        mine.store.write(f"{DATA}/{mine.number:05d}-{number:05d}", os.urandom(chance.choice((10, 100_000))))
-        _status(mine.number, "running").write(mine.store)
-        if over.wait(chance.uniform(0, HEARTBEAT)):
+        acquired.store.write(f"{DATA}/{acquired.number:05d}-{number:05d}", os.urandom(chance.choice((10, 100_000))))
+        _status(acquired.number, "running").write(acquired.store)
+        if finished.wait(chance.uniform(0, HEARTBEAT)):
             break
-    if chance.random() < 0.5:  # else it falls silent
-        _status(mine.number, "stopped").write(mine.store)
-        mine.store.end_run()
+    if chance.random() < 0.5:  # otherwise its heartbeats just end
+        _status(acquired.number, "stopped").write(acquired.store)
+        acquired.store.end_run()
 
 
 def _status(run: int, state: Any) -> Status:
@@ -172,25 +172,25 @@ def _status(run: int, state: Any) -> Status:
 
 
 def _patch(store: Store, chance: random.Random, note: Callable[..., None]) -> None:
-    """Shorter times, a machine and a clock of its own, a look at the locks that is noted, answers that are lost."""
+    """Shorten the times, give this process its own machine and clock, log when it checks the locks, lose answers."""
     patch, offset = pytest.MonkeyPatch(), timedelta(seconds=chance.uniform(-3600, 3600))
 
     def now() -> str:
         return (datetime.now(timezone.utc) + offset).isoformat()
 
-    patch.setattr(lease, "HEARTBEAT", HEARTBEAT)
-    patch.setattr(lease, "SILENCE", SILENCE)
-    patch.setattr(lease, "_machine", lambda: f"machine {os.getpid()}")
-    patch.setattr(lease, "now", now)
-    patch.setattr(lease, "age", lambda time: status.age(time) + offset.total_seconds())
+    patch.setattr(lock, "HEARTBEAT", HEARTBEAT)
+    patch.setattr(lock, "SILENCE", SILENCE)
+    patch.setattr(lock, "_machine", lambda: f"machine {os.getpid()}")
+    patch.setattr(lock, "now", now)
+    patch.setattr(lock, "age", lambda time: status.age(time) + offset.total_seconds())
     put = Store._put
 
-    def noted(self: Store, name: str, content: bytes, exclusive: bool) -> None:
+    def logged(self: Store, name: str, content: bytes, exclusive: bool) -> None:
         if name.startswith(DATA):
-            note("looks", file=name.rpartition("/")[2])
+            note("checks", file=name.rpartition("/")[2])
         put(self, name, content, exclusive)
 
-    patch.setattr(Store, "_put", noted)
+    patch.setattr(Store, "_put", logged)
 
     def lossy(function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*arguments: Any, **options: Any) -> Any:
@@ -206,4 +206,4 @@ def _patch(store: Store, chance: random.Random, note: Callable[..., None]) -> No
         for name in ("replace", "link", "rename"):
             patch.setattr(os, name, lossy(getattr(os, name)))
     else:
-        patch.setattr(store.files, "pipe_file", lossy(store.files.pipe_file))  # fsspec keeps one for the whole process
+        patch.setattr(store.files, "pipe_file", lossy(store.files.pipe_file))  # fsspec caches one per process

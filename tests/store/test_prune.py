@@ -1,4 +1,4 @@
-"""What no run needs any more is listed, and removed after asking; what others refer to stays."""
+"""`status --prune` lists and, after asking, removes what no run needs; what other experiments refer to stays."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from dwf_cluster.store import Store, checkpoints, lock
 FIRST, SECOND = "digits-seed0-0123456789", "digits-seed1-0123456789"
 
 
-def _train(store: Store, model: str, epochs: int, of: int) -> None:
-    """Save a training's last checkpoints as an earlier version did, with momentum."""
+def _train(store: Store, model: str, epochs: int, planned: int) -> None:
+    """Save the checkpoints of the first epochs of a training, the newest with momentum, as earlier versions did."""
     for epoch in range(1, epochs + 1):
         tensors = {"model.x": torch.full((100,), float(epoch)), "momentum.x": torch.ones(100)}
-        checkpoints.save(store, model, epoch, 0, tensors, {"epochs": of})
+        checkpoints.save(store, model, epoch, 0, tensors, {"epochs": planned})
 
 
 def _prune(folder: Path, capsys: pytest.CaptureFixture[str], *options: str) -> list[str]:
@@ -26,10 +26,12 @@ def _prune(folder: Path, capsys: pytest.CaptureFixture[str], *options: str) -> l
     return capsys.readouterr().out.splitlines()
 
 
-def test_of_a_trained_model_the_newest_weights_are_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_prune_keeps_only_the_newest_weights_of_trained_models(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     store = Store(str(tmp_path), FIRST)
-    _train(store, "mixture", 3, of=3)
-    _train(store, "pgd-1", 2, of=3)
+    _train(store, "mixture", 3, planned=3)
+    _train(store, "pgd-1", 2, planned=3)
     folder = store.path("checkpoints/joint/epoch-0000")
     listed = _prune(tmp_path, capsys)
     assert [line.split("  ")[::2] for line in listed[:2]] == [
@@ -48,9 +50,9 @@ def test_of_a_trained_model_the_newest_weights_are_kept(tmp_path: Path, capsys: 
     assert _prune(tmp_path, capsys, "--yes") == ["nothing to remove"]
 
 
-def test_what_another_experiment_refers_to_stays(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_prune_keeps_what_another_experiment_refers_to(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     first, second = Store(str(tmp_path), FIRST), Store(str(tmp_path), SECOND)
-    _train(first, "pgd-1", 3, of=3)
+    _train(first, "pgd-1", 3, planned=3)
     checkpoints.refer(first, second, "pgd-1")
     _prune(tmp_path, capsys, "--yes")
     assert first.names("checkpoints/pgd-1") == ["epoch-00003"]
@@ -58,28 +60,28 @@ def test_what_another_experiment_refers_to_stays(tmp_path: Path, capsys: pytest.
         assert "momentum.x" in checkpoints.load_trained(store, "pgd-1", 3).tensors
 
 
-def test_what_is_being_run_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_prune_removes_nothing_of_a_running_experiment(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     store = Store(str(tmp_path), FIRST)
-    _train(store, "pgd-1", 3, of=3)
+    _train(store, "pgd-1", 3, planned=3)
     lock.acquire(store, pid=os.getpid())
     assert _prune(tmp_path, capsys, "--yes") == [
-        f"{store.root}  is being run: left as it is",
+        f"{store.root}  is being run: nothing of it is removed",
         "nothing to remove",
     ]
 
 
-def test_on_a_terminal_it_asks(
+def test_prune_asks_on_a_terminal_and_removes_after_yes(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = Store(str(tmp_path), FIRST)
-    _train(store, "pgd-1", 3, of=3)
+    _train(store, "pgd-1", 3, planned=3)
     monkeypatch.setattr("sys.stdin.isatty", lambda: True)
-    for answer, left in (("", 2), ("no", 2), ("y", 1)):
+    for answer, remaining in (("", 2), ("no", 2), ("y", 1)):
         monkeypatch.setattr("builtins.input", lambda question, answer=answer: answer)
         _prune(tmp_path, capsys)
-        assert len(store.names("checkpoints/pgd-1")) == left
+        assert len(store.names("checkpoints/pgd-1")) == remaining
 
 
-def test_without_experiments_it_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_prune_refuses_a_storage_without_experiments(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert status.main([str(tmp_path / "none"), "--prune"]) == 2
     assert capsys.readouterr().err.startswith("error: storage: ")
