@@ -21,6 +21,9 @@ from dwf_cluster.store import check_url
 
 # Imports inside functions keep torch, ray, pyarrow and rich out of --help and of typing mistakes.
 if TYPE_CHECKING:
+    from rich.console import Console
+
+    from dwf_cluster.cluster.events import Listeners
     from dwf_cluster.data.registry import Data
     from dwf_cluster.pipeline.sweep import Sweep
     from dwf_cluster.plan.resources import Limits, Resources
@@ -71,13 +74,14 @@ def _run(options: argparse.Namespace, resume_command: str) -> int:
     sweep = _sweep(options) if options.sweep else None
     if sweep:
         experiments = [trial.experiment for trial in sweep.trials]
-        names = {trial.experiment.folder: trial.name for trial in sweep.trials}
     else:
         experiments = [build(options.preset, seed, options.set) for seed in options.seed or [None]]
-        names = {e.folder: f"seed {e.seed}" for e in experiments} if len(experiments) > 1 else {}
     stages = options.stages or list(STAGES)
     if options.slurm:
         return _submit(options, experiments, stages, resume_command)
+    from dwf_cluster.pipeline.run import seed_names
+
+    names = sweep.names if sweep else seed_names(experiments)
     if options.dry_run:
         return _print_plan(options, experiments, names, stages)
     return _run_pipeline(options, experiments, names, stages, resume_command, sweep)
@@ -144,10 +148,10 @@ def _print_plan(
 
     from dwf_cluster.console import tables
     from dwf_cluster.data.sources import sizes
-    from dwf_cluster.pipeline.run import jobs_left
+    from dwf_cluster.pipeline.stages import pending_jobs
 
     size = sizes(experiments[0].data)
-    pending = jobs_left({e: e.store(options.storage) for e in experiments}, stages, size)
+    pending = pending_jobs({e: e.store(options.storage) for e in experiments}, stages, size)
     table, lines = tables.plan(experiments, names, pending, size, _resources(options), options.storage)
     tables.show(Console(), table)
     print(*lines, *_folders(options, experiments), sep="\n")
@@ -159,17 +163,16 @@ def _run_pipeline(
     experiments: Sequence[Experiment],
     names: Mapping[str, str],
     stages: Sequence[str],
-    again: str,
+    resume_command: str,
     sweep: Sweep | None,
 ) -> int:
     from rich.console import Console
 
-    from dwf_cluster.cluster.driver import RayNotStarted, attached, local
+    from dwf_cluster.cluster.connect import RayNotStarted, attached, local
     from dwf_cluster.console import tables
-    from dwf_cluster.console.progress import Progress
     from dwf_cluster.data.sources import DataUnavailable
-    from dwf_cluster.pipeline import sweep as sweeps
-    from dwf_cluster.pipeline.run import StageFailed, run
+    from dwf_cluster.pipeline.run import Run
+    from dwf_cluster.pipeline.stages import StageFailed
     from dwf_cluster.store.lock import ExperimentLocked
 
     if "SLURM_JOB_ID" in os.environ:
@@ -179,25 +182,33 @@ def _run_pipeline(
     else:
         connect = functools.partial(local, _resources(options))
     console, stop = Console(), Stop()
-    progress = Progress(names, options.storage, console)
+    tell = _listeners(options, names, console)
+    run = Run(options.storage, options.data_folder, stop.with_signals(connect), tell, stop.is_set, resume_command)
+    try:
+        if sweep:
+            tables.sweep_results(console, sweep, run.sweep(sweep))
+        else:
+            run.experiments(experiments, stages)
+    except (StageFailed, DataUnavailable, ExperimentLocked, RayNotStarted) as error:
+        raise CommandFailed(str(error)) from error
+    for experiment in experiments if "evaluate" in stages and not sweep else ():
+        tables.results(console, experiment, experiment.store(options.storage))
+    print(*_folders(options, experiments), sep="\n")
+    return 0
+
+
+def _listeners(options: argparse.Namespace, names: Mapping[str, str], console: Console) -> Listeners:
+    """What listens to the events of a run."""
+    from dwf_cluster.cluster.events import Listener, Listeners
+    from dwf_cluster.console.progress import Progress
+    from dwf_cluster.console.ray_metrics import RayMetrics
+
+    listeners: dict[str, Listener] = {"progress": Progress(names, console), "Ray's metrics": RayMetrics()}
     if options.tensorboard:
         from dwf_cluster.console.tensorboard import EventFiles
 
-        names_of_models = {experiment.folder: experiment.names for experiment in experiments}
-        progress.heard = EventFiles(options.tensorboard, names_of_models, progress.warn).add
-    go = functools.partial(sweeps.run, sweep) if sweep else functools.partial(run, experiments, stages)
-    try:
-        connection = stop.heeded(connect)
-        outcome = go(options.storage, connection, options.data_folder, progress, stop.is_set, again)
-    except (StageFailed, DataUnavailable, ExperimentLocked, RayNotStarted) as error:
-        raise CommandFailed(str(error)) from error
-    if sweep and outcome:
-        tables.sweep_results(console, sweep, outcome)
-    else:
-        for experiment in experiments if "evaluate" in stages else ():
-            tables.results(console, experiment, experiment.store(options.storage))
-    print(*_folders(options, experiments), sep="\n")
-    return 0
+        listeners["TensorBoard"] = EventFiles(options.tensorboard)
+    return Listeners(listeners)
 
 
 def _limits(options: argparse.Namespace) -> Limits:

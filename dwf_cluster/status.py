@@ -27,7 +27,7 @@ _MAX_REASON_LINES = 20
 
 _LARGEST_NUMBER = 10**12
 
-UNKNOWN_COMMAND = "the command that began it, again"
+UNKNOWN_COMMAND = "run the command that started it again"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -18,7 +18,9 @@ from torch import nn
 
 from dwf_cluster.data import sources
 from dwf_cluster.experiment import Experiment, build
+from dwf_cluster.plan.jobs import EXPERTS, JOINT
 from dwf_cluster.store import Store, checkpoints
+from dwf_cluster.training import Probe, Task
 
 from .process import Launch
 
@@ -183,3 +185,11 @@ def two_worker_run(
     result = launch("--stages", "joint,evaluate", "--joint-workers", "2", *ARGUMENTS)
     assert result.returncode == 0, result.stderr
     return Path(result.stdout.splitlines()[-1])
+
+
+def task_for(experiment: Experiment, store: Store, model: str, **options: Any) -> Task:
+    """The training of a model of an experiment, as the pipeline runs it; `options` are those of `Task`."""
+    spec, evaluation = experiment.spec(model), experiment.evaluation
+    probe = Probe(experiment.threat, evaluation.probe_steps, evaluation.probe_examples)
+    stage = JOINT if spec.parents else EXPERTS
+    return Task(spec, stage, experiment.seed, probe, experiment.checkpoint_minutes, store, **options)

@@ -92,7 +92,7 @@ def attached(address: str, limits: Limits) -> Iterator[Cluster]:
     import ray
 
     in_allocation = environment.private_folder() is not None
-    deadline = time.monotonic() + environment.JOIN_SECONDS
+    deadline = time.monotonic() + environment.join_seconds()
     if in_allocation:
         wait_for_head(deadline)
     try:
@@ -150,7 +150,7 @@ def _wait_for_nodes(deadline: float) -> None:
         if missing and time.monotonic() > deadline:
             log = environment.log_file(missing[0])
             raise RayNotStarted(
-                f"node {missing[0]} has not joined within {environment.JOIN_SECONDS:g} s; its log: {log}"
+                f"node {missing[0]} has not joined within {environment.join_seconds():g} s; its log: {log}"
             )
         time.sleep(0.1)
     environment.status_file().write_text(environment.JOINED)

@@ -13,9 +13,6 @@ from pathlib import Path
 RESUME_COMMAND = "DWF_RESUME_COMMAND"
 """Variable with the command that resumes the run, for people; `dwf_cluster.launch` reads it."""
 
-JOIN_SECONDS = float(os.environ.get("DWF_JOIN_SECONDS", "180"))
-"""How long the nodes of an allocation have to find one another."""
-
 JOINED = "joined"
 """Content of the status file from the moment that all nodes have joined until the driver has ended."""
 
@@ -76,6 +73,11 @@ def head_address() -> tuple[str, int]:
     """Address and port of Ray's head, on the first node."""
     host = os.environ.get("DWF_HEAD_ADDRESS") or os.environ["SLURM_LAUNCH_NODE_IPADDR"]
     return host, int(os.environ["DWF_HEAD_PORT"])
+
+
+def join_seconds() -> float:
+    """How long Ray has to start on all nodes of the allocation."""
+    return float(os.environ.get("DWF_JOIN_SECONDS", "180"))
 
 
 def private_folder() -> Path | None:

@@ -20,7 +20,7 @@ _Group = tuple[str, str, bool, str | None]
 
 
 class Memory:
-    """The memory that the jobs of a run need: measured by the first similar job that has ended, until then estimated."""
+    """The memory that the jobs of a run need: estimated, until a similar job has ended and was measured."""
 
     def __init__(self, limit: int) -> None:
         """

@@ -112,7 +112,7 @@ def _run_first_node(arguments: Sequence[str]) -> int:
 
 def _run_other_node() -> int:
     """Start Ray, and wait until it or Ray's head ends."""
-    connect.wait_for_head(time.monotonic() + environment.JOIN_SECONDS)
+    connect.wait_for_head(time.monotonic() + environment.join_seconds())
     ray = _start_ray([f"--address={_url(*environment.head_address())}"])
     signal.signal(signal.SIGTERM, lambda signum, frame: sys.exit(0))
     try:

@@ -209,8 +209,9 @@ METHODS: Mapping[str, Method] = {
         has_gate=True,
         needs_parents=True,
     ),
+    "given": Method("dwf_cluster.defences.given:build", "dwf_cluster.defences.given:losses", lambda spec: 0.0),
 }
-"""Methods by name."""
+"""Methods by name; a model of `given` is a user's own, which is measured and not trained."""
 
 
 # ------------------------------------------------------------------------------------------------ defences
@@ -261,6 +262,7 @@ DEFENCES: Mapping[str, Callable[[DefenceSettings], tuple[ModelSpec, ...]]] = {
     "dwf": _dwf,
     "fgsm-at": lambda settings: (single("fgsm-at", "fgsm", settings, epsilons=(settings.pgd.epsilon,), fraction=0.5),),
     "pgd-at": lambda settings: (single("pgd-at", "pgd", settings, steps=(10,), fraction=0.5),),
+    "given": lambda settings: (single("model", "given", settings),),
 }
 """Recipes by name."""
 

@@ -135,9 +135,7 @@ class Inspection:
         model, x, y, epsilon = self.model, self.x, self.y, self.threat.epsilon
         clean, logits = x.clone(), predict(model, x.clone())
         worst, accuracy = WorstCase(model, x, y, logits, self.generators), {}
-        for iterate in pgd(
-            model, x, y, Ball("linf", epsilon), step_size=self.threat.step_size, steps=4 * self.steps
-        ):
+        for iterate in pgd(model, x, y, Ball("linf", epsilon), step_size=self.threat.step_size, steps=4 * self.steps):
             if iterate.step == 0:
                 assert iterate.gradient is not None
                 one_step = fgsm(x, iterate.gradient, epsilon)

@@ -258,8 +258,9 @@ CHECK_FUNCTIONS: Mapping[str, str] = {
         "huge_epsilon",
     )
 }
-"""`module:function` of each check by name, in the order in which they run: the random draws of `restarts` and `black_box`
-come from the same generators. A function takes an `evaluation.masking.Inspection` and yields `evaluation.masking.Check`."""
+"""`module:function` of each check by name, in the order in which they run: the random draws of `restarts` and of
+`black_box` come from the same generators. A function takes an `evaluation.masking.Inspection` and yields
+`evaluation.masking.Check`."""
 
 
 def extra_names() -> tuple[str, ...]:

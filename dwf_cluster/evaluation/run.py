@@ -122,7 +122,8 @@ def evaluate(
         models: on the device: the one to attack and, if its images are tested on others, those.
         name: of the model to attack, for the rows and the random starts.
         suite: a key of `SUITES`, save for `CHECKS`.
-        x_test, y_test: uint8 or float32 in [0, 1], shape (n, channels, height, width), and integer labels, of the shard.
+        x_test, y_test: the shard's images, uint8 or float32 in [0, 1], shape (n, channels, height, width), and
+            integer labels.
         evaluation: strengths and iterations.
         threat: the threat model.
         seed: of the random starts.

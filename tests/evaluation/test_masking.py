@@ -14,7 +14,7 @@ from torch import nn
 from dwf_cluster.data.device import to_float
 from dwf_cluster.data.sources import Images, load
 from dwf_cluster.evaluation.masking import Check, Inspection, masking
-from dwf_cluster.evaluation.registry import CHECK_FUNCTIONS, Threat
+from dwf_cluster.evaluation.registry import Threat
 from dwf_cluster.experiment import build
 from dwf_cluster.models.frozen import frozen
 from dwf_cluster.models.resnet import ResNet18
@@ -68,9 +68,9 @@ def _checks(model: nn.Module, images: Images) -> dict[str, Check]:
 
 
 def test_a_sound_model_shows_no_sign(sound: nn.Module, images: Images) -> None:
-    found = _checks(frozen(sound), images)
-    assert {name for name, check in found.items() if check.fired} == set()
-    assert set(found) == {
+    checks = _checks(frozen(sound), images)
+    assert {name for name, check in checks.items() if check.fired} == set()
+    assert set(checks) == {
         "nan",
         "probabilities",
         "random",
@@ -172,6 +172,6 @@ def test_a_fault_is_found_by_its_check(
     sound: nn.Module, images: Images, check: str, broken: Callable[[nn.Module], nn.Module]
 ) -> None:
     Crumpled.clean = to_float(torch.tensor(images.x_test[:COUNT]))
-    found = _checks(broken(sound), images)
-    assert found[check].fired, found
-    assert found[check].value > found[check].limit
+    checks = _checks(broken(sound), images)
+    assert checks[check].fired, checks
+    assert checks[check].value > checks[check].limit
