@@ -24,7 +24,7 @@ from dwf_cluster.experiment import Experiment, build
 from dwf_cluster.plan.jobs import stored_bytes
 from dwf_cluster.store import checkpoints, tables
 
-from ..conftest import ARGUMENTS, LOCAL, MODELS, LONG_EPOCHS, TINY, assert_same, store_of
+from ..conftest import ARGUMENTS, LOCAL, LONG_EPOCHS, MODELS, TINY, assert_same, store_of
 from ..process import Launch, command_line, pause_after_first_epoch, resume_and_stop, wait_for_answer
 
 
