@@ -1,4 +1,4 @@
-"""Signals that a run heeds, and output that may go away."""
+"""Signals that stop a run, and output that can no longer be written."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ def _connect() -> Iterator[Any]:
     yield "cluster"
 
 
-def test_a_closed_terminal_stops_once_however_often_it_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_closed_terminal_stops_the_run_once_however_many_signals_it_sends(capsys: pytest.CaptureFixture[str]) -> None:
     stop = Stop()
-    with stop.heeded(_connect)() as cluster:
+    with stop.with_signals(_connect)() as cluster:
         assert cluster == "cluster"
         for _ in range(3):
             signal.raise_signal(signal.SIGHUP)
@@ -39,38 +39,38 @@ def test_a_closed_terminal_stops_once_however_often_it_is_told(capsys: pytest.Ca
     assert capsys.readouterr().err.count("stopping: ") == 1
 
 
-def test_a_terminal_that_is_closed_while_ray_starts_stops_the_run_when_it_has(
+def test_a_terminal_that_closes_while_ray_starts_stops_the_run_afterwards(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     stop = Stop()
 
     @contextmanager
     def connect() -> Iterator[Any]:
-        assert signal.SIGHUP in signal.pthread_sigmask(signal.SIG_BLOCK, ())  # what starts now never gets it
+        assert signal.SIGHUP in signal.pthread_sigmask(signal.SIG_BLOCK, ())  # processes that start now never get it
         signal.raise_signal(signal.SIGHUP)
         assert not stop.is_set()
         yield "cluster"
 
-    with stop.heeded(connect)():
+    with stop.with_signals(connect)():
         assert stop.is_set()
         assert signal.SIGHUP not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
 
 
-def test_a_run_that_ignores_the_terminal_goes_on_ignoring_it() -> None:
+def test_a_run_under_nohup_ignores_a_closed_terminal() -> None:
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # nohup
     stop = Stop()
-    with stop.heeded(_connect)():
+    with stop.with_signals(_connect)():
         signal.raise_signal(signal.SIGHUP)
     assert not stop.is_set()
 
 
-def test_ray_that_does_not_start_leaves_no_signal_blocked() -> None:
+def test_no_signal_stays_blocked_if_ray_does_not_start() -> None:
     @contextmanager
     def connect() -> Iterator[Any]:
         raise ValueError("no Ray")
         yield
 
-    with pytest.raises(ValueError, match="no Ray"), Stop().heeded(connect)():
+    with pytest.raises(ValueError, match="no Ray"), Stop().with_signals(connect)():
         pass
     assert signal.SIGHUP not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
 
@@ -82,4 +82,4 @@ def test_output_that_cannot_be_written_is_dropped(monkeypatch: pytest.MonkeyPatc
             for _ in range(2):
                 print("line", flush=True)
             assert not sys.stdout.isatty()
-        print("line", flush=True)  # nor does the interpreter's last flush fail
+        print("line", flush=True)  # the interpreter's last flush does not fail either

@@ -1,4 +1,4 @@
-"""Sweeps: which experiments they consist of, what they share, and whole ones on a real Ray."""
+"""Sweeps: their experiments, the jobs that these share, and whole sweeps on a real Ray."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from dwf_cluster.data.registry import Sizes
 from dwf_cluster.experiment import build
 from dwf_cluster.pipeline import sweep as sweeps
+from dwf_cluster.pipeline.trial_table import TrialTable
 from dwf_cluster.plan.jobs import Job, deduplicate, jobs
 from dwf_cluster.store import StorageFailed, Store, checkpoints
 
@@ -47,14 +48,14 @@ def test_each_combination_of_values_is_a_trial_with_each_seed() -> None:
     assert last.varied == {"pgd.steps": (3,), "gate.kind": "hard", "seed": 7}
 
 
-def test_without_seeds_trials_have_the_presets_and_are_not_named_after_it() -> None:
+def test_without_seeds_trials_have_the_seed_of_the_preset_and_no_seed_in_their_names() -> None:
     assert [trial.name for trial in _sweep("gate.kind=soft", "gate.kind=hard").trials] == [
         "gate.kind=soft",
         "gate.kind=hard",
     ]
 
 
-def test_random_search_draws_so_many_different_combinations_always_the_same() -> None:
+def test_random_search_draws_different_combinations_and_always_the_same() -> None:
     widths = [f"gate.hidden={n}" for n in range(1, 101)]
     rates = [f"joint.learning_rate={n / 1000}" for n in range(1, 101)]
     drawn = _sweep(*widths, *rates, seeds=(0, 1), samples=6)
@@ -65,7 +66,7 @@ def test_random_search_draws_so_many_different_combinations_always_the_same() ->
     assert len({setting.partition(" ")[0] for setting in settings}) > 3
 
 
-def test_the_same_trials_have_the_same_folder_in_whatever_order_they_were_given() -> None:
+def test_the_order_of_trials_does_not_change_the_folder_of_the_sweep() -> None:
     one = _sweep("gate.kind=soft", "gate.kind=hard")
     other = _sweep("gate.kind=hard", "gate.kind=soft")
     assert one.folder == other.folder != _sweep("gate.kind=hard").folder
@@ -85,7 +86,7 @@ def _shared(*assignments: list[str], done: tuple[int, ...] = ()) -> dict[tuple[i
 NOISE = "evaluation.beyond=noise"
 
 
-def test_experiments_that_differ_in_the_joint_stage_share_experts_and_how_they_fare() -> None:
+def test_experiments_that_differ_in_the_joint_stage_share_experts_and_their_evaluations() -> None:
     found = _shared([NOISE], ["joint.epochs=5", NOISE], ["gate.kind=hard", NOISE])
     assert {name for (n, name), origin in found.items() if n == 0 and origin} == set()
     for number in (1, 2):
@@ -94,7 +95,7 @@ def test_experiments_that_differ_in_the_joint_stage_share_experts_and_how_they_f
         assert {origin for (n, _), origin in found.items() if n == number} == {None, "0"}
 
 
-def test_only_what_is_the_same_is_shared() -> None:
+def test_only_equal_jobs_are_shared() -> None:
     def copied(*given: str) -> set[str]:
         return {name for (n, name), origin in _shared([NOISE], [NOISE, *given]).items() if n == 1 and origin}
 
@@ -113,19 +114,19 @@ def test_only_what_is_the_same_is_shared() -> None:
         assert copied(other) == set()
 
 
-def test_what_is_done_already_is_what_others_copy() -> None:
+def test_jobs_that_are_done_are_copied() -> None:
     found = _shared([NOISE], ["joint.epochs=5", NOISE], done=(1,))
     assert found[0, "expert pgd-1"] == "1"
 
 
-def test_images_that_are_tested_on_all_models_are_the_experiments_own() -> None:
+def test_evaluations_of_transfer_are_not_shared() -> None:
     beyond = "evaluation.beyond=transfer"
     found = _shared([beyond], ["joint.epochs=5", beyond])
     assert {name for (n, name), origin in found.items() if n == 1 and "paper" in name and origin} == set()
     assert found[1, "evaluate pgd-1 checks 0-7"] == "0"
 
 
-def test_a_copy_waits_for_what_it_is_copied_from() -> None:
+def test_a_copy_waits_for_its_original() -> None:
     first, second = (build("digits", 0, [*TINY, f"joint.epochs={n}"]) for n in (1, 2))
     every = [job for e in (first, second) for job in jobs(e, "experts", SIZES)]
     copy: Job = deduplicate(every, ())[-1]
@@ -133,11 +134,11 @@ def test_a_copy_waits_for_what_it_is_copied_from() -> None:
     assert copy.cost == 0
 
 
-def test_a_table_that_is_no_parquet_is_one_line(tmp_path: Path) -> None:
+def test_a_damaged_trial_table_is_one_line(tmp_path: Path) -> None:
     sweep = _sweep("gate.kind=soft", "gate.kind=hard")
-    Store(str(tmp_path), sweep.folder).write(sweeps.Outcome.FILE, b"damaged")
+    Store(str(tmp_path), sweep.folder).write(TrialTable.FILE, b"damaged")
     with pytest.raises(StorageFailed, match=r"trials\.parquet: not the Parquet file that was written; remove it"):
-        sweeps.Outcome(sweep, str(tmp_path))
+        TrialTable(sweep, str(tmp_path))
 
 
 # ------------------------------------------------------------------------------------------ on a real Ray
@@ -145,7 +146,7 @@ def test_a_table_that_is_no_parquet_is_one_line(tmp_path: Path) -> None:
 KINDS = ["gate.kind=soft", "gate.kind=hard"]
 SWEEP = [*ARGUMENTS, "--sweep", *KINDS]
 PROMETHEUS = "prom_metrics_service_discovery.json"
-"""Where Ray tells Prometheus whom to ask."""
+"""Ray lists its metrics endpoints for Prometheus there."""
 
 Swept = tuple[Path, subprocess.CompletedProcess[str], dict[str, Any]]
 
@@ -160,9 +161,9 @@ def _trial(folder: Path, name: str) -> Path:
 
 
 class RayMetrics:
-    """Everything that a Ray tells Prometheus, from when its address is known until the `with` block ends.
+    """Everything that a Ray shows Prometheus, from when its address is known until the `with` block ends.
 
-    A metric is there for as long as the process that set it, so it is read all the time.
+    A metric lasts as long as the process that set it, so metrics are read all the time.
     """
 
     def __init__(self) -> None:
@@ -174,7 +175,7 @@ class RayMetrics:
         return self
 
     def watch(self, ray: Path) -> None:
-        """Begin to read those of the Ray whose files are in this folder."""
+        """Begin to read the metrics of the Ray whose files are in this folder."""
         self._thread = threading.Thread(target=self._read, args=(ray / PROMETHEUS,), daemon=True)
         self._thread.start()
 
@@ -221,7 +222,7 @@ def swept(tmp_path_factory: pytest.TempPathFactory) -> Swept:
     return launch.folder, subprocess.CompletedProcess([], code, "\n".join(lines), errors), seen
 
 
-def test_a_trial_comes_to_the_bits_of_the_same_experiment_run_alone(
+def test_a_trial_equals_the_same_experiment_run_alone_bit_for_bit(
     swept: Swept,
     reference_run: tuple[Path, subprocess.CompletedProcess[str]],
 ) -> None:
@@ -249,7 +250,7 @@ def test_experts_are_trained_once_and_copied_with_their_rows(
     }
 
 
-def test_its_table_has_a_row_a_trial_with_what_varies_and_what_comes_of_it(
+def test_the_trial_table_has_the_varied_fields_and_the_results_of_each_trial(
     swept: Swept,
 ) -> None:
     folder, result, _ = swept
@@ -265,7 +266,7 @@ def test_its_table_has_a_row_a_trial_with_what_varies_and_what_comes_of_it(
         assert line.split()[2] == f"{100 * outcome.loc[kind, 'clean']:.1f}"
 
 
-def test_trials_and_their_tasks_are_named_in_the_dashboard_by_what_they_vary(
+def test_the_dashboard_names_trials_and_tasks_by_the_varied_fields(
     swept: Swept,
 ) -> None:
     seen = swept[2]
@@ -275,7 +276,7 @@ def test_trials_and_their_tasks_are_named_in_the_dashboard_by_what_they_vary(
     assert set(KINDS) <= {actor["repr_name"] for actor in seen["actors"]}
 
 
-def test_rays_metrics_hold_the_last_epoch_of_each_model_that_is_in_training(swept: Swept) -> None:
+def test_rays_metrics_have_the_last_epoch_of_each_model(swept: Swept) -> None:
     folder, _, seen = swept
     trial = _trial(folder, "gate.kind=soft")
     metrics = pd.read_parquet(trial / "results" / "metrics").set_index("model")
@@ -309,8 +310,8 @@ def test_the_same_sweep_again_does_nothing_and_prints_the_same_table(
 
 
 @pytest.mark.interruptions
-def test_asha_stops_what_falls_behind_and_it_stays_so_until_it_is_asked_for(swept: Swept, launch: Launch) -> None:
-    """That which is done already is measured against, so it is certain who falls behind."""
+def test_asha_stops_a_trial_that_falls_behind_for_good(swept: Swept, launch: Launch) -> None:
+    """It is compared with a trial that is done, so it is certain which one falls behind."""
     shutil.copytree(swept[0] / "runs", launch.folder / "runs", ignore=shutil.ignore_patterns("sweeps"))
     useless = ["joint.learning_rate=0.01", "joint.learning_rate=5.0"]
     result = launch(*ARGUMENTS, "--asha", "--sweep", *useless)
@@ -328,7 +329,7 @@ def test_asha_stops_what_falls_behind_and_it_stays_so_until_it_is_asked_for(swep
 
 
 @pytest.mark.interruptions
-def test_a_trial_that_fails_keeps_no_other_from_its_end(launch: Launch) -> None:
+def test_a_trial_that_fails_does_not_stop_the_others(launch: Launch) -> None:
     rates = ["joint.learning_rate=0.01", "joint.learning_rate=100"]
     result = launch(*LOCAL, "--set", *TINY, "joint.epochs=4", "--sweep", *rates)
     assert result.returncode == 1
@@ -340,7 +341,7 @@ def test_a_trial_that_fails_keeps_no_other_from_its_end(launch: Launch) -> None:
 
 
 @pytest.mark.interruptions
-def test_interrupted_and_killed_it_goes_on_and_ends_with_the_same_bits(launch: Launch, swept: Swept) -> None:
+def test_an_interrupted_and_killed_sweep_resumes_to_the_same_bits(launch: Launch, swept: Swept) -> None:
     def interrupt(driver: psutil.Process, line: str) -> None:
         training = pause_after_first_epoch(launch.folder, "joint")
         driver.send_signal(signal.SIGINT)
