@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import io
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -138,7 +139,7 @@ def test_models_that_are_trained_alike_share_a_colour(cifar10: Group, data: Figu
 
 
 def _model(settings: DefenceSettings, name: str, fraction: float) -> tuple[ModelSpec, ...]:
-    return (registry.model(name, "fgsm", settings, fraction=fraction),)
+    return (registry.single(name, "fgsm", settings, fraction=fraction),)
 
 
 def test_more_kinds_than_colours_differ_in_dashes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -188,6 +189,18 @@ def test_a_defended_model_without_a_gate_has_every_other_figure(tmp_path: Path, 
     assert (group.defended, group.experts) == ("pgd-at", ())
     drawn = figures.of_group(FigureData(group, accuracies(group), read_predictions(group)))
     assert set(drawn) == {"fgsm", "pgd", "clean_and_robust", "training", "cost"}
+    assert call(report.main, tmp_path, "--out", tmp_path / "report.html")[0] == 0
+
+
+def test_a_users_own_model_has_a_report(tmp_path: Path, call: Call) -> None:
+    """What `dwf evaluate` writes: one model that was not trained, so that there are no metrics and no jobs."""
+    folder = make_up(tmp_path, build("digits", 0, ["defence=given", "evaluation.beyond="]), 50)
+    for table in ("metrics", "jobs"):
+        shutil.rmtree(folder / "results" / table)
+    (group,) = load(str(tmp_path)).groups
+    drawn = figures.of_group(FigureData(group, accuracies(group), read_predictions(group)))
+    assert set(drawn) == {"fgsm", "pgd", "clean_and_robust"}
+    assert call(tables.main, tmp_path)[0] == 0
     assert call(report.main, tmp_path, "--out", tmp_path / "report.html")[0] == 0
 
 
