@@ -19,31 +19,15 @@ from scipy import special, stats
 from analysis.columns import COLUMN_FIELDS, column_key
 from analysis.predictions import Predictions
 from analysis.results import Group
+from dwf_cluster.evaluation.merge import CONFIDENCE
 
 _FIELDS = ["model", "other", *COLUMN_FIELDS]
-
-CONFIDENCE = 0.95
-"""Level of every interval."""
 
 ALPHA = 1 - CONFIDENCE
 """Level of significance: a test is significant if its p is below."""
 
 RESAMPLES = 1000
 """Resamples of the bootstrap; each end of its 95 % intervals rests on 25 of them."""
-
-
-def wilson(correct: int, examples: int) -> tuple[float, float]:
-    """95 % Wilson interval of a share, 0..1 (Wilson 1927).
-
-    Args:
-        correct: 0..examples.
-        examples: at least 1.
-
-    Raises:
-        ValueError: if a count is out of range.
-    """
-    interval = stats.binomtest(correct, examples).proportion_ci(CONFIDENCE, method="wilson")
-    return float(interval.low), float(interval.high)
 
 
 def mcnemar(first: ArrayLike, second: ArrayLike) -> float:

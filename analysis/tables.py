@@ -23,7 +23,8 @@ from analysis.command import Parser, command
 from analysis.formats import FORMATS, Table
 from analysis.predictions import Predictions, read_predictions
 from analysis.results import Group, load
-from analysis.statistics import ALPHA, comparisons, wilson
+from analysis.statistics import ALPHA, comparisons
+from dwf_cluster.evaluation.merge import wilson
 from dwf_cluster.evaluation.registry import Column
 from dwf_cluster.settings import printable, to_text
 

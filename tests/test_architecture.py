@@ -97,10 +97,14 @@ def test_what_computes_never_imports_the_experiment() -> None:
 
 
 def test_registries_settings_and_packages_import_no_torch() -> None:
-    names = [n for n, p in MODULES.items() if n.startswith("dwf_cluster") and p.stem in ("registry", "settings", "__init__")]
+    names = [
+        n for n, p in MODULES.items() if n.startswith("dwf_cluster") and p.stem in ("registry", "settings", "__init__")
+    ]
     program = f"import sys, importlib; [importlib.import_module(n) for n in {names}]; print('torch' in sys.modules)"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    result = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    result = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
+    )
     assert result.stdout == "False\n"
 
 

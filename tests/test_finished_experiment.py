@@ -89,7 +89,9 @@ def test_its_weights_give_the_margins_that_it_stored(storage: Path, experiment: 
         stored = sorted((row["example"], row["margin"]) for row in rows if row["model"] == name)
         model = trained(experiment.models, name, images.format, experiment.seed, store).eval()
         # Other processors round differently.
-        torch.testing.assert_close(margin(predict(model, x), y), torch.tensor([m for _, m in stored]), atol=1e-4, rtol=1e-3)
+        torch.testing.assert_close(
+            margin(predict(model, x), y), torch.tensor([m for _, m in stored]), atol=1e-4, rtol=1e-3
+        )
 
 
 def test_the_analysis_reads_every_table_of_it(storage: Path, experiment: Experiment) -> None:

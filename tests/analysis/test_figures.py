@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import io
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -191,6 +192,18 @@ def test_a_defended_model_without_a_gate_has_every_other_figure(tmp_path: Path, 
     assert (group.defended, group.experts) == ("pgd-at", ())
     drawn = figures.of_group(FigureData(group, accuracies(group), read_predictions(group)))
     assert set(drawn) == {"fgsm", "pgd", "clean_and_robust", "training", "cost"}
+    assert call(report.main, tmp_path, "--out", tmp_path / "report.html")[0] == 0
+
+
+def test_a_users_own_model_has_a_report(tmp_path: Path, call: Call) -> None:
+    """What `dwf evaluate` writes: one model that was not trained, so that there are no metrics and no jobs."""
+    folder = make_up(tmp_path, build("digits", 0, ["defence=given", "evaluation.beyond="]), 50)
+    for table in ("metrics", "jobs"):
+        shutil.rmtree(folder / "results" / table)
+    (group,) = load(str(tmp_path)).groups
+    drawn = figures.of_group(FigureData(group, accuracies(group), read_predictions(group)))
+    assert set(drawn) == {"fgsm", "pgd", "clean_and_robust"}
+    assert call(tables.main, tmp_path)[0] == 0
     assert call(report.main, tmp_path, "--out", tmp_path / "report.html")[0] == 0
 
 

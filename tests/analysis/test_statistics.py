@@ -11,7 +11,8 @@ from scipy import stats
 from analysis import Group
 from analysis.columns import column_key, each, key_of_row
 from analysis.predictions import Predictions
-from analysis.statistics import bootstrap, comparisons, holm, mcnemar, wilson
+from analysis.statistics import bootstrap, comparisons, holm, mcnemar
+from dwf_cluster.evaluation.merge import wilson
 
 
 def test_the_wilson_interval_agrees_with_the_literature() -> None:
