@@ -31,14 +31,14 @@ from dwf_cluster.evaluation.merge import wilson
 from dwf_cluster.experiment import Experiment, build
 from dwf_cluster.models.mixture import Gate, Mixture
 from dwf_cluster.settings import InvalidInput
-from dwf_cluster.store import Labels, Store, checkpoints, tables
+from dwf_cluster.store import RowLabels, Store, checkpoints, tables
 
 from .conftest import TINY, InDouble, write_npz
 
 EPSILON, STEP_SIZE = 0.06, 0.012
 FGSM_EPSILONS, PGD_STEPS = [round(0.01 * i, 2) for i in range(1, 10)], [10, 20, 30, 40, 50]
 COLUMNS = {
-    name: [label for label in tables.SCHEMAS[name].names if label not in {field.name for field in fields(Labels)}]
+    name: [label for label in tables.SCHEMAS[name].names if label not in {field.name for field in fields(RowLabels)}]
     for name in ("evaluations", "predictions", "checks")
 }
 
