@@ -19,9 +19,7 @@ def build(spec: ModelSpec, images: ImageFormat, parents: Mapping[str, nn.Module]
     Raises:
         InvalidInput: always.
     """
-    raise InvalidInput(
-        "defence: 'given' cannot be trained: it is the user's own model; `dwf evaluate` measures it"
-    )
+    raise InvalidInput("defence: 'given' cannot be trained: it is the user's own model; `dwf evaluate` measures it")
 
 
 def losses(spec: ModelSpec, *arguments: Any) -> Iterator[Loss]:

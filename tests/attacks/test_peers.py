@@ -247,9 +247,7 @@ def test_restarts_leave_as_many_images_robust_as_torchattacks(defended: Problem)
 
     def again(rest: Remaining) -> Iterator[Iterate]:
         start = LINF.random_point(rest.x, rest.generators)
-        return pgd(
-            frozen_model, rest.x, rest.y, LINF, step_size=0.0375, steps=3, start=start, drop_fooled=True
-        )
+        return pgd(frozen_model, rest.x, rest.y, LINF, step_size=0.0375, steps=3, start=start, drop_fooled=True)
 
     for _ in runs:
         worst.attack(again)
@@ -403,9 +401,7 @@ def test_square_leaves_as_many_images_robust_as_its_authors(defended: Problem) -
     peer = _SquareEverywhere(problem.model, n_queries=400, eps=0.15, seed=0, device="cpu")
     theirs = problem.robust(peer.perturb(problem.x, problem.y))
     worst, frozen_model = problem.begun(), frozen(problem.model)
-    worst.attack(
-        lambda rest: square(frozen_model, rest.x, rest.y, 0.15, rest.generators, queries=400)
-    )
+    worst.attack(lambda rest: square(frozen_model, rest.x, rest.y, 0.15, rest.generators, queries=400))
     assert abs(int(worst.robust.sum()) - theirs) <= 7
 
 
