@@ -22,7 +22,7 @@ soak: .venv/test
 
 # The lowest versions that pyproject.toml allows: the store on a disk and on S3, and a whole run that is interrupted.
 lowest: .venv-lowest/installed
-	$(LOWEST)/python -m pytest tests/store tests/test_storage.py tests/test_pipeline.py::$(WHOLE_RUN) -k "not server_restart"
+	$(LOWEST)/python -m pytest tests/store tests/test_storage.py tests/pipeline/test_run.py::$(WHOLE_RUN) -k "not server_restart"
 
 lint: .venv/lint
 	$(BIN)/ruff check .

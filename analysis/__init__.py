@@ -1,4 +1,4 @@
-"""Tables, tests, figures and a report of what experiments measured; needs their Parquet tables, neither torch nor ray.
+"""Tables, tests, figures and a report from the Parquet tables of experiments. Needs neither torch nor ray.
 
     from analysis import load
 

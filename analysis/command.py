@@ -1,16 +1,17 @@
-"""A command line: bad input is one line on stderr and exit status 2, a store that fails one and 1."""
+"""What the command lines share: bad input is one line on stderr and exit status 2, a storage failure one and 1."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from dwf_cluster.settings import InvalidInput, printable
+from dwf_cluster.settings import InvalidInput, one_line
 from dwf_cluster.store import StorageFailed
 
 
@@ -22,40 +23,48 @@ class Parser(argparse.ArgumentParser):
         raise InvalidInput(message.removeprefix("argument "))
 
 
-def run(do: Callable[[Sequence[str]], None]) -> int:
-    """Call with this process's arguments; returns the exit status."""
-    try:
-        do(sys.argv[1:])
-        sys.stdout.flush()
-    except InvalidInput as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except BrokenPipeError:  # whoever read has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except Exception as error:
-        # A store that does not answer; botocore's own have no class in common with others.
-        if not isinstance(error, OSError | StorageFailed) and not type(error).__module__.startswith("botocore."):
-            raise
-        print(f"failed: {printable(' '.join(str(error).split()) or type(error).__name__)}", file=sys.stderr)
-        return 1
-    return 0
+def command(function: Callable[[Sequence[str]], None]) -> Callable[[Sequence[str]], int]:
+    """Make a function of command-line arguments return an exit status: 0 done, 2 bad input, 1 storage failed."""
+
+    @functools.wraps(function)
+    def main(arguments: Sequence[str]) -> int:
+        try:
+            function(arguments)
+            sys.stdout.flush()
+        except InvalidInput as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        except BrokenPipeError:  # the reader, such as `head`, has closed the pipe
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 1
+        except Exception as error:
+            # A storage that does not answer. The exceptions of botocore have no public base class.
+            if not isinstance(error, OSError | StorageFailed) and not type(error).__module__.startswith("botocore."):
+                raise
+            print(f"failed: {one_line(error, 1000)}", file=sys.stderr)
+            return 1
+        return 0
+
+    return main
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all: when the disk is full, one that was there before stays as it was.
+    """Write a file completely or not at all: if the disk is full, an earlier file of that name stays as it was.
 
     Raises:
-        OSError: if it cannot be written.
+        InvalidInput: if it cannot be written; names the option `--out`.
     """
-    if path.exists() and not path.is_file():  # such as /dev/stdout
-        path.write_bytes(content)
-        return
-    target = Path(os.path.realpath(path))  # of a link, not the link
-    unfinished = target.with_name(f".{target.name}.{os.getpid()}.unfinished")
     try:
-        unfinished.write_bytes(content)
-        os.replace(unfinished, target)
-    finally:
-        with contextlib.suppress(OSError):  # it was never made, or has its place
-            unfinished.unlink()
+        if path.exists() and not path.is_file():  # such as /dev/stdout
+            path.write_bytes(content)
+            return
+        target = Path(os.path.realpath(path))  # replaces the file that a link points to, not the link
+        unfinished = target.with_name(f".{target.name}.{os.getpid()}.unfinished")
+        try:
+            unfinished.write_bytes(content)
+            os.replace(unfinished, target)
+        finally:
+            with contextlib.suppress(OSError):  # never created, or renamed
+                unfinished.unlink()
+    except OSError as error:
+        raise InvalidInput(f"--out: {str(path)!r} cannot be used: {error.strerror}") from None

@@ -1,8 +1,8 @@
-"""Test images, what PGD adds to them, what comes of it, and what the gate trusts. Needs torch and the checkpoints.
+"""A strip of test images: clean, what PGD adds, attacked, with predictions and gate weights. Needs torch.
 
     python -m analysis.strip ./runs/digits-seed0-0123456789 --out strip.png
 
-The first images of the test set: nobody chose them.
+It shows the first images of the test set, so that nobody chose them.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from analysis.command import Parser, run, write_whole
-from analysis.figures import COLOURS, styled
-from analysis.results import ExperimentFolder, load
-
-MIXTURE = "mixture"
+from analysis.command import Parser, command, write_whole
+from analysis.drawing import DEFENDED, PALETTE, styled
+from analysis.folder import ExperimentFolder
+from analysis.results import load
+from dwf_cluster.defences.registry import METHODS
+from dwf_cluster.plan.jobs import is_trained
 from dwf_cluster.settings import InvalidInput
 
 if TYPE_CHECKING:
@@ -33,14 +34,14 @@ IMAGES = 6
 
 @dataclass(frozen=True)
 class Attacked:
-    """What the mixture makes of some test images.
+    """Test images before and after an attack on the defended model.
 
     Attributes:
-        label: shape (n,), true.
+        label: true labels, shape (n,).
         x: pixels in [0, 1], shape (2, n, channels, height, width): clean and attacked.
         prediction: shape (2, n).
         gate: weights, shape (2, n, experts).
-        steps: of the attack.
+        steps: iterations of the attack.
     """
 
     label: NDArray[Any]
@@ -51,14 +52,14 @@ class Attacked:
 
 
 def attack(run: ExperimentFolder, data_folder: Path) -> Attacked:
-    """Attack the trained mixture with the longest PGD of its result table, on the CPU.
+    """Attack the defended model with the longest PGD of its result table, on the CPU.
 
     Args:
-        run: of the experiment; its checkpoints are read.
-        data_folder: where downloaded images lie.
+        run: the experiment; its checkpoints are read.
+        data_folder: folder of downloaded images.
 
     Raises:
-        InvalidInput: if the mixture has no checkpoint.
+        InvalidInput: if the model has no gate or no checkpoint.
     """
     import torch
 
@@ -70,30 +71,32 @@ def attack(run: ExperimentFolder, data_folder: Path) -> Attacked:
     from dwf_cluster.defences.build import trained
     from dwf_cluster.models.frozen import frozen
     from dwf_cluster.models.mixture import Mixture
-    from dwf_cluster.store import checkpoints
 
     experiment = run.experiment
-    checkpoint = checkpoints.load_latest(run.store, MIXTURE)
-    if checkpoint is None:
-        raise InvalidInput(f"{run.url}: cannot be used: its mixture has no checkpoint, `--stages joint` makes it")
+    defended = experiment.defended
+    if not METHODS[defended.method].has_gate:
+        raise InvalidInput(f"{run.url}: cannot be used: its defended model {defended.name} has no gate")
+    if not is_trained(defended, run.store):
+        raise InvalidInput(
+            f"{run.url}: cannot be used: its {defended.name} has no checkpoint, `--stages joint` makes it"
+        )
     images = load_images(experiment.data, data_folder)
-    mixture = trained(experiment.models, MIXTURE, images.format, experiment.seed, run.store)
-    view = frozen(mixture)
-    assert isinstance(view, Mixture)
+    model = frozen(trained(experiment.models, defended.name, images.format, experiment.seed, run.store))
+    assert isinstance(model, Mixture)
 
     x, y = to_float(torch.tensor(images.x_test[:IMAGES])), torch.tensor(images.y_test[:IMAGES])
     ball, steps = Ball("linf", experiment.pgd.epsilon), max(experiment.evaluation.pgd_steps)
-    *_, last = pgd(view, x, y, ball, step_size=experiment.pgd.step_size, steps=steps)
+    *_, last = pgd(model, x, y, ball, step_size=experiment.pgd.step_size, steps=steps)
     both = (x, last.x.contiguous())
     with torch.no_grad():
-        gate = [view.gate(part).numpy() for part in both]
-    prediction = [predict(view, part).argmax(1).numpy() for part in both]
+        gate = [model.gate(part).numpy() for part in both]
+    prediction = [predict(model, part).argmax(1).numpy() for part in both]
     return Attacked(y.numpy(), np.stack([part.numpy() for part in both]), np.stack(prediction), np.stack(gate), steps)
 
 
 @styled()
 def draw(run: ExperimentFolder, shown: Attacked) -> Figure:
-    """A column an image: clean, the perturbation (grey is none), attacked, and the gate before and after."""
+    """One column for each image: clean, perturbation (grey is none), attacked, gate weights before and after."""
     experiment, epsilon = run.experiment, run.experiment.pgd.epsilon
     experts = list(experiment.defended.parents)
     figure = Figure(figsize=(6.5, 5.2))
@@ -108,27 +111,33 @@ def draw(run: ExperimentFolder, shown: Attacked) -> Figure:
             axes.spines[:].set_visible(False)
         for axes, predicted in ((rows[0, i], before), (rows[2, i], after)):
             wrong = predicted != label
-            says = f"{predicted}, not {label}" if wrong else f"{predicted}"
-            axes.set_title(says, color=COLOURS[MIXTURE] if wrong else "black", fontsize=8, pad=3)
-        place = np.arange(len(experts))
-        rows[3, i].barh(place - 0.2, 100 * shown.gate[0, i], height=0.4, color=COLOURS["fgsm-at"], label="clean")
-        rows[3, i].barh(place + 0.2, 100 * shown.gate[1, i], height=0.4, color=COLOURS[MIXTURE], label="attacked")
-        rows[3, i].set_yticks(place, experts if i == 0 else [""] * len(experts), fontsize=6)
+            title = f"{predicted}, not {label}" if wrong else f"{predicted}"
+            axes.set_title(title, color=DEFENDED if wrong else "black", fontsize=8, pad=3)
+        position = np.arange(len(experts))
+        rows[3, i].barh(position - 0.2, 100 * shown.gate[0, i], height=0.4, color=PALETTE[3], label="clean")
+        rows[3, i].barh(position + 0.2, 100 * shown.gate[1, i], height=0.4, color=DEFENDED, label="attacked")
+        rows[3, i].set_yticks(position, experts if i == 0 else [""] * len(experts), fontsize=6)
         rows[3, i].set(xlim=(0, 100), ylim=(len(experts) - 0.4, -0.6))
         rows[3, i].tick_params(length=0, labelsize=6)
         rows[3, i].grid(visible=False, axis="y")
     for axes, name in zip(rows[:, 0], ("clean", "perturbation", f"PGD-{shown.steps}", "gate (%)"), strict=True):
         axes.set_ylabel(name)
     figure.suptitle(
-        f"The first test images under PGD, epsilon {epsilon:.3g}; above them what the mixture says", fontsize=9
+        f"The first test images under PGD, epsilon {epsilon:.3g}; above them the predictions of the "
+        f"{experiment.defended.name}",
+        fontsize=9,
     )
     figure.legend(*rows[3, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     return figure
 
 
+@command
 def main(arguments: Sequence[str]) -> None:
     """Draw the strip of one experiment and print its path."""
-    parser = Parser(prog="python -m analysis.strip", description="Test images, attacked, with predictions and gate.")
+    parser = Parser(
+        prog="python -m analysis.strip",
+        description="Test images, clean and attacked, with predictions and gate weights.",
+    )
     parser.add_argument("folder", help="experiment's folder, a path or an fsspec URL")
     parser.add_argument("--out", default="strip.png", help="a .png, .pdf or .svg file, default: strip.png")
     parser.add_argument("--data-folder", default="data", help="folder of downloaded images, default: data")
@@ -136,7 +145,7 @@ def main(arguments: Sequence[str]) -> None:
     out = Path(options.out)
     if out.suffix not in (".png", ".pdf", ".svg"):
         raise InvalidInput(f"--out: {options.out!r} cannot be used: allowed is a name ending in .png, .pdf or .svg")
-    runs = [found for group in load(options.folder).groups for found in group.runs]
+    runs = [run for group in load(options.folder).groups for run in group.runs]
     if len(runs) > 1:
         raise InvalidInput(
             f"folder: {options.folder!r} cannot be used: it holds {len(runs)} experiments, allowed is one"
@@ -144,12 +153,9 @@ def main(arguments: Sequence[str]) -> None:
     figure = draw(runs[0], attack(runs[0], Path(options.data_folder)))
     content = io.BytesIO()
     figure.savefig(content, format=out.suffix[1:], dpi=300)
-    try:
-        write_whole(out, content.getvalue())
-    except OSError as error:
-        raise InvalidInput(f"--out: {options.out!r} cannot be used: {error.strerror}") from None
+    write_whole(out, content.getvalue())
     print(out)
 
 
 if __name__ == "__main__":
-    sys.exit(run(main))
+    sys.exit(main(sys.argv[1:]))

@@ -1,7 +1,7 @@
-"""What the rows of a table may hold, checked once where they are read, so that nothing behind it meets a surprise.
+"""Which values the rows of a table may hold. Rows are checked once, where they are read.
 
-Files in a table's folder can be anybody's: another tool's Parquet, another experiment's, a damaged one. The first value
-that no run writes is named, with what is allowed.
+A file in a table's folder may come from another tool or another experiment, or may be damaged. The error names the
+first value that no run writes, and what is allowed.
 """
 
 from __future__ import annotations
@@ -12,12 +12,14 @@ from collections.abc import Mapping, Sequence
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from analysis.columns import CELL_FIELDS
 from dwf_cluster.data.registry import DATASETS
+from dwf_cluster.defences.registry import METHODS
 from dwf_cluster.experiment import Experiment
 from dwf_cluster.settings import InvalidInput, printable
 
 MAX_EXAMPLES = 10_000_000
-"""Test images of a data set that is read from a file; of the others the number is known."""
+"""Test images of a data set that is read from a file; for all others the number is known."""
 
 _FINITE = sys.float_info.max
 _COUNT = (0, 1e15)
@@ -33,7 +35,7 @@ _REQUIRED = {
     "jobs": ("model", "stage"),
     "shards": ("model", "attack", "first", "examples", "correct"),
 }
-"""Columns without which a row means nothing; in others null stands for what has no meaning, or was not recorded."""
+"""Columns that may not be null; in others null means that the value has no meaning, or was not recorded."""
 
 _RANGES: Mapping[str, Range] = {
     "epsilon": (0, 1000),
@@ -57,23 +59,23 @@ _RANGES: Mapping[str, Range] = {
     "gradients": (0, _FINITE),
     "perturbation": (0, _FINITE),
 }
-"""Smallest and largest value of a number, ends included. A range of its own: `examples` and `example`."""
+"""Smallest and largest value, both allowed. Those of `examples` and `example` depend on the data set."""
 
 
-def validate(rows: pa.Table, table: str, experiment: Experiment, models: Sequence[str] | None) -> None:
+def validate(rows: pa.Table, table: str, experiment: Experiment, allow_other_models: bool = False) -> None:
     """Check rows of one experiment's table.
 
     Args:
-        rows: some or all columns, of the types of `SCHEMAS`.
-        table: that they are of.
-        experiment: that they must belong to.
-        models: of the experiment, in any order; None: not known, another version has written it.
+        rows: some or all columns, with the types of `SCHEMAS`.
+        table: the table's name.
+        experiment: the experiment that they must belong to.
+        allow_other_models: whether there may be rows of models that the experiment does not name.
 
     Raises:
-        InvalidInput: that names the first column, value and what is allowed.
+        InvalidInput: names the first column and value that cannot be used, and what is allowed.
     """
     try:
-        rows.validate(full=True)  # text that is no UTF-8
+        rows.validate(full=True)  # finds text that is not UTF-8
     except pa.ArrowInvalid as error:
         raise InvalidInput(printable(error, 200)) from None
     names = set(rows.column_names)
@@ -83,8 +85,8 @@ def validate(rows: pa.Table, table: str, experiment: Experiment, models: Sequenc
     if "seed" in names:
         _among(rows, "seed", [experiment.seed])
     for name in ("model", "source"):
-        if models is not None and name in names:
-            _among(rows, name, (*models, None))  # null in `model` has been refused above
+        if name in names and not allow_other_models:
+            _among(rows, name, (*experiment.names, None))  # null in `model` has been refused above
     largest = _max_examples(experiment)
     ranges = {**_RANGES, "examples": (1, largest), "example": (0, largest - 1)}
     for name in rows.column_names:
@@ -93,9 +95,9 @@ def validate(rows: pa.Table, table: str, experiment: Experiment, models: Sequenc
     if {"correct", "examples"} <= names:
         _none(rows, "correct", pc.greater(rows["correct"], rows["examples"]), "at most examples")
     if "gate" in names:
-        _gates(rows, experiment.defended.networks)
-    if table == "evaluations" and {"model", "attack", "source", "epsilon", "steps"} <= names:
-        _once(rows, ["model", "attack", "source", "epsilon", "steps"])
+        _gates(rows, experiment)
+    if table == "evaluations" and names.issuperset(CELL_FIELDS):
+        _once(rows, CELL_FIELDS)
 
 
 def _max_examples(experiment: Experiment) -> int:
@@ -118,27 +120,34 @@ def _within(rows: pa.Table, name: str, allowed: Range) -> None:
 
 def _none(rows: pa.Table, name: str, wrong: pa.ChunkedArray, allowed: str) -> None:
     """Refuse the column if any of its values is wrong."""
-    where = pc.index(wrong, True).as_py()
-    if where >= 0:
-        value = printable(rows[name][where].as_py(), 80)
+    row = pc.index(wrong, True).as_py()
+    if row >= 0:
+        value = printable(rows[name][row].as_py(), 80)
         raise InvalidInput(f"{name}: {value!r} cannot be used: allowed is {printable(allowed, 200)}")
 
 
-def _gates(rows: pa.Table, experts: int) -> None:
+def _gates(rows: pa.Table, experiment: Experiment) -> None:
+    """Refuse gate weights that are not one for each expert, or not shares; null where a model has no gate."""
     gates = rows["gate"]
     lengths = pc.list_value_length(gates)
-    wrong = pc.index(pc.not_equal(lengths, experts), True).as_py()
-    if wrong >= 0:
-        raise InvalidInput(f"gate: {lengths[wrong].as_py()} weights cannot be used: the mixture has {experts} experts")
+    for spec in experiment.models:
+        if METHODS[spec.method].has_gate:
+            wrong = pc.not_equal(lengths, spec.networks)
+            if "model" in rows.column_names:
+                wrong = pc.and_(wrong, pc.equal(rows["model"], spec.name))
+            row = pc.index(wrong, True).as_py()
+            if row >= 0:
+                count = lengths[row].as_py()
+                raise InvalidInput(f"gate: {count} weights cannot be used: {spec.name} has {spec.networks} experts")
     weights = pc.list_flatten(gates)
-    inside = pc.and_(pc.greater_equal(weights, 0), pc.less_equal(weights, 1.001))  # rounded sums
+    inside = pc.and_(pc.greater_equal(weights, 0), pc.less_equal(weights, 1.001))  # sums are rounded
     if weights.null_count or not pc.all(inside, min_count=0).as_py():
         raise InvalidInput("gate: weights outside 0 to 1 cannot be used")
 
 
 def _once(rows: pa.Table, keys: Sequence[str]) -> None:
-    counted = rows.select(keys).group_by(keys, use_threads=False).aggregate([([], "count_all")])
-    twice = pc.index(pc.greater(counted["count_all"], 1), True).as_py()
-    if twice >= 0:
-        which = ", ".join(str(counted[key][twice].as_py()) for key in keys if counted[key][twice].is_valid)
-        raise InvalidInput(f"model: {printable(which, 80)!r} cannot be used twice: allowed is one row for each column")
+    counts = rows.select(keys).group_by(keys, use_threads=False).aggregate([([], "count_all")])
+    row = pc.index(pc.greater(counts["count_all"], 1), True).as_py()
+    if row >= 0:
+        cell = ", ".join(str(counts[key][row].as_py()) for key in keys if counts[key][row].is_valid)
+        raise InvalidInput(f"model: {printable(cell, 80)!r} cannot be used twice: allowed is one row for each column")

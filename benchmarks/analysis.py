@@ -1,9 +1,9 @@
-"""What Table 3 and the figures over epsilon and iterations cost from a million and from ten million predictions.
+"""Time and memory of Table 3 and of the figures over epsilon and iterations, for 1 and 10 million predictions.
 
     python benchmarks/analysis.py
 
-Writes results that are made up (CIFAR-10's sizes, but nobody was trained), has another process read every row of them,
-test every pair of models and draw, and prints its seconds and its peak memory. The last line is JSON.
+Writes synthetic results with the sizes of CIFAR-10; no model is trained. Another process then reads every row, tests
+every pair of models and draws; its seconds and peak memory are printed. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -22,31 +23,41 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from scipy import stats
 
-from dwf_cluster.evaluation.registry import CHECKS, Column, columns, suite_names, transfer_column
-from dwf_cluster.experiment import MIXTURE, Experiment, build
+from dwf_cluster.defences.registry import METHODS, ModelSpec
+from dwf_cluster.evaluation.registry import CHECKS, PAPER, TRANSFER, Column, columns, transfer_column
+from dwf_cluster.experiment import Experiment, build
+from dwf_cluster.plan.jobs import EXPERTS, JOINT
 from dwf_cluster.store import tables
 
-SLICE = 8192
+SHARD = 8192
 """Images of a file, as evaluation tasks have them."""
+
+ACCURACY = {"standard": (0.95, 0.95), "fgsm": (0.90, 0.55), "pgd": (0.88, 0.45), "dwf": (0.93, 0.40)}
+"""Of each method: accuracy on clean images, and what is lost under the strongest attack."""
+
+SECONDS = {"standard": 3.0, "fgsm": 5.0, "pgd": 40.0, "dwf": 90.0}
+"""Of each method: seconds of an epoch."""
 
 WORK = """
 import sys
-from analysis import figures, load, outcomes, tables
+from analysis import figures, formats, load, predictions, tables
 
 for group in load(sys.argv[1]).groups:
-    measured, _, made, _ = tables.of_group(group, outcomes.outcomes(group))
-    for table in made:
-        print(tables.text(table))
-    figures.save({"fgsm": figures.fgsm(group, measured), "pgd": figures.pgd(group, measured)}, sys.argv[2])
+    found = predictions.read_predictions(group)
+    measured, _, shown, _ = tables.of_group(group, found)
+    for table in shown:
+        print(formats.text(table))
+    data = figures.FigureData(group, measured, found)
+    figures.save({name: figures.draw(name, data) for name in ("fgsm", "pgd")}, sys.argv[2])
 """
 
 
 def make_up(storage: Path, experiment: Experiment, examples: int, classes: int = 10) -> Path:
-    """Write the tables of an experiment that never ran: a pure function of its seed; accuracies fall with strength.
+    """Write synthetic tables of an experiment, a pure function of its seed; accuracies fall with an attack's strength.
 
     Args:
-        storage: the experiment's folder is made in it.
-        experiment: whose models and columns.
+        storage: the experiment's folder is created in it.
+        experiment: gives models and columns.
         examples: test images.
         classes: their labels are 0..classes-1.
 
@@ -57,26 +68,41 @@ def make_up(storage: Path, experiment: Experiment, examples: int, classes: int =
     folder.mkdir(parents=True)
     (folder / "experiment.json").write_text(experiment.to_json())
     images = np.random.default_rng(1)
-    label, hardness = images.integers(0, classes, examples), images.random(examples)
+    test_set = Images(images.integers(0, classes, examples), images.random(examples), classes)
     random = np.random.default_rng([experiment.seed, 2])
-    names = [*(regime.name for regime in experiment.regimes), MIXTURE]
-    skill = dict(zip(names, random.normal(0, 0.02, len(names)), strict=True))
-    for model in names:
-        for family in suite_names(experiment, model):
-            if family == CHECKS:
+    skill = dict(zip(experiment.names, random.normal(0, 0.02, len(experiment.names)), strict=True))
+    for spec in experiment.models:
+        for suite in experiment.suites(spec):
+            if suite == CHECKS:
                 continue
-            found = [(model, column) for column in columns(experiment, family)]
-            if family == "paper" and "transfer" in experiment.evaluation.beyond:
-                found += [(other, transfer_column(experiment, model)) for other in names if other != model]
-            outcomes = [_outcome(experiment, m, c, skill[m], hardness, label, classes, random) for m, c in found]
-            rows = [_evaluation(m, c, o[0], label) for (m, c), o in zip(found, outcomes, strict=True)]
-            _write(folder, "evaluations", f"evaluate-{model}-{family}", experiment, pa.Table.from_pylist(rows))
-            for first in range(0, examples, SLICE):
-                parts = [_predictions(m, c, o, label, first) for (m, c), o in zip(found, outcomes, strict=True)]
-                file = f"evaluate-{model}-{family}-{first:09d}"
-                _write(folder, "predictions", file, experiment, pa.concat_tables(parts))
-        _write_small_tables(folder, experiment, model, random)
+            cells = [(spec, column) for column in columns(experiment.evaluation, experiment.threat, suite)]
+            if suite == PAPER and TRANSFER in experiment.evaluation.beyond:
+                transferred = transfer_column(experiment.evaluation, experiment.threat, spec.name)
+                cells += [(other, transferred) for other in experiment.models if other != spec]
+            outcomes = [_outcome(experiment, s, column, skill[s.name], test_set, random) for s, column in cells]
+            rows = [
+                _evaluation(s.name, column, outcome[0], test_set.label)
+                for (s, column), outcome in zip(cells, outcomes, strict=True)
+            ]
+            file = f"evaluate-{spec.name}-{suite}"
+            _write(folder, "evaluations", file, experiment, pa.Table.from_pylist(rows))
+            for first in range(0, examples, SHARD):
+                shards = [
+                    _predictions(s.name, column, outcome, test_set.label, first)
+                    for (s, column), outcome in zip(cells, outcomes, strict=True)
+                ]
+                _write(folder, "predictions", f"{file}-{first:09d}", experiment, pa.concat_tables(shards))
+        _write_small_tables(folder, experiment, spec, random)
     return folder
+
+
+@dataclass(frozen=True)
+class Images:
+    """Synthetic test images: their labels, and how hard each is to classify, 0..1."""
+
+    label: NDArray[np.int64]
+    hardness: NDArray[np.float64]
+    classes: int
 
 
 Outcome = tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.float32] | None]
@@ -84,52 +110,50 @@ Outcome = tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.float32] | No
 
 def _outcome(
     experiment: Experiment,
-    model: str,
+    spec: ModelSpec,
     column: Column,
     skill: float,
-    hardness: NDArray[np.float64],
-    label: NDArray[np.int64],
-    classes: int,
+    test_set: Images,
     random: np.random.Generator,
 ) -> Outcome:
-    """Predictions, margins and, for the mixture, gate weights of one model in one column."""
-    kind = model.split("-", maxsplit=1)[0]
-    clean, lost = {"benign": (0.95, 0.95), "fgsm": (0.90, 0.55), "pgd": (0.88, 0.45), MIXTURE: (0.93, 0.40)}[kind]
+    """Predictions, margins and, for a mixture, gate weights of one model in one column."""
+    clean, lost = ACCURACY.get(spec.method, (0.9, 0.5))
+    label, images = test_set.label, len(test_set.label)
     strength = (column.epsilon or 0) / max(experiment.evaluation.fgsm_epsilons)
     if column.attack.startswith(("pgd", "apgd", "autoattack")):
         strength = 0.6 + 0.2 * (1 - 1 / (column.steps or 100))
-    elif column.attack in ("transfer", "noise"):
+    elif column.attack in (TRANSFER, "noise"):
         strength = 0.2
     share = np.clip(clean - lost * strength + skill, 0.02, 0.99)
-    right = 0.8 * hardness + 0.2 * random.random(len(label)) < share
-    wrong = (label + random.integers(1, classes, len(label))) % classes
-    margin = np.abs(random.normal(2, 1, len(label))).astype(np.float32)
+    is_correct = 0.8 * test_set.hardness + 0.2 * random.random(images) < share
+    wrong = (label + random.integers(1, test_set.classes, images)) % test_set.classes
+    margin = np.abs(random.normal(2, 1, images)).astype(np.float32)
     gate = None
-    if model == MIXTURE:
-        experts = [regime.attack for regime in experiment.mixture_regimes]
-        attacked = {"clean": "benign", "fgsm": "fgsm"}.get(column.attack, "pgd")
-        logits = random.normal(0, 0.4, (len(label), len(experts))) + [1.5 * (e == attacked) for e in experts]
-        logits[np.arange(len(label)), label % len(experts)] += 0.8
+    if METHODS[spec.method].has_gate:
+        experts = [experiment.spec(name).method for name in spec.parents]
+        matching = {"clean": "standard", "fgsm": "fgsm"}.get(column.attack, "pgd")
+        logits = random.normal(0, 0.4, (images, len(experts))) + [1.5 * (expert == matching) for expert in experts]
+        logits[np.arange(images), label % len(experts)] += 0.8
         weights = np.exp(logits)
         gate = (weights / weights.sum(1, keepdims=True)).astype(np.float32)
-    return np.where(right, label, wrong), np.where(right, margin, -margin), gate
+    return np.where(is_correct, label, wrong), np.where(is_correct, margin, -margin), gate
 
 
 def _predictions(model: str, column: Column, outcome: Outcome, label: NDArray[np.int64], first: int) -> pa.Table:
-    prediction, margin, gate = (None if part is None else part[first : first + SLICE] for part in outcome)
+    prediction, margin, gate = (None if part is None else part[first : first + SHARD] for part in outcome)
     assert prediction is not None
     rows = len(prediction)
     if gate is None:
         gates = pa.nulls(rows, pa.list_(pa.float32()))
     else:
         gates = pa.ListArray.from_arrays(np.arange(rows + 1, dtype=np.int32) * gate.shape[1], gate.ravel())
-    of = {"model": model, **{key: getattr(column, key) for key in ("attack", "source", "epsilon", "steps")}}
     types = tables.SCHEMAS["predictions"]
+    cell = {"model": model, **{name: value for name, value in column.settings.items() if name in types.names}}
     return pa.table(
         {
-            **{name: pa.repeat(pa.scalar(value, types.field(name).type), rows) for name, value in of.items()},
+            **{name: pa.repeat(pa.scalar(value, types.field(name).type), rows) for name, value in cell.items()},
             "example": np.arange(first, first + rows),
-            "label": label[first : first + SLICE],
+            "label": label[first : first + SHARD],
             "prediction": prediction,
             "margin": margin,
             "gate": gates,
@@ -155,10 +179,9 @@ def _evaluation(
     }
 
 
-def _write_small_tables(folder: Path, experiment: Experiment, model: str, random: np.random.Generator) -> None:
-    stage = "joint" if model == MIXTURE else "experts"
-    epochs = min(experiment.training(stage).epochs, 30)
-    seconds = 90.0 if stage == "joint" else {"benign": 3.0, "fgsm": 5.0, "pgd": 40.0}[model.split("-", maxsplit=1)[0]]
+def _write_small_tables(folder: Path, experiment: Experiment, spec: ModelSpec, random: np.random.Generator) -> None:
+    model, stage = spec.name, JOINT if spec.parents else EXPERTS
+    epochs, seconds = min(spec.training.epochs, 30), SECONDS.get(spec.method, 40.0)
     metrics = [
         {
             "stage": stage,
@@ -167,7 +190,7 @@ def _write_small_tables(folder: Path, experiment: Experiment, model: str, random
             "step": epoch * 390,
             "loss": 2.3 * float(np.exp(-3 * epoch / epochs) + random.normal(0, 0.01)),
             "clean_accuracy": 0.9 * float(1 - np.exp(-4 * epoch / epochs)),
-            "probe_pgd_accuracy": (0.05 if model == "benign" else 0.5) * float(1 - np.exp(-3 * epoch / epochs)),
+            "probe_pgd_accuracy": (0.05 if spec.method == "standard" else 0.5) * float(1 - np.exp(-3 * epoch / epochs)),
             "learning_rate": 0.05 * (1 + float(np.cos(np.pi * epoch / epochs))),
             "images_per_second": 50_000 / seconds,
             "seconds": seconds,
@@ -176,13 +199,21 @@ def _write_small_tables(folder: Path, experiment: Experiment, model: str, random
         for epoch in range(1, epochs + 1)
     ]
     _write(folder, "metrics", model, experiment, pa.Table.from_pylist(metrics))
-    signs = [("more_steps", 0.01, "PGD-10 leaves 60.0%, PGD-40 59.0%"), ("black_box", 0.02, "Square fools 2.0%")]
+    checked = [("more_steps", 0.01, "PGD-10 leaves 60.0%, PGD-40 59.0%"), ("black_box", 0.02, "Square fools 2.0%")]
     checks = [
-        {"model": model, "check": check, "value": value, "limit": 0.05, "fired": False, "meaning": why, "examples": 64}
-        for check, value, why in signs
+        {
+            "model": model,
+            "check": check,
+            "value": value,
+            "limit": 0.05,
+            "fired": False,
+            "meaning": meaning,
+            "examples": 64,
+        }
+        for check, value, meaning in checked
     ]
     _write(folder, "checks", f"evaluate-{model}-checks-000000000", experiment, pa.Table.from_pylist(checks))
-    task = "joint" if stage == "joint" else f"expert {model}"
+    task = JOINT if stage == JOINT else f"expert {model}"
     job = {
         "stage": stage,
         "model": model,
@@ -205,12 +236,12 @@ def _write_small_tables(folder: Path, experiment: Experiment, model: str, random
 
 
 def _write(folder: Path, table: str, file: str, experiment: Experiment, rows: pa.Table) -> None:
-    """As the store writes it: the schema's columns, zstd."""
-    schema, of = tables.SCHEMAS[table], tables.rows_of(experiment, [{}])[0]
+    """Write a file as the store does: the schema's columns, compressed with zstd."""
+    schema, labels = tables.SCHEMAS[table], asdict(experiment.labels)
     arrays = []
     for field in schema:
-        if field.name in of:
-            arrays.append(pa.repeat(pa.scalar(of[field.name], field.type), len(rows)))
+        if field.name in labels:
+            arrays.append(pa.repeat(pa.scalar(labels[field.name], field.type), len(rows)))
         elif field.name in rows.column_names:
             column = rows[field.name].combine_chunks()
             arrays.append(column.cast(field.type))
@@ -239,7 +270,7 @@ def measure(storage: Path, out: Path) -> dict[str, float]:
 
 def main() -> None:
     """Measure and print."""
-    found = {}
+    costs = {}
     for seeds, examples in ((1, 5_000), (5, 10_000)):
         with tempfile.TemporaryDirectory() as folder:
             storage, out = Path(folder, "runs"), Path(folder, "figures")
@@ -247,9 +278,9 @@ def main() -> None:
                 make_up(storage, build("cifar10", seed), examples)
             rows = pq.ParquetDataset([str(f) for f in storage.glob("*/results/predictions/*")]).read(["seed"]).num_rows
             size = sum(f.stat().st_size for f in storage.glob("*/results/predictions/*")) / 2**20
-            found[f"{rows:,} predictions"] = cost = measure(storage, out)
+            costs[f"{rows:,} predictions"] = cost = measure(storage, out)
             print(f"{rows:,} rows, {size:.0f} MiB: {cost}")
-    print(json.dumps(found))
+    print(json.dumps(costs))
 
 
 if __name__ == "__main__":

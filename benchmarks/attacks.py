@@ -3,7 +3,7 @@
     OMP_WAIT_POLICY=PASSIVE python benchmarks/attacks.py [--images 512] [--mixture-images 24]
 
 Width-16 ResNet-18s, one trained on clean digits and one on PGD examples, on digits scaled to 32x32 with three
-channels. Every contestant attacks the same model, with both cores of the machine: ours as it runs, in slices of
+channels. Every contestant attacks the same model, with both cores of the machine: ours as it runs, in shards of
 the test set on one-thread workers; the peers in one process with the number of threads and the batch size that
 are fastest for them. The contestants take turns on parts of the images (foolbox and ART only on the first, the
 undefended model on half of the images), and times are medians over parts, for all images. (Threads that wait by
@@ -24,13 +24,13 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from dwf_cluster.attacks.pgd import pgd
 from sklearn.datasets import load_digits
 from torch import nn
 
 from dwf_cluster.attacks.ball import Ball
+from dwf_cluster.attacks.pgd import pgd
 from dwf_cluster.evaluation.run import evaluate
-from dwf_cluster.experiment import MIXTURE, Experiment, build
+from dwf_cluster.experiment import Experiment, build
 from dwf_cluster.models.frozen import frozen
 from dwf_cluster.models.mixture import Gate, Mixture
 from dwf_cluster.models.resnet import ResNet18
@@ -69,12 +69,12 @@ def trained(x: torch.Tensor, y: torch.Tensor, adversarial: bool) -> ResNet18:
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, epochs * -(-len(x) // 64))
     for _ in range(epochs):
         for batch in torch.split(torch.randperm(len(x)), 64):
-            some = x[batch]
+            part = x[batch]
             if adversarial:
-                *_, last = pgd(frozen(model), some, y[batch], ball, step_size=0.06, steps=4)
-                some = last.x
+                *_, last = pgd(frozen(model), part, y[batch], ball, step_size=0.06, steps=4)
+                part = last.x
             optimizer.zero_grad()
-            F.cross_entropy(model(some), y[batch]).backward()  # type: ignore[no-untyped-call]
+            F.cross_entropy(model(part), y[batch]).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             schedule.step()
     # Peers that know nothing of frozen models would otherwise ask for gradients of the weights.
@@ -86,9 +86,12 @@ def trained(x: torch.Tensor, y: torch.Tensor, adversarial: bool) -> ResNet18:
 
 def _ours(experiment: Experiment, model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> tuple[Columns, int]:
     torch.set_num_threads(1)
-    name = MIXTURE if isinstance(model, Mixture) else "model"
+    name = experiment.defended.name if isinstance(model, Mixture) else "model"
     pixels = (x * 255).round().to(torch.uint8).numpy()
-    rows, predictions = evaluate(experiment, {name: model}, name, "paper", pixels, y.numpy(), 0, torch.device("cpu"))
+    settings, cpu = (experiment.evaluation, experiment.threat), torch.device("cpu")
+    rows, predictions = evaluate(
+        {name: model}, name, "paper", pixels, y.numpy(), *settings, seed=experiment.seed, device=cpu
+    )
     columns = {}
     for row in rows:
         own = [p for p in predictions if all(p[k] == row[k] for k in ("attack", "epsilon", "steps"))]
@@ -103,7 +106,7 @@ def _name(attack: str, epsilon: float | None, steps: int | None) -> str:
 
 
 def ours(pool: ProcessPoolExecutor, experiment: Experiment, model: nn.Module) -> Callable[..., tuple[Columns, int]]:
-    """The product's evaluation: a slice of the images for each core."""
+    """The product's evaluation: a shard of the images for each core."""
 
     def run(x: torch.Tensor, y: torch.Tensor) -> tuple[Columns, int]:
         parts = zip(x.tensor_split(CORES), y.tensor_split(CORES), strict=True)
@@ -206,13 +209,13 @@ def median_seconds(run: Callable[[], object], times: int = 5) -> float:
 
 
 def bare(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> float:
-    """Seconds of a bare forward-backward on the input, for one image; of the frozen view, in parts of 32."""
-    view = frozen(model)
+    """Seconds of a bare forward-backward on the input, for one image; of the frozen model, in parts of 32."""
+    frozen_model = frozen(model)
 
     def run() -> None:
-        for some, labels in zip(torch.split(x, 32), torch.split(y, 32), strict=True):
-            leaf = some.contiguous(memory_format=torch.channels_last).requires_grad_()
-            torch.autograd.grad(F.cross_entropy(view(leaf), labels, reduction="sum"), leaf)
+        for part, labels in zip(torch.split(x, 32), torch.split(y, 32), strict=True):
+            leaf = part.contiguous(memory_format=torch.channels_last).requires_grad_()
+            torch.autograd.grad(F.cross_entropy(frozen_model(leaf), labels, reduction="sum"), leaf)
 
     return median_seconds(run) / len(x)
 
@@ -221,8 +224,8 @@ def plain(model: nn.Module, x: torch.Tensor, y: torch.Tensor, batch: int) -> flo
     """The same of the model as it is, in parts of `batch`."""
 
     def run() -> None:
-        for some, labels in zip(torch.split(x, batch), torch.split(y, batch), strict=True):
-            leaf = some.clone().requires_grad_()
+        for part, labels in zip(torch.split(x, batch), torch.split(y, batch), strict=True):
+            leaf = part.clone().requires_grad_()
             torch.autograd.grad(F.cross_entropy(model(leaf), labels), leaf)
 
     return median_seconds(run, 3) / len(x)

@@ -1,4 +1,4 @@
-"""What the demo costs: seconds, of which Ray and imports, seconds the second time, and peak memory.
+"""Cost of the demo: seconds, those of Ray and imports, seconds of a second run, and peak memory.
 
     python benchmarks/demo.py
 
@@ -22,7 +22,7 @@ COMMAND = [sys.executable, "-m", "dwf_cluster.launch", "--local"]
 
 
 class PeakMemory(threading.Thread):
-    """Samples the proportional set size of a process and all below it: shared pages count once."""
+    """Samples the proportional set size of a process and its descendants, so that shared pages count once."""
 
     def __init__(self, pid: int) -> None:
         super().__init__(daemon=True)
@@ -35,7 +35,7 @@ class PeakMemory(threading.Thread):
             for process in [self.root, *self.root.children(recursive=True)]:
                 try:
                     total += process.memory_full_info().pss
-                except psutil.Error:  # it has ended since
+                except psutil.Error:  # the process has ended
                     continue
             self.peak = max(self.peak, total)
 

@@ -1,8 +1,8 @@
-"""The README's pictures: Ray's dashboard while the demo runs, and the report of what it came to.
+"""Make the README's pictures: Ray's dashboard while the demo runs, and the report of its results.
 
     python benchmarks/pictures.py
 
-Runs the demo in a temporary folder, with Debian's chromium and chromium-driver looking on; writes `docs/*.png`.
+Runs the demo in a temporary folder, takes screenshots with Debian's chromium and chromium-driver, writes `docs/*.png`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ SWITCHES = ("headless", "no-sandbox", "disable-gpu", "disable-dev-shm-usage", "h
 
 
 def browser(width: int, height: int) -> webdriver.Chrome:
-    """A headless Chromium with a window of that many CSS pixels."""
+    """A headless Chromium; size of the window in CSS pixels."""
     options = webdriver.ChromeOptions()
     options.binary_location = "/usr/bin/chromium"
     for switch in (*SWITCHES, f"window-size={width},{height}"):
@@ -34,7 +34,7 @@ def browser(width: int, height: int) -> webdriver.Chrome:
 
 
 def dashboard(url: str, token: str) -> None:
-    """What runs, by name, as the dashboard's page of the job shows it."""
+    """Take a picture of the job's page of the dashboard, with the names of the running tasks."""
     with browser(1280, 1200) as chrome:
         wait = WebDriverWait(chrome, 60)
 
@@ -56,14 +56,14 @@ def dashboard(url: str, token: str) -> None:
 
 
 def report(page: Path) -> None:
-    """The beginning of the report."""
+    """Take a picture of the beginning of the report."""
     with browser(1280, 1700) as chrome:
         chrome.get(page.as_uri())
         chrome.save_screenshot(str(DOCS / "report.png"))
 
 
 def main() -> None:
-    """Run the demo, and look at it."""
+    """Run the demo and take the pictures."""
     with tempfile.TemporaryDirectory() as folder:
         command = ["python", "-m", "dwf_cluster.launch", "--local"]  # the dashboard shows it as it is
         environment = os.environ | {"PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"}
@@ -71,8 +71,8 @@ def main() -> None:
             assert process.stdout is not None
             for line in process.stdout:
                 print(line, end="", flush=True)
-                if found := re.match(r"Ray dashboard: (\S+) .* `cat (\S+)`", line):
-                    url, token = found[1], Path(found[2]).read_text()
+                if match := re.match(r"Ray dashboard: (\S+) .* `cat (\S+)`", line):
+                    url, token = match[1], Path(match[2]).read_text()
                 elif line.startswith("expert benign: done"):
                     dashboard(url, token)
         page = Path(folder) / "report.html"

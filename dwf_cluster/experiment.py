@@ -20,7 +20,7 @@ from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from dwf_cluster.attacks.settings import Fgsm, Pgd
 from dwf_cluster.data.registry import Data
-from dwf_cluster.defences.registry import DEFENCES, METHODS, Experts, Gate, Joint, ModelSpec, recipe, recipe_names
+from dwf_cluster.defences.registry import METHODS, Experts, Gate, Joint, ModelSpec, recipe, recipe_names
 from dwf_cluster.evaluation.registry import Column, Evaluation, Threat, all_columns, suite_names
 from dwf_cluster.models.registry import Model
 from dwf_cluster.settings import (
@@ -52,8 +52,8 @@ class Experiment(Settings):
     """Seed of every random draw."""
     checkpoint_minutes: Annotated[float, Field(gt=0, le=1_000_000)] = 10.0
     """Minutes between checkpoints within an epoch that takes longer. Changes no number, and no signature."""
-    defence: Annotated[str, OneOf(lambda: DEFENCES)] = "dwf"
-    """The defence that the experiment is about; its last model is the defended one."""
+    defence: Annotated[str, OneOf(recipe_names)] = "dwf"
+    """The defence (or method) that the experiment is about; its last model is the defended one."""
     baselines: Annotated[tuple[Annotated[str, OneOf(recipe_names)], ...], BeforeValidator(as_tuple)] = ()
     """Defences and methods beside it, such as `fgsm-at` and `pgd-at`: ResNet-18 with half of each batch adversarial at
     a fixed strength (FGSM at `pgd.epsilon`: our assumption; PGD with 10 iterations)."""
@@ -68,9 +68,9 @@ class Experiment(Settings):
 
     @model_validator(mode="after")
     def _models_have_names_of_their_own(self) -> Experiment:
-        names = [spec.name for spec in self.models]
-        if twice := next((name for name in names if names.count(name) > 1), None):
-            raise ValueError(f"baselines and defence have two models of the name {twice!r}: allowed is one")
+        names = self.names
+        if repeated := next((name for name in names if names.count(name) > 1), None):
+            raise ValueError(f"defence and baselines give two models the name {repeated!r}: allowed is one")
         return self
 
     @property
@@ -116,10 +116,12 @@ class Experiment(Settings):
         fields = self._deciding_fields()
         for name in ADDED_LATER:
             *parents, leaf = name.split(".")
-            part = functools.reduce(lambda inner, parent: inner[parent], parents, fields)
-            owner: Settings = functools.reduce(getattr, parents, self)
-            if part[leaf] == type(owner).model_fields[leaf].default:
-                del part[leaf]
+            settings: Any = type(self)
+            values = fields
+            for parent in parents:
+                settings, values = settings.model_fields[parent].annotation, values[parent]
+            if values[leaf] == settings.model_fields[leaf].default:
+                del values[leaf]
         return _digest(fields)[:10]
 
     def model_signature(self, name: str) -> str:

@@ -1,7 +1,4 @@
-"""The one epoch loop: SGD with momentum and weight decay, cosine annealing, a checkpoint after each epoch.
-
-Within an epoch it saves a checkpoint every `checkpoint_minutes`, and when the run asks it to stop.
-"""
+"""The one epoch loop of every model: SGD, cosine annealing, a checkpoint after each epoch and within long ones."""
 
 from __future__ import annotations
 
@@ -24,7 +21,7 @@ from dwf_cluster.attacks.gradient import NotLogits, predict
 from dwf_cluster.attacks.pgd import pgd
 from dwf_cluster.data.device import DeviceImages, to_float
 from dwf_cluster.defences.loss import Loss
-from dwf_cluster.defences.registry import METHODS, ModelSpec, Training
+from dwf_cluster.defences.registry import METHODS, ModelSpec
 from dwf_cluster.determinism import Draws
 from dwf_cluster.evaluation.registry import Threat
 from dwf_cluster.models.frozen import frozen
@@ -78,16 +75,6 @@ class Task:
     on_epoch: Callable[[dict[str, Any]], None] = lambda row: None
     stopping: Callable[[], bool] = lambda: False
 
-    @property
-    def name(self) -> str:
-        """The model's name."""
-        return self.spec.name
-
-    @property
-    def training(self) -> Training:
-        """Epochs, learning rate and so on."""
-        return self.spec.training
-
 
 @dataclass
 class _Progress:
@@ -109,11 +96,8 @@ def train(task: Task, model: nn.Module, images: DeviceImages) -> nn.Module:
 
     Args:
         task: the settings, and the store to resume from.
-        model: on the device of `images`; changed in place.
+        model: on the device of `images`; changed in place and returned.
         images: the data set.
-
-    Returns:
-        The model.
 
     Raises:
         NonFiniteLoss: if the loss becomes NaN or infinite.
@@ -124,7 +108,7 @@ def train(task: Task, model: nn.Module, images: DeviceImages) -> nn.Module:
     optimizer = _optimizer(model, task.spec)
     progress = _restore(task, model, optimizer)
     parallel = _distributed(model) if workers > 1 else model
-    while progress.epoch < task.training.epochs:
+    while progress.epoch < task.spec.training.epochs:
         row = _epoch(task, progress, model, parallel, optimizer, images)
         if row is None:
             _save(task, model, optimizer, progress)
@@ -132,7 +116,7 @@ def train(task: Task, model: nn.Module, images: DeviceImages) -> nn.Module:
         progress = _Progress(progress.epoch + 1, metrics=[*progress.metrics, row])
         if rank == 0:
             # Metrics first: killed in between, the epoch is run again and its row replaced.
-            tables.write(task.store, "metrics", task.name, progress.metrics)
+            tables.write(task.store, "metrics", task.spec.name, progress.metrics)
         _save(task, model, optimizer, progress)
         task.on_epoch(row)
     return model
@@ -147,12 +131,11 @@ def _epoch(
     images: DeviceImages,
 ) -> dict[str, Any] | None:
     """Train to the end of an epoch, then probe; returns the row of `metrics`, or None if training is to stop."""
-    epoch = progress.epoch
-    started, key = time.perf_counter() - progress.seconds, (task.seed, task.name, epoch)
-    batches = images.epoch(task.training.batch_size, Draws(key))
-    first, last = epoch * len(batches), task.training.epochs * len(batches)
-    pause = 60 * task.checkpoint_minutes
-    due = time.perf_counter() + pause
+    epoch, name, training = progress.epoch, task.spec.name, task.spec.training
+    started, key = time.perf_counter() - progress.seconds, (task.seed, name, epoch)
+    batches = images.epoch(training.batch_size, Draws(key))
+    first, last = epoch * len(batches), training.epochs * len(batches)
+    saved_at = time.perf_counter()
     model.train()
     step = first
     try:
@@ -160,28 +143,28 @@ def _epoch(
             factor = (1 + math.cos(math.pi * step / last)) / 2
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * factor
-            loss, stopping = _step(task, model, parallel, optimizer, images, indices, Draws((*key, step - first)))
+            loss, is_stopping = _step(task, model, parallel, optimizer, images, indices, Draws((*key, step - first)))
             progress.loss += loss * len(indices)
             progress.steps += 1
-            progress.seconds = time.perf_counter() - started
+            now = time.perf_counter()
+            progress.seconds = now - started
             if progress.steps < len(batches):
-                if stopping:
+                if is_stopping:
                     return None
-                if time.perf_counter() > due:
-                    saving = time.perf_counter()
+                if now > saved_at + 60 * task.checkpoint_minutes:
                     _save(task, model, optimizer, progress)
-                    started += time.perf_counter() - saving
-                    due = time.perf_counter() + pause
+                    saved_at = time.perf_counter()
+                    started += saved_at - now  # an epoch's seconds are without its checkpoints
         seconds = time.perf_counter() - started
         clean, robust = run_probe(model, images, task.probe)
     except NotLogits as error:
-        saved = checkpoints.latest_path(task.store, task.name)
+        saved = checkpoints.latest_path(task.store, name) or "none"
         raise NonFiniteLoss(
-            f"{error} in epoch {epoch + 1}, step {step + 1} of {task.name}; last good checkpoint: {saved or 'none'}"
+            f"{error} in epoch {epoch + 1}, step {step + 1} of {name}; last good checkpoint: {saved}"
         ) from None
     return {
         "stage": task.stage,
-        "model": task.name,
+        "model": name,
         "epoch": epoch + 1,
         "step": step + 1,
         "loss": progress.loss / len(images.x_train),
@@ -196,12 +179,12 @@ def _epoch(
 
 def run_probe(model: nn.Module, images: DeviceImages, probe: Probe) -> tuple[float, float]:
     """Accuracy (0..1) on the first test images, clean and under the probe's PGD."""
-    view = frozen(model)
+    frozen_model = frozen(model)
     x, y = to_float(images.x_test[: probe.examples]), images.y_test[: probe.examples]
     ball = Ball("linf", probe.threat.epsilon)
-    first, *_, last = pgd(view, x, y, ball, step_size=probe.threat.step_size, steps=probe.steps)
+    first, *_, last = pgd(frozen_model, x, y, ball, step_size=probe.threat.step_size, steps=probe.steps)
     assert first.logits is not None
-    clean, robust = (float((z.argmax(1) == y).double().mean()) for z in (first.logits, predict(view, last.x)))
+    clean, robust = (float((z.argmax(1) == y).double().mean()) for z in (first.logits, predict(frozen_model, last.x)))
     return clean, robust
 
 
@@ -221,47 +204,73 @@ def _step(
 
     Raises:
         NotLogits: if the loss is not finite.
+        ValueError: if the method breaks its contract (`defences.registry.Method.losses`).
+    """
+    # Kept until the optimiser's step, so all parts of a batch attack the model as it is before that step.
+    frozen_model = functools.cache(functools.partial(frozen, model))
+    is_stopping, means = task.stopping(), list[float]()
+    for share in _backward(task.spec, parallel, frozen_model, images, indices, draws):
+        # The request to stop is reduced with the loss, so all workers see it after the same step.
+        reduced = torch.stack([share, torch.full_like(share, is_stopping)])
+        if dist.is_initialized():
+            dist.all_reduce(reduced)
+        mean, stops = reduced.tolist()
+        if not math.isfinite(mean):
+            raise NotLogits(f"the loss became {mean}")
+        means.append(mean)
+        is_stopping = stops > 0
+        optimizer.step()
+        optimizer.zero_grad()
+        frozen_model.cache_clear()
+        _average_statistics(model)
+    if not means:
+        raise ValueError(f"method {task.spec.method}: no loss for a batch; a method yields one at least")
+    return sum(means) / len(means), is_stopping
+
+
+def _backward(
+    spec: ModelSpec,
+    parallel: nn.Module,
+    frozen_model: Callable[[], nn.Module],
+    images: DeviceImages,
+    indices: torch.Tensor,
+    draws: Draws,
+) -> Iterator[torch.Tensor]:
+    """Add up the gradients of a batch, cut into its parts, for one loss of the method after the other.
+
+    Yields:
+        For each loss, when all its gradients are there: this worker's share of the mean over the batch, shape ().
     """
     rank, workers = _workers()
     start, stop = len(indices) * rank // workers, len(indices) * (rank + 1) // workers
-    cuts = torch.arange(start, stop).tensor_split(task.training.accumulation)
+    cuts = torch.arange(start, stop).tensor_split(spec.training.accumulation)
     parts = [slice(int(cut[0]), int(cut[-1]) + 1) for cut in cuts if len(cut)]
-    # Built by the first part's attack, so all parts attack the model as it is before the optimiser's step.
-    frozen_model = functools.cache(functools.partial(frozen, model))
-    method = pkgutil.resolve_name(METHODS[task.spec.method].losses)
+    method = pkgutil.resolve_name(METHODS[spec.method].losses)
 
     def losses(part: slice) -> Iterator[Loss]:
         x, y = images.train_batch(indices, draws, part)
-        yield from method(task.spec, parallel, frozen_model, x, y, draws)
+        yield from method(spec, parallel, frozen_model, x, y, draws)
 
     generators = [losses(part) for part in parts]
-    means, is_stopping = list[float](), False
     while True:
+        share, ended = torch.zeros((), device=indices.device), 0
         for number, (part, generator) in enumerate(zip(parts, generators, strict=True), start=1):
             waits = isinstance(parallel, DistributedDataParallel) and number < len(parts)
             with parallel.no_sync() if waits else nullcontext():  # type: ignore[operator]
                 loss = next(generator, None)
                 if loss is None:
-                    return sum(means) / len(means), is_stopping
-                if number == 1:
-                    # The request to stop is reduced with the loss, so all workers see it after the same step.
-                    total = torch.tensor([0.0, task.stopping()], device=indices.device)
+                    ended += 1
+                    continue
                 # DDP averages over workers, so the factor `workers` makes the sum of parts the whole batch's mean.
-                versions = loss.rows // (part.stop - part.start)
+                versions = loss.rows / (part.stop - part.start)
                 mean = loss.total * (workers / (versions * len(indices)))
                 mean.backward()  # type: ignore[no-untyped-call]
-            total[0] += mean.detach() / workers
-        if workers > 1:
-            dist.all_reduce(total)
-        mean_loss, stops = total.tolist()
-        is_stopping = stops > 0
-        if not math.isfinite(mean_loss):
-            raise NotLogits(f"the loss became {mean_loss}")
-        means.append(mean_loss)
-        optimizer.step()
-        optimizer.zero_grad()
-        frozen_model.cache_clear()
-        _average_statistics(model)
+            share += mean.detach() / workers
+        if ended == len(parts):
+            return
+        if ended:
+            raise ValueError(f"method {spec.method}: more losses for one part of a batch than for another")
+        yield share
 
 
 def _workers() -> tuple[int, int]:
@@ -298,10 +307,8 @@ def _optimizer(model: nn.Module, spec: ModelSpec) -> torch.optim.SGD:
 def _average_statistics(model: nn.Module) -> None:
     """Average BatchNorm's running statistics over workers, so that all workers hold the same model."""
     _, workers = _workers()
-    if workers == 1:
-        return
     statistics = [b for b in model.buffers() if b.is_floating_point()]
-    if not statistics:
+    if workers == 1 or not statistics:
         return
     flat = torch.cat([b.flatten() for b in statistics])
     dist.all_reduce(flat)
@@ -315,27 +322,27 @@ def _save(task: Task, model: nn.Module, optimizer: torch.optim.SGD, progress: _P
     if _workers()[0] > 0:
         return
     tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
-    trained = progress.epoch == task.training.epochs  # its optimizer takes no further step
+    trained = progress.epoch == task.spec.training.epochs  # its optimizer takes no further step
     for name, parameter in () if trained else model.named_parameters():
         momentum = optimizer.state[parameter].get("momentum_buffer")
         if momentum is not None:
             tensors[f"momentum.{name}"] = momentum
-    state = {"stage": task.stage, "epochs": task.training.epochs, **asdict(progress)}
-    checkpoints.save(task.store, task.name, progress.epoch, progress.steps, tensors, state)
+    state = {"stage": task.stage, "epochs": task.spec.training.epochs, **asdict(progress)}
+    checkpoints.save(task.store, task.spec.name, progress.epoch, progress.steps, tensors, state)
 
 
 def _restore(task: Task, model: nn.Module, optimizer: torch.optim.SGD) -> _Progress:
     """Load the newest checkpoint, if there is one; returns its progress."""
-    checkpoint = checkpoints.load_latest(task.store, task.name)
+    checkpoint = checkpoints.load_latest(task.store, task.spec.name)
     if checkpoint is None:
         return _Progress()
     model.load_state_dict(checkpoint.weights)
     for name, parameter in model.named_parameters():
         momentum = checkpoint.tensors.get(f"momentum.{name}")
         if momentum is not None:
-            # With the parameter's strides, as the optimizer makes it: other strides take other kernels.
+            # With the parameter's strides, as the optimizer creates it: with other strides other kernels would run.
             optimizer.state[parameter]["momentum_buffer"] = torch.empty_like(parameter).copy_(momentum)
     state = checkpoint.state
     if "metrics" not in state:  # saved by an earlier version
-        state = {**state, "metrics": tables.metrics_until(task.store, task.name, checkpoint.epoch)}
+        state = {**state, "metrics": tables.metrics_until(task.store, task.spec.name, checkpoint.epoch)}
     return _Progress(**{field.name: state[field.name] for field in fields(_Progress)})

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dwf_cluster.data import sources
+from dwf_cluster.data import own_images, sources
 from dwf_cluster.data.registry import Data
 from dwf_cluster.launch import main
 from dwf_cluster.settings import InvalidInput
@@ -184,7 +184,7 @@ def test_an_archive_that_does_not_fit_into_memory_is_refused_before_it_is_decomp
     size = sum(member.file_size for member in zipfile.ZipFile(here / "bomb.npz").infolist())
     assert size > 20 * (here / "bomb.npz").stat().st_size
     monkeypatch.setattr(sources, "_available_memory", lambda: 2 * size - 1)
-    monkeypatch.setattr(sources, "_array", lambda *_: pytest.fail("it was decompressed"))
+    monkeypatch.setattr(own_images, "_array", lambda *_: pytest.fail("it was decompressed"))
     error = _refused(capsys, "--preset", "bomb.npz")
     assert error.startswith(f"bomb.npz: {size:,} bytes decompressed cannot be used: allowed are {size - 1:,}")
 

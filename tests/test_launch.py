@@ -1,4 +1,4 @@
-"""The command line: help, plan, and bad input that costs nothing and writes nothing."""
+"""`python -m dwf_cluster.launch`: its plan, errors before anything runs, and lost output."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from pathlib import Path
 
 import pytest
 
-from dwf_cluster.experiment import PRESETS, fields_of_an_experiment
 from dwf_cluster.store import checkpoints, tables
 from dwf_cluster.store.status import Status
 
@@ -24,46 +23,26 @@ from .conftest import ARGUMENTS, TINY, store_of
 from .process import Launch, pause_after_first_epoch, resume_and_stop
 
 
-def test_help_names_every_preset_and_every_field_with_its_default(launch: Launch) -> None:
-    result = launch("--help")
-    assert result.returncode == 0
-    for preset in PRESETS:
-        assert f"  {preset} " in result.stdout
-    for field in fields_of_an_experiment():
-        assert f"  {field.name} ({field.type}; {field.default})\n      {field.meaning}\n" in result.stdout
-
-
-@pytest.mark.parametrize("arguments", [["--help"], ["--local", "--set", "experts.epoch=5"]])
-def test_help_and_a_typing_mistake_do_not_pay_for_torch_or_ray(arguments: list[str]) -> None:
-    program = (
-        "import sys; from dwf_cluster.launch import main\n"
-        f"try: main({arguments!r})\n"
-        "except SystemExit: pass\n"
-        "sys.exit(sorted({'torch', 'ray', 'pyarrow', 'numpy'} & set(sys.modules)) or 0)"
-    )
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
-
-
 def test_dry_run_prints_the_plan_longest_first_and_starts_and_writes_nothing(launch: Launch) -> None:
     result = launch("--local", "--dry-run", "--cpus", "2", "--gpus", "0", "--set", *TINY)
     assert result.returncode == 0
     lines = result.stdout.splitlines()
     tasks = [line.split()[1:3] for line in lines if line.split()[:1] in (["experts"], ["joint"])]
     assert tasks == [["expert", "pgd-1"], ["expert", "fgsm-1"], ["expert", "benign"], ["joint", "2"]]
-    assert sum("evaluate mixture" in line for line in lines) == 4 * 2 + 1  # families in two slices, and the checks
+    suites, shards = 4, 2
+    assert sum("evaluate mixture" in line for line in lines) == suites * shards + 1  # and the checks
     assert lines[-1].startswith(str(launch.folder / "runs" / "digits-seed0-"))
     assert list(launch.folder.iterdir()) == []
 
 
-def test_dry_run_shows_what_each_task_gets(launch: Launch) -> None:
+def test_dry_run_shows_the_allocation_of_each_task(launch: Launch) -> None:
     wide = [*TINY, "joint.batch_size=128"]
     with_gpus = launch("--local", "--dry-run", "--cpus", "8", "--gpus", "4", "--set", *wide).stdout
     (joint,) = (line for line in with_gpus.splitlines() if line.startswith(" joint"))
     assert re.search(r" 4 x \(2 CPU, 1 GPU\) +0-3 ", joint)
 
 
-def test_dry_run_shows_when_and_where_how_long_all_takes_and_how_long_at_least(launch: Launch) -> None:
+def test_dry_run_shows_devices_start_and_end_of_each_task_makespan_and_lower_bound(launch: Launch) -> None:
     arguments = ["--gpus", "16", "--expert-workers", "4", "--preset", "cifar10", "--stages", "experts"]
     result = launch("--local", "--dry-run", *arguments)
     lines = result.stdout.splitlines()
@@ -79,7 +58,7 @@ def test_dry_run_shows_when_and_where_how_long_all_takes_and_how_long_at_least(l
     assert speed == "speed of experts: 84 TFLOP/s a GPU, estimate for an H100 with TF32, not measured"
 
 
-def test_dry_run_of_several_seeds_shows_them_in_one_plan(launch: Launch) -> None:
+def test_dry_run_of_several_seeds_prints_one_plan(launch: Launch) -> None:
     result = launch("--local", "--dry-run", "--gpus", "0", "--seed", "3,5", "--stages", "experts", "--set", *TINY)
     rows = [line.split() for line in result.stdout.splitlines() if " expert " in line]
     assert [(*row[:2], row[4]) for row in rows][:3] == [
@@ -87,13 +66,12 @@ def test_dry_run_of_several_seeds_shows_them_in_one_plan(launch: Launch) -> None
         ("seed", "5", "pgd-1"),
         ("seed", "3", "fgsm-1"),
     ]
-    assert len(rows) == 6
+    seeds, experts = 2, 3
+    assert len(rows) == seeds * experts
     assert [line.split("/")[-1][:13] for line in result.stdout.splitlines()[-2:]] == ["digits-seed3-", "digits-seed5-"]
 
 
-def test_in_a_ray_job_results_must_not_go_to_its_temporary_folder(
-    launch: Launch, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_ray_job_refuses_a_storage_in_its_temporary_folder(launch: Launch, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
     result = launch("--address", "auto")
     assert result.returncode == 2
@@ -107,7 +85,7 @@ def test_in_a_ray_job_results_must_not_go_to_its_temporary_folder(
         (["--local", "--storage", "file/below"], "--storage: '"),
     ],
 )
-def test_what_only_a_running_ray_and_a_written_store_can_tell_is_one_line_too(
+def test_a_wrong_number_of_workers_or_an_unusable_storage_is_one_line(
     launch: Launch, arguments: list[str], message: str
 ) -> None:
     (launch.folder / "file").write_text("not a folder")
@@ -118,7 +96,7 @@ def test_what_only_a_running_ray_and_a_written_store_can_tell_is_one_line_too(
     assert [path.name for path in launch.folder.iterdir()] == ["file"]
 
 
-def test_without_a_network_the_run_fails_in_one_line_that_says_what_to_do(
+def test_a_run_without_its_data_set_and_without_a_network_fails_in_one_line_that_says_what_to_do(
     launch: Launch, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     for variable in ("http_proxy", "https_proxy"):
@@ -131,18 +109,19 @@ def test_without_a_network_the_run_fails_in_one_line_that_says_what_to_do(
     assert not (tmp_path / "runs").exists()
 
 
+# ------------------------------------------------------------------------------------- what a terminal does
+
+
 @pytest.fixture
 def short_path(small_disk: Path) -> Iterator[Path]:
-    """A link to the small disk, whose path is short enough for sockets below it."""
+    """A link to the small disk. Its path is short enough for the path of a socket."""
     link = Path("/tmp", secrets.token_hex(4))
     link.symlink_to(small_disk)
     yield link
     link.unlink()
 
 
-def test_a_temporary_folder_without_room_is_one_line(
-    launch: Launch, short_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_temporary_folder_is_one_line(launch: Launch, short_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TMPDIR", str(short_path))
     result = launch(*ARGUMENTS)
     assert result.returncode == 2
@@ -152,7 +131,7 @@ def test_a_temporary_folder_without_room_is_one_line(
     assert not (launch.folder / "runs").exists()
 
 
-def test_output_that_cannot_be_written_ends_no_run(launch: Launch) -> None:
+def test_a_run_continues_if_its_output_cannot_be_written(launch: Launch) -> None:
     command = [sys.executable, "-m", "dwf_cluster.launch", "--local", "--gpus", "0", "--set", *TINY]
     with open("/dev/full", "w") as full:
         result = subprocess.run(
@@ -166,23 +145,23 @@ def test_output_that_cannot_be_written_ends_no_run(launch: Launch) -> None:
 
 
 @pytest.mark.interruptions
-def test_closing_the_terminal_saves_as_ctrl_c_does(launch: Launch) -> None:
-    terminal, ours = pty.openpty()
+def test_closing_the_terminal_stops_a_run_as_ctrl_c_does(launch: Launch) -> None:
+    terminal, child_side = pty.openpty()
 
-    def begin() -> None:
+    def take_terminal() -> None:
         fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
     command = [sys.executable, "-m", "dwf_cluster.launch", *ARGUMENTS]
     with subprocess.Popen(
         command,
         cwd=launch.folder,
-        stdin=ours,
-        stdout=ours,
-        stderr=ours,
+        stdin=child_side,
+        stdout=child_side,
+        stderr=child_side,
         start_new_session=True,
-        preexec_fn=begin,  # noqa: PLW1509, no other thread has begun
+        preexec_fn=take_terminal,  # noqa: PLW1509, no other thread has started
     ) as driver:
-        os.close(ours)
+        os.close(child_side)
         printed = b""
         while b"Ray dashboard" not in printed:
             printed += os.read(terminal, 4096)
@@ -196,4 +175,4 @@ def test_closing_the_terminal_saves_as_ctrl_c_does(launch: Launch) -> None:
     assert status.state == "stopped"
     assert checkpoints.latest_epoch(store_of(folder), "pgd-1") in (1, 2)
     (job,) = tables.read(store_of(folder), "jobs", ["expert-pgd-1"]).to_pylist()
-    assert job["state"] == "stopped"  # its process outlived the terminal
+    assert job["state"] == "stopped"  # its process survived the terminal

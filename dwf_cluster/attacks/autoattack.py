@@ -24,7 +24,7 @@ def autoattack(model: nn.Module, epsilon: float, worst: WorstCase, *, steps: int
     """APGD on cross-entropy, APGD on the targeted DLR, targeted FAB, Square; each on the images that are still robust.
 
     Args:
-        model: frozen view, pixels in, logits of at least four classes out.
+        model: frozen model, pixels in, logits of at least four classes out.
         epsilon: radius of the L-infinity ball, pixels in [0, 1].
         worst: begun with the clean images and generators; takes what is found.
         steps, queries: the authors' standard by default.

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 Objective = Callable[[nn.Module, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
-"""(view, images, labels) -> what an attack makes large, shape (n,), and the logits, shape (n, classes)."""
+"""(model, images, labels) -> what an attack makes large, shape (n,), and the logits, shape (n, classes)."""
 
 _CHUNK_ELEMENTS = 3 * 2**15
 """Input values that one pass takes on a CPU, 32 colour images of 32x32: larger activations leave the caches."""
@@ -49,7 +49,7 @@ def differentiate(
     """Gradient of an objective with respect to the pixels, and what the forward pass gave on the way.
 
     Args:
-        model: frozen view, pixels in, logits out.
+        model: frozen model, pixels in, logits out.
         x: float in [0, 1], shape (n, channels, height, width).
         y: int64, shape (n,).
         objective: what to make large.
@@ -74,7 +74,9 @@ def differentiate(
                 total = total + loss.sum()
             if check:
                 check_logits(logits)
-            (gradient,) = torch.autograd.grad(total, leaf)
+            # No path to the pixels means no gradient; the checks for gradient masking report that.
+            (gradient,) = torch.autograd.grad(total, leaf, allow_unused=True) if total.requires_grad else (None,)
+            gradient = torch.zeros_like(leaf) if gradient is None else gradient
         gradients.append(gradient / samples if samples > 1 else gradient)
         losses.append(loss.detach())
         outputs.append(logits.detach())

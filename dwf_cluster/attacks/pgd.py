@@ -63,7 +63,7 @@ def pgd(
     One run serves every shorter one: PGD-10 is its tenth iterate, and FGSM's gradient the one at its first.
 
     Args:
-        model: frozen view, pixels in, logits out.
+        model: frozen model, pixels in, logits out.
         x: float in [0, 1], shape (n, channels, height, width).
         y: int64, shape (n,).
         ball: what is allowed.

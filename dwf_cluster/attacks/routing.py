@@ -15,7 +15,7 @@ def gate_aimed(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> tuple[torc
     The second part grows when the gate trusts those experts that fail, though the sum of logits may still be right.
 
     Args:
-        model: frozen view of a `Mixture`.
+        model: frozen model of a `Mixture`.
         x, y: as for any objective.
     """
     weights, logits = model.gate(x), model.experts(x)  # type: ignore[operator]

@@ -1,1 +1,1 @@
-"""Where it runs: this machine, a Ray that is there, a SLURM allocation."""
+"""Run jobs on Ray: on this machine, on an existing Ray cluster, in a SLURM allocation."""

@@ -2,8 +2,8 @@
 
     python -m dwf_cluster.cluster.allocation [arguments of dwf_cluster.launch]
 
-It starts one process on each node with srun (`node.py`), which together make a Ray cluster. It starts a lost cluster
-again, and has SLURM requeue the job when its time is over.
+srun starts one process on each node (`node.py`); together they make a Ray cluster. A cluster that is lost is started
+again, and SLURM requeues the job when its time is over.
 """
 
 from __future__ import annotations
@@ -23,20 +23,18 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from dwf_cluster.cluster import environment
 from dwf_cluster.cluster.failures import DRIVER
 from dwf_cluster.cluster.temporary import make_private, sockets_fit
 
 RESTARTS = DRIVER.retries or 0
-"""How often a Ray cluster that was lost, or has not started, is started again within one allocation."""
+"""How often a Ray cluster that was lost, or did not start, is started again within one allocation."""
 
 REQUEUE = 75
-"""Exit status of a run whose time is over and that is to be continued (EX_TEMPFAIL of sysexits.h)."""
-
-JOINED = "joined"
-"""What the status file holds from the moment that all nodes have joined until the driver has ended."""
+"""Exit status of a run that SLURM has interrupted and requeued (EX_TEMPFAIL of sysexits.h)."""
 
 _FIRST_PORT, _LAST_PORT = 20_000, 32_000
-"""Below the ports that Linux hands out by itself."""
+"""Below the range from which Linux chooses ports by itself."""
 
 
 @dataclass(frozen=True)
@@ -53,10 +51,10 @@ class Ports:
 
     @staticmethod
     def free(job: int) -> Ports:
-        """Ports that nobody listens on. The search begins at another place for each job number.
+        """Ports that are not in use. The search begins at a different port for each job number.
 
         Raises:
-            RuntimeError: if there are none.
+            RuntimeError: if all ports are in use.
         """
         count = len(Ports.__dataclass_fields__)
         blocks = (_LAST_PORT - _FIRST_PORT) // count
@@ -73,98 +71,90 @@ class Ports:
 
 
 def folder() -> Path:
-    """The private folder of this life of the cluster. Ray needs the same path on all nodes."""
-    return Path(os.environ["DWF_FOLDER"])
+    """The private folder of this start of the cluster."""
+    path = environment.private_folder()
+    assert path is not None, "allocation.py did not start this process"
+    return path
 
 
 def new_folder() -> Path:
-    """A path for the private folder that nobody can guess, in TMPDIR, or in /tmp if TMPDIR is too long for sockets."""
-    name = f"dwf-{os.environ['SLURM_JOB_ID']}-{secrets.token_urlsafe(3)}"
+    """An unpredictable path for the private folder, in TMPDIR, or in /tmp if TMPDIR is too long for sockets."""
+    name = f"dwf-{environment.job_number()}-{secrets.token_urlsafe(3)}"
     parent = os.environ.get("TMPDIR", "")
     fits = os.path.isabs(parent) and sockets_fit(os.path.join(parent, name))
     return Path(parent if fits and os.access(parent, os.W_OK | os.X_OK) else "/tmp", name)
 
 
 def remove_old_folders(current: Path) -> None:
-    """Remove the private folders that killed lives of this job have left on this node; keep everybody else's."""
-    for old in current.parent.glob(f"dwf-{os.environ['SLURM_JOB_ID']}-*"):
+    """Remove this user's private folders that earlier, killed starts of this job left on this node."""
+    for old in current.parent.glob(f"dwf-{environment.job_number()}-*"):
         with contextlib.suppress(FileNotFoundError):  # two nodes of a test cluster share one /tmp
             if old != current and old.lstat().st_uid == os.getuid():
                 shutil.rmtree(old, ignore_errors=True)
 
 
-def status_file() -> Path:
-    """Where the first node's process leaves its driver's exit status.
-
-    It lies in the folder that all nodes share: in a container, or where each step has its own /tmp, the process sees
-    other temporary folders than the batch script.
-    """
-    return Path(os.environ["SLURM_SUBMIT_DIR"], f"slurm-{os.environ['SLURM_JOB_ID']}.status")
-
-
-def run(arguments: Sequence[str], again: str) -> int:
+def run(arguments: Sequence[str], resume_command: str) -> int:
     """Run the pipeline on all nodes of this allocation; returns the exit status.
 
     Args:
         arguments: of `dwf_cluster.launch`, without the choice of where to run.
-        again: the command that resumes the run, for people.
+        resume_command: resumes the run; for people.
     """
-    if wrong := _wrong_setting():
-        print(f"error: {wrong}", file=sys.stderr, flush=True)
+    if message := _invalid_setting():
+        print(f"error: {message}", file=sys.stderr, flush=True)
         return 2
-    stopped: list[str] = []
+    signals: list[int] = []
 
     def on_stop(signum: int, frame: object) -> None:
-        if not stopped:
-            stopped.append(again)
+        if not signals:
             print(
-                f"stopped by SLURM; what is done is kept. Unless the job is requeued by itself:\nresume: {again}",
+                "stopped by SLURM; what is done is kept. Unless SLURM requeues the job by itself:\n"
+                f"resume: {resume_command}",
                 file=sys.stderr,
                 flush=True,
             )
+        signals.append(signum)
 
     signal.signal(signal.SIGTERM, on_stop)  # scancel, preemption: all processes of the job get it, then SIGKILL
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # the first node's process handles it
     for attempt in range(1 + RESTARTS):
         try:
-            status = _run_cluster(arguments, again)
+            status = _run_cluster(arguments, resume_command)
         except OSError as error:
-            print(f"failed: {error}\nresume: {again}", file=sys.stderr, flush=True)
+            print(f"failed: {error}\nresume: {resume_command}", file=sys.stderr, flush=True)
             return 1
-        if stopped:
+        if signals:
             return 130
         if status.isdigit():
-            return _requeue(again) if int(status) == REQUEUE else int(status)
-        # Not to have started counts as lost: Ray gives its nodes 30 s, which is too short for a busy file system.
-        cause = "the Ray cluster was lost" if status == JOINED else "Ray has not started on all nodes"
-        print(
-            f"{cause}; see {' '.join(log_file(node) for node in hostnames())}; "
-            + (f"starting it again ({attempt + 1} of {RESTARTS})" if attempt < RESTARTS else f"resume: {again}"),
-            file=sys.stderr,
-            flush=True,
-        )
+            return _requeue(resume_command) if int(status) == REQUEUE else int(status)
+        # A cluster that did not start counts as lost: Ray gives its nodes 30 s, too short for a busy file system.
+        cause = "the Ray cluster was lost" if status == environment.JOINED else "Ray has not started on all nodes"
+        logs = " ".join(map(environment.log_file, environment.hostnames()))
+        is_last = attempt == RESTARTS
+        what_next = f"resume: {resume_command}" if is_last else f"starting it again ({attempt + 1} of {RESTARTS})"
+        print(f"{cause}; see {logs}; {what_next}", file=sys.stderr, flush=True)
     return 1
 
 
-def _run_cluster(arguments: Sequence[str], again: str) -> str:
-    """Run one life of the cluster.
+def _run_cluster(arguments: Sequence[str], resume_command: str) -> str:
+    """Start the cluster once, and wait for its end.
 
     Returns:
-        The driver's exit status; `JOINED` if the cluster was lost before the driver could leave one; an empty text if
-        the nodes have not come together.
+        The driver's exit status; `JOINED` if the cluster was lost before the driver ended; an empty text if Ray did
+        not start on all nodes.
 
     Raises:
         OSError: if the private folder cannot be made or srun cannot be run.
     """
-    ports = Ports.free(int(os.environ["SLURM_JOB_ID"]))
-    token, path, status = secrets.token_hex(32), new_folder(), status_file()
+    ports = Ports.free(environment.job_number())
+    token, path, status = secrets.token_hex(32), new_folder(), environment.status_file()
     remove_old_folders(path)
     status.unlink(missing_ok=True)
     try:
         make_private(str(path), token)
         command = [*_srun(), os.environ.get("DWF_PYTHON", sys.executable), "-m", "dwf_cluster.cluster.node", *arguments]
-        # Not srun's exit status: that is the highest of all processes, killed ones included.
-        subprocess.run(command, env=_environment(path, token, ports, again), check=False)
+        # srun's own exit status does not count: it is the highest of all processes, killed ones included.
+        subprocess.run(command, env=_variables(path, token, ports, resume_command), check=False)
         return status.read_text() if status.exists() else ""
     finally:
         status.unlink(missing_ok=True)
@@ -173,29 +163,30 @@ def _run_cluster(arguments: Sequence[str], again: str) -> str:
 
 def _srun() -> list[str]:
     """The srun command that starts one process on each node, which may use all that the job has there."""
-    nodes = os.environ["SLURM_JOB_NUM_NODES"]
-    # No --cpus-per-task: nodes may have unequal numbers, and without it a step has all CPUs of the job on each node.
+    nodes = environment.node_count()
+    # No --cpus-per-task: nodes may have different numbers of CPUs, and without it a step has all CPUs of the job.
     command = ["srun", f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1", "--cpu-bind=none"]
-    # When one process fails the others end; when the first ends, the others have ten seconds.
+    # When one process fails, the others end at once; when the first ends, the others have ten seconds.
     command += ["--kill-on-bad-exit=1", "--wait=10"]
-    # Ray is no MPI program; and the token must reach the nodes also where sbatch was given --export=NONE.
+    # Ray is not an MPI program. The token must reach the nodes even if sbatch was given --export=NONE.
     return [*command, "--mpi=none", "--export=ALL"]
 
 
-def _environment(path: Path, token: str, ports: Ports, again: str) -> dict[str, str]:
-    """The environment of srun, and through it of the process on each node."""
-    environment = dict(os.environ)
+def _variables(path: Path, token: str, ports: Ports, resume_command: str) -> dict[str, str]:
+    """The environment variables of srun, and through it of the process on each node."""
+    variables = dict(os.environ)
     dropped = ["SLURM_CPUS_PER_TASK", "SRUN_CPUS_PER_TASK"]  # srun would read them as --cpus-per-task
-    if "SLURM_GPUS_ON_NODE" in environment:
+    if "SLURM_GPUS_ON_NODE" in variables:
         dropped += ["CUDA_VISIBLE_DEVICES", "GPU_DEVICE_ORDINAL"]  # SLURM's, of this node; the step has its own
     for name in dropped:
-        environment.pop(name, None)
+        variables.pop(name, None)
     numbers = {f"DWF_{name.upper()}_PORT": str(port) for name, port in asdict(ports).items()}
-    return environment | numbers | {"DWF_FOLDER": str(path), "DWF_TOKEN": token, "DWF_AGAIN": again}
+    texts = {"DWF_FOLDER": str(path), "DWF_TOKEN": token, environment.RESUME_COMMAND: resume_command}
+    return variables | numbers | texts
 
 
-def _wrong_setting() -> str | None:
-    """What is wrong with the variables that a site may set; None if nothing is."""
+def _invalid_setting() -> str | None:
+    """The error message for the variables that a site may set; None if they are valid."""
     gpus = os.environ.get("DWF_GPUS", "0")
     if not (gpus.isascii() and gpus.isdigit()):
         return f"DWF_GPUS: {gpus!r} cannot be used: allowed is the number of GPUs to use on each node"
@@ -210,26 +201,16 @@ def _wrong_setting() -> str | None:
     return None
 
 
-def _requeue(again: str) -> int:
-    asked = subprocess.run(
-        ["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], capture_output=True, text=True, check=False
-    )
-    if asked.returncode == 0:
-        print("requeued: it goes on when SLURM runs the job again", flush=True)
+def _requeue(resume_command: str) -> int:
+    """Have SLURM requeue this job; returns the exit status."""
+    command = ["scontrol", "requeue", str(environment.job_number())]
+    answer = subprocess.run(command, capture_output=True, text=True, check=False)
+    if answer.returncode == 0:
+        print("requeued: the run continues when SLURM starts the job again", flush=True)
         return REQUEUE
-    print(f"cannot be requeued ({asked.stderr.strip()})\nresume: {again}", file=sys.stderr, flush=True)
+    message = f"cannot be requeued ({answer.stderr.strip()})\nresume: {resume_command}"
+    print(message, file=sys.stderr, flush=True)
     return 1
-
-
-def hostnames() -> list[str]:
-    """The nodes of this allocation, the first one first."""
-    command = ["scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
-
-
-def log_file(node: str) -> str:
-    """Where a node's Ray writes its output, in the folder that the job was submitted from."""
-    return f"{os.environ['SLURM_SUBMIT_DIR']}/slurm-{os.environ['SLURM_JOB_ID']}-{node}.log"
 
 
 if __name__ == "__main__":

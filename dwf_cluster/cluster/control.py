@@ -1,4 +1,7 @@
-"""What all processes of a run agree on: whether it is to stop, and who computes on which device. Needs no torch."""
+"""State that all processes of a run share: which experiments were asked to stop, and which worker has which device.
+
+Needs no torch.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Claim:
-    """One worker's word on what it computes on.
+    """The device that one worker computes on.
 
     Attributes:
         job: folder of the experiment, and name of the job.
@@ -36,7 +39,7 @@ class Claim:
 class Control:
     """Ray actor, one for each run.
 
-    It may be killed and started again at any time, without what it knew: the driver tells it with each `news`.
+    Ray may kill and restart it at any time, without its state; the driver restores the state with each `news`.
     """
 
     def __init__(self) -> None:
@@ -46,19 +49,19 @@ class Control:
         self._news: list[Claim] = []
 
     async def stop(self, folders: Iterable[str]) -> None:
-        """Ask every training of these experiments to save what it has and end."""
+        """Ask the trainings of these experiments to save what they have and to end."""
         async with self._changed:
             self._stopped |= set(folders)
             self._changed.notify_all()
 
     async def stopped(self, known: int = -1) -> set[str]:
-        """Folders of the experiments that are to stop, as soon as they are more than so many."""
+        """Wait until more than `known` experiments have been asked to stop; return their folders."""
         async with self._changed:
             await self._changed.wait_for(lambda: len(self._stopped) > known)
             return self._stopped
 
     async def claim(self, claim: Claim) -> str | None:
-        """Note who computes where, or return why the device has no room for it. A retry's claim replaces the last."""
+        """Record a claim, or return why the device is not free. The claim of a retry replaces the last one."""
         self._claims.pop((claim.job, claim.worker), None)
         sharing = [c for c in self._claims.values() if (c.node, c.device) == (claim.node, claim.device)]
         if sum(c.share for c in (*sharing, claim)) <= 1 + 1e-9:
@@ -80,8 +83,8 @@ class Control:
         """The claims since the last call.
 
         Args:
-            stopped: folders of the experiments that the asking driver knows to be asked to stop.
-            claims: of its running jobs, as far as it knows them.
+            stopped: folders of the experiments that the calling driver has asked to stop.
+            claims: of the driver's running jobs.
         """
         # Before anything is awaited: a release that was sent after this call must not be overtaken.
         for claim in claims:

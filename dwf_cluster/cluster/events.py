@@ -1,18 +1,21 @@
-"""What a run tells whoever listens: console, TensorBoard, Ray's metrics, the heartbeat."""
+"""Events of a run, from below to whoever listens: console, TensorBoard, Ray's metrics."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from dwf_cluster.cluster.control import Claim
 from dwf_cluster.plan.jobs import Job
+from dwf_cluster.settings import one_line
+from dwf_cluster.store import StorageFailed
 
 
 @dataclass(frozen=True)
 class Planned:
-    """The pending jobs of the given stages are known; those of a stage without any are done already."""
+    """The pending jobs of the given stages are known; a stage without any is done already."""
 
     stages: tuple[str, ...]
     jobs: tuple[Job, ...]
@@ -32,6 +35,13 @@ class Connected:
 
 
 @dataclass(frozen=True)
+class Queued:
+    """Jobs are about to run; they wait for their inputs and for free CPUs or GPUs."""
+
+    jobs: tuple[Job, ...]
+
+
+@dataclass(frozen=True)
 class Started:
     """A job was submitted to Ray."""
 
@@ -45,7 +55,8 @@ class Epoch:
     Attributes:
         job: the training.
         row: of the table `metrics`.
-        is_replayed: whether an earlier run has trained it.
+        is_replayed: whether it is no news: an earlier run or another experiment trained it, or the end of the
+            training's trial says it too.
     """
 
     job: Job
@@ -61,18 +72,66 @@ class Ended:
         job: which.
         state: `done`, `stopped` (at the run's request; it resumes from there) or `failed`.
         reason: one line that says why it failed.
+        seconds: how long it ran; None if its row of `jobs` does not say so.
+        notes: lines for the user from its row of `jobs`, such as that a damaged checkpoint was removed.
     """
 
     job: Job
     state: str
     reason: str = ""
+    seconds: float | None = None
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The jobs of the last `Queued` have ended, or the run stops."""
 
 
 @dataclass(frozen=True)
 class Note:
-    """One line for the user: a job is retried, or waits."""
+    """One line for the user: a job is retried, or waits; a trial has ended; something is missing from the output."""
 
     text: str
 
 
-Event = Planned | Connected | Started | Claim | Epoch | Ended | Note
+Event = Planned | Connected | Queued | Started | Claim | Epoch | Ended | Finished | Note
+Listener = Callable[[Event], None]
+
+
+class Listeners:
+    """Pass each event to every listener. A failing listener never ends a run: its first failure is a `Note`.
+
+    Args:
+        listeners: by the names that warnings give them.
+    """
+
+    def __init__(self, listeners: Mapping[str, Listener]) -> None:
+        self._listeners = dict(listeners)
+        self._failed: set[str] = set()
+
+    def __call__(self, event: Event) -> None:
+        """Pass an event on."""
+        for name, listener in self._listeners.items():
+            try:
+                listener(event)
+            except Exception as error:  # of any class: what is only watched must not end a run
+                if name not in self._failed:
+                    self._failed.add(name)
+                    self(warning(name, error))
+                elif isinstance(event, Note):  # it may be the warning itself
+                    warnings.warn(f"{name} fails, so this line is not shown: {event.text}", stacklevel=2)
+
+
+def warning(channel: str, error: Exception, subject: str = "") -> Note:
+    """The line that says what is missing from the output.
+
+    Args:
+        channel: where it is missing: progress, TensorBoard, ...
+        error: why.
+        subject: what it is about, if not all.
+    """
+    reason = one_line(error, limit=500)
+    if not isinstance(error, StorageFailed) and reason != type(error).__name__:
+        reason = f"{type(error).__name__}: {reason}"
+    return Note(f"warning: {channel}: {subject and f'{subject}: '}{reason}; the run goes on")

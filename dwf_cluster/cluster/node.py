@@ -1,7 +1,7 @@
-"""Run on each node of a SLURM allocation: Ray, and on the first node the driver too.
+"""Run on each node of a SLURM allocation: Ray, and on the first node the driver too. `allocation.py` starts it.
 
-This process ends when its Ray ends, its Ray ends when this process ends, and SLURM ends all nodes' processes when one
-of them fails.
+The driver is a child process. This process ends when its Ray ends; Ray and the driver end when this process ends; and
+SLURM ends the processes of all nodes when one of them fails.
 """
 
 from __future__ import annotations
@@ -17,16 +17,13 @@ import subprocess
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from dwf_cluster.cluster import allocation
+from dwf_cluster.cluster import allocation, connect, environment
 from dwf_cluster.cluster.share import claim_gpus, memory_share
 from dwf_cluster.cluster.temporary import make_private, set_environment
-
-JOIN_SECONDS = float(os.environ.get("DWF_JOIN_SECONDS", "180"))
-"""How long the nodes of an allocation have to find one another."""
 
 LOSS_SECONDS = 5.0
 """How long a run that failed waits for its Ray to end, to tell a lost cluster from a failure of its own."""
@@ -39,25 +36,26 @@ _RAY = (
 )
 
 
-class NodeMissing(RuntimeError):
-    """A node of the allocation has not joined the Ray cluster in time. The message names it and its log."""
-
-
 def main(arguments: Sequence[str]) -> int:
-    """Run this node's part; returns the exit status."""
-    signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # inherited by Ray: SLURM sends it to every process of the step
+    """Run this node's part; returns the exit status.
+
+    Args:
+        arguments: of `dwf_cluster.launch`, without the choice of where to run.
+    """
+    # Ray and the driver inherit this: SLURM sends the signal to every process of the step.
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
     folder, token = allocation.folder(), os.environ.pop("DWF_TOKEN")
     set_environment(str(folder))
     try:
-        made = _make_folder(folder, token)
+        is_own = _make_folder(folder, token)
     except OSError as error:
-        name = os.environ["SLURMD_NODENAME"]
-        print(f"failed: node {name}: {folder}: {error.strerror}", file=sys.stderr, flush=True)
+        message = f"failed: node {environment.node_name()}: {folder}: {error.strerror}"
+        print(message, file=sys.stderr, flush=True)
         return 1
     try:
-        return _first(arguments) if os.environ["SLURM_PROCID"] == "0" else _other()
+        return _run_first_node(arguments) if environment.is_first_node() else _run_other_node()
     finally:
-        if made:
+        if is_own:
             shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -77,71 +75,51 @@ def _make_folder(folder: Path, token: str) -> bool:
     return True
 
 
-def _head() -> tuple[str, int]:
-    """Address and port of Ray's head, on the first node."""
-    host = os.environ.get("DWF_HEAD_ADDRESS") or os.environ["SLURM_LAUNCH_NODE_IPADDR"]
-    return host, int(os.environ["DWF_HEAD_PORT"])
-
-
 def _url(host: str, port: int) -> str:
     """`HOST:PORT`, as Ray reads it."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-def _first(arguments: Sequence[str]) -> int:
-    host, port = _head()
-    dashboard, node, again = os.environ["DWF_DASHBOARD_PORT"], os.environ["SLURMD_NODENAME"], os.environ["DWF_AGAIN"]
-    options = ["--head", f"--port={port}", f"--temp-dir={allocation.folder()}/ray", "--include-dashboard=true"]
+def _run_first_node(arguments: Sequence[str]) -> int:
+    """Start Ray's head and the driver, and wait for the driver."""
+    host, port = environment.head_address()
+    folder, node, dashboard = allocation.folder(), environment.node_name(), os.environ["DWF_DASHBOARD_PORT"]
+    options = ["--head", f"--port={port}", f"--temp-dir={folder}/ray", "--include-dashboard=true"]
     ray = _start_ray([*options, "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}"])
-    over = threading.Event()
-    threading.Thread(target=_end_with, args=(ray, over), daemon=True).start()
-    signals: list[int] = []
-
-    def on_warning(signum: int, frame: object) -> None:
-        """The time is over soon: stop as at Ctrl-C, then have the job run again."""
-        signals.append(signum)
-        signal.raise_signal(signal.SIGINT)
-
-    signal.signal(signal.SIGUSR2, on_warning)
-    status = 1
-    try:
-        _join(_url(host, port))
-        allocation.status_file().write_text(allocation.JOINED)
-        print(
-            f"Ray dashboard: http://127.0.0.1:{dashboard} after `ssh -N -L {dashboard}:127.0.0.1:{dashboard} "
-            f"{node}` (token: `ssh {node} cat {allocation.folder()}/token`)",
-            flush=True,
-        )
-        from dwf_cluster.launch import main as launch
-
-        status = launch(["--address", _url(host, port), *arguments], again)
-    except NodeMissing as error:
-        print(f"failed: {error}\nresume: {again}", file=sys.stderr)
-    except KeyboardInterrupt:  # while it was starting
-        status = 130
-    except SystemExit as end:  # --help
-        status = end.code if isinstance(end.code, int) else 1
-    except Exception:  # a fault of the program's own would come back: it must not count as a lost cluster
-        traceback.print_exc()
-        print(f"resume: {again}", file=sys.stderr)
+    print(
+        f"Ray dashboard: http://127.0.0.1:{dashboard} after `ssh -N -L {dashboard}:127.0.0.1:{dashboard} "
+        f"{node}` (token: `ssh {node} cat {folder}/token`)",
+        flush=True,
+    )
+    # The driver imports its modules while Ray starts, then waits for Ray (`connect.attached`).
+    command = [sys.executable, "-m", "dwf_cluster.launch", "--address", _url(host, port), *arguments]
+    driver = _start(command, signal.SIGKILL)
+    # SLURM sends SIGTERM to the driver too, which stops by itself.
+    signal.signal(signal.SIGTERM, lambda signum, frame: None)
+    threading.Thread(target=_kill_without_ray, args=(driver, ray), daemon=True).start()
+    status, is_requeued = environment.wait_for_driver(driver)
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)
-    if status == 1 and _has_ended(ray):
+    has_lost_ray = ray.poll() is not None if status != 1 else _has_ended(ray)
+    if status < 0 or (status == 1 and has_lost_ray):
+        cause = "Ray on the first node has ended" if has_lost_ray else f"the driver was ended by signal {-status}"
+        print(cause, file=sys.stderr, flush=True)
+        _stop_ray(ray)
         return 1
-    over.set()
     _stop_ray(ray)
-    allocation.status_file().write_text(str(allocation.REQUEUE if signals and status == 130 else status))
+    environment.status_file().write_text(str(allocation.REQUEUE if is_requeued else status))
     return 0
 
 
-def _other() -> int:
-    _wait_for_head()
-    ray = _start_ray([f"--address={_url(*_head())}"])
+def _run_other_node() -> int:
+    """Start Ray, and wait until it or Ray's head ends."""
+    connect.wait_for_head(time.monotonic() + environment.join_seconds())
+    ray = _start_ray([f"--address={_url(*environment.head_address())}"])
     signal.signal(signal.SIGTERM, lambda signum, frame: sys.exit(0))
     try:
         while ray.poll() is None:
             time.sleep(1)
             try:
-                _connect()
+                connect.reach_head()
             except ConnectionRefusedError:
                 return 0  # the head has ended; Ray itself would wait for another for a minute
             except OSError:
@@ -151,51 +129,36 @@ def _other() -> int:
         _stop_ray(ray)
 
 
-def _connect() -> None:
-    """Open and close a connection to Ray's head.
-
-    Raises:
-        OSError: if it does not answer.
-    """
-    socket.create_connection(_head(), timeout=5).close()
-
-
-def _wait_for_head() -> None:
-    """Return when Ray's head can be reached, or after `JOIN_SECONDS`."""
-    deadline = time.monotonic() + JOIN_SECONDS
-    while time.monotonic() < deadline:
-        try:
-            return _connect()
-        except OSError:
-            time.sleep(0.1)
-
-
 def _start_ray(options: Sequence[str]) -> subprocess.Popen[bytes]:
     """Start Ray with what the allocation has on this node, never what the node has."""
-    address = _own_address(_head()[0])
+    node, address = environment.node_name(), _own_address(environment.head_address()[0])
     if interface := _interface(address):
         # By itself gloo takes the address of the host's name, which Debian gives as 127.0.1.1.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
-    cpus = int(os.environ["SLURM_CPUS_ON_NODE"])
+    cpus = environment.cpus()
     gpus = claim_gpus(cpus)
     memory = memory_share(cpus, gpus)
-    store = max(100 << 20, memory // 5)
+    object_store = max(100 << 20, memory // 5)
     command = [sys.executable, "-c", _RAY, "start", "--block", "--disable-usage-stats"]
     command += ["--log-style=record", "--log-color=false"]
-    command += [f"--node-ip-address={address}", f"--node-name={os.environ['SLURMD_NODENAME']}"]
+    command += [f"--node-ip-address={address}", f"--node-name={node}"]
     command += [f"--num-cpus={cpus}", f"--num-gpus={gpus}"]
-    command += [f"--memory={memory - store}", f"--object-store-memory={store}"]
+    command += [f"--memory={memory - object_store}", f"--object-store-memory={object_store}"]
     # 0: any free port. Only its own node needs to know it.
-    command += [f"--{what}-port=0" for what in ("min-worker", "max-worker", "dashboard-agent-listen")]
+    command += [f"--{name}-port=0" for name in ("min-worker", "max-worker", "dashboard-agent-listen")]
+    with open(environment.log_file(node), "ab") as file:
+        return _start([*command, *options], signal.SIGTERM, stdout=file, stderr=file)
+
+
+def _start(command: Sequence[str], signum: int, **streams: Any) -> subprocess.Popen[bytes]:
+    """Start a child process that gets a signal when this process ends, even if this process is killed."""
     libc = ctypes.CDLL(None)
-    with open(allocation.log_file(os.environ["SLURMD_NODENAME"]), "ab") as file:
-        return subprocess.Popen(
-            [*command, *options],
-            stdout=file,
-            stderr=file,
-            # PR_SET_PDEATHSIG: should this process be killed, Ray ends.
-            preexec_fn=lambda: libc.prctl(1, signal.SIGTERM),  # noqa: PLW1509, no other thread has begun
-        )
+    return subprocess.Popen(
+        command,
+        # 1: PR_SET_PDEATHSIG
+        preexec_fn=lambda: libc.prctl(1, signum),  # noqa: PLW1509, no other thread has begun
+        **streams,
+    )
 
 
 def _own_address(host: str) -> str:
@@ -208,7 +171,7 @@ def _own_address(host: str) -> str:
 
 
 def _interface(address: str) -> str | None:
-    """Name of the network interface that has this address; None if none is found."""
+    """Name of the network interface that has this address; None if no interface has it."""
     if ":" in address:
         packed = socket.inet_pton(socket.AF_INET6, address).hex()
         lines = Path("/proc/net/if_inet6").read_text().splitlines()
@@ -224,38 +187,14 @@ def _interface(address: str) -> str | None:
     return None
 
 
-def _join(head: str) -> None:
-    """Connect to the Ray of this allocation and wait for all its nodes.
-
-    Raises:
-        NodeMissing: if they are not there within `JOIN_SECONDS`.
-    """
-    import ray
-
-    deadline = time.monotonic() + JOIN_SECONDS
-    missing = allocation.hostnames()
-    _wait_for_head()
-    ray.init(address=head, log_to_driver=False, logging_level="ERROR")
-    while missing:
-        for node in ray.nodes():
-            if node["Alive"]:
-                missing = [name for name in missing if name != node["NodeName"]]
-        if missing and time.monotonic() > deadline:
-            log = allocation.log_file(missing[0])
-            raise NodeMissing(f"node {missing[0]} has not joined within {JOIN_SECONDS:g} s; its log: {log}")
-        time.sleep(0.1)
-
-
-def _end_with(ray: subprocess.Popen[bytes], over: threading.Event) -> None:
-    """End this process when its Ray has ended: the driver would only wait."""
+def _kill_without_ray(driver: subprocess.Popen[bytes], ray: subprocess.Popen[bytes]) -> None:
+    """Kill the driver when its Ray has ended: it would only wait."""
     ray.wait()
-    if not over.is_set():
-        print("Ray on the first node has ended", file=sys.stderr, flush=True)
-        os._exit(1)
+    driver.kill()
 
 
 def _has_ended(ray: subprocess.Popen[bytes]) -> bool:
-    """Whether Ray ends within `LOSS_SECONDS`: it looks after its own processes once a second."""
+    """Whether Ray ends within `LOSS_SECONDS`: it checks its own processes once a second."""
     try:
         ray.wait(LOSS_SECONDS)
     except subprocess.TimeoutExpired:

@@ -1,7 +1,7 @@
-"""Submit jobs to SLURM through submitit, from the login node, and follow them until they have ended.
+"""Submit jobs to SLURM from the login node, through submitit, and follow them until they have ended.
 
 submitit writes the batch script and stores what the job runs; `allocation.py` runs it. With submitit's local executor
-the jobs are processes of this machine.
+the jobs are processes on this machine.
 """
 
 from __future__ import annotations
@@ -23,18 +23,19 @@ from typing import Any
 import submitit
 from submitit.helpers import DelayedSubmission
 
+from dwf_cluster.cluster import environment
 from dwf_cluster.settings import InvalidInput
 
 FOLDER = Path("slurm-jobs")
-"""Batch scripts, logs, and which job runs which experiment; in the folder that the jobs are submitted from."""
+"""Batch scripts, logs, and the job number of each experiment; in the folder that the jobs are submitted from."""
 
 SIGNAL_SECONDS = 120
-"""How long before the end of its time SLURM signals a job; as in `slurm/full_pipeline.sh`."""
+"""How long before the time limit SLURM sends a job a signal; as in `slurm/full_pipeline.sh`."""
 
 FIRST_PAUSE, LONGEST_PAUSE = 10.0, 60.0
-"""Seconds between two calls of squeue: at first and after each change of a job's state; at most."""
+"""Seconds between two calls of squeue: at first, and after each change of a job's state; and at most."""
 
-_FOLLOWS = "the job's log is followed there"
+_FOLLOWS = "the job's log is read from there"
 _REQUEUED = "a job whose time is over is requeued and resumes"
 _ONE_TASK = "a job has one task on each node"
 RESERVED = {
@@ -63,9 +64,9 @@ RESERVED = {
     "test-only": "use --dry-run",
     "time": "use --time",
     "wait": "jobs are followed anyway",
-    "wrap": "what a job runs is fixed",
+    "wrap": "the command of a job is fixed",
 }
-"""Options of sbatch that jobs rely on, so that `--sbatch` cannot set them, and what to use instead or why."""
+"""Options of sbatch that `--sbatch` cannot set, because jobs rely on them; and what to use instead, or the reason."""
 
 
 @dataclass(frozen=True)
@@ -74,11 +75,11 @@ class SlurmOptions:
 
     Attributes:
         nodes: number of nodes of each job.
-        gpus_per_node, cpus_per_node: number of each; None: the site's default.
-        minutes: time limit of one life of the job; the next life resumes it.
+        gpus_per_node, cpus_per_node: numbers on each node; None: the site's default.
+        minutes: time limit of one run of the job; a requeued job gets it again.
         options: further options of sbatch, by their long names.
         throttle: number of jobs of an array that run at once; None: all.
-        executor: `slurm`, or `local` for processes of this machine.
+        executor: `slurm`, or `local` for processes on this machine.
 
     Raises:
         InvalidInput: for an option that is `RESERVED`.
@@ -94,156 +95,150 @@ class SlurmOptions:
 
     def __post_init__(self) -> None:
         for option in self.options:
-            # sbatch takes any beginning of a name that fits no other; of these, only "gpus" is an option of its own.
-            beginning = (name for name in RESERVED if name.startswith(option) and option != "gpus")
-            if name := next(iter([*({option} & set(RESERVED)), *beginning]), None):
+            # sbatch accepts unambiguous prefixes of a name. Of these, only "gpus" is an option of its own.
+            prefixed = (name for name in RESERVED if name.startswith(option) and option != "gpus")
+            if name := next(iter([*({option} & set(RESERVED)), *prefixed]), None):
                 raise InvalidInput(f"--sbatch: {option!r} cannot be used: {RESERVED[name]}")
 
 
 @dataclass(frozen=True)
 class SlurmJob:
-    """One experiment's job: what submitit stores, and calls in each life of the job.
+    """One experiment's job: submitit stores this object, and calls it each time that the job starts.
 
     Attributes:
         folder: name of the experiment's folder.
         arguments: of `dwf_cluster.launch`, without the choice of where to run.
-        again: the command that resumes the experiment, for people.
+        resume_command: resumes the experiment; for people.
     """
 
     folder: str
     arguments: tuple[str, ...]
-    again: str
+    resume_command: str
 
     def __call__(self) -> None:
-        """SlurmJob to the end.
+        """Run the experiment to its end.
 
         Raises:
             RuntimeError: if the run failed.
-            SystemExit: if the job's next life is to resume it.
+            SystemExit: if the job was requeued.
         """
         status = self._here() if submitit.JobEnvironment().cluster == "local" else self._in_allocation()
         if status:
-            raise RuntimeError(f"exit status {status}; resume: {self.again}")
+            raise RuntimeError(f"exit status {status}; resume: {self.resume_command}")
 
     def checkpoint(self) -> DelayedSubmission:
-        """What the next life runs: the same. The store has what is done."""
+        """What the requeued job runs: the same. The store knows what is done."""
         return DelayedSubmission(self)
 
     def _in_allocation(self) -> int:
         from dwf_cluster.cluster.allocation import REQUEUE, run
 
-        status = run(self.arguments, self.again)
+        status = run(self.arguments, self.resume_command)
         if status == REQUEUE:
-            sys.exit(status)  # without a result, which submitit would take for the end
+            sys.exit(status)  # without a result file: with one, submitit would take the job for ended
         return status
 
     def _here(self) -> int:
-        process = subprocess.Popen([sys.executable, "-m", "dwf_cluster.launch", "--local", *self.arguments])
-        requeue, signals = signal.getsignal(signal.SIGUSR2), list[int]()
-
-        def on_warning(signum: int, frame: object) -> None:
-            signals.append(signum)
-            process.send_signal(signal.SIGINT)
-
-        signal.signal(signal.SIGUSR2, on_warning)
-        status = process.wait()
-        if signals and status == 130:
-            assert callable(requeue)
-            requeue(signal.SIGUSR2, None)  # submitit's own, once the run has stopped
+        requeue = signal.getsignal(signal.SIGUSR2)  # submitit's own
+        driver = subprocess.Popen([sys.executable, "-m", "dwf_cluster.launch", "--local", *self.arguments])
+        status, is_requeued = environment.wait_for_driver(driver)
+        if is_requeued and callable(requeue):
+            requeue(signal.SIGUSR2, None)
         return status
 
 
-def script(runs: Sequence[SlurmJob], request: SlurmOptions) -> str:
+def script(jobs: Sequence[SlurmJob], request: SlurmOptions) -> str:
     """The batch script that `submit` would hand to sbatch."""
     executor = _executor(request)
     if not isinstance(executor, submitit.SlurmExecutor):
         raise InvalidInput("--executor: local has no sbatch script")
-    if len(runs) > 1:
-        executor.parameters["map_count"] = len(runs)
+    if len(jobs) > 1:
+        executor.parameters["map_count"] = len(jobs)
     return str(executor._make_submission_file_text(executor._submitit_command_str, ""))
 
 
 def submit(
-    runs: Sequence[SlurmJob], request: SlurmOptions, say: Callable[[str], None]
+    jobs: Sequence[SlurmJob], request: SlurmOptions, print_line: Callable[[str], None]
 ) -> dict[SlurmJob, submitit.Job[None]]:
-    """Submit the runs that are not in the queue yet, several as one array; returns each run's job.
+    """Submit the jobs that are not in the queue yet, several as one array; returns submitit's handle of each job.
 
     Raises:
-        InvalidInput: if SLURM refuses the job, or the jobs could not run or write their logs.
+        InvalidInput: if SLURM refuses the jobs, or they could not run or write their logs.
     """
     executor = _executor(request)
     try:
         FOLDER.mkdir(mode=0o700, exist_ok=True)
-        FOLDER.chmod(0o700)  # scripts, arguments and logs are nobody else's business
+        FOLDER.chmod(0o700)  # other users must not read scripts, arguments and logs
     except OSError as error:
         raise InvalidInput(f"--slurm: {str(FOLDER.absolute())!r} cannot be made: {error.strerror}") from None
-    jobs = _queued(runs, request.executor, executor.folder)
-    for run, job in jobs.items():
-        say(f"{run.folder}: job {job.job_id} is there already")
-    new = [run for run in runs if run not in jobs]
+    queued = _queued(jobs, request.executor, executor.folder)
+    for job, handle in queued.items():
+        print_line(f"{job.folder}: job {handle.job_id} is already in the queue")
+    new = [job for job in jobs if job not in queued]
     if new and request.executor == "slurm":
-        _refuse_what_sbatch_refuses(script(new, request))
+        _test_with_sbatch(script(new, request))
     with executor.batch() if len(new) > 1 else nullcontext():
-        submitted = {run: executor.submit(run) for run in new}
-    for run, job in submitted.items():
-        _record(run).write_text(json.dumps({"job": job.job_id}))
-        say(f"{run.folder}: job {job.job_id} submitted")
-    return jobs | submitted
+        submitted = {job: executor.submit(job) for job in new}
+    for job, handle in submitted.items():
+        _number_file(job).write_text(json.dumps({"job": handle.job_id}))
+        print_line(f"{job.folder}: job {handle.job_id} submitted")
+    return queued | submitted
 
 
 def follow(
-    jobs: Mapping[SlurmJob, submitit.Job[None]],
+    handles: Mapping[SlurmJob, submitit.Job[None]],
     request: SlurmOptions,
-    say: Callable[[str], None],
+    print_line: Callable[[str], None],
     wait: Callable[[float], object] = time.sleep,
 ) -> None:
-    """Pass on the jobs' logs and changes of their states, until none of the jobs is in the queue any more.
+    """Print the jobs' logs and the changes of their states, until no job is in the queue any more.
 
-    Logs are read once a second. SLURM is asked once for all jobs, and seldom: when a job's log or result appears, and
-    after pauses that grow from `FIRST_PAUSE` to `LONGEST_PAUSE`.
+    The logs are read once a second. squeue is called once for all jobs, and seldom: when a job's log or result appears,
+    and after pauses that grow from `FIRST_PAUSE` to `LONGEST_PAUSE`.
 
     Args:
-        jobs: the jobs to follow.
-        request: how they were submitted.
-        say: is given each line.
-        wait: waits so many seconds.
+        handles: submitit's handle of each job.
+        request: the options that the jobs were submitted with.
+        print_line: is called with each line.
+        wait: waits for a number of seconds.
     """
-    read = dict.fromkeys(jobs, 0)
-    states = dict.fromkeys(jobs, "")
-    queued = dict(jobs)
+    read = dict.fromkeys(handles, 0)
+    states = dict.fromkeys(handles, "")
+    queued = dict(handles)
     begun: set[SlurmJob] = set()
-    pause, due = FIRST_PAUSE, 0.0
+    pause, remaining = FIRST_PAUSE, 0.0
     while True:
         # A job that has a result has ended: submitit writes it last.
-        ended = {run for run, job in queued.items() if job.paths.result_pickle.exists()}
-        logging = {run for run, job in queued.items() if job.paths.stdout.exists()}
-        queued = {run: job for run, job in queued.items() if run not in ended}
-        if queued and (request.executor == "local" or due <= 0 or ended or logging - begun):
-            found = _states(queued, request.executor)
-            queued = {run: job for run, job in queued.items() if found[run]}
-            changed = {run: state for run, state in found.items() if state and state != states[run]}
-            for run, state in changed.items():
-                say(f"{_prefix(run, jobs)}job {jobs[run].job_id}: {state}")
-            states |= found
+        ended = {job for job, handle in queued.items() if handle.paths.result_pickle.exists()}
+        logging = {job for job, handle in queued.items() if handle.paths.stdout.exists()}
+        queued = {job: handle for job, handle in queued.items() if job not in ended}
+        if queued and (request.executor == "local" or remaining <= 0 or ended or logging - begun):
+            current = _states(queued, request.executor)
+            queued = {job: handle for job, handle in queued.items() if current[job]}
+            changed = {job: state for job, state in current.items() if state and state != states[job]}
+            for job, state in changed.items():
+                print_line(f"{_prefix(job, handles)}job {handles[job].job_id}: {state}")
+            states |= current
             pause = FIRST_PAUSE if changed else min(LONGEST_PAUSE, pause * 1.5)
-            due = pause
+            remaining = pause
         begun |= logging
-        for run, job in jobs.items():
-            read[run] += _pass_on(job.paths.stdout, read[run], run not in queued, _prefix(run, jobs), say)
+        for job, handle in handles.items():
+            prefix, is_complete = _prefix(job, handles), job not in queued
+            read[job] += _print_log(handle.paths.stdout, read[job], is_complete, prefix, print_line)
         if not queued:
             return
         wait(1)
-        due -= 1
+        remaining -= 1
 
 
-def _prefix(run: SlurmJob, jobs: Mapping[SlurmJob, submitit.Job[None]]) -> str:
-    return f"{run.folder}: " if len(jobs) > 1 else ""
+def _prefix(job: SlurmJob, handles: Mapping[SlurmJob, submitit.Job[None]]) -> str:
+    return f"{job.folder}: " if len(handles) > 1 else ""
 
 
-def _pass_on(log: Path, start: int, is_complete: bool, prefix: str, say: Callable[[str], None]) -> int:
-    """Pass on a log's lines from that byte on; returns the number of bytes passed on.
+def _print_log(log: Path, start: int, is_complete: bool, prefix: str, print_line: Callable[[str], None]) -> int:
+    """Print a log's lines from byte `start` on; returns the number of bytes printed.
 
-    A last line without its end waits until the log is complete.
+    A last line without a line break is printed when the log is complete.
     """
     try:
         with open(log, "rb") as file:
@@ -254,16 +249,16 @@ def _pass_on(log: Path, start: int, is_complete: bool, prefix: str, say: Callabl
     if not is_complete:
         text = text[: text.rfind(b"\n") + 1]
     for line in text.decode(errors="replace").splitlines():
-        say(prefix + line)
+        print_line(prefix + line)
     return len(text)
 
 
-def sacct_states(jobs: Iterable[submitit.Job[None]]) -> dict[str, str]:
+def sacct_states(handles: Iterable[submitit.Job[None]]) -> dict[str, str]:
     """The states of jobs that have ended, by job number, from SLURM's accounting.
 
-    Empty where there is no accounting. It lags, so the states are only hints.
+    Empty where there is no accounting. Accounting lags behind, so the states are only hints.
     """
-    numbers = ",".join(job.job_id for job in jobs)
+    numbers = ",".join(handle.job_id for handle in handles)
     if shutil.which("sacct") is None or not numbers:
         return {}
     command = ["sacct", "--noheader", "--allocations", "--parsable2", "--format=JobID,State", f"--jobs={numbers}"]
@@ -272,7 +267,7 @@ def sacct_states(jobs: Iterable[submitit.Job[None]]) -> dict[str, str]:
 
 
 def _executor(request: SlurmOptions) -> Any:
-    if re.search(r"[\x00-\x1f\x7f%\\]", str(FOLDER.absolute())):  # sbatch would read them
+    if re.search(r"[\x00-\x1f\x7f%\\]", str(FOLDER.absolute())):  # sbatch would interpret them
         raise InvalidInput(
             f"--slurm: cannot be used in the folder {str(Path.cwd())!r}: "
             "allowed is a path without line breaks and other control characters, % and \\"
@@ -293,7 +288,7 @@ def _executor(request: SlurmOptions) -> Any:
     if python is not None and shutil.which(python) is None:
         raise InvalidInput(f"DWF_PYTHON: {python!r} cannot be used: allowed is a command that can be run")
     executor = submitit.SlurmExecutor(folder, max_num_timeout=1000)
-    asked = {"gpus_per_node": request.gpus_per_node or None, "cpus_per_task": request.cpus_per_node}
+    numbers = {"gpus_per_node": request.gpus_per_node or None, "cpus_per_task": request.cpus_per_node}
     executor.update_parameters(
         job_name="dwf",
         nodes=request.nodes,
@@ -303,47 +298,52 @@ def _executor(request: SlurmOptions) -> Any:
         use_srun=False,  # the allocation starts its processes itself
         array_parallelism=request.throttle or 1000,
         additional_parameters={"requeue": True, **request.options},
-        **{name: value for name, value in asked.items() if value is not None},
+        **{name: value for name, value in numbers.items() if value is not None},
     )
     return executor
 
 
-def _refuse_what_sbatch_refuses(script: str) -> None:
-    tried = subprocess.run(["sbatch", "--test-only"], input=script, capture_output=True, text=True, check=False)
-    if tried.returncode:
-        *_, reason = ["sbatch refuses the job", *tried.stderr.strip().splitlines()]
+def _test_with_sbatch(script: str) -> None:
+    """Check a batch script with `sbatch --test-only`.
+
+    Raises:
+        InvalidInput: if sbatch refuses it.
+    """
+    answer = subprocess.run(["sbatch", "--test-only"], input=script, capture_output=True, text=True, check=False)
+    if answer.returncode:
+        *_, reason = ["sbatch refuses the job", *answer.stderr.strip().splitlines()]
         raise InvalidInput(f"--slurm: {reason}")
 
 
-def _record(run: SlurmJob) -> Path:
-    return FOLDER / f"{run.folder}.json"
+def _number_file(job: SlurmJob) -> Path:
+    return FOLDER / f"{job.folder}.json"
 
 
-def _queued(runs: Sequence[SlurmJob], executor: str, folder: Path) -> dict[SlurmJob, submitit.Job[None]]:
-    """The jobs of earlier submissions that are still in the queue."""
-    jobs: dict[SlurmJob, submitit.Job[None]] = {}
-    for run in runs if executor == "slurm" else ():
+def _queued(jobs: Sequence[SlurmJob], executor: str, folder: Path) -> dict[SlurmJob, submitit.Job[None]]:
+    """Of these jobs, those that were submitted earlier and are still in the queue, with their handles."""
+    handles: dict[SlurmJob, submitit.Job[None]] = {}
+    for job in jobs if executor == "slurm" else ():
         try:
-            number = json.loads(_record(run).read_text())["job"]
+            number = json.loads(_number_file(job).read_text())["job"]
         except (OSError, ValueError, KeyError, TypeError):
             continue
         if isinstance(number, str) and re.fullmatch(r"\d+(_\d+)?", number):
-            jobs[run] = submitit.SlurmJob(folder, number)
-    states = _states(jobs, executor) if jobs else {}
-    return {run: job for run, job in jobs.items() if states[run] and not job.paths.result_pickle.exists()}
+            handles[job] = submitit.SlurmJob(folder, number)
+    states = _states(handles, executor) if handles else {}
+    return {job: handle for job, handle in handles.items() if states[job] and not handle.paths.result_pickle.exists()}
 
 
-def _states(jobs: Mapping[SlurmJob, submitit.Job[None]], executor: str) -> dict[SlurmJob, str]:
-    """The state of each job, with the reason for one that is pending; empty for one that is not in the queue."""
+def _states(handles: Mapping[SlurmJob, submitit.Job[None]], executor: str) -> dict[SlurmJob, str]:
+    """The state of each job, with the reason if it is pending; empty for a job that is not in the queue."""
     if executor == "local":
-        return {run: "RUNNING" if job.state == "RUNNING" else "" for run, job in jobs.items()}
-    numbers = ",".join(sorted({job.job_id.partition("_")[0] for job in jobs.values()}))
+        return {job: "RUNNING" if handle.state == "RUNNING" else "" for job, handle in handles.items()}
+    numbers = ",".join(sorted({handle.job_id.partition("_")[0] for handle in handles.values()}))
     command = ["squeue", "--noheader", "--array", f"--jobs={numbers}", "--format=%i|%T|%r"]
     answer = subprocess.run(command, capture_output=True, text=True, check=False)
     if answer.returncode and "Invalid job id" not in answer.stderr:
-        return dict.fromkeys(jobs, "UNKNOWN")  # SLURM does not answer just now
+        return dict.fromkeys(handles, "UNKNOWN")  # SLURM does not answer at the moment
     states = {}
     for line in answer.stdout.splitlines():
         number, state, reason = f"{line.strip()}||".split("|")[:3]
         states[number] = f"{state} ({reason})" if reason not in ("", "None") else state
-    return {run: states.get(job.job_id, "") for run, job in jobs.items()}
+    return {job: states.get(handle.job_id, "") for job, handle in handles.items()}

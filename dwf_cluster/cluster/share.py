@@ -8,30 +8,31 @@ import subprocess
 import sys
 from pathlib import Path
 
+from dwf_cluster.cluster import environment
 from dwf_cluster.plan.resources import gpus_here
 
 
 def claim_gpus(cpus: int) -> int:
-    """Number of GPUs that Ray is to use on this node. All others are hidden from it.
+    """Choose the GPUs that Ray uses on this node, hide all others from it, and return their number.
 
-    Where SLURM manages GPUs (GRES) these are the job's. Where it does not, they are as many as `DWF_GPUS` says, or all
-    if all CPUs of the node are the job's. A warning names GPUs that are visible and not used.
+    Where SLURM manages GPUs (GRES), Ray uses those of the job. Where it does not, Ray uses as many as `DWF_GPUS` says,
+    or all of them if the job has all CPUs of the node. A warning counts visible GPUs that are not used.
 
     Args:
         cpus: of the job on this node.
     """
-    if allocated := int(os.environ.get("SLURM_GPUS_ON_NODE", "0")):
+    if allocated := environment.managed_gpus():
         return allocated
-    name, chosen = os.environ["SLURMD_NODENAME"], os.environ.get("DWF_GPUS")
+    name, setting = environment.node_name(), os.environ.get("DWF_GPUS")
     listed = os.environ.get("CUDA_VISIBLE_DEVICES")
     visible = [str(i) for i in range(gpus_here())] if listed is None else re.findall(r"[^,\s]+", listed)
     if visible == ["NoDevFiles"]:  # SLURM's word for none
         visible = []
-    declined = os.environ.get("SLURM_GPUS_PER_NODE") == "0"
-    if chosen is not None:
-        used = visible[: int(chosen)]
-        if len(used) < int(chosen):
-            print(f"warning: node {name}: DWF_GPUS is {chosen}, but {len(used)} are visible", file=sys.stderr)
+    declined = environment.declines_gpus()
+    if setting is not None:
+        used = visible[: int(setting)]
+        if len(used) < int(setting):
+            print(f"warning: node {name}: DWF_GPUS is {setting}, but {len(used)} are visible", file=sys.stderr)
     else:
         used = visible if visible and not declined and _is_whole_and_without_gres(name, cpus) else []
         if visible and not used and not declined:
@@ -46,33 +47,31 @@ def claim_gpus(cpus: int) -> int:
 
 
 def _is_whole_and_without_gres(node: str, cpus: int) -> bool:
-    """Whether SLURM does not manage GPUs on this node, and all CPUs of it are the job's."""
-    shown = subprocess.run(["scontrol", "show", "node", node], capture_output=True, text=True, check=False).stdout
-    fields = dict(re.findall(r"\b(Gres|CPUTot)=(\S+)", shown))
+    """Whether SLURM does not manage GPUs on this node, and the job has all of its CPUs."""
+    output = subprocess.run(["scontrol", "show", "node", node], capture_output=True, text=True, check=False).stdout
+    fields = dict(re.findall(r"\b(Gres|CPUTot)=(\S+)", output))
     return "gpu" not in fields.get("Gres", "gpu") and cpus >= int(fields.get("CPUTot", cpus + 1))
 
 
 def memory_share(cpus: int, gpus: int) -> int:
     """Bytes of memory that the job has on this node.
 
-    What `--mem`, `--mem-per-cpu` or `--mem-per-gpu` gave it, and never more than its control group's limit. With
-    neither, its share of the node by CPUs.
+    This is what `--mem`, `--mem-per-cpu` or `--mem-per-gpu` requests, and never more than the limit of its control
+    group. Without either, it is the job's share of the node by CPUs.
 
     Args:
         cpus, gpus: of the job on this node.
     """
-    units = {"NODE": 1, "CPU": cpus, "GPU": gpus}
-    given = [int(os.environ.get(f"SLURM_MEM_PER_{unit}", "0")) * count << 20 for unit, count in units.items()]
     node = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     limit = cgroup_limit()
-    allowed = next(filter(None, given), None) or (limit if limit is not None and limit < node else None)
+    allowed = environment.requested_memory(cpus, gpus) or (limit if limit is not None and limit < node else None)
     if allowed is None:
         return node * cpus // max(cpus, os.cpu_count() or 1)
     return min(allowed, node, node if limit is None else limit)
 
 
 def cgroup_limit(root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")) -> int | None:
-    """The lowest memory limit in bytes of the control groups that this process is in; None if there is none."""
+    """The lowest memory limit, in bytes, of the control groups that contain this process; None without a limit."""
     limits = []
     for line in membership.read_text().splitlines() if membership.exists() else []:
         _, controllers, path = line.split(":", 2)
@@ -85,7 +84,7 @@ def cgroup_limit(root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/
                 break
             try:
                 text = (folder / name).read_text().strip()
-            except OSError:  # the top has none, and a container may show it no others
+            except OSError:  # the top group has no limit, and a container may hide the others
                 continue
             limits += [int(text)] if text.isdigit() else []
     return min(limits, default=None)

@@ -1,4 +1,4 @@
-"""`--slurm`: submit experiments to SLURM, follow their jobs, and read from the store whether they are done."""
+"""`--slurm`: submit experiments to SLURM and follow their jobs. The store says whether an experiment is done."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ def run(
     stages: Sequence[str],
     request: sbatch.SlurmOptions,
     arguments: Callable[[Experiment], tuple[str, ...]],
-    again: str,
+    resume_command: str,
 ) -> int:
-    """Submit the experiments that are neither done nor queued, follow all to their ends; returns the exit status.
+    """Submit the experiments that are neither done nor queued, and follow all jobs; returns the exit status.
 
     Args:
         experiments: each becomes one job.
-        storage: URL below which each has its folder.
-        stages: some of `experiment.STAGES`.
+        storage: URL of the folder that contains the folder of each experiment.
+        stages: to run, of `plan.jobs.STAGES`.
         request: what to ask SLURM for.
         arguments: what an experiment's job passes to `dwf_cluster.launch`.
-        again: the command that follows the jobs again, for people.
+        resume_command: follows the jobs again; for people.
 
     Raises:
         InvalidInput: if SLURM refuses a job.
@@ -39,24 +39,23 @@ def run(
     def is_done(experiment: Experiment) -> bool:
         return not select(pending(experiment, stores[experiment], sizes), stages)
 
-    runs = {e: sbatch.SlurmJob(e.folder, arguments(e), again) for e in experiments if not is_done(e)}
-    say = functools.partial(print, flush=True)
-    jobs = sbatch.submit(list(runs.values()), request, say)
-    if jobs:
-        say(f"Ctrl-C stops following; the job continues. Follow it again: {again}")
+    jobs = {e: sbatch.SlurmJob(e.folder, arguments(e), resume_command) for e in experiments if not is_done(e)}
+    print_line = functools.partial(print, flush=True)
+    handles = sbatch.submit(list(jobs.values()), request, print_line)
+    if handles:
+        print_line(f"Ctrl-C stops following; the job continues. Follow it again: {resume_command}")
     try:
-        sbatch.follow(jobs, request, say)
+        sbatch.follow(handles, request, print_line)
     except KeyboardInterrupt:
-        print(f"the job continues. Follow it again: {again}", file=sys.stderr)
+        print(f"the job continues. Follow it again: {resume_command}", file=sys.stderr)
         return 130
-    failed = [experiment for experiment in runs if not is_done(experiment)]
-    words = sbatch.sacct_states(jobs[runs[experiment]] for experiment in failed)
-    for experiment in failed:
-        job = jobs[runs[experiment]]
-        word = words.get(job.job_id)
+    failed = [handles[job] for experiment, job in jobs.items() if not is_done(experiment)]
+    states = sbatch.sacct_states(failed)
+    for handle in failed:
+        state = states.get(handle.job_id)
         print(
-            f"failed: job {job.job_id} ended before all was done{f' ({word})' if word else ''}; "
-            f"log: {job.paths.stdout}\nresume: {again}",
+            f"failed: job {handle.job_id} ended before all was done{f' ({state})' if state else ''}; "
+            f"log: {handle.paths.stdout}\nresume: {resume_command}",
             file=sys.stderr,
         )
     for store in stores.values() if not failed else ():
@@ -68,7 +67,7 @@ def script(
     experiments: Sequence[Experiment],
     request: sbatch.SlurmOptions,
     arguments: Callable[[Experiment], tuple[str, ...]],
-    again: str,
+    resume_command: str,
 ) -> str:
-    """The batch script that `run` would submit if nothing were done; arguments as there."""
-    return sbatch.script([sbatch.SlurmJob(e.folder, arguments(e), again) for e in experiments], request)
+    """The batch script that `run` would submit if no job were done; arguments as there."""
+    return sbatch.script([sbatch.SlurmJob(e.folder, arguments(e), resume_command) for e in experiments], request)

@@ -1,8 +1,8 @@
-"""What runs inside a Ray task: an expert's Train run, the joint Train run, one family of attacks on one model.
+"""What runs inside a Ray task: the training of a model as a Ray Train run, or one suite of attacks on one model.
 
-A training without workers of its own runs in its task's process (Train's local mode). With workers, Train starts
-them, and they hold the GPUs; the task that waits for them holds nothing. Such a task must not call CUDA: the first
-call reads CUDA_VISIBLE_DEVICES once and for all, and Ray may give the process a GPU later.
+A training without workers runs in the process of its task (Ray Train's local mode). With workers, Ray Train starts
+them, and they have the GPUs; the task that waits for them has no resources. Such a task must not call CUDA: CUDA reads
+CUDA_VISIBLE_DEVICES at the first call only, and Ray may give the process a GPU later.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import os
 import platform
 import threading
 import time
-import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -24,7 +23,6 @@ import torch.distributed as dist
 from pyarrow.fs import FSSpecHandler, PyFileSystem
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
-from ray.util.metrics import Gauge
 
 from dwf_cluster.cluster import failures
 from dwf_cluster.cluster.control import Claim
@@ -40,43 +38,43 @@ from dwf_cluster.store.job_log import recorded
 from dwf_cluster.training import Probe, Stopped, Task, train
 
 CLAIM_SECONDS = 60.0
-"""How long a process waits for the claim of a job that has left its GPU, but has not ended yet."""
+"""How long a process waits for its device, if a job that no longer computes on it has not ended yet."""
 
 
 class DeviceShared(RuntimeError):
     """A worker was given a device that another job computes on. The message names device, node and both jobs."""
 
 
-def run_job(job: Job, store: Store, images: ray.ObjectRef, place: Allocation, control: Any) -> bool:
+def run_job(job: Job, store: Store, images: ray.ObjectRef, allocation: Allocation, control: Any) -> bool:
     """Run one job and record it.
 
     Args:
         job: of the plan.
-        store: takes what comes out.
+        store: for the results.
         images: reference to a `data.sources.Images`.
-        place: processes, and CPUs and GPUs of each.
+        allocation: of the job.
         control: the run's `Control` actor.
 
     Returns:
-        Whether it came to its end; else the run is to stop, and it has saved what it has.
+        Whether the job is done; if not, the run was asked to stop, and the training has saved what it has.
     """
     if job.copy_of:
         _copy(job, replace(store, folder=job.copy_of, run=None), store)
         return True
     columns = {"stage": job.stage, "model": job.model, "task": job.name}
-    gpus = place.gpus * max(1, place.workers)
+    gpus = allocation.gpus * max(1, allocation.workers)
     log = failures.logged(store, job.file)
-    with log, recorded(store, columns, job.file, gpus, None if place.gpus else "cpu") as row:
+    with log, recorded(store, columns, job.file, gpus, None if allocation.gpus else "cpu") as row:
         try:
             if not job.is_training:
-                _evaluate(job, store, images, place, control)
+                _evaluate(job, store, images, allocation, control)
             else:
                 row["note"] = "\n".join(prepare_training(job, store)) or None
-                if checkpoints.latest_path(store, job.model):  # also where its row was removed
+                if checkpoints.latest_path(store, job.model):  # even if its row was removed
                     row["attempts"] = max(2, row["attempts"])
                 if not is_trained(job.spec, store):
-                    _fit(functools.partial(_train, job, store, images, place, control), job, store, place)
-        finally:  # Only the processes that compute know their devices, and they have told the control actor.
+                    _fit(functools.partial(_train, job, store, images, allocation, control), job, store, allocation)
+        finally:  # Only the processes that compute know their devices; they have claimed them from the control actor.
             claims = _get(control.claims.remote((job.folder, job.name)))
             row["device"] = ", ".join(sorted({claim.hardware for claim in claims})) or row["device"]
             row["devices"] = [str(claim) for claim in claims]
@@ -86,7 +84,7 @@ def run_job(job: Job, store: Store, images: ray.ObjectRef, place: Allocation, co
 
 
 def _copy(job: Job, source: Store, store: Store) -> None:
-    """Take what another experiment's job has come to; what says that the job is done comes last."""
+    """Copy the results of another experiment's job. The file that marks the job as done is written last."""
     tables.copy(source, store, "jobs", job.file, state="shared")
     for table in job.tables:
         tables.copy(source, store, table, job.model if table == "metrics" else job.file)
@@ -94,38 +92,38 @@ def _copy(job: Job, source: Store, store: Store) -> None:
         checkpoints.refer(source, store, job.model)
 
 
-def _fit(loop: Callable[[], None], job: Job, store: Store, place: Allocation) -> None:
-    resources = {"CPU": float(place.cpus)} | ({"GPU": float(place.gpus)} if place.gpus else {})
-    notes = store.path(f"train/run-{store.run or 0:05d}")  # a run that has lost its lock writes into no other's
+def _fit(loop: Callable[[], None], job: Job, store: Store, allocation: Allocation) -> None:
+    resources = {"CPU": float(allocation.cpus)} | ({"GPU": float(allocation.gpus)} if allocation.gpus else {})
+    # With the number of the run: a run that has lost its lock writes into no other run's folder.
+    folder = store.path(f"train/run-{store.run or 0:05d}")
     TorchTrainer(
         loop,
         scaling_config=ScalingConfig(
-            num_workers=place.workers,
-            use_gpu=place.gpus > 0,
+            num_workers=allocation.workers,
+            use_gpu=allocation.gpus > 0,
             resources_per_worker=resources,
-            label_selector=place.label_selector,
+            label_selector=allocation.label_selector,
         ),
-        # Undefined: torch chooses in the worker, nccl where there is a GPU and gloo where there is none.
-        torch_config=TorchConfig(backend=dist.Backend.UNDEFINED if place.gpus else "gloo"),
-        # Whatever fails is tried again, or not, by the driver (`failures`).
-        # No time stamp in the name: the same run again is the same run.
+        # Undefined: torch chooses in the worker, nccl with a GPU and gloo without.
+        torch_config=TorchConfig(backend=dist.Backend.UNDEFINED if allocation.gpus else "gloo"),
+        # The driver retries failures (`failures`). The name has no time stamp, so that a retry is the same Train run.
         run_config=RunConfig(
             name=job.file,
-            # Arrow's own S3 would look for credentials and endpoint in other places than the store does.
+            # Arrow's own S3 client would read credentials and endpoint from other places than the store does.
             storage_filesystem=None if store.is_local else PyFileSystem(FSSpecHandler(store.files)),
-            storage_path=notes if store.is_local else notes.partition("://")[2],
+            storage_path=folder if store.is_local else folder.partition("://")[2],
             failure_config=FailureConfig(max_failures=failures.BY_RAY),
         ),
     ).fit()
 
 
-def _train(job: Job, store: Store, images: ray.ObjectRef, place: Allocation, control: Any) -> None:
-    """One worker's part of a Train run."""
-    make_deterministic(place.cpus)
-    device = _claim(control, job, ray.train.get_context().get_world_rank(), place)
+def _train(job: Job, store: Store, images: ray.ObjectRef, allocation: Allocation, control: Any) -> None:
+    """Train a model in one worker of a Train run."""
+    make_deterministic(allocation.cpus)
+    device = _claim(control, job, ray.train.get_context().get_world_rank(), allocation)
     experiment, arrays = job.experiment, _get(images)
     evaluation = experiment.evaluation
-    stopped = _stopped(control)
+    listener = _stop_listener(control)
     task = Task(
         job.spec,
         job.stage,
@@ -133,40 +131,23 @@ def _train(job: Job, store: Store, images: ray.ObjectRef, place: Allocation, con
         Probe(experiment.threat, evaluation.probe_steps, evaluation.probe_examples),
         experiment.checkpoint_minutes,
         store,
-        functools.partial(_report, job),
-        lambda: job.folder in stopped.folders,
+        ray.train.report,
+        lambda: job.folder in listener.folders,
     )
     try:
         model = to_train(experiment.models, job.model, arrays.format, experiment.seed, store)
         train(task, model.to(device), DeviceImages(arrays, experiment.data, device))
     except Stopped:
-        return  # to Train, which would take an exception for a failure and try again
+        return  # Ray Train would take an exception for a failure
     except Exception:
-        if place.workers:  # of which the job's own process hears only a part
+        if allocation.workers:  # the job's own process gets only a part of this traceback
             failures.keep_log(store, failures.log_name(job.file, ray.train.get_context().get_world_rank()))
         raise
 
 
-def _report(job: Job, row: dict[str, Any]) -> None:
-    """Tell Train of an epoch, and whoever asks Ray for its metrics (Prometheus)."""
-    try:
-        for name, gauge in _gauges().items():
-            gauge.set(row[name], {"experiment": job.folder, "model": job.model})
-    except Exception as error:  # of any class: what is only watched must not end a training
-        warnings.warn(f"Ray's metrics lack epochs of {job.name}: {type(error).__name__}: {error}", stacklevel=2)
-    ray.train.report(row)
-
-
-@functools.cache
-def _gauges() -> dict[str, Gauge]:
-    names = ("epoch", "loss", "clean_accuracy", "probe_pgd_accuracy", "images_per_second")
-    about = "of the last epoch of a model's training, as in the table metrics"
-    return {name: Gauge(f"dwf_{name}", f"{name} {about}", ("experiment", "model")) for name in names}
-
-
-def _evaluate(job: Job, store: Store, images: ray.ObjectRef, place: Allocation, control: Any) -> None:
-    make_deterministic(place.cpus)
-    device = _claim(control, job, 0, place)
+def _evaluate(job: Job, store: Store, images: ray.ObjectRef, allocation: Allocation, control: Any) -> None:
+    make_deterministic(allocation.cpus)
+    device = _claim(control, job, 0, allocation)
     experiment, arrays = job.experiment, _get(images)
     assert job.suite is not None
     shard = slice(job.first, job.stop)
@@ -185,40 +166,40 @@ def _evaluate(job: Job, store: Store, images: ray.ObjectRef, place: Allocation, 
 
 
 def _get(reference: Any) -> Any:
-    """`ray.get` on another thread: while the main one waits, Ray gives the CPUs of its task to another task."""
+    """`ray.get` in another thread: while the main thread of a task waits, Ray gives the task's CPUs to another task."""
     with ThreadPoolExecutor(1) as thread:
         return thread.submit(ray.get, reference).result()
 
 
-def _claim(control: Any, job: Job, worker: int, place: Allocation) -> torch.device:
-    """Tell the control actor which device this process computes on; return the device.
+def _claim(control: Any, job: Job, worker: int, allocation: Allocation) -> torch.device:
+    """Claim the device of this process from the control actor; returns the device.
 
     Raises:
-        DeviceShared: if another job still claims the device after `CLAIM_SECONDS`. Ray takes a GPU back as soon as
-            the process that held it is gone, which may be before that process's job has ended.
+        DeviceShared: if another job still claims the device after `CLAIM_SECONDS`. Ray frees a GPU as soon as the
+            process that used it has ended, which may be before that process's job has ended.
     """
     device, hardware, name = torch.device("cpu"), "cpu", "cpu"
-    if place.gpus and torch.cuda.is_available():
-        # All workers of a Train run on a node see all its GPUs there; Train has made each worker's own the current one.
+    if allocation.gpus and torch.cuda.is_available():
+        # Each worker of a Train run sees all GPUs that the run has on the node; Train has selected the worker's own.
         device = torch.device("cuda", torch.cuda.current_device())
         hardware = torch.cuda.get_device_name(device)
         name = f"{hardware} GPU-{torch.cuda.get_device_properties(device).uuid}"
-    elif place.gpus:  # Ray was told of GPUs that this machine does not have
+    elif allocation.gpus:  # Ray was started with GPUs that this machine does not have
         name = "GPU " + ",".join(map(str, ray.get_runtime_context().get_accelerator_ids()["GPU"]))
-    claim = Claim((job.folder, job.name), worker, platform.node(), name, place.gpus, hardware, os.getpid())
+    claim = Claim((job.folder, job.name), worker, platform.node(), name, allocation.gpus, hardware, os.getpid())
     deadline = time.monotonic() + CLAIM_SECONDS
-    while complaint := _get(control.claim.remote(claim)):
+    while refusal := _get(control.claim.remote(claim)):
         if time.monotonic() > deadline:
-            raise DeviceShared(complaint)
+            raise DeviceShared(refusal)
         time.sleep(0.1)
     return device
 
 
-class _Stopped:
-    """Which experiments are to stop, as this process has heard.
+class _StopListener:
+    """Learns from the control actor, in a thread, which experiments were asked to stop.
 
     Attributes:
-        folders: theirs.
+        folders: of these experiments.
     """
 
     def __init__(self, control: Any) -> None:
@@ -229,9 +210,9 @@ class _Stopped:
         try:
             while True:
                 self.folders = ray.get(control.stopped.remote(len(self.folders)))
-        except ray.exceptions.RayError:  # the run is over
+        except ray.exceptions.RayError:  # the run has ended
             return
 
 
-_stopped = functools.cache(_Stopped)
+_stop_listener = functools.cache(_StopListener)
 """One for each run that this process works for."""

@@ -1,7 +1,7 @@
 """Temporary folders of a run: private, below TMPDIR, removed at its end or, if it was killed, at the next start.
 
-The process that made a folder holds a lock (flock) on it. The kernel releases the lock when the process ends, however
-it ends, so a folder whose lock is free has no owner any more. systemd-tmpfiles leaves locked folders alone too.
+The process that made a folder holds a lock (flock) on it. The kernel releases the lock when the process ends for any
+reason, so a folder whose lock is free has no owner. systemd-tmpfiles does not remove locked folders either.
 """
 
 from __future__ import annotations
@@ -25,23 +25,24 @@ SPACE = 8 << 20
 """Bytes that must be free: Ray writes about 2 MB at its start, and its logs grow."""
 
 _MAX_SOCKET_PATH = 103 if sys.platform == "darwin" else 107
-"""Bytes."""
+"""Length limit in bytes."""
 
 _REMOVAL_ATTEMPTS = 20
 
 
 @contextlib.contextmanager
 def folder(*, for_sockets: bool = False) -> Iterator[str]:
-    """A folder that only this user can read, for as long as the body runs; those of killed runs are removed first.
+    """A folder that only this user can read, while the body runs; folders of killed runs are removed first.
 
     Args:
-        for_sockets: whether it is to hold a Ray's sockets, whose paths must be short: below `/tmp` if TMPDIR is long.
+        for_sockets: whether it will hold the sockets of a Ray, whose paths must be short; it is below `/tmp` if TMPDIR
+            is long.
 
     Raises:
-        InvalidInput: if the temporary folder cannot be written or has no room.
+        InvalidInput: if TMPDIR cannot be written to or is full.
     """
     parent = _parent(for_sockets)
-    sweep(parent)
+    remove_abandoned(parent)
     try:
         path, lock = _make(parent)
     except OSError as error:
@@ -59,8 +60,8 @@ def folder(*, for_sockets: bool = False) -> Iterator[str]:
 
 @contextlib.contextmanager
 def used_by_children(folder: str) -> Iterator[None]:
-    """Have processes that start while the body runs put their own temporary files into a folder, with which they go."""
-    tempfile.gettempdir()  # which remembers it: this process's own stay where they are
+    """Let processes that start while the body runs put their temporary files into a folder, which is removed later."""
+    tempfile.gettempdir()  # remembers its result, so this process does not use the folder
     before = os.environ.get("TMPDIR")
     os.environ["TMPDIR"] = folder
     try:
@@ -72,17 +73,17 @@ def used_by_children(folder: str) -> Iterator[None]:
             os.environ["TMPDIR"] = before
 
 
-def sweep(parent: str) -> None:
-    """Remove this user's folders below `parent` whose owners, on this host, have ended; end what Ray left running."""
+def remove_abandoned(parent: str) -> None:
+    """Remove this user's folders below `parent` whose owners, on this host, have ended; kill what Ray left running."""
     try:
         names = [name for name in os.listdir(parent) if name.startswith(_prefix())]
-    except OSError:  # it cannot be listed
+    except OSError:  # `parent` cannot be listed
         return
     for name in names:
         path = os.path.join(parent, name)
         try:
             lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-        except OSError:  # removed meanwhile, no folder, or somebody else's
+        except OSError:  # it was removed meanwhile, is no folder, or belongs to another user
             continue
         try:
             if os.fstat(lock).st_uid != os.getuid():
@@ -92,7 +93,9 @@ def sweep(parent: str) -> None:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
             _remove(path)
-        except OSError:  # its owner lives, or this file system has no locks: then nothing shows that it is dead
+        except (
+            OSError
+        ):  # its owner is alive, or the file system has no locks, so nothing shows that the owner has ended
             continue
         finally:
             os.close(lock)
@@ -101,10 +104,10 @@ def sweep(parent: str) -> None:
 def make_private(folder: str, token: str) -> None:
     """Make a folder that only this user can read, with a file `token` that only this user can read.
 
-    One of that name is removed first.
+    An older folder of that name is removed first.
 
     Raises:
-        OSError: if it belongs to somebody else.
+        OSError: if the older folder belongs to another user.
     """
     shutil.rmtree(folder, ignore_errors=True)
     os.mkdir(folder, 0o700)
@@ -118,9 +121,9 @@ def write_token(folder: str, token: str) -> None:
 
 
 def set_environment(folder: str) -> None:
-    """The environment of every Ray process that this one starts: token authentication, nobody is called home."""
+    """Set the environment of all Ray processes that this one starts: token authentication, no usage statistics."""
     os.environ.pop("RAY_AUTH_TOKEN", None)
-    # Threads that wait by spinning make the joint stage ten times slower where other programs want the CPUs too.
+    # Threads that wait by spinning make the joint stage ten times slower when other programs use the CPUs too.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.update(
         RAY_AUTH_MODE="token",
@@ -128,35 +131,35 @@ def set_environment(folder: str) -> None:
         RAY_TRAIN_V2_ENABLED="1",
         RAY_USAGE_STATS_ENABLED="0",
         RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0",
-        RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S="0",  # what is worth keeping is in the store
+        RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S="0",  # all results are in the store
         RAY_DASHBOARD_SUBPROCESS_MODULE_WAIT_READY_TIMEOUT="300",  # seconds: a busy machine needs more than Ray's 30
     )
 
 
 def _prefix() -> str:
-    """Of the folders' names. They differ between hosts, since some shared file systems lock for one host only."""
+    """Prefix of the folders' names. It differs between hosts: some shared file systems lock for one host only."""
     return f"dwf-{zlib.crc32(platform.node().encode()) & 0xFFFF:04x}_"
 
 
 def sockets_fit(folder: str) -> bool:
-    """Whether the sockets of a Ray below `folder` have paths that the system takes."""
+    """Whether the sockets of a Ray below `folder` have paths that are short enough for the system."""
     return len(os.fsencode(_longest_socket(folder))) <= _MAX_SOCKET_PATH
 
 
 def _longest_socket(folder: str) -> str:
-    """The longest path of a socket that Ray makes: that of a part of its dashboard."""
+    """The longest path of Ray's sockets: that of a part of its dashboard."""
     return f"{folder}/ray/session_YYYY-MM-DD_hh-mm-ss_ffffff_{os.getpid():07d}/sockets/dash_TaskEventsHead"
 
 
 def _parent(for_sockets: bool) -> str:
-    """TMPDIR; `/tmp` if there is none, or if sockets below it would have too long a path."""
+    """TMPDIR; `/tmp` if TMPDIR is not set, or if the paths of sockets below it would be too long."""
     parent = os.path.abspath(os.environ.get("TMPDIR") or "/tmp")
     below = f"/{_prefix()}01234567"
     if not for_sockets or sockets_fit(parent + below):
         return parent
-    room = _MAX_SOCKET_PATH - len(_longest_socket(below))
+    limit = _MAX_SOCKET_PATH - len(_longest_socket(below))
     print(
-        f"warning: TMPDIR: {parent!r} is too long for Ray's sockets: allowed are {room} bytes; using /tmp",
+        f"warning: TMPDIR: {parent!r} is too long for Ray's sockets: allowed are {limit} bytes; using /tmp",
         file=sys.stderr,
     )
     return "/tmp"
@@ -168,15 +171,15 @@ def _make(parent: str) -> tuple[str, int]:
         path = tempfile.mkdtemp(prefix=_prefix(), dir=parent)
         try:
             lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-        except FileNotFoundError:  # another run's sweep was faster than the lock
+        except FileNotFoundError:  # another run has removed it before it was locked
             continue
         try:
-            # Shared, since NFS gives no exclusive lock to a reader; there a sweep gets none either.
+            # Shared: NFS gives no exclusive lock to a reader. `remove_abandoned` gets none there either.
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:  # another run is removing it
             os.close(lock)
             continue
-        except OSError:  # no locks on this file system: nobody will sweep here
+        except OSError:  # without locks on this file system, no run removes folders here
             return path, lock
         if os.path.exists(path):
             return path, lock
@@ -184,7 +187,7 @@ def _make(parent: str) -> tuple[str, int]:
 
 
 def _require_space(path: str) -> None:
-    """Write as much as a run needs, as quotas and full disks show only then."""
+    """Write as much as a run needs, because quotas and full disks show only then."""
     trial = os.path.join(path, "trial")
     with open(trial, "wb") as file:
         file.write(os.urandom(SPACE))
@@ -199,7 +202,7 @@ def _unusable(parent: str, error: OSError) -> InvalidInput:
 
 
 def _remove(path: str) -> None:
-    """Remove a folder. Parts of Ray may still write to it for a moment, so one attempt may not be enough."""
+    """Remove a folder. Processes of Ray may still write to it, so one attempt may not be enough."""
     for _ in range(_REMOVAL_ATTEMPTS):
         shutil.rmtree(path, ignore_errors=True)
         if not os.path.lexists(path):
@@ -208,13 +211,13 @@ def _remove(path: str) -> None:
 
 
 def _left_by_ray(path: str) -> Iterator[int]:
-    """Processes of Ray, of this user, with an open file below a folder. Its agents outlive a killed driver by minutes.
+    """Ray's processes of this user with an open file below a folder: agents outlive a killed driver by minutes.
 
-    Where there is no /proc, none are found.
+    Without /proc there are none.
     """
     below = f"{os.path.realpath(path)}/"
     for process in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):  # it has ended, or belongs to somebody else
+        with contextlib.suppress(OSError):  # it has ended, or belongs to another user
             if (process / "comm").read_text().startswith("ray") and any(
                 os.readlink(file).startswith(below) for file in (process / "fd").iterdir()
             ):

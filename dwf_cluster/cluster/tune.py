@@ -1,4 +1,7 @@
-"""Trials on Ray Tune. A trial holds neither CPU nor GPU: what it starts does, so none waits for what another holds."""
+"""Trials on Ray Tune. A trial holds neither CPU nor GPU: only the jobs that it starts do.
+
+Importing this module imports Ray Tune, which takes seconds.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +12,14 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import ray
+from ray import tune
+from ray.tune.schedulers import ASHAScheduler
+
 from dwf_cluster.cluster import failures, temporary
 
 REDUCTION, GRACE = 2, 0.25
-"""ASHA: of the trials that reach a rung, one in so many goes on; the first rung, as a share of all epochs."""
+"""ASHA: one in `REDUCTION` of the trials that reach a rung goes on; the first rung is at `GRACE` of all epochs."""
 
 Report = Callable[[Mapping[str, Any]], None]
 Work = Callable[[str, Report, Callable[[], bool]], Mapping[str, Any]]
@@ -22,81 +29,115 @@ Work = Callable[[str, Report, Callable[[], bool]], Mapping[str, Any]]
 def run_trials(
     names: Sequence[str],
     work: Work,
+    *,
     concurrent: int,
-    epochs: int | None,
-    heard: Callable[[str, Mapping[str, Any]], None],
-    ended: Callable[[str, Mapping[str, Any] | None, str], None],
-    tick: Callable[[], None],
+    asha_epochs: int | None,
+    on_report: Callable[[str, Mapping[str, Any]], None],
+    on_end: Callable[[str, Mapping[str, Any] | None, str], None],
+    on_step: Callable[[], None],
 ) -> None:
     """Run trials to their ends.
 
     Args:
-        names: theirs.
-        work: what each does.
-        concurrent: how many run at once.
-        epochs: if ASHA is to stop trials early, the most that one trains; it goes by `probe_pgd_accuracy` at
-            `epoch` of the reports. None: each comes to its end.
-        heard: is given each report as it comes, with its trial.
-        ended: is given each trial that has ended, its last report (None if it was stopped early, or failed), and
+        names: of the trials.
+        work: what each trial does.
+        concurrent: how many trials run at once.
+        asha_epochs: if ASHA is to stop trials early, the most epochs that one trains; ASHA compares
+            `probe_pgd_accuracy` at equal `epoch` of the reports. None: no trial is stopped early.
+        on_report: is given the trial and each report as it comes.
+        on_end: is given each trial that has ended, its last report (None if it was stopped early or failed), and
             why it failed.
-        tick: is called again and again.
+        on_step: is called again and again.
     """
     os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
-    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # stopping is the caller's
-    os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # which would talk at any verbosity
-    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # what is to be said, the caller says
-    import ray
-    from ray import tune
-    from ray.tune.schedulers import ASHAScheduler
+    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # the caller stops trials
+    os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # the new output prints at any verbosity
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # the caller prints what users need
+    with temporary.folder() as folder:
+        tune.Tuner(
+            tune.with_resources(tune.with_parameters(_Trial, work=work), _resources()),
+            param_space={"trial": tune.grid_search(list(names))},
+            tune_config=tune.TuneConfig(
+                max_concurrent_trials=concurrent,
+                scheduler=_asha(asha_epochs) if asha_epochs else None,
+                trial_name_creator=lambda trial: trial.config["trial"],
+                trial_dirname_creator=lambda trial: trial.trial_id,
+            ),
+            run_config=tune.RunConfig(
+                name="sweep",
+                storage_path=folder,
+                verbose=0,
+                callbacks=[_Callback(on_report, on_end, on_step)],
+                checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
+                # For trials whose process died.
+                failure_config=tune.FailureConfig(max_failures=failures.WORKER_DIED.retries),
+            ),
+        ).fit()
 
-    class Trial(tune.Trainable):  # type: ignore[misc]
-        def setup(self, config: dict[str, Any], work: Work) -> None:
-            self._news: queue.Queue[Any] = queue.Queue()
-            self._over = threading.Event()
-            self._thread = threading.Thread(target=self._go, args=(config["trial"], work), daemon=True)
-            self._thread.start()
 
-        def __repr__(self) -> str:  # its name in the dashboard
-            return str(self.config["trial"])
+class _Trial(tune.Trainable):  # type: ignore[misc]
+    """Runs `work` in a thread, and gives Tune one of its reports a step."""
 
-        def _go(self, name: str, work: Work) -> None:
-            try:
-                self._news.put({**work(name, self._news.put, self._over.is_set), "done": True})
-            except BaseException as error:
-                self._news.put(error)
+    def setup(self, config: dict[str, Any], work: Work) -> None:
+        self._reports: queue.Queue[Any] = queue.Queue()
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._run_work, args=(config["trial"], work), daemon=True)
+        self._thread.start()
 
-        def step(self) -> Any:
-            news = self._news.get()
-            if isinstance(news, BaseException):
-                raise news
-            return news
+    def __repr__(self) -> str:  # its name in the dashboard
+        return str(self.config["trial"])
 
-        def cleanup(self) -> None:
-            self._over.set()
-            self._thread.join()
+    def _run_work(self, name: str, work: Work) -> None:
+        try:
+            self._reports.put({**work(name, self._reports.put, self._over.is_set), "done": True})
+        except BaseException as error:
+            self._reports.put(error)
 
-    class Watch(tune.Callback):  # type: ignore[misc]
-        def __reduce__(self) -> tuple[Any, ...]:
-            return tune.Callback, ()  # in Tune's own notes, which nobody reads
+    def step(self) -> Any:
+        report = self._reports.get()
+        if isinstance(report, BaseException):
+            raise report
+        return report
 
-        def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
-            tick()
+    def cleanup(self) -> None:
+        self._over.set()
+        self._thread.join()
 
-        def on_trial_result(
-            self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
-        ) -> None:
-            if "state" not in result:
-                heard(trial.config["trial"], result)
 
-        def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-            last = trial.last_result
-            ended(trial.config["trial"], last if "state" in last else None, "")
+class _Callback(tune.Callback):  # type: ignore[misc]
+    """Passes what Tune tells of its trials to the functions of `run_trials`."""
 
-        def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-            *_, reason = ["its process died", *str(trial.get_error() or "").strip().splitlines()]
-            ended(trial.config["trial"], None, reason)
+    def __init__(
+        self,
+        on_report: Callable[[str, Mapping[str, Any]], None],
+        on_end: Callable[[str, Mapping[str, Any] | None, str], None],
+        on_step: Callable[[], None],
+    ) -> None:
+        self._on_report, self._on_end, self._on_step = on_report, on_end, on_step
 
-    asha = epochs and ASHAScheduler(
+    def __reduce__(self) -> tuple[Any, ...]:
+        return tune.Callback, ()  # in Tune's own files, which nobody reads
+
+    def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        self._on_step()
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
+        if "state" not in result:
+            self._on_report(trial.config["trial"], result)
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        last = trial.last_result
+        self._on_end(trial.config["trial"], last if "state" in last else None, "")
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        *_, reason = ["its process died", *str(trial.get_error() or "").strip().splitlines()]
+        self._on_end(trial.config["trial"], None, reason)
+
+
+def _asha(epochs: int) -> ASHAScheduler:
+    return ASHAScheduler(
         time_attr="epoch",
         metric="probe_pgd_accuracy",
         mode="max",
@@ -105,27 +146,10 @@ def run_trials(
         reduction_factor=REDUCTION,
         stop_last_trials=False,
     )
-    # All that a trial's process asks for is to be on this node, where Tune's own notes are; the store has ours.
+
+
+def _resources() -> dict[str, float]:
+    """Keep the processes of trials on this node, where Tune's own files are; the store has ours."""
     (node,) = (node for node in ray.nodes() if node["NodeID"] == ray.get_runtime_context().get_node_id())
     here = next(name for name in node["Resources"] if name.startswith("node:") and name != "node:__internal_head__")
-    with temporary.folder() as folder:
-        tune.Tuner(
-            tune.with_resources(tune.with_parameters(Trial, work=work), {"cpu": 0, here: 0.001}),
-            param_space={"trial": tune.grid_search(list(names))},
-            tune_config=tune.TuneConfig(
-                max_concurrent_trials=concurrent,
-                scheduler=asha or None,
-                trial_name_creator=lambda trial: trial.config["trial"],
-                trial_dirname_creator=lambda trial: trial.trial_id,
-            ),
-            run_config=tune.RunConfig(
-                name="sweep",
-                storage_path=folder,
-                verbose=0,
-                callbacks=[Watch()],
-                checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
-                failure_config=tune.FailureConfig(
-                    max_failures=failures.WORKER_DIED.retries
-                ),  # a trial whose process died
-            ),
-        ).fit()
+    return {"cpu": 0, here: 0.001}

@@ -5,14 +5,13 @@ from __future__ import annotations
 import re
 import tempfile
 import time
-from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Any
 
 from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event
+from tensorboardX.proto.event_pb2 import Event as ProtoEvent
 from tensorboardX.summary import scalar
 
+from dwf_cluster.cluster.events import Epoch, Event
 from dwf_cluster.settings import InvalidInput
 
 SCALARS = ("loss", "clean_accuracy", "probe_pgd_accuracy", "learning_rate", "images_per_second")
@@ -20,19 +19,16 @@ SCALARS = ("loss", "clean_accuracy", "probe_pgd_accuracy", "learning_rate", "ima
 
 
 class EventFiles:
-    """Event files of the models of a run. What an earlier run left is replaced: the table has it all.
+    """Event files of the models of a run. Files of an earlier run are replaced: every epoch is told again.
 
     Args:
         folder: of all event files.
-        models: names of the models of each experiment, by the name of the experiment's folder. Only these become
-            paths: rows come from a store that others may write to.
-        warn: is told, as a channel and a reason, that event files are missing. No failure after the start is raised.
 
     Raises:
-        InvalidInput: if there cannot be such a folder, or nothing can be written to it.
+        InvalidInput: if the folder cannot be made or written to.
     """
 
-    def __init__(self, folder: Path, models: Mapping[str, Collection[str]], warn: Callable[[str, str], None]) -> None:
+    def __init__(self, folder: Path) -> None:
         if re.match(r"\w+:/", str(folder)):
             raise InvalidInput(f"--tensorboard: {str(folder)!r} cannot be used: allowed is a folder of this machine")
         try:
@@ -42,39 +38,39 @@ class EventFiles:
         except OSError as error:
             raise InvalidInput(f"--tensorboard: {str(folder)!r} cannot be used: {error.strerror}") from None
         self._folder = folder
-        self._models = models
-        self._warn = warn
-        self._failed = False
+        self._has_failed = False
         self._writers: dict[tuple[str, str], EventsWriter] = {}
 
-    def add(self, experiment: str, row: Mapping[str, Any]) -> None:
-        """Take a row of `metrics`.
+    def __call__(self, event: Event) -> None:
+        """Write an epoch; other events do not count.
 
-        Args:
-            experiment: its folder's name.
-            row: later epochs after earlier ones.
+        Raises:
+            ValueError: if the row is of another model. Rows come from a store that others may write to.
+            OSError: if it cannot be written; later epochs are then ignored.
         """
-        model = row["model"]
-        if model not in self._models.get(experiment, ()):
-            self._warn("TensorBoard", f"metrics of {experiment} name a model {model!r}, which it does not have")
-        elif not self._failed:
-            try:
-                self._write(experiment, model, row)
-            except OSError as error:
-                self._failed = True
-                reason = f"{error.filename or self._folder}: {error.strerror or error}"
-                self._warn("TensorBoard", f"{reason}; no more event files, the table metrics has every epoch")
+        if not isinstance(event, Epoch) or self._has_failed:
+            return
+        job, model = event.job, event.row["model"]
+        if model != job.model:
+            raise ValueError(f"metrics of {job.folder}, {job.model}, name another model, {model!r}")
+        try:
+            self._write(event)
+        except OSError as error:
+            self._has_failed = True
+            reason = f"{error.filename or self._folder}: {error.strerror or error}"
+            raise OSError(f"{reason}; no more event files, the table metrics has every epoch") from error
 
-    def _write(self, experiment: str, model: str, row: Mapping[str, Any]) -> None:
-        key = experiment, model
+    def _write(self, event: Epoch) -> None:
+        # The names are the plan's, never the row's: those might lead elsewhere.
+        key, row = (event.job.folder, event.job.model), event.row
         if key not in self._writers:
-            place = self._folder.joinpath(*key)
-            for old in place.glob("events.out.tfevents.*"):
+            folder = self._folder.joinpath(*key)
+            for old in folder.glob("events.out.tfevents.*"):
                 old.unlink()
-            place.mkdir(parents=True, exist_ok=True)
-            self._writers[key] = EventsWriter(str(place / "events"))
+            folder.mkdir(parents=True, exist_ok=True)
+            self._writers[key] = EventsWriter(str(folder / "events"))
         for name in SCALARS:
             if row[name] is not None:
-                event = Event(wall_time=time.time(), step=row["epoch"], summary=scalar(name, row[name]))
-                self._writers[key].write_event(event)
+                summary = scalar(name, row[name])
+                self._writers[key].write_event(ProtoEvent(wall_time=time.time(), step=row["epoch"], summary=summary))
         self._writers[key].flush()

@@ -1,4 +1,4 @@
-"""What a terminal does to a run: it interrupts it, and it may be closed while the run goes on."""
+"""Signals of a terminal, and output to one that may be closed while the run goes on."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ if TYPE_CHECKING:
 class Stop(threading.Event):
     """Set by the first Ctrl-C, SIGTERM or SIGHUP (a closed terminal) of a run; a second one ends it at once."""
 
-    def heeded(self, connect: Callable[[], AbstractContextManager[Cluster]]) -> Callable[[], Any]:
-        """The same connection, and signals heeded from its beginning to its end."""
+    def with_signals(self, connect: Callable[[], AbstractContextManager[Cluster]]) -> Callable[[], Any]:
+        """The same connection, with signal handlers that set this event while it lasts."""
 
         @contextmanager
         def connection() -> Iterator[Cluster]:
             signal.signal(signal.SIGTERM, signal.default_int_handler)
-            # A closed terminal sends SIGHUP to all processes of the run. Those that start now inherit this mask.
+            # A closed terminal sends SIGHUP to all processes of the run. Processes that start now inherit this mask.
             signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
             try:
                 with connect() as cluster:
-                    for signum in (signal.SIGINT, signal.SIGTERM):  # Ray has set SIGTERM's while it started
-                        signal.signal(signum, self._ask)
+                    for signum in (signal.SIGINT, signal.SIGTERM):  # Ray set SIGTERM's when it started
+                        signal.signal(signum, self._handle)
                     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup ignores it
-                        signal.signal(signal.SIGHUP, self._ask)
+                        signal.signal(signal.SIGHUP, self._handle)
                     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
                     yield cluster
             finally:
@@ -38,11 +38,11 @@ class Stop(threading.Event):
 
         return connection
 
-    def _ask(self, signum: int, frame: object) -> None:
+    def _handle(self, signum: int, frame: object) -> None:
         if not self.is_set():
             self.set()
             print("stopping: trainings save what they have; again to stop at once", file=sys.stderr, flush=True)
-        elif signum != signal.SIGHUP:  # which both the shell and the kernel send when a terminal is closed
+        elif signum != signal.SIGHUP:  # the shell and the kernel both send it when a terminal is closed
             raise KeyboardInterrupt
 
 
@@ -50,7 +50,7 @@ class _Output:
     """Standard output or error of a run. After the first failed write (closed terminal, full disk) it drops everything.
 
     Args:
-        stream: what is written to.
+        stream: to write to.
     """
 
     def __init__(self, stream: TextIO) -> None:
@@ -60,13 +60,13 @@ class _Output:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
-        """As of any text stream, but never fails."""
+        """As for any text stream, but never fail."""
         with self._dropping():
             self._stream.write(text)
         return len(text)
 
     def flush(self) -> None:
-        """As of any text stream, but never fails."""
+        """As for any text stream, but never fail."""
         with self._dropping():
             self._stream.flush()
 
@@ -75,13 +75,15 @@ class _Output:
         try:
             yield
         except OSError:
-            with open(os.devnull, "w") as nowhere:  # the file itself: the interpreter flushes it once more at its end
+            with open(
+                os.devnull, "w"
+            ) as nowhere:  # replaces the file itself: the interpreter flushes it once more when it exits
                 os.dup2(nowhere.fileno(), self._stream.fileno())
 
 
 @contextmanager
 def lasting_output() -> Iterator[None]:
-    """Let nothing that happens to standard output or error end the body."""
+    """Keep the body running when standard output or error can no longer be written."""
     with ExitStack() as stack:
         if sys.stdout:
             stack.enter_context(redirect_stdout(cast(TextIO, _Output(sys.stdout))))

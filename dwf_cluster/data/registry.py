@@ -1,9 +1,13 @@
-"""Data sets by name, and the settings that choose and augment images. To add one: a reader, and an entry here."""
+"""Data sets by name, and the settings that choose and augment images.
+
+To add a data set: a file beside this one with its reader, and an entry in `DATASETS`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated
 
 from pydantic import Field, field_validator, model_validator
@@ -22,8 +26,10 @@ class Dataset:
         train, test: number of training and of test images.
         shape: of an image as stored, before padding.
         classes: number of labels.
-        reader: `module:function`; takes the folder of downloads and returns a `data.sources.Raw`.
-        download: class of `torchvision.datasets` that downloads it into that folder; empty if nothing is downloaded.
+        reader: `module:function`; takes the folder of downloads, downloads what is missing there, returns a
+            `data.sources.Raw`. Raises `data.sources.DataUnavailable` if it cannot be downloaded.
+        files: that the reader reads; none if the images come with a library.
+        folders: where all of these files may lie: relative to the folder of downloads, or absolute.
     """
 
     train: int
@@ -31,15 +37,52 @@ class Dataset:
     shape: Shape
     classes: int
     reader: str
-    download: str = ""
+    files: tuple[str, ...] = ()
+    folders: tuple[str, ...] = ("",)
 
+    def location(self, downloads: Path) -> Path | None:
+        """The first folder that holds all files; None if there is none."""
+        folders = (downloads / folder for folder in self.folders)
+        return next((folder for folder in folders if all((folder / file).is_file() for file in self.files)), None)
+
+
+_NAMED = "dwf_cluster.data.named"
 
 DATASETS: Mapping[str, Dataset] = {
-    "digits": Dataset(1_437, 360, (1, 8, 8), 10, "dwf_cluster.data.sources:digits"),
-    "fashion-mnist": Dataset(60_000, 10_000, (1, 28, 28), 10, "dwf_cluster.data.sources:fashion_mnist", "FashionMNIST"),
-    "cifar10": Dataset(50_000, 10_000, (3, 32, 32), 10, "dwf_cluster.data.sources:cifar10", "CIFAR10"),
-    "svhn": Dataset(73_257, 26_032, (3, 32, 32), 10, "dwf_cluster.data.sources:svhn", "SVHN"),
+    "digits": Dataset(1_437, 360, (1, 8, 8), 10, f"{_NAMED}:digits"),
+    "fashion-mnist": Dataset(
+        60_000,
+        10_000,
+        (1, 28, 28),
+        10,
+        f"{_NAMED}:fashion_mnist",
+        files=tuple(
+            f"{split}-{kind}-ubyte.gz" for split in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")
+        ),
+        # torchvision's folder, and that of Debian's package dataset-fashion-mnist.
+        folders=("", "fashion-mnist", "FashionMNIST/raw", "/usr/share/datasets/fashion-mnist"),
+    ),
+    "cifar10": Dataset(
+        50_000,
+        10_000,
+        (3, 32, 32),
+        10,
+        f"{_NAMED}:cifar10",
+        files=(*(f"data_batch_{number}" for number in range(1, 6)), "test_batch", "batches.meta"),
+        folders=("cifar-10-batches-py",),
+    ),
+    "svhn": Dataset(
+        73_257,
+        26_032,
+        (3, 32, 32),
+        10,
+        f"{_NAMED}:svhn",
+        files=("train_32x32.mat", "test_32x32.mat"),
+    ),
 }
+
+NPZ_READER = "dwf_cluster.data.own_images:read"
+"""Reads an `.npz` file of the user's; takes its path, returns a `data.sources.Raw`."""
 
 
 @dataclass(frozen=True)
@@ -70,9 +113,11 @@ class ImageFormat:
 class Data(Settings):
     """Which images, and how they are augmented."""
 
-    source: str = "cifar10"
-    """`digits`, `fashion-mnist`, `cifar10`, `svhn`, or an `.npz` file with `x_train`, `y_train`, `x_test`,
-    `y_test` (images uint8, NHWC or NHW; labels integers from 0)."""
+    source: str = Field(
+        "cifar10",
+        description=f"{', '.join(f'`{name}`' for name in DATASETS)}, or an `.npz` file with `x_train`, `y_train`, "
+        "`x_test`, `y_test` (images uint8, NHWC or NHW; labels integers from 0).",
+    )
     sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None = None
     """Digest of an `.npz` source; filled in when the file is read, so that the signature follows the
     content and not the path."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import nn
@@ -10,8 +10,7 @@ from torch import nn
 from dwf_cluster.attacks.ball import Ball
 from dwf_cluster.attacks.pgd import fgsm, pgd
 from dwf_cluster.data.registry import ImageFormat
-from dwf_cluster.defences.adversarial import cross_entropy
-from dwf_cluster.defences.loss import Loss
+from dwf_cluster.defences.loss import Frozen, Loss, cross_entropy
 from dwf_cluster.defences.registry import ModelSpec
 from dwf_cluster.determinism import Draws
 from dwf_cluster.models.mixture import Gate, Mixture
@@ -31,12 +30,7 @@ def build(spec: ModelSpec, images: ImageFormat, parents: Mapping[str, nn.Module]
 
 
 def losses(
-    spec: ModelSpec,
-    model: nn.Module,
-    frozen: Callable[[], nn.Module],
-    x: torch.Tensor,
-    y: torch.Tensor,
-    draws: Draws,
+    spec: ModelSpec, model: nn.Module, frozen: Frozen, x: torch.Tensor, y: torch.Tensor, draws: Draws
 ) -> Iterator[Loss]:
     """Cross-entropy of three versions of each image: clean, FGSM's and PGD's against the whole mixture.
 
@@ -46,5 +40,5 @@ def losses(
     epsilon, steps = draws.choice("epsilon", spec.option("epsilons")), draws.choice("steps", spec.option("steps"))
     ball = Ball("linf", spec.option("epsilon"))
     first, *_, last = pgd(frozen(), x, y, ball, step_size=spec.option("step_size"), steps=steps)
-    assert first.gradient is not None  # FGSM's too
+    assert first.gradient is not None  # PGD starts at the clean images, so it is FGSM's gradient too
     yield cross_entropy(model, torch.cat([x, fgsm(x, first.gradient, epsilon), last.x]), torch.cat([y, y, y]))

@@ -1,10 +1,16 @@
-"""What a method hands to the training loop."""
+"""What the methods share: the loss that they yield to the training loop, and how cross-entropy becomes one."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
+from torch import nn
+
+Frozen = Callable[[], nn.Module]
+"""Returns the model as attacks see it. Built at the first call of a step, so a step without an attack costs nothing."""
 
 
 class Loss(NamedTuple):
@@ -12,8 +18,14 @@ class Loss(NamedTuple):
 
     Attributes:
         total: summed over rows, shape ().
-        rows: the images that it is summed over, every version of an image counted.
+        rows: number of images that it is summed over; every version of an image counts.
     """
 
     total: torch.Tensor
     rows: int
+
+
+def cross_entropy(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> Loss:
+    """Cross-entropy of the images that the model is trained on."""
+    logits = model(x.contiguous(memory_format=torch.channels_last))
+    return Loss(F.cross_entropy(logits, y, reduction="sum"), len(y))

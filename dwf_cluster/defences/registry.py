@@ -148,12 +148,15 @@ class Method:
         build: `module:function` of `(spec: ModelSpec, images: ImageFormat, parents: Mapping[str, nn.Module])`; returns
             the model before its training. `parents` are in the order of `spec.parents`. Random numbers of torch are
             seeded from the experiment's seed and the model's name.
-        losses: `module:function` of `(spec, model, frozen, x, y, draws)`; a generator of `training.Loss`, with one
-            optimiser step for each.
+        losses: `module:function` of `(spec, model, frozen, x, y, draws)`; a generator of `defences.loss.Loss`. It is
+            called for each part of a batch: pixels `x` in [0, 1], labels `y`. After each loss that it yields, the
+            optimiser takes a step, and `frozen()` is the changed model. Every batch needs the same number of losses,
+            one at least. A loss trains what has `requires_grad` and is reached through `model(...)`.
         passes: of a spec, forward passes through one backbone for one training image: an input gradient counts as 2
             and a training step as 3.
         options: of the settings, what a model of this method takes where its recipe does not say otherwise.
         has_gate: whether its models have `experts` and a `gate`, which attacks can aim at.
+        needs_parents: whether its models start from others, so that only a defence's recipe can name one.
     """
 
     build: str
@@ -161,6 +164,7 @@ class Method:
     passes: Callable[[ModelSpec], float]
     options: Callable[[DefenceSettings], Mapping[str, Any]] = lambda settings: {}
     has_gate: bool = False
+    needs_parents: bool = False
 
 
 def _attacked_step(gradients: float, spec: ModelSpec) -> float:
@@ -203,16 +207,18 @@ METHODS: Mapping[str, Method] = {
             "freeze_experts": settings.joint.freeze_experts,
         },
         has_gate=True,
+        needs_parents=True,
     ),
+    "given": Method("dwf_cluster.defences.given:build", "dwf_cluster.defences.given:losses", lambda spec: 0.0),
 }
-"""Methods by name."""
+"""Methods by name; a model of `given` is a user's own, which is measured and not trained."""
 
 
 # ------------------------------------------------------------------------------------------------ defences
 
 
-def model(name: str, method: str, settings: DefenceSettings, **options: Any) -> ModelSpec:
-    """A model without parents, trained as the experts are.
+def single(name: str, method: str, settings: DefenceSettings, **options: Any) -> ModelSpec:
+    """A model without parents, with the experts' backbone and training.
 
     Args:
         name: of the model.
@@ -235,9 +241,9 @@ def _dwf(settings: DefenceSettings) -> tuple[ModelSpec, ...]:
 
     counts = settings.experts
     experts = (
-        *(model(name, "standard", settings) for name in names("benign", counts.benign)),
-        *(model(name, "fgsm", settings) for name in names("fgsm", counts.fgsm)),
-        *(model(name, "pgd", settings) for name in names("pgd", counts.pgd)),
+        *(single(name, "standard", settings) for name in names("benign", counts.benign)),
+        *(single(name, "fgsm", settings) for name in names("fgsm", counts.fgsm)),
+        *(single(name, "pgd", settings) for name in names("pgd", counts.pgd)),
     )
     mixture = ModelSpec(
         "mixture",
@@ -254,17 +260,19 @@ def _dwf(settings: DefenceSettings) -> tuple[ModelSpec, ...]:
 
 DEFENCES: Mapping[str, Callable[[DefenceSettings], tuple[ModelSpec, ...]]] = {
     "dwf": _dwf,
-    "fgsm-at": lambda settings: (model("fgsm-at", "fgsm", settings, epsilons=(settings.pgd.epsilon,), fraction=0.5),),
-    "pgd-at": lambda settings: (model("pgd-at", "pgd", settings, steps=(10,), fraction=0.5),),
+    "fgsm-at": lambda settings: (single("fgsm-at", "fgsm", settings, epsilons=(settings.pgd.epsilon,), fraction=0.5),),
+    "pgd-at": lambda settings: (single("pgd-at", "pgd", settings, steps=(10,), fraction=0.5),),
+    "given": lambda settings: (single("model", "given", settings),),
 }
 """Recipes by name."""
 
 
 def recipe(name: str, settings: DefenceSettings) -> tuple[ModelSpec, ...]:
-    """The models of a defence, or the one model of a method's own name, the defended model last."""
-    return DEFENCES[name](settings) if name in DEFENCES else (model(name, name, settings),)
+    """The models of a defence, the defended model last; of a method, one model of the same name."""
+    return DEFENCES[name](settings) if name in DEFENCES else (single(name, name, settings),)
 
 
 def recipe_names() -> tuple[str, ...]:
-    """What can be compared: every defence, and every method, which alone makes one model without parents."""
-    return (*DEFENCES, *(name for name in METHODS if name not in DEFENCES))
+    """Names that `recipe` takes: every defence, and every method that can train a model without parents."""
+    alone = (name for name, method in METHODS.items() if not method.needs_parents and name not in DEFENCES)
+    return (*DEFENCES, *alone)

@@ -1,7 +1,8 @@
 """Suites of attacks by name: their columns, cost and runner; and the settings that choose them. Imports no torch.
 
 A *column* is one attack at one strength. A *suite* is columns that are computed together, because they share gradients.
-To add a suite: a function in a file of this folder, and an entry here.
+To add a suite: a function in a file of this folder, and an entry in `SUITES`. A *check* looks for one sign of gradient
+masking. To add a check: a function in a file of this folder, and an entry in `CHECK_FUNCTIONS`.
 """
 
 from __future__ import annotations
@@ -237,6 +238,29 @@ SUITES: Mapping[str, Suite] = {
     ),
 }
 """Suites by name, in the order of the result table."""
+
+
+_MASKING = "dwf_cluster.evaluation.masking"
+
+CHECK_FUNCTIONS: Mapping[str, str] = {
+    name: f"{_MASKING}:{name}"
+    for name in (
+        "nan",
+        "probabilities",
+        "random",
+        "train_mode",
+        "zero_gradients",
+        "one_step",
+        "more_steps",
+        "restarts",
+        "perturbation",
+        "black_box",
+        "huge_epsilon",
+    )
+}
+"""`module:function` of each check by name, in the order in which they run: the random draws of `restarts` and of
+`black_box` come from the same generators. A function takes an `evaluation.masking.Inspection` and yields
+`evaluation.masking.Check`."""
 
 
 def extra_names() -> tuple[str, ...]:

@@ -16,7 +16,7 @@ from dwf_cluster.attacks.ball import Ball
 from dwf_cluster.attacks.gradient import margin, predict
 from dwf_cluster.data.device import to_float
 from dwf_cluster.determinism import Draws
-from dwf_cluster.evaluation.masking import masking
+from dwf_cluster.evaluation.masking import Inspection, masking
 from dwf_cluster.evaluation.registry import CHECKS, SUITES, Column, Evaluation, Threat, columns
 from dwf_cluster.models.frozen import frozen
 from dwf_cluster.models.mixture import Mixture
@@ -122,7 +122,8 @@ def evaluate(
         models: on the device: the one to attack and, if its images are tested on others, those.
         name: of the model to attack, for the rows and the random starts.
         suite: a key of `SUITES`, save for `CHECKS`.
-        x_test, y_test: uint8 or float32 in [0, 1], shape (n, channels, height, width), and integer labels, of the shard.
+        x_test, y_test: the shard's images, uint8 or float32 in [0, 1], shape (n, channels, height, width), and
+            integer labels.
         evaluation: strengths and iterations.
         threat: the threat model.
         seed: of the random starts.
@@ -137,19 +138,19 @@ def evaluate(
     Raises:
         NotLogits: if a model returns NaN or probabilities.
     """
-    views = {other: frozen(model) for other, model in models.items()}
+    frozen_models = {other: frozen(model) for other, model in models.items()}
     listed = columns(evaluation, threat, suite)
     results = {(name, column): ColumnResult() for column in listed}
     run: Callable[[Batch], Iterator[Attacked]] = pkgutil.resolve_name(SUITES[suite].run)
     for start in range(0, len(y_test), evaluation.batch_size):
         x, y = _on_device(x_test, y_test, slice(start, start + evaluation.batch_size), device)
         examples = range(first + start, first + start + len(y))
-        batch = Batch(evaluation, threat, listed, views, name, x, y, _generators(seed, name, suite, examples))
+        batch = Batch(evaluation, threat, listed, frozen_models, name, x, y, _generators(seed, name, suite, examples))
         clock = time.perf_counter()
         for attacked in run(batch):
             model = attacked.model or name
             result = results.setdefault((model, attacked.column), ColumnResult())
-            result.record(views[model], attacked, x, y)
+            result.record(frozen_models[model], attacked, x, y)
             result.seconds += time.perf_counter() - clock
             clock = time.perf_counter()
         on_batch(len(y))
@@ -173,7 +174,7 @@ def check(
     seed: int,
     device: torch.device,
 ) -> list[dict[str, Any]]:
-    """Look for signs of gradient masking in one model.
+    """Look for signs of gradient masking in one model; it has more than seven parameters as `evaluate` has.
 
     Args:
         model: on the device.
@@ -184,8 +185,10 @@ def check(
     """
     x, y = _on_device(x_test, y_test, slice(None), device)
     generators = _generators(seed, name, CHECKS, range(len(y)))
-    signs = masking(frozen(model), x, y, threat, evaluation.probe_steps, generators)
-    return [{"model": name, **asdict(sign), "fired": sign.fired, "examples": len(y)} for sign in signs]
+    inspection = Inspection(frozen(model), x, y, threat, evaluation.probe_steps, generators)
+    return [
+        {"model": name, **asdict(result), "fired": result.fired, "examples": len(y)} for result in masking(inspection)
+    ]
 
 
 def _on_device(

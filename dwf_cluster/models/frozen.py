@@ -1,9 +1,11 @@
-"""The view of a model that attacks see."""
+"""A model as attacks see it: frozen, in evaluation mode, BatchNorm folded."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
+from types import MethodType
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,29 +18,69 @@ _SMALL = 2**15
 """Values of a first feature map, over a batch, up to which a CPU is faster with all experts in one pass. Measured
 at widths 8 and 16, on images of 8x8 to 32x32: 1.2 to 2.7 times below it, 0.7 to 1 times above."""
 
+_OWN = frozenset(vars(nn.Module()))
+"""Attributes that every module has."""
+
+_NOTHING = nn.Identity().eval()
+
 
 def frozen(model: nn.Module) -> nn.Module:
     """A second module tree for attacks: evaluation mode, no parameter gradients, BatchNorm folded.
 
-    Weights are shared, save for convolutions that are followed by BatchNorm in an `nn.Sequential`: their
-    folded weights are new, so the view holds the statistics of the moment it was made. The model itself, its
-    modes, gradients and statistics stay as they are.
+    Weights are shared, except for convolutions that are followed by BatchNorm in an `nn.Sequential`: their folded
+    weights are new, so the frozen model holds the statistics of the moment it was made. Modules in plain lists, tuples
+    and dicts of a module's attributes are frozen too. The model itself, its modes, gradients and statistics stay as
+    they are.
 
     Args:
         model: any module; it may be in either mode.
     """
+    return _frozen(model, {})
+
+
+def _frozen(model: nn.Module, done: dict[int, nn.Module]) -> nn.Module:
+    """Freeze a module once: it may have several places in the tree, or refer to one that contains it.
+
+    Args:
+        model: the module.
+        done: frozen modules by the `id` of the original.
+    """
+    if id(model) in done:
+        return done[id(model)]
     if isinstance(model, Experts):
-        return _FrozenExperts(frozen(expert) for expert in model)
-    if isinstance(model, nn.Sequential) and len(model) == 2:
-        first, second = model
-        if isinstance(first, nn.Conv2d) and isinstance(second, nn.BatchNorm2d):
-            return _folded(first, second)
-    view = copy.copy(model)
-    view.__dict__["_modules"] = {name: child and frozen(child) for name, child in model._modules.items()}
-    view.__dict__["_parameters"] = {n: p if p is None else p.detach() for n, p in model._parameters.items()}
-    view.__dict__["_buffers"] = dict(model._buffers)
-    view.training = False
-    return view
+        done[id(model)] = experts = _FrozenExperts(_frozen(expert, done) for expert in model)
+        return experts
+    if isinstance(model, torch.jit.ScriptModule):
+        done[id(model)] = scripted = copy.deepcopy(model).eval().requires_grad_(False)
+        return scripted
+    if _is_foldable(model):
+        done[id(model)] = folded = _folded(model)  # type: ignore[arg-type]
+        return folded
+    done[id(model)] = copied = copy.copy(model)
+    attributes = {name: _frozen_value(value, done) for name, value in vars(model).items() if name not in _OWN}
+    copied.__dict__.update(attributes)
+    copied.__dict__["_modules"] = {name: child and _frozen(child, done) for name, child in model._modules.items()}
+    copied.__dict__["_parameters"] = {n: p if p is None else p.detach() for n, p in model._parameters.items()}
+    copied.__dict__["_buffers"] = dict(model._buffers)
+    copied.training = False
+    return copied
+
+
+def _frozen_value(value: Any, done: dict[int, nn.Module]) -> Any:
+    """The value of an attribute, with the modules in it frozen; the value itself if there are none."""
+    if isinstance(value, nn.Module):
+        return _frozen(value, done)
+    if isinstance(value, MethodType) and isinstance(value.__self__, nn.Module):
+        return MethodType(value.__func__, _frozen(value.__self__, done))
+    if isinstance(value, dict):
+        values = {key: _frozen_value(item, done) for key, item in value.items()}
+        changed = any(values[key] is not item for key, item in value.items())
+        return values if changed else value
+    if type(value) in (list, tuple):
+        items = [_frozen_value(item, done) for item in value]
+        changed = any(new is not old for new, old in zip(items, value, strict=True))
+        return type(value)(items) if changed else value
+    return value
 
 
 class _FrozenExperts(Experts):
@@ -67,16 +109,31 @@ def _state(module: nn.Module) -> dict[str, torch.Tensor]:
     return {**dict(module.named_parameters()), **dict(module.named_buffers())}
 
 
-def _folded(convolution: nn.Conv2d, norm: nn.BatchNorm2d) -> nn.Conv2d:
-    view = copy.copy(convolution)
+def _is_foldable(model: nn.Module) -> bool:
+    """Whether it is a convolution and a BatchNorm with running statistics, plainly one after the other."""
+    if type(model) is not nn.Sequential or len(model) != 2:
+        return False
+    convolution, norm = model
+    is_pair = type(convolution) is nn.Conv2d and type(norm) is nn.BatchNorm2d and norm.running_mean is not None
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return is_pair and not any(getattr(module, name) for module in (model, convolution, norm) for name in hooks)
+
+
+def _folded(pair: nn.Sequential) -> nn.Sequential:
+    """The convolution with the BatchNorm in its weights, and in the BatchNorm's place a module that does nothing."""
+    convolution, norm = pair
+    assert isinstance(convolution, nn.Conv2d)
+    assert isinstance(norm, nn.BatchNorm2d)
     assert norm.running_mean is not None
     assert norm.running_var is not None
     weight, bias = fuse_conv_bn_weights(
         convolution.weight, convolution.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
     )
-    view.__dict__["_parameters"] = {
+    folded, copied = copy.copy(pair), copy.copy(convolution)
+    copied.__dict__["_parameters"] = {
         "weight": weight.detach().contiguous(memory_format=torch.channels_last),
         "bias": bias.detach(),
     }
-    view.training = False
-    return view
+    folded.__dict__["_modules"] = dict(zip(pair._modules, (copied, _NOTHING), strict=True))
+    copied.training = folded.training = False
+    return folded

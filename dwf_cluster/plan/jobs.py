@@ -14,16 +14,16 @@ from dwf_cluster.evaluation.registry import CHECKS, PAPER, SUITES, TRANSFER, col
 from dwf_cluster.experiment import Experiment
 from dwf_cluster.models.registry import BACKBONES
 from dwf_cluster.settings import InvalidInput
-from dwf_cluster.store import Store, checkpoints, tables
+from dwf_cluster.store import Store, checkpoints
 
 EXPERTS, JOINT, EVALUATE = STAGES = ("experts", "joint", "evaluate")
 """The stages of the pipeline, in order: models without parents, models with parents, evaluations."""
 
 _SHARD_FLOP, _SHARD_EXAMPLES = 1e13, 8192
-"""The most that one evaluation task does, whole batches aside: minutes of a CPU core, and rows that fit into memory."""
+"""The largest evaluation task, up to a whole batch: minutes of a CPU core, and rows that fit into memory."""
 
 _ROW_BYTES, _FILE_BYTES = 8, 5000
-"""Of a row of `predictions` without its gate, and of a file of a few rows: as measured."""
+"""Measured sizes of a row of `predictions` without its gate, and of a file of a few rows."""
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,8 @@ class Job:
     """One task of the pipeline: the training of a model, or one suite on a shard of the test set.
 
     Attributes:
-        experiment: the experiment that it belongs to.
-        folder: the experiment's folder; tells equal jobs of two experiments apart.
+        experiment: the experiment that the job belongs to.
+        folder: the experiment's folder; distinguishes equal jobs of two experiments.
         spec: the model.
         stage: one of `STAGES`.
         model: the model's name.
@@ -56,17 +56,17 @@ class Job:
 
     @property
     def is_training(self) -> bool:
-        """Whether it trains a model; else it evaluates one."""
+        """Whether the job trains a model; otherwise it evaluates one."""
         return self.suite is None
 
     @property
     def training(self) -> Training:
-        """Epochs, learning rate, ... of its model."""
+        """Epochs, learning rate and so on of its model."""
         return self.spec.training
 
     @property
     def name(self) -> str:
-        """What people see: in the progress, the dashboard, the `jobs` table."""
+        """Its name in the progress, the dashboard and the `jobs` table."""
         if self.suite is not None:
             return f"evaluate {self.model} {self.suite} {self.first}-{self.stop - 1}"
         if self.spec.parents:
@@ -76,7 +76,7 @@ class Job:
 
     @property
     def file(self) -> str:
-        """Name of this job's file in the tables that hold one file a job; in the order of the test set."""
+        """Name of its file in the tables that hold one file a job; names sort in the order of the test set."""
         if self.is_training:
             return self.name.replace(" ", "-")
         return f"{self.evaluation_file}-{self.first:09d}"
@@ -88,12 +88,12 @@ class Job:
 
     @property
     def output(self) -> tuple[str, str]:
-        """What other jobs may need: the experiment's folder, and the trained model or the evaluation's file."""
+        """What other jobs may need of it: the experiment's folder, and the trained model or the evaluation's file."""
         return self.folder, self.model if self.is_training else self.file
 
     @property
     def inputs(self) -> frozenset[tuple[str, str]]:
-        """Outputs of other jobs that must exist before this one starts."""
+        """The outputs of other jobs that must exist before it starts."""
         if self.copy_of:
             return frozenset({(self.copy_of, self.output[1])})
         if self.is_training:
@@ -116,29 +116,24 @@ class Job:
 
 
 def jobs(experiment: Experiment, stage: str, sizes: Sizes) -> list[Job]:
-    """The jobs of a stage, longest first: Ray starts them in this order, so the last to end is a short one.
+    """The jobs of a stage, the longest first: they start in this order, so the last one to end is short.
 
     How the test set is cut into shards depends on the experiment alone, not on where it runs.
 
     Args:
-        experiment: what to do.
+        experiment: whose jobs.
         stage: one of `STAGES`.
         sizes: number of images, and their shape.
     """
     listed: list[Job] = []
-    for spec in _in_order(experiment):
+    *others, defended = experiment.models
+    for spec in (defended, *others):  # of jobs of equal cost, the defended model's start first
         job = functools.partial(Job, experiment, experiment.folder, spec, stage, spec.name)
         if stage == EVALUATE:
             listed += _evaluations(job, experiment, spec, sizes)
         elif stage == (JOINT if spec.parents else EXPERTS):
             listed.append(job(spec.training.epochs * sizes.train * METHODS[spec.method].passes(spec)))
     return sorted(listed, key=lambda job: -job.cost)
-
-
-def _in_order(experiment: Experiment) -> tuple[ModelSpec, ...]:
-    """The defended model first: where costs are equal, its evaluation starts first."""
-    *others, defended = experiment.models
-    return (defended, *others)
 
 
 def _evaluations(job: Callable[..., Job], experiment: Experiment, spec: ModelSpec, sizes: Sizes) -> Iterator[Job]:
@@ -154,10 +149,10 @@ def _evaluations(job: Callable[..., Job], experiment: Experiment, spec: ModelSpe
 def _shard_size(experiment: Experiment, spec: ModelSpec, cost: float, sizes: Sizes) -> int:
     """Test images of one evaluation task, in whole batches."""
     evaluation = experiment.evaluation
-    wanted = evaluation.shard_examples or min(
+    examples = evaluation.shard_examples or min(
         _SHARD_EXAMPLES, int(_SHARD_FLOP / (cost * forward_flops(spec, sizes.shape)))
     )
-    return evaluation.batch_size * max(1, -(-wanted // evaluation.batch_size))
+    return evaluation.batch_size * max(1, -(-examples // evaluation.batch_size))
 
 
 def _passes(experiment: Experiment, suite: str, spec: ModelSpec) -> float:
@@ -172,9 +167,11 @@ def _passes(experiment: Experiment, suite: str, spec: ModelSpec) -> float:
 def pending(experiment: Experiment, store: Store, sizes: Sizes) -> dict[str, list[Job]]:
     """The jobs that are not done, by stage, in the order of `STAGES`.
 
-    An evaluation is done when the files of all its tables exist; a training when its row of `jobs` exists, its
-    checkpoint is at the last epoch, and `metrics` has a row for each epoch.
+    An evaluation is done if the files of all its tables exist; a training if its row of `jobs` exists, its newest
+    checkpoint is of the last epoch, and `metrics` has a row for each epoch.
     """
+    from dwf_cluster.store import tables  # which imports pyarrow; a typing mistake and `status` do not need it
+
     files = {table: tables.files(store, table) for table in ("predictions", "shards", CHECKS, "jobs")}
     epochs = tables.row_counts(store, "metrics", experiment.names)
 
@@ -189,14 +186,16 @@ def pending(experiment: Experiment, store: Store, sizes: Sizes) -> dict[str, lis
 
 
 def prepare_training(job: Job, store: Store) -> list[str]:
-    """Make a model's checkpoints and its rows of `metrics` agree, before a training goes on from them.
+    """Make a model's checkpoints and its rows of `metrics` agree, before its training resumes from them.
 
     Removes damaged checkpoints. Writes rows that the table lacks from `state.json`. Removes checkpoints whose rows
-    are in neither (`state.json` of earlier versions has none): only training again brings these rows back.
+    are in neither (`state.json` of earlier versions has none): only training again restores these rows.
 
     Returns:
-        A line for each thing removed, for people.
+        A line for each checkpoint removed.
     """
+    from dwf_cluster.store import tables
+
     damage = checkpoints.discard_damaged(store, job.model)
     notes = [damage] if damage else []
     while state := checkpoints.latest_state(store, job.model):
@@ -212,15 +211,18 @@ def prepare_training(job: Job, store: Store) -> list[str]:
     return notes
 
 
-def deduplicate(todo: Sequence[Job], done: Iterable[Job] = ()) -> list[Job]:
+def deduplicate(waiting: Sequence[Job], done: Iterable[Job] = ()) -> list[Job]:
     """Deduplicate: of jobs with equal results, the first runs and the others copy it (`copy_of`).
 
-    Models without parents are the same in experiments that differ only in settings that do not decide them, and so are
-    their evaluations. A model with parents is never copied: each trial of a sweep trains its own.
+    Experiments that differ only in settings that do not decide a model without parents share it and its evaluations.
+    A model with parents is never shared: each trial of a sweep trains its own.
 
     Args:
-        todo: jobs of several experiments, in the order in which they are to run.
+        waiting: jobs of several experiments, in the order in which they will run.
         done: jobs that have run.
+
+    Returns:
+        The waiting jobs.
     """
     signatures: dict[tuple[str, str], str] = {}
 
@@ -234,10 +236,10 @@ def deduplicate(todo: Sequence[Job], done: Iterable[Job] = ()) -> list[Job]:
         return job.stage, signatures[key], evaluation, job.suite, job.first, job.stop
 
     first: dict[tuple[object, ...], Job] = {}
-    for job in chain(done, todo):
+    for job in chain(done, waiting):
         first.setdefault(result(job), job)
-    pairs = ((job, first[result(job)]) for job in todo)
-    return [job if source == job else replace(job, copy_of=source.folder, cost=0.0) for job, source in pairs]
+    sources = ((job, first[result(job)]) for job in waiting)
+    return [job if source == job else replace(job, copy_of=source.folder, cost=0.0) for job, source in sources]
 
 
 def is_trained(spec: ModelSpec, store: Store) -> bool:
@@ -246,27 +248,31 @@ def is_trained(spec: ModelSpec, store: Store) -> bool:
 
 
 def select(waiting: Mapping[str, list[Job]], stages: Iterable[str]) -> list[Job]:
-    """The pending jobs of some stages.
+    """The pending jobs of the selected stages.
+
+    Args:
+        waiting: the pending jobs of every stage.
+        stages: the selected ones.
 
     Raises:
-        InvalidInput: if a given stage needs one that is neither given nor done.
+        InvalidInput: if a selected stage needs one that is neither selected nor done.
     """
-    wanted = set(stages)
+    selected = set(stages)
     for stage in STAGES:
-        needed = [earlier for earlier in STAGES[: STAGES.index(stage)] if earlier not in wanted and waiting[earlier]]
-        if stage in wanted and waiting[stage] and needed:
+        needed = [earlier for earlier in STAGES[: STAGES.index(stage)] if earlier not in selected and waiting[earlier]]
+        if stage in selected and waiting[stage] and needed:
             raise InvalidInput(
                 f"--stages: {stage} cannot be run: {needed[0]} is not done ({waiting[needed[0]][0].name}); "
                 f"allowed is --stages {','.join((*needed, stage))}"
             )
-    return [job for stage in STAGES if stage in wanted for job in waiting[stage]]
+    return [job for stage in STAGES if stage in selected for job in waiting[stage]]
 
 
 def stored_bytes(experiments: Sequence[Experiment], sizes: Sizes) -> tuple[float, float]:
     """Estimate what experiments store when they are done.
 
     Returns:
-        Bytes of checkpoints (of each trained model the newest, and the one before with its momentum; models that
+        Bytes of checkpoints (for each trained model the newest, and the one before with its momentum; models that
         experiments share count once), and bytes of tables.
     """
     every = [job for experiment in experiments for stage in STAGES for job in jobs(experiment, stage, sizes)]

@@ -16,7 +16,7 @@ from dwf_cluster.plan.schedule import Allocation
 from dwf_cluster.settings import InvalidInput
 
 MIN_IMAGES_PER_WORKER = 32
-"""Of a batch, where the user does not ask for more workers: BatchNorm sees only the images of its worker."""
+"""Of a batch, unless the user asks for more workers: BatchNorm sees only the images of its worker."""
 
 
 @dataclass(frozen=True)
@@ -24,10 +24,10 @@ class Limits:
     """What a user wants jobs to get, where it differs from the default.
 
     Attributes:
-        joint_workers: processes of the joint stage's DDP run; None: one a GPU or, without GPUs, one a node, as long
+        joint_workers: processes that train a model with parents; None: one a GPU or, without GPUs, one a node, as long
             as each has `MIN_IMAGES_PER_WORKER` images of a batch.
-        expert_workers: processes of each expert's DDP run, with GPUs; None: 1.
-        gpus_per_expert: share of a GPU that an expert gets, of 1 at most; below 1 it has one worker.
+        expert_workers: processes that train a model without parents, with GPUs; None: 1.
+        gpus_per_expert: share of a GPU, at most 1, for a model without parents; below 1 it has one worker.
     """
 
     joint_workers: int | None = None
@@ -42,7 +42,7 @@ class Resources:
     Attributes:
         cpus, gpus: of each node, that Ray may use.
         nodes: number of machines.
-        limits: to what jobs get.
+        limits: what the user wants jobs to get.
         excluded_nodes: Ray's ids of other machines of the same Ray cluster, which jobs must not run on.
     """
 
@@ -67,20 +67,20 @@ class Resources:
 
 
 def alike_nodes(nodes: Iterable[Mapping[str, Any]], limits: Limits) -> tuple[Resources, str]:
-    """The nodes of a Ray cluster that a run uses: all those that are alike, because one plan is to fit each of them.
+    """Choose the nodes of a Ray cluster that a run uses: equal ones, because one plan must fit each of them.
 
     With GPUs: the nodes with the same number and type of GPUs that have the most GPUs together. Without GPUs: all nodes
     with CPUs. Of each, as many CPUs as the smallest has.
 
     Args:
         nodes: what `ray.nodes()` returns.
-        limits: to what jobs get.
+        limits: what the user wants jobs to get.
 
     Returns:
-        The resources, and a line that names what is used and what is not; empty if all is used.
+        The resources, and a line that names used and unused nodes; empty if all are used.
 
     Raises:
-        InvalidInput: if no node has a CPU, or there is no room for the workers that `limits` ask for.
+        InvalidInput: if no node has a CPU, or there are too few slots for the workers that `limits` ask for.
     """
     alive = sorted((n for n in nodes if n["Alive"]), key=lambda node: (node["NodeManagerHostname"], node["NodeID"]))
     kinds: dict[tuple[int, str], list[Mapping[str, Any]]] = {}
@@ -92,7 +92,7 @@ def alike_nodes(nodes: Iterable[Mapping[str, Any]], limits: Limits) -> tuple[Res
     (gpus, _), used = max(kinds.items(), key=lambda kind: (kind[0][0] * len(kind[1]), kind[0]))
     if not gpus:
         used = [node for nodes in kinds.values() for node in nodes]
-    # A head node that offers neither CPUs nor GPUs is not worth a word.
+    # A head node that offers neither CPUs nor GPUs is not mentioned.
     unused = [node for node in alive if node not in used and (node["Resources"].get("CPU") or _gpus(node)[0])]
     cpus = int(min(node["Resources"]["CPU"] for node in used))
     resources = Resources(cpus, gpus, len(used), limits, tuple(node["NodeID"] for node in unused))
@@ -115,19 +115,19 @@ def _inventory(node: Mapping[str, Any]) -> str:
 
 
 def cpus_here(root: Path = Path("/")) -> int:
-    """CPUs that this process may use: those that it may run on, or fewer if a cgroup's quota is lower.
+    """CPUs that this process may use: those of its affinity, or fewer if a cgroup's quota is lower.
 
     Args:
         root: of the file system.
     """
-    # Where the system can say which (not on macOS).
+    # macOS has no affinity.
     affinity = getattr(os, "sched_getaffinity", None)
     allowed = len(affinity(0)) if affinity else os.cpu_count() or 1
     return max(1, int(min([allowed, *_cgroup_quotas(root)])))
 
 
 def _cgroup_quotas(root: Path) -> Iterator[float]:
-    """CPUs that this process's cgroups (version 1 or 2), and those around them, may use together."""
+    """CPU quotas of this process's cgroups (version 1 or 2) and of their parents."""
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
     except OSError:  # not Linux
@@ -137,7 +137,7 @@ def _cgroup_quotas(root: Path) -> Iterator[float]:
         mounted = root / "sys/fs/cgroup" / controllers
         if controllers and "cpu" not in controllers.split(","):
             continue
-        # In a container the path may be the host's, and only its beginning or nothing of it be there.
+        # In a container the path may be the host's, of which only the first folders or none exist here.
         for folder in (mounted / path.lstrip("/"), *(mounted / path.lstrip("/")).parents):
             try:
                 if controllers:
@@ -155,10 +155,10 @@ def _cgroup_quotas(root: Path) -> Iterator[float]:
 
 
 def gpus_here() -> int:
-    """GPUs that this process may use; none without a PyTorch that can use them."""
+    """Number of GPUs that this process may use; 0 without a PyTorch that can use them."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    found = len(_nvidia_devices()) if visible is None else len([d for d in visible.split(",") if d.strip()])
-    return found if _torch_uses_gpus() else 0
+    devices = _nvidia_devices() if visible is None else [name for name in visible.split(",") if name.strip()]
+    return len(devices) if _torch_uses_gpus() else 0
 
 
 def unused_gpus() -> str:
@@ -186,11 +186,11 @@ def _torch_uses_gpus() -> bool:
 def allocate(jobs: Iterable[Job], resources: Resources) -> dict[Job, Allocation]:
     """What each job gets on these resources.
 
-    It depends on the job alone, not on what else runs: with another number of workers BatchNorm would see other parts
-    of each batch, and a run of several seeds would come to other numbers than a run of one.
+    An allocation depends on its job alone, not on what else runs: with another number of workers BatchNorm would see
+    other parts of each batch, and a run of several seeds would give other numbers than a run of one.
 
     Raises:
-        InvalidInput: if more workers are asked for than have images.
+        InvalidInput: if the user asks for more workers than a batch has images for.
     """
     return {job: replace(_allocation(job, resources), excluded_nodes=resources.excluded_nodes) for job in jobs}
 
@@ -200,24 +200,24 @@ def _allocation(job: Job, resources: Resources) -> Allocation:
     limits = resources.limits
     if job.is_training and job.spec.parents:
         batch = job.training.batch_size
-        workers = _asked("--joint-workers", limits.joint_workers, batch) or max(
+        workers = _checked_workers("--joint-workers", limits.joint_workers, batch) or max(
             1, min(resources.slots if gpus else resources.nodes, batch // MIN_IMAGES_PER_WORKER)
         )
-        # GPUs that the joint stage leaves free keep their share of the CPUs.
-        on_a_node = resources.gpus or -(-workers // resources.nodes)
+        # GPUs that this training leaves free keep their share of the CPUs.
+        workers_per_node = resources.gpus or -(-workers // resources.nodes)
         in_process = workers == 1 and not gpus
-        return Allocation(0 if in_process else workers, max(1, resources.cpus // on_a_node), gpus)
+        return Allocation(0 if in_process else workers, max(1, resources.cpus // workers_per_node), gpus)
     if job.is_training and gpus:
-        workers = _asked("--expert-workers", limits.expert_workers, job.training.batch_size) or 1
+        workers = _checked_workers("--expert-workers", limits.expert_workers, job.training.batch_size) or 1
         return Allocation(1 if limits.gpus_per_expert < 1 else workers, 1, limits.gpus_per_expert)
     return Allocation(0, 1, gpus)
 
 
-def _asked(option: str, workers: int | None, batch: int) -> int | None:
+def _checked_workers(option: str, workers: int | None, batch: int) -> int | None:
     """The number of workers that an option asks for, of which each needs two images of a batch."""
-    most = max(1, batch // 2)
-    if workers and workers > most:
+    largest = max(1, batch // 2)
+    if workers and workers > largest:
         raise InvalidInput(
-            f"{option}: {workers} cannot be used: allowed are 1 to {most}, two images of a batch of {batch} for each"
+            f"{option}: {workers} cannot be used: allowed are 1 to {largest}, two images of a batch of {batch} for each"
         )
     return workers

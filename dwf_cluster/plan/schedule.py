@@ -1,8 +1,8 @@
 """Which job starts next: one rule, which the real run and the planned timeline both follow.
 
-The experts of all experiments start first, the longest before the others; then the jobs that need them, joint stages
-before evaluations. So with several seeds no GPU waits for one seed's slowest expert while another seed has an expert
-to train. Evaluations of experts fill the time until a joint stage can start.
+Models without parents come first, over all experiments, the longest before the others; then models with parents; then
+evaluations. So with several seeds no GPU waits for one seed's slowest expert while another seed has an expert to train.
+Evaluations of trained models fill the time until a model with parents can start.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from dwf_cluster.plan.jobs import STAGES, Job
 
 _ROUNDING = 1e-9
-"""Thirds of a GPU add up to one."""
+"""Tolerance of sums: three thirds of a GPU are one GPU."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Allocation:
     Attributes:
         workers: processes that Ray Train starts; 0: the task's own process does the work.
         cpus, gpus: of each process; on a CPU also its number of threads.
-        excluded_nodes: Ray's ids of nodes that it must not run on.
+        excluded_nodes: Ray's ids of nodes that the job must not run on.
     """
 
     workers: int
@@ -36,17 +36,17 @@ class Allocation:
 
     @property
     def label_selector(self) -> dict[str, str] | None:
-        """Ray's way to say where it may run; None: anywhere."""
+        """Ray's label selector for the nodes where it may run; None: anywhere."""
         return {"ray.io/node-id": f"!in({','.join(self.excluded_nodes)})"} if self.excluded_nodes else None
 
     @property
     def slots(self) -> float:
-        """GPUs that it takes in all or, without GPUs, CPUs."""
+        """Total number of GPUs or, without GPUs, of CPUs."""
         return max(1, self.workers) * (self.gpus or self.cpus)
 
     def __str__(self) -> str:
-        what = f"{self.cpus} CPU" + (f", {self.gpus:g} GPU" if self.gpus else "")
-        return f"{self.workers} x ({what})" if self.workers > 1 else what
+        process = f"{self.cpus} CPU" + (f", {self.gpus:g} GPU" if self.gpus else "")
+        return f"{self.workers} x ({process})" if self.workers > 1 else process
 
 
 def duration(job: Job, allocation: Allocation) -> float:
@@ -55,49 +55,46 @@ def duration(job: Job, allocation: Allocation) -> float:
 
 
 class Schedule:
-    """Waiting jobs, in the order in which they start when there is room."""
+    """Waiting jobs, in the order in which they start when enough slots are free."""
 
-    def __init__(self, jobs: Iterable[Job], allocations: Mapping[Job, Allocation], room: float) -> None:
+    def __init__(self, jobs: Iterable[Job], allocations: Mapping[Job, Allocation], slots: float) -> None:
         """
         Args:
-            jobs: to run. What they need and none of them makes exists already.
-            allocations: what each of them gets.
-            room: GPUs in all or, without GPUs, CPUs.
+            jobs: to run. Inputs that are no job's output exist already.
+            allocations: what each job gets.
+            slots: total number of GPUs or, without GPUs, of CPUs.
         """
-        self._allocations, self._free, self._last_stage = allocations, room, len(STAGES) - 1
+        self._allocations, self._free_slots, self._last_stage = allocations, slots, len(STAGES) - 1
         groups: dict[tuple[str, str, str], list[Job]] = {}
         for job in jobs:
             groups.setdefault((job.folder, job.stage, job.model), []).append(job)
         # Only the longest job of each model is compared: there may be thousands of shards.
         self._waiting = [deque(sorted(group, key=self._order)) for group in groups.values()]
-        self._unmade = {job.output for group in self._waiting for job in group}
+        self._missing = {job.output for group in self._waiting for job in group}
 
     def start(self) -> Job | None:
-        """Take the next job that may start and for which there is room; None if there is none now."""
+        """Take the next job that may start and for which enough slots are free; None if there is none now."""
         for group in sorted(self._waiting, key=lambda group: self._order(group[0])):
-            job, room = group[0], self._allocations[group[0]].slots
-            if STAGES.index(job.stage) > self._last_stage or not self._is_ready(job):
+            job, slots = group[0], self._allocations[group[0]].slots
+            if STAGES.index(job.stage) > self._last_stage or not self._missing.isdisjoint(job.inputs):
                 continue
-            if room <= self._free + _ROUNDING:
-                self._free -= room
+            if slots <= self._free_slots + _ROUNDING:
+                self._free_slots -= slots
                 group.popleft()
                 if not group:
                     self._waiting.remove(group)
                 return job
-            if job.stage == "joint":
-                return None  # smaller jobs would take, one after the other, the room that it waits for
+            if job.is_training and job.spec.parents:
+                return None  # it needs many slots, which smaller jobs would take one after the other
         return None
 
     def end(self, job: Job, done: bool = True) -> None:
-        """Give back what a job got. After one that failed, no job of a later stage starts."""
-        self._free += self._allocations[job].slots
-        if not done:
-            self._last_stage = min(self._last_stage, STAGES.index(job.stage))
+        """Free the slots of a job. After a failed one (not `done`), no job of a later stage starts."""
+        self._free_slots += self._allocations[job].slots
+        if done:
+            self._missing.discard(job.output)
         else:
-            self._unmade.discard(job.output)
-
-    def _is_ready(self, job: Job) -> bool:
-        return self._unmade.isdisjoint(job.inputs)
+            self._last_stage = min(self._last_stage, STAGES.index(job.stage))
 
     def _order(self, job: Job) -> tuple[int, float, float]:
         allocation = self._allocations[job]
@@ -109,8 +106,8 @@ class Planned:
     """When and where a job is to run.
 
     Attributes:
-        start, end: from the start of the first; passes of one GPU or CPU or, with `speeds`, seconds.
-        devices: numbers of its GPUs or CPUs, over all nodes.
+        start, end: since the start of the first job; passes of one GPU or CPU or, with `speeds`, seconds.
+        devices: numbers of its GPUs or CPUs, counted over all nodes.
     """
 
     start: float
@@ -119,16 +116,16 @@ class Planned:
 
 
 def timeline(
-    jobs: Iterable[Job], allocations: Mapping[Job, Allocation], room: float, speeds: Mapping[str, float] | None = None
+    jobs: Iterable[Job], allocations: Mapping[Job, Allocation], slots: float, speeds: Mapping[str, float] | None = None
 ) -> dict[Job, Planned]:
-    """When and where each job would run, if each took just as long as planned; in the order of their starts.
+    """When and where each job would run, if each took exactly as long as planned; in the order of their starts.
 
     Args:
-        jobs, allocations, room: as in `Schedule`.
+        jobs, allocations, slots: as in `Schedule`.
         speeds: of each stage, passes a second of one GPU or CPU.
     """
-    schedule, now, running = Schedule(jobs, allocations, room), 0.0, list[tuple[float, int, Job]]()
-    free = [1.0] * math.ceil(room)
+    schedule, now, running = Schedule(jobs, allocations, slots), 0.0, list[tuple[float, int, Job]]()
+    free = [1.0] * math.ceil(slots)
     planned: dict[Job, Planned] = {}
     while True:
         while job := schedule.start():
@@ -156,31 +153,29 @@ def _length(job: Job, allocation: Allocation, speeds: Mapping[str, float] | None
 
 
 def lower_bound(
-    jobs: Iterable[Job], allocations: Mapping[Job, Allocation], room: float, speeds: Mapping[str, float] | None = None
+    jobs: Iterable[Job], allocations: Mapping[Job, Allocation], slots: float, speeds: Mapping[str, float] | None = None
 ) -> float:
-    """A makespan that no schedule beats.
+    """A makespan that no schedule is shorter than.
 
-    The largest of three: all work shared evenly; the longest chain of jobs that need one another; and, for jobs that
-    cannot all run at once, the rounds that they take and the shortest chain that follows one of them.
+    The largest of three: all work shared evenly; the longest chain of jobs of which each needs the one before; and, for
+    jobs that cannot all run at once, the rounds that they take and the shortest chain that follows one of them.
 
     Args:
-        jobs: to run.
-        allocations: what each of them gets.
-        room: GPUs in all or, without GPUs, CPUs.
+        jobs, allocations, slots: as in `Schedule`.
         speeds: as in `timeline`.
     """
     jobs = sorted(jobs, key=lambda job: STAGES.index(job.stage), reverse=True)
     if not jobs:
         return 0.0
     lengths = {job: _length(job, allocations[job], speeds) for job in jobs}
-    chains: dict[tuple[str, str], float] = {}  # the longest one that follows what a job makes
+    chains: dict[tuple[str, str], float] = {}  # the longest one that follows an output
     for job in jobs:
         chain = lengths[job] + chains.get(job.output, 0.0)
-        for need in job.inputs:
-            chains[need] = max(chains.get(need, 0.0), chain)
+        for output in job.inputs:
+            chains[output] = max(chains.get(output, 0.0), chain)
     following = {job: chains.get(job.output, 0.0) for job in jobs}
-    at_once = max(1, int(room / min(allocations[job].slots for job in jobs) + _ROUNDING))
-    work = sum(lengths[job] * allocations[job].slots for job in jobs) / room
+    at_once = max(1, int(slots / min(allocations[job].slots for job in jobs) + _ROUNDING))
+    work = sum(lengths[job] * allocations[job].slots for job in jobs) / slots
     bounds, shortest = [work, *(lengths[job] + following[job] for job in jobs)], float("inf")
     for number, job in enumerate(sorted(jobs, key=lambda job: -lengths[job])):
         shortest = min(shortest, following[job])

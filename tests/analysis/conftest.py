@@ -1,4 +1,4 @@
-"""Results that were made up, consistent between their tables, and groups read from them."""
+"""Synthetic results that agree between their tables, and groups read from them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from analysis import Group, command, load
+from analysis import Group, load
+from analysis.figures import FigureData
 from analysis.predictions import Predictions, read_predictions
 from analysis.statistics import comparisons
 from analysis.tables import accuracies
@@ -47,7 +48,7 @@ def digits(storage: Path) -> Group:
 
 
 @pytest.fixture(scope="session")
-def found(cifar10: Group) -> Predictions:
+def predictions(cifar10: Group) -> Predictions:
     return read_predictions(cifar10)
 
 
@@ -57,29 +58,33 @@ def measured(cifar10: Group) -> pd.DataFrame:
 
 
 @pytest.fixture(scope="session")
-def tests(cifar10: Group, found: Predictions) -> pd.DataFrame:
-    return comparisons(cifar10, found)
+def tests(cifar10: Group, predictions: Predictions) -> pd.DataFrame:
+    return comparisons(cifar10, predictions)
+
+
+@pytest.fixture(scope="session")
+def data(cifar10: Group, measured: pd.DataFrame, predictions: Predictions) -> FigureData:
+    return FigureData(cifar10, measured, predictions)
 
 
 Call = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
-    """A command line's `main` in this process, which has imported everything: exit status, stdout, stderr."""
+def call(capsys: pytest.CaptureFixture[str]) -> Call:
+    """Call the `main` of a command line in this process; return exit status, stdout, stderr."""
 
-    def main(do: Callable[[Sequence[str]], None], *arguments: str | Path) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["", *map(str, arguments)])
-        status = command.run(do)
+    def call_main(main: Callable[[Sequence[str]], int], *arguments: str | Path) -> tuple[int, str, str]:
+        status = main([str(argument) for argument in arguments])
         out, err = capsys.readouterr()
         return status, out, err
 
-    return main
+    return call_main
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
-    """`python -m <module> ...` as a user runs it, in an empty folder."""
+    """Run `python -m <module> ...` as a user does, in an empty folder."""
 
     def command(module: str, *arguments: str | Path, **variables: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(

@@ -1,32 +1,51 @@
-"""The figures show the numbers, and are files that others can use."""
+"""The figures show the measured numbers, and are files for papers and pages."""
 
 from __future__ import annotations
 
+import functools
 import io
+import json
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from matplotlib.image import imread
 
-from analysis import Group, figures
-from analysis.predictions import Predictions
-from analysis.results import column_key
+from analysis import Group, drawing, figures, load, report, tables
+from analysis.columns import column_key
+from analysis.figures import FigureData, draw
+from analysis.predictions import Predictions, read_predictions
 from analysis.tables import accuracies
+from analysis.training_figures import hours_of_training
+from benchmarks.analysis import make_up
+from dwf_cluster.defences import registry
+from dwf_cluster.defences.registry import DefenceSettings, ModelSpec
+from dwf_cluster.experiment import build
 from tests.analysis.conftest import Call
 
-
-def test_every_figure_is_drawn_and_has_a_caption(cifar10: Group, measured: pd.DataFrame, found: Predictions) -> None:
-    assert list(figures.of_group(cifar10, measured, found)) == list(figures.CAPTIONS)
+NOTHING = Predictions({}, {})
 
 
-def test_figure_6_is_every_models_accuracy_over_epsilon_with_bands(cifar10: Group, measured: pd.DataFrame) -> None:
-    figure = figures.fgsm(cifar10, measured)
+@pytest.fixture(scope="session")
+def digits_data(digits: Group) -> FigureData:
+    return FigureData(digits, accuracies(digits), read_predictions(digits))
+
+
+def test_every_figure_is_drawn_and_has_a_caption(data: FigureData) -> None:
+    assert list(figures.of_group(data)) == list(figures.FIGURES)
+    assert all(entry.caption.endswith(".") for entry in figures.FIGURES.values())
+
+
+def test_figure_6_shows_accuracy_over_epsilon_with_bands(cifar10: Group, data: FigureData) -> None:
+    figure = draw("fgsm", data)
     assert figure is not None
     (axes,) = figure.axes
     lines = {str(line.get_label()): np.asarray(line.get_xydata()) for line in axes.lines}
     assert set(lines) == {*cifar10.models, "paper's DWF"}
+    measured = data.measured
     rows = measured[(measured.model == "pgd-2") & measured.attack.isin(["clean", "fgsm"])]
     assert lines["pgd-2"][:, 0].tolist() == [0, 0.01, 0.02, 0.03, 0.04, 0.05, 0.06, 0.07, 0.08, 0.09]
     assert lines["pgd-2"][:, 1] == pytest.approx(100 * rows["mean"].to_numpy())
@@ -37,75 +56,148 @@ def test_figure_6_is_every_models_accuracy_over_epsilon_with_bands(cifar10: Grou
     assert ends.ymax == pytest.approx(top)
 
 
-def test_figure_7_is_over_iterations_and_leaves_the_papers_bound_out(cifar10: Group, measured: pd.DataFrame) -> None:
-    figure = figures.pgd(cifar10, measured)
+def test_figure_7_shows_accuracy_over_iterations_without_the_papers(cifar10: Group, data: FigureData) -> None:
+    figure = draw("pgd", data)
     assert figure is not None
     lines = {line.get_label(): np.asarray(line.get_xydata()) for line in figure.axes[0].lines}
     assert set(lines) == set(cifar10.models)
     assert lines["mixture"][:, 0].tolist() == [10, 20, 30, 40, 50]
 
 
-def test_one_seed_has_no_band(digits: Group) -> None:
-    figure = figures.fgsm(digits, accuracies(digits))
+def test_one_seed_has_no_band(digits_data: FigureData) -> None:
+    figure = draw("fgsm", digits_data)
     assert figure is not None
     assert len(figure.axes[0].collections) == 0
 
 
-def test_the_gate_is_shown_with_its_weights_and_its_entropy(cifar10: Group, found: Predictions) -> None:
-    figure = figures.gate_by_attack(cifar10, found)
+def test_the_gate_figure_shows_weights_and_entropy(cifar10: Group, data: FigureData) -> None:
+    figure = draw("gate_by_attack", data)
     assert figure is not None
     weights, entropy = figure.axes
     shown = np.asarray(weights.images[0].get_array())
     assert shown.sum(axis=1) == pytest.approx(100, rel=1e-4)
-    sums = found.gates[column_key(cifar10.columns[0])].sum()
+    sums = data.predictions.gates[column_key(cifar10.columns[0])].sum()
     assert shown[0] == pytest.approx((100 * sums[list(cifar10.experts)] / sums.examples).to_numpy())
     assert entropy.patches[0].get_width() == pytest.approx(sums.entropy / sums.examples)
 
 
-def test_the_gate_by_class_has_clean_images_and_the_longest_pgd(cifar10: Group, found: Predictions) -> None:
-    figure = figures.gate_by_class(cifar10, found)
+def test_the_gate_by_class_shows_clean_images_and_the_longest_pgd(data: FigureData) -> None:
+    figure = draw("gate_by_class", data)
     assert figure is not None
     assert [axes.get_title().split(", ")[1] for axes in figure.axes] == ["clean", "pgd 50"]
     for axes in figure.axes:
         assert np.asarray(axes.images[0].get_array()).sum(axis=1) == pytest.approx(np.full(10, 100), rel=1e-4)
 
 
-def test_the_transfer_matrix_has_the_models_own_pgd_on_its_diagonal(cifar10: Group, measured: pd.DataFrame) -> None:
-    figure = figures.transfer(cifar10, measured)
+def test_the_transfer_matrix_has_each_models_own_pgd_on_its_diagonal(cifar10: Group, data: FigureData) -> None:
+    figure = draw("transfer", data)
     assert figure is not None
     matrix = np.asarray(figure.axes[0].images[0].get_array())
+    measured = data.measured
     own = measured[(measured.attack == "pgd") & (measured.steps == 50)].set_index("model")["mean"]
     assert np.diag(matrix) == pytest.approx(100 * own[list(cifar10.models)].to_numpy())
     moved = measured[(measured.attack == "transfer") & (measured.model == "benign") & (measured.source == "mixture")]
     assert matrix[0, -1] == pytest.approx(100 * moved["mean"].item())
 
 
-def test_the_mixture_costs_what_its_experts_cost_too(cifar10: Group) -> None:
-    hours = figures.hours_of_training(cifar10)
+def test_hours_of_the_mixture_include_those_of_its_experts(cifar10: Group) -> None:
+    hours = hours_of_training(cifar10)
     assert hours.attrs["gpu"]
     alone = cifar10.frame("metrics").query("model == 'mixture'").seconds.sum() / 3 / 3600
     assert hours["mixture"] == pytest.approx(alone + hours[list(cifar10.experts)].sum())
     assert hours["pgd-at"] > 0
 
 
-def test_what_was_not_measured_is_not_drawn(cifar10: Group, measured: pd.DataFrame) -> None:
-    nothing = Predictions({}, {})
-    clean = measured[measured.attack == "clean"]
-    drawn = figures.of_group(cifar10, clean, nothing)
+def test_figures_without_results_are_not_drawn(cifar10: Group, measured: pd.DataFrame) -> None:
+    drawn = figures.of_group(FigureData(cifar10, measured[measured.attack == "clean"], NOTHING))
     assert set(drawn) == {"fgsm", "experts_and_mixture", "training"}
 
 
-def test_colours_are_those_that_the_colour_blind_tell_apart() -> None:
+def test_the_colour_blind_can_tell_the_colours_apart() -> None:
     okabe_ito = {"#000000", "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7"}
-    assert set(figures.COLOURS.values()) <= okabe_ito
-    assert len(set(figures.COLOURS.values())) == len(figures.COLOURS)
+    colours = [*drawing.PALETTE, drawing.DEFENDED]
+    assert set(colours) <= okabe_ito
+    assert len(set(colours)) == len(colours)
 
 
-def test_the_same_figure_is_the_same_file(cifar10: Group, measured: pd.DataFrame) -> None:
+def test_models_that_are_trained_alike_share_a_colour(cifar10: Group, data: FigureData) -> None:
+    colours = drawing.model_colours(cifar10)
+    black, blue, orange, sky_blue, purple, _ = drawing.PALETTE
+    assert colours == {
+        "benign": black,
+        "fgsm-1": blue,
+        "pgd-1": orange,
+        "pgd-2": orange,
+        "fgsm-at": sky_blue,
+        "pgd-at": purple,
+        "mixture": drawing.DEFENDED,
+    }
+    first, second = data.styles["pgd-1"], data.styles["pgd-2"]
+    assert first["linestyle"] != second["linestyle"]
+    assert first["marker"] != second["marker"]
+
+
+def _model(settings: DefenceSettings, name: str, fraction: float) -> tuple[ModelSpec, ...]:
+    return (registry.model(name, "fgsm", settings, fraction=fraction),)
+
+
+def test_more_kinds_than_colours_differ_in_dashes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = [f"kind-{i}" for i in range(9)]
+    recipes = {name: functools.partial(_model, name=name, fraction=0.1 + i / 20) for i, name in enumerate(names)}
+    monkeypatch.setattr(registry, "DEFENCES", {**registry.DEFENCES, **recipes})
+    experiment = build("digits", 0, ["experts.fgsm=1", "experts.pgd=0", f"baselines={','.join(names)}"])
+    make_up(tmp_path, experiment, 40)
+    (group,) = load(str(tmp_path)).groups
+    data = FigureData(group, accuracies(group), read_predictions(group))
+    looks = [(style["color"], style["linestyle"], style["marker"]) for style in data.styles.values()]
+    assert len(set(looks)) == len(group.models) == 2 + 9 + 1
+    assert "training" in figures.of_group(data)
+
+
+def test_models_of_another_version_are_drawn_in_grey_and_have_rows(tmp_path: Path, call: Call) -> None:
+    """An experiment whose baselines this version does not know: neither figures nor tables nor the report fail."""
+    experiment = build("cifar10", 0, ["experts.fgsm=1", "experts.pgd=0", "evaluation.beyond=transfer"])
+    folder = make_up(tmp_path, experiment, 100)
+    fields = json.loads((folder / "experiment.json").read_text())
+    (folder / "experiment.json").write_text(json.dumps({**fields, "baselines": ["fgsm-at", "later"]}))
+    for path in folder.glob("results/*/*.parquet"):
+        rows = pq.read_table(path)
+        for i, name in enumerate(rows.column_names):
+            if name in ("model", "source"):
+                values = ["later" if value == "pgd-at" else value for value in rows[name].to_pylist()]
+                rows = rows.set_column(i, rows.schema.field(i), pa.array(values, pa.string()))
+        pq.write_table(rows, path)
+    (group,) = load(str(tmp_path)).groups
+    assert group.models == ("benign", "fgsm-1", "fgsm-at", "later", "mixture")
+    data = FigureData(group, accuracies(group), read_predictions(group))
+    assert data.styles["later"]["color"] == drawing.UNDESCRIBED
+    assert list(figures.of_group(data)) == list(figures.FIGURES)
+    figure = draw("fgsm", data)
+    assert figure is not None
+    assert "later" in {line.get_label() for line in figure.axes[0].lines}
+    status, printed, _ = call(tables.main, tmp_path)
+    assert status == 0
+    assert [line.split()[0] for line in printed.splitlines()[4:8]] == list(group.models[:-1])
+    assert call(report.main, tmp_path, "--out", tmp_path / "report.html")[0] == 0
+
+
+def test_a_defended_model_without_a_gate_has_every_other_figure(tmp_path: Path, call: Call) -> None:
+    """The defence is one model without parents, and the mixture a baseline."""
+    make_up(tmp_path, build("digits", 0, ["defence=pgd-at", "baselines=dwf", "experts.fgsm=1", "experts.pgd=0"]), 50)
+    (group,) = load(str(tmp_path)).groups
+    assert (group.defended, group.experts) == ("pgd-at", ())
+    drawn = figures.of_group(FigureData(group, accuracies(group), read_predictions(group)))
+    assert set(drawn) == {"fgsm", "pgd", "clean_and_robust", "training", "cost"}
+    assert call(report.main, tmp_path, "--out", tmp_path / "report.html")[0] == 0
+
+
+def test_the_same_figure_is_the_same_file(data: FigureData) -> None:
     for kind in ("svg", "pdf", "png"):
         files = [io.BytesIO(), io.BytesIO()]
         for file in files:
-            figures.write(figures.fgsm(cifar10, measured), file, kind)
+            figure = draw("fgsm", data)
+            assert figure is not None
+            figures.write(figure, file, kind)
         assert files[0].getvalue() == files[1].getvalue()
 
 

@@ -1,4 +1,4 @@
-"""Tables that are foreign, damaged or hostile: one line that names the table, the column and what is allowed."""
+"""Foreign, damaged or hostile tables are one line that names the table, the column and what is allowed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from analysis import Group, figures, load, outcomes, report, tables
+from analysis import Group, figures, load, report, tables
+from analysis.predictions import read_predictions
 from dwf_cluster.experiment import build
 from dwf_cluster.settings import MAX_JSON_BYTES, InvalidInput
 from dwf_cluster.store import tables as stored
@@ -49,7 +50,7 @@ def _foreign(columns: dict[str, list[Any]]) -> bytes:
     return content.getvalue()
 
 
-def _line(call: Call, main: Callable[..., None], folder: Path, status: int = 2) -> str:
+def _line(call: Call, main: Callable[..., int], folder: Path, status: int = 2) -> str:
     code, _, err = call(main, folder)
     assert code == status, err
     (line,) = err.splitlines()
@@ -92,9 +93,9 @@ VALUES: list[tuple[str, str, str, Any, str]] = [
     ("predictions", PREDICTIONS, "label", 10_000, "label: '10000' cannot be used: allowed is 0 to 9999"),
     ("predictions", PREDICTIONS, "prediction", None, "prediction: null cannot be used"),
     ("predictions", PREDICTIONS, "model", "nobody", "model: 'nobody' cannot be used"),
-    ("predictions", PREDICTIONS, "gate", [1.0, 0.0], "gate: 2 weights cannot be used: the mixture has 3 experts"),
-    ("predictions", PREDICTIONS, "gate", [], "gate: 0 weights cannot be used: the mixture has 3 experts"),
-    ("predictions", PREDICTIONS, "gate", [1 / 6] * 6, "gate: 6 weights cannot be used: the mixture has 3 experts"),
+    ("predictions", PREDICTIONS, "gate", [1.0, 0.0], "gate: 2 weights cannot be used: mixture has 3 experts"),
+    ("predictions", PREDICTIONS, "gate", [], "gate: 0 weights cannot be used: mixture has 3 experts"),
+    ("predictions", PREDICTIONS, "gate", [1 / 6] * 6, "gate: 6 weights cannot be used: mixture has 3 experts"),
     ("predictions", PREDICTIONS, "gate", [math.nan, 0.5, 0.5], "gate: weights outside 0 to 1 cannot be used"),
     ("predictions", PREDICTIONS, "gate", [None, 0.5, 0.5], "gate: weights outside 0 to 1 cannot be used"),
     ("predictions", PREDICTIONS, "gate", [-1.0, 1.0, 1.0], "gate: weights outside 0 to 1 cannot be used"),
@@ -124,12 +125,12 @@ def test_a_value_that_no_run_writes_is_named(
     with pytest.raises(InvalidInput) as error:
         _ = getattr(load(str(folder)), table)
     assert str(error.value).startswith(f"{folder}: table {table} cannot be used: {message}")
-    if table == "predictions":  # read by batches there
+    if table == "predictions":  # which are also read in batches
         with pytest.raises(InvalidInput, match="table predictions cannot be used"):
-            outcomes.outcomes(load(str(folder)).groups[0])
+            read_predictions(load(str(folder)).groups[0])
 
 
-def _main_of(table: str) -> Callable[..., None]:
+def _main_that_reads(table: str) -> Callable[..., int]:
     return {"metrics": figures.main, "checks": report.main, "jobs": figures.main}.get(table, tables.main)
 
 
@@ -151,7 +152,7 @@ def test_a_foreign_file_in_any_table_is_one_line(
 ) -> None:
     monkeypatch.chdir(folder.parent)
     (folder / "results" / table / "x.parquet").write_bytes(content)
-    assert _line(call, _main_of(table), folder).startswith(f"error: DIGITS: table {table} {message}")
+    assert _line(call, _main_that_reads(table), folder).startswith(f"error: DIGITS: table {table} {message}")
 
 
 SPECIAL: dict[str, tuple[Callable[[Path], object], str]] = {
@@ -163,7 +164,7 @@ SPECIAL: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize("case", SPECIAL)
-def test_what_is_no_regular_file_is_refused(folder: Path, call: Call, case: str) -> None:
+def test_a_path_that_is_not_a_regular_file_is_refused(folder: Path, call: Call, case: str) -> None:
     make, message = SPECIAL[case]
     path = folder / "results" / "evaluations" / "x.parquet"
     make(path)
@@ -180,7 +181,7 @@ def test_a_damaged_page_is_one_line(folder: Path, call: Call) -> None:
     assert "DIGITS: table evaluations cannot be read: " in _line(call, tables.main, folder, status=1)
 
 
-def test_a_copy_of_a_file_does_not_pass_for_another_seed(folder: Path, call: Call) -> None:
+def test_a_copied_file_is_refused(folder: Path, call: Call) -> None:
     path = folder / "results" / "evaluations" / f"{CLEAN}.parquet"
     shutil.copy(path, path.with_name(f"{CLEAN} (copy).parquet"))
     assert "cannot be used twice" in _line(call, tables.main, folder)
@@ -190,7 +191,7 @@ def test_a_copy_of_a_file_does_not_pass_for_another_seed(folder: Path, call: Cal
     ("table", "rows"),
     [("evaluations", stored.MAX_ROWS_ELSEWHERE + 1), ("predictions", stored.MAX_ROWS["predictions"] + 1)],
 )
-def test_a_small_file_of_very_many_rows_is_refused_before_they_are_read(
+def test_a_file_with_too_many_rows_is_refused_before_they_are_read(
     folder: Path, call: Call, monkeypatch: pytest.MonkeyPatch, table: str, rows: int
 ) -> None:
     monkeypatch.setitem(stored.MAX_ROWS, "predictions", 2_000_000)
@@ -204,7 +205,7 @@ def test_a_small_file_of_very_many_rows_is_refused_before_they_are_read(
     )
 
 
-def test_a_file_that_is_too_large_when_it_is_decompressed_is_refused(
+def test_a_file_that_is_too_large_decompressed_is_refused(
     folder: Path, call: Call, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(stored, "MAX_FILE_BYTES", 200)
@@ -216,11 +217,11 @@ def test_a_file_that_is_too_large_when_it_is_decompressed_is_refused(
 
 
 def _with_field(opening: str, closing: str, depth: int) -> Callable[[Path], bytes]:
-    """The experiment with a field that this version does not know, nested so deep."""
+    """The experiment with an unknown field that is nested `depth` levels deep."""
 
     def content(folder: Path) -> bytes:
         fields = (folder / "experiment.json").read_text().rstrip().removesuffix("}")
-        return (fields + ', "of_tomorrow": ' + opening * depth + "1" + closing * depth + "}").encode()
+        return (fields + ', "later": ' + opening * depth + "1" + closing * depth + "}").encode()
 
     return content
 
@@ -262,7 +263,7 @@ def _with_field(opening: str, closing: str, depth: int) -> Callable[[Path], byte
         "long",
     ],
 )
-def test_an_experiments_file_in_another_form_is_one_line(
+def test_an_experiment_json_that_cannot_be_parsed_is_one_line(
     folder: Path, call: Call, content: Callable[[Path], bytes]
 ) -> None:
     (folder / "experiment.json").write_bytes(content(folder))
@@ -281,7 +282,7 @@ def test_an_experiments_file_in_another_form_is_one_line(
     ],
     ids=["directory", "pipe", "large"],
 )
-def test_an_experiments_file_that_cannot_be_read_is_one_line(
+def test_an_experiment_json_that_cannot_be_read_is_one_line(
     folder: Path, call: Call, make: Callable[[Path], object], reason: str
 ) -> None:
     (folder / "experiment.json").unlink()
@@ -290,7 +291,7 @@ def test_an_experiments_file_that_cannot_be_read_is_one_line(
     assert _line(call, tables.main, folder.parent, status=1).endswith(reason)
 
 
-def test_an_experiment_without_its_file_is_not_there(folder: Path, call: Call) -> None:
+def test_a_folder_without_experiment_json_is_not_an_experiment(folder: Path, call: Call) -> None:
     (folder / "experiment.json").unlink()
     (folder / "experiment.json").symlink_to("gone")
     assert "it holds no experiment.json" in _line(call, tables.main, folder.parent)
@@ -308,29 +309,29 @@ def _two_groups(folder: Path, **unknown: object) -> tuple[Group, Group]:
     return first, second
 
 
-def test_an_unknown_setting_reaches_no_terminal_unescaped(folder: Path) -> None:
+def test_unknown_settings_are_escaped_in_titles(folder: Path) -> None:
     groups = _two_groups(folder, **{"\x1b]0;owned\x07": "\u202e\n" + "x" * 10_000})
     for group in groups:
         assert group.title.isprintable()
         assert len(group.title) < 300
 
 
-def test_models_of_another_version_are_left_out(folder: Path) -> None:
+def test_models_of_another_version_are_shown(folder: Path) -> None:
     fields = json.loads((folder / "experiment.json").read_text())
-    (folder / "experiment.json").write_text(json.dumps({**fields, "defence": "of tomorrow"}))
-    _change(folder, "evaluations", CLEAN, "model", "of-tomorrow")
+    (folder / "experiment.json").write_text(json.dumps({**fields, "router": "a field of a later version"}))
+    _change(folder, "evaluations", "evaluate-benign-paper", "model", "later")
     (group,) = load(str(folder)).groups
-    assert "of-tomorrow" in set(group.frame("evaluations").model)
-    assert "of-tomorrow" not in set(tables.accuracies(group).model)
+    assert group.models == ("benign", "fgsm-1", "pgd-1", "later", "mixture")
+    assert "later" in set(tables.accuracies(group).model)
 
 
-def test_a_path_with_characters_of_patterns_is_a_path(folder: Path, call: Call) -> None:
+def test_a_path_with_wildcards_is_read_literally(folder: Path, call: Call) -> None:
     odd = folder.parent.rename(folder.parent.with_name("runs[1]*"))
     (group,) = load(str(odd)).groups
     assert len(group.frame("evaluations")) == 4 * 17
 
 
-def test_the_report_names_the_preset_that_measures_it_again(tmp_path: Path) -> None:
+def test_changed_settings_include_an_unknown_presets_name(tmp_path: Path) -> None:
     experiment = build("digits", 0, ["preset=mine", "experts.epochs=5"])
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "experiment.json").write_text(experiment.to_json())
@@ -339,7 +340,7 @@ def test_the_report_names_the_preset_that_measures_it_again(tmp_path: Path) -> N
     assert dict(group.changed)["data.source"] == "digits"
 
 
-def test_tables_that_nobody_has_touched_are_shown(folder: Path, call: Call) -> None:
+def test_unchanged_tables_are_shown(folder: Path, call: Call) -> None:
     status, out, err = call(tables.main, folder)
     assert (status, err) == (0, "")
     assert "The paper has no figures for digits." in out

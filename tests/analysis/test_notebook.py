@@ -1,5 +1,4 @@
-"""The example notebook's cells run, in order, in one kernel's worth of names, on a storage called ./runs; and what the
-documentation shows gives our numbers."""
+"""The cells of the example notebook run in order, and the examples of the documentation give our numbers."""
 
 from __future__ import annotations
 
@@ -13,7 +12,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from analysis import Group
-from analysis.results import each
+from analysis.columns import each
 from analysis.tables import accuracies
 from tests.analysis.conftest import ROOT
 
@@ -29,18 +28,18 @@ def test_every_cell_of_the_example_runs(storage: Path, tmp_path: Path, monkeypat
             assert cell["outputs"] == []
             *body, last = ast.parse("".join(cell["source"])).body
             exec(compile(ast.Module(body, []), "cell", "exec"), names)
-            if isinstance(last, ast.Expr):  # what a notebook shows
+            if isinstance(last, ast.Expr):  # a notebook shows its value
                 shown.append(eval(compile(ast.Expression(last.value), "cell", "eval"), names))
             else:
                 exec(compile(ast.Module([last], []), "cell", "exec"), names)
     assert shown[0] == [("cifar10", (0, 1, 2)), ("digits", (0,))]
-    frames, drawn = ([each for each in shown if isinstance(each, kind)] for kind in (pd.DataFrame, Figure))
+    frames, drawn = ([value for value in shown if isinstance(value, kind)] for kind in (pd.DataFrame, Figure))
     assert [frame.empty for frame in frames] == [False, False, False]
     assert len(drawn) == 2
 
 
 @pytest.mark.parametrize("library", ["duckdb", "polars"])
-def test_other_libraries_find_the_same(
+def test_duckdb_and_polars_give_the_same_numbers(
     library: str, storage: Path, cifar10: Group, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip(library)
@@ -56,9 +55,9 @@ def test_other_libraries_find_the_same(
     result = eval(compile(ast.Expression(shown.value), "docs", "eval"), names)
     frame = result.df() if library == "duckdb" else pd.DataFrame(result.to_dicts())
     for row in each(accuracies(cifar10).query("attack == 'pgd'")):
-        found = frame[(frame.model == row.model) & (frame.steps == row.steps)]
+        rows = frame[(frame.model == row.model) & (frame.steps == row.steps)]
         if library == "duckdb":
-            found = found[found.attack == "pgd"]
-            assert (found["mean"].item(), found["std"].item()) == pytest.approx((row.mean, row.std))
+            rows = rows[rows.attack == "pgd"]
+            assert (rows["mean"].item(), rows["std"].item()) == pytest.approx((row.mean, row.std))
         else:
-            assert (found.accuracy.mean(), found.accuracy.std()) == pytest.approx((row.mean, row.std))
+            assert (rows.accuracy.mean(), rows.accuracy.std()) == pytest.approx((row.mean, row.std))

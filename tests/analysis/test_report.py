@@ -1,4 +1,4 @@
-"""The report in a real browser: it loads, sorts, shows its figures, fits a phone, and asks nobody for anything."""
+"""The report in a real browser: it loads without the network, sorts, shows its figures, and fits a phone."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,8 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webelement import WebElement
 
-from analysis import Group, load, outcomes
+from analysis import Group, load
+from analysis.predictions import Predictions
 from analysis.report import Section, page
 from analysis.tables import of_group
 from benchmarks.analysis import make_up
@@ -39,7 +41,7 @@ SWITCHES = (
     "disable-dev-shm-usage",
     "window-size=1280,900",
 )
-"""It asks nobody for anything either."""
+"""These keep the browser itself from using the network."""
 
 
 @pytest.fixture(scope="module")
@@ -68,8 +70,8 @@ def browser(html: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[web
 
 
 @pytest.fixture(scope="module")
-def section(cifar10: Group, found: outcomes.Outcomes) -> Section:
-    return Section(cifar10, found, *of_group(cifar10, found))
+def section(cifar10: Group, predictions: Predictions) -> Section:
+    return Section(cifar10, predictions, *of_group(cifar10, predictions))
 
 
 def _heading(table: WebElement, text: str) -> WebElement:
@@ -77,23 +79,23 @@ def _heading(table: WebElement, text: str) -> WebElement:
     return button
 
 
-def _column(table: WebElement, place: int) -> list[str]:
-    return [row.find_elements(By.XPATH, "./*")[place].text for row in table.find_elements(By.CSS_SELECTOR, "tbody tr")]
+def _column(table: WebElement, column: int) -> list[str]:
+    return [row.find_elements(By.XPATH, "./*")[column].text for row in table.find_elements(By.CSS_SELECTOR, "tbody tr")]
 
 
-def test_it_loads_without_a_word_on_the_console(browser: webdriver.Chrome) -> None:
+def test_the_page_loads_without_a_message_on_the_console(browser: webdriver.Chrome) -> None:
     assert browser.get_log("browser") == []
     assert browser.title == "dwf_cluster: cifar10; digits"
 
 
-def test_it_asks_nobody_for_anything(browser: webdriver.Chrome, html: str) -> None:
+def test_the_page_loads_nothing_from_elsewhere(browser: webdriver.Chrome, html: str) -> None:
     loaded = browser.execute_script("return performance.getEntriesByType('resource').map(entry => entry.name)")
     assert [name for name in loaded if not name.startswith("data:")] == []
     assert not re.search(r"""(src|href)=["'](?!data:|#)""", html)
     assert "@import" not in html
 
 
-def test_every_figure_is_there_and_described(browser: webdriver.Chrome) -> None:
+def test_every_figure_is_shown_and_described(browser: webdriver.Chrome) -> None:
     shown = browser.execute_script(
         "return [...document.images].map(image => [image.complete && image.naturalWidth, image.alt.length])"
     )
@@ -104,13 +106,12 @@ def test_every_figure_is_there_and_described(browser: webdriver.Chrome) -> None:
 def test_a_table_sorts_by_click_and_by_keyboard(browser: webdriver.Chrome) -> None:
     table = browser.find_element(By.CSS_SELECTOR, "section table.sortable")
     clean = _heading(table, "clean")
-    place = 1
     clean.click()
-    values = [float(cell.split()[0]) for cell in _column(table, place)]
+    values = [float(cell.split()[0]) for cell in _column(table, 1)]
     assert values == sorted(values, reverse=True)
     assert clean.find_element(By.XPATH, "..").get_attribute("aria-sort") == "descending"
     clean.send_keys(Keys.ENTER)
-    values = [float(cell.split()[0]) for cell in _column(table, place)]
+    values = [float(cell.split()[0]) for cell in _column(table, 1)]
     assert values == sorted(values)
     assert clean.find_element(By.XPATH, "..").get_attribute("aria-sort") == "ascending"
     model = _heading(table, "model")
@@ -119,26 +120,26 @@ def test_a_table_sorts_by_click_and_by_keyboard(browser: webdriver.Chrome) -> No
     assert clean.find_element(By.XPATH, "..").get_attribute("aria-sort") is None
 
 
-def test_before_the_parts_all_settings_stand_side_by_side(browser: webdriver.Chrome, section: Section) -> None:
+def test_the_overview_shows_all_settings(browser: webdriver.Chrome, section: Section) -> None:
     table = browser.find_element(By.CSS_SELECTOR, "header table.sortable")
     assert _column(table, 0) == ["cifar10", "digits"]
     assert _column(table, 1) == ["3", "1"]
     (row,) = (cells for label, cells in section.tables[0].rows if label == "mixture")
-    shown = [_column(table, place)[0] for place in range(2, 6)]
+    shown = [_column(table, column)[0] for column in range(2, 6)]
     assert shown == [row[0], row[-3], row[-2], row[-1]]
 
 
-def test_what_has_no_evaluations_yet_is_named_and_keeps_nothing_from_the_page(storage: Path, tmp_path: Path) -> None:
+def test_a_group_without_evaluations_is_named_and_the_others_are_shown(storage: Path, tmp_path: Path) -> None:
     shutil.copytree(next(storage.glob("digits-*")), tmp_path / "one")
     early = Path(shutil.copytree(tmp_path / "one", tmp_path / "two"))
     shutil.rmtree(early / "results" / "evaluations")
     fields = json.loads((early / "experiment.json").read_text())
     fields["gate"]["kind"] = "hard"
     (early / "experiment.json").write_text(json.dumps(fields))
-    assert "Without evaluations so far: digits, gate.kind=hard." in page([str(tmp_path)])
+    assert "Not evaluated yet: digits, gate.kind=hard." in page([str(tmp_path)])
 
 
-def test_blank_cells_stay_at_the_end(browser: webdriver.Chrome) -> None:
+def test_blank_cells_are_sorted_to_the_end(browser: webdriver.Chrome) -> None:
     table = browser.find_elements(By.CSS_SELECTOR, "section table.sortable")[1]
     for _ in range(2):
         _heading(table, "gate 100").click()
@@ -148,7 +149,7 @@ def test_blank_cells_stay_at_the_end(browser: webdriver.Chrome) -> None:
 
 
 @pytest.mark.parametrize("width", [320, 390, 768, 1280])
-def test_no_page_is_wider_than_its_screen(browser: webdriver.Chrome, width: int) -> None:
+def test_the_page_fits_the_screen(browser: webdriver.Chrome, width: int) -> None:
     screen = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width < 700}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
     browser.execute_script("document.querySelectorAll('details').forEach(part => { part.open = true; })")
@@ -158,13 +159,13 @@ def test_no_page_is_wider_than_its_screen(browser: webdriver.Chrome, width: int)
         browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
 
-def test_print_opens_what_is_folded(browser: webdriver.Chrome) -> None:
+def test_printing_opens_folded_parts(browser: webdriver.Chrome) -> None:
     browser.execute_script("document.querySelectorAll('details').forEach(part => { part.open = false; })")
     assert browser.print_page()
     assert browser.execute_script("return [...document.querySelectorAll('details')].every(part => part.open)")
 
 
-def test_its_numbers_are_those_of_the_tables(browser: webdriver.Chrome, section: Section) -> None:
+def test_the_page_has_the_numbers_of_the_tables(browser: webdriver.Chrome, section: Section) -> None:
     table = browser.find_element(By.CSS_SELECTOR, "section table.sortable")
     shown = {row.find_element(By.TAG_NAME, "th").text: row for row in table.find_elements(By.CSS_SELECTOR, "tbody tr")}
     for i, (label, cells) in enumerate(section.tables[0].rows):
@@ -173,28 +174,20 @@ def test_its_numbers_are_those_of_the_tables(browser: webdriver.Chrome, section:
         assert bold == sum(row == i for row, _ in section.tables[0].bold)
 
 
-def test_the_headline_claims_no_more_than_its_test(section: Section) -> None:
+def test_the_headline_says_established_only_if_the_test_is_significant(section: Section) -> None:
     first, clean, pgd = section.headline
     mean = section.measured.set_index(["model", "attack"]).loc[("mixture", "clean")]
-    assert f"{100 * mean['mean']:.1f} ± {100 * mean['std']:.1f} % are right on clean images" in first
+    assert f"{100 * mean['mean']:.1f} ± {100 * mean['std']:.1f} % on clean images" in first
     assert "3 seeds" in first
-    undecided = Section(
-        section.group,
-        section.found,
-        section.measured,
-        section.tests.assign(p_holm=1.0),
-        section.tables,
-        section.remarks,
-    )
+    undecided = replace(section, tests=section.tests.assign(p_holm=1.0))
     assert "not established" in undecided.headline[2]
-    certain = section.tests.assign(p_holm=1e-9)
-    proven = Section(section.group, section.found, section.measured, certain, section.tables, section.remarks)
+    proven = replace(section, tests=section.tests.assign(p_holm=1e-9))
     assert "is established" in proven.headline[2]
     assert "paired t-test" in pgd
     assert clean.startswith("On clean images the best other model is benign")
 
 
-def test_it_says_where_the_numbers_came_from_and_how_to_get_them_again(html: str, storage: Path) -> None:
+def test_the_page_names_its_sources_and_the_commands_that_reproduce_it(html: str, storage: Path) -> None:
     for folder in storage.iterdir():
         assert str(folder) in html
     files = [file for folder in storage.glob("cifar10-seed0-*") for file in folder.glob("results/predictions/*")]
@@ -206,31 +199,31 @@ def test_it_says_where_the_numbers_came_from_and_how_to_get_them_again(html: str
     assert "made-up" in html  # the host
 
 
-def test_own_images_are_measured_again_from_their_file(tmp_path: Path) -> None:
+def test_the_command_for_own_images_names_their_file(tmp_path: Path) -> None:
     images = {name: np.zeros(size, np.uint8) for name, size in {"x_train": (8, 8, 8), "x_test": (4, 8, 8)}.items()}
     np.savez(tmp_path / "mine.npz", **images, y_train=np.arange(8), y_test=np.arange(4))
     experiment = build(str(tmp_path / "mine.npz"), 3, ["model.width=4"])
     make_up(tmp_path / "runs", experiment, 50)
     (group,) = load(str(tmp_path / "runs")).groups
-    found = outcomes.outcomes(group)
-    again = Section(group, found, *of_group(group, found)).command
-    preset, assignments = re.fullmatch(r".*--preset (\S+) --seed 3 \\\n    --set (.*)", again, re.S).groups()  # type: ignore[union-attr]
+    command = Section.of(group).command
+    preset, assignments = re.fullmatch(r".*--preset (\S+) --seed 3 \\\n    --set (.*)", command, re.S).groups()  # type: ignore[union-attr]
     assert build(preset, 3, assignments.split()) == experiment
 
 
-def test_evaluations_that_their_predictions_do_not_add_up_to_are_found(storage: Path, tmp_path: Path) -> None:
+def test_evaluations_that_differ_from_their_predictions_are_reported(storage: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(next(storage.glob("digits-*")), tmp_path / "digits"))
     file = folder / "results" / "evaluations" / "evaluate-mixture-paper.parquet"
     rows = pd.read_parquet(file)
     rows.loc[0, "correct"] -= 1
     pq.write_table(pa.Table.from_pandas(rows, SCHEMAS["evaluations"], preserve_index=False), file)
     (group,) = load(str(folder)).groups
-    found = outcomes.outcomes(group)
-    section = Section(group, found, *of_group(group, found))
-    assert section.recount == "Warning: counted again from the predictions, 1 cells differ: mixture clean (seed 0)."
+    assert (
+        Section.of(group).recount
+        == "Warning: counted again from the predictions, 1 cells differ: mixture clean (seed 0)."
+    )
 
 
-def test_signs_of_masking_are_a_warning_and_what_the_experiment_says_is_text(storage: Path, tmp_path: Path) -> None:
+def test_signs_of_masking_are_a_warning_and_html_in_settings_is_escaped(storage: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(next(storage.glob("digits-*")), tmp_path / "digits"))
     file = folder / "results" / "checks" / "evaluate-benign-checks-000000000.parquet"
     rows = pd.read_parquet(file).assign(fired=[True, False])

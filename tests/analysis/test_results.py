@@ -1,4 +1,4 @@
-"""Experiments are found and grouped, their tables read; what cannot be used is said in one line."""
+"""Experiments are found and grouped, their tables are read, and bad input is reported in one line."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_experiments_that_differ_in_their_seed_are_one_group(storage: Path) -> N
     assert [(group.title, group.seeds) for group in groups] == [("cifar10", (0, 1, 2)), ("digits", (0,))]
 
 
-def test_groups_are_titled_by_what_differs(tmp_path: Path) -> None:
+def test_titles_name_the_settings_that_differ(tmp_path: Path) -> None:
     for epochs in (3, 4):
         for seed in (0, 1):
             experiment = build("digits", seed, [f"experts.epochs={epochs}", "evaluation.pgd_steps=5,10"])
@@ -39,7 +39,7 @@ def test_groups_are_titled_by_what_differs(tmp_path: Path) -> None:
     assert dict(groups[1].changed) == {"evaluation.pgd_steps": [5, 10]}
 
 
-def test_a_group_that_differs_in_much_is_told_apart_by_its_signature(tmp_path: Path) -> None:
+def test_titles_of_groups_with_many_different_settings_have_a_signature(tmp_path: Path) -> None:
     many = ["model.width=4", "gate.hidden=8", "experts.epochs=1", "joint.epochs=2", "pgd.steps=1", "fgsm.epsilons=0.1"]
     experiments = [build("digits", 0), build("digits", 0, many)]
     for experiment in experiments:
@@ -50,7 +50,7 @@ def test_a_group_that_differs_in_much_is_told_apart_by_its_signature(tmp_path: P
     assert all(any(experiment.signature in title for title in titles) for experiment in experiments)
 
 
-def test_a_folder_of_an_experiment_counts_once_however_it_is_named(storage: Path) -> None:
+def test_a_folder_that_is_named_twice_counts_once(storage: Path) -> None:
     folder = next(storage.glob("digits-*"))
     assert [group.seeds for group in load(str(folder), f"{folder}/").groups] == [(0,)]
 
@@ -62,7 +62,7 @@ def test_frames_have_the_documented_columns_and_the_group(storage: Path, table: 
     assert set(frame.group) == {"cifar10", "digits"}
 
 
-def test_strings_are_categories_and_rows_can_be_chosen_before_they_are_read(storage: Path) -> None:
+def test_frames_have_categories_and_read_only_the_requested_rows(storage: Path) -> None:
     frame = load(str(storage)).frame("predictions", ["model", "seed"], ds.field("model") == "mixture")
     assert set(frame.model) == {"mixture"}
     assert isinstance(frame.model.dtype.categories[0], str)
@@ -72,11 +72,22 @@ def test_results_of_another_version_are_read(storage: Path, tmp_path: Path) -> N
     folder = Path(shutil.copytree(next(storage.glob("digits-*")), tmp_path / "digits"))
     fields = json.loads((folder / "experiment.json").read_text())
     del fields["evaluation"]["probe_steps"]
-    fields["evaluation"]["of_tomorrow"] = 3
+    fields["evaluation"]["later"] = 3
     (folder / "experiment.json").write_text(json.dumps(fields))
     (group,) = load(str(folder)).groups
-    assert group.settings["evaluation.of_tomorrow"] == 3
+    assert group.settings["evaluation.later"] == 3
     assert len(group.frame("evaluations")) == 4 * 17
+
+
+def test_seeds_of_an_older_version_are_in_the_same_group(storage: Path, tmp_path: Path) -> None:
+    for seed, folder in enumerate(sorted(storage.glob("cifar10-*"))[:2]):
+        copy = Path(shutil.copytree(folder, tmp_path / f"seed-{seed}"))
+        fields = json.loads((copy / "experiment.json").read_text())
+        if seed == 0:
+            del fields["defence"], fields["model"]["backbone"]  # added later
+            (copy / "experiment.json").write_text(json.dumps(fields))
+    (group,) = load(str(tmp_path)).groups
+    assert len(group.seeds) == 2
 
 
 def test_an_unfinished_file_is_not_read(storage: Path, tmp_path: Path) -> None:
@@ -97,21 +108,21 @@ def test_other_file_systems_are_read_through_fsspec(storage: Path, cifar10: Grou
         memory.rm("/bucket", recursive=True)
 
 
-def test_a_table_that_is_not_there_is_empty(storage: Path, tmp_path: Path) -> None:
+def test_a_missing_table_is_empty(storage: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(next(storage.glob("digits-*")), tmp_path / "digits"))
     shutil.rmtree(folder / "results" / "checks")
     assert load(str(folder)).checks.empty
 
 
-def test_the_made_up_tables_agree(cifar10: Group) -> None:
+def test_the_synthetic_tables_agree(cifar10: Group) -> None:
     predictions = cifar10.frame(
         "predictions", ["model", "attack", "epsilon", "steps", "source", "seed", "label", "prediction"]
     )
     keys = ["model", "attack", "source", "epsilon", "steps", "seed"]
-    right = (predictions.label == predictions.prediction).groupby(
+    correct = (predictions.label == predictions.prediction).groupby(
         [predictions[k] for k in keys], observed=True, dropna=False
     )
-    counted = right.sum().rename("counted").reset_index()
+    counted = correct.sum().rename("counted").reset_index()
     both = cifar10.frame("evaluations").merge(counted, on=keys, validate="1:1")
     assert len(both) == len(cifar10.frame("evaluations"))
     assert (both.correct == both.counted).all()
@@ -176,7 +187,7 @@ def test_every_bad_input_is_one_line(storage: Path, tmp_path: Path, call: Call) 
     ("credentials", "reason"),
     [({}, "credentials"), ({"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret"}, "127.0.0.1:9")],
 )
-def test_a_store_that_does_not_answer_or_lets_nobody_in_is_one_line_and_exit_status_1(
+def test_a_storage_that_does_not_answer_or_denies_access_is_one_line_and_exit_status_1(
     run: Run, credentials: dict[str, str], reason: str
 ) -> None:
     where = {"AWS_EC2_METADATA_DISABLED": "true", "AWS_ENDPOINT_URL": "http://127.0.0.1:9"}
@@ -187,14 +198,22 @@ def test_a_store_that_does_not_answer_or_lets_nobody_in_is_one_line_and_exit_sta
     assert reason in line
 
 
-def test_whoever_reads_may_stop_reading(storage: Path) -> None:
+def test_the_reader_of_a_pipe_may_stop_reading(storage: Path) -> None:
     command = f"{shlex.quote(sys.executable)} -m analysis.tables {shlex.quote(str(storage))} | head -1"
     done = subprocess.run(command, shell=True, capture_output=True, text=True, cwd=ROOT, check=True)
     assert done.stderr == ""
     assert len(done.stdout.splitlines()) == 1
 
 
-def test_neither_torch_nor_ray_is_imported(storage: Path, run: Run, tmp_path: Path) -> None:
+@pytest.mark.parametrize("module", sorted(path.stem for path in (ROOT / "analysis").glob("*.py")))
+def test_no_module_imports_torch_or_ray(module: str, run: Run, tmp_path: Path) -> None:
+    name = "analysis" if module == "__init__" else f"analysis.{module}"
+    (tmp_path / "imports.py").write_text(f"import sys, {name}; print(sorted({{'torch', 'ray'}} & set(sys.modules)))")
+    done = run("imports")
+    assert (done.stdout, done.stderr) == ("[]\n", "")
+
+
+def test_the_report_needs_neither_torch_nor_ray(storage: Path, run: Run, tmp_path: Path) -> None:
     (tmp_path / "without.py").write_text(
         "import runpy, sys\n"
         "class Absent:\n"
@@ -211,7 +230,7 @@ def test_neither_torch_nor_ray_is_imported(storage: Path, run: Run, tmp_path: Pa
     assert (tmp_path / "report.html").exists()
 
 
-def test_a_full_disk_leaves_the_report_that_was_there(storage: Path, small_disk: Path, call: Call) -> None:
+def test_a_full_disk_keeps_the_earlier_report(storage: Path, small_disk: Path, call: Call) -> None:
     one, out = next(storage.glob("digits-*")), small_disk / "report.html"
     out.write_text("before")
     with pytest.raises(OSError, match="No space left"):
@@ -222,11 +241,11 @@ def test_a_full_disk_leaves_the_report_that_was_there(storage: Path, small_disk:
     assert sorted(path.name for path in small_disk.iterdir()) == ["report.html", "rest"]
 
 
-def test_a_full_disk_leaves_the_figures_that_were_there(storage: Path, small_disk: Path, call: Call) -> None:
+def test_a_full_disk_keeps_the_earlier_figures(storage: Path, small_disk: Path, call: Call) -> None:
     group = load(str(next(storage.glob("digits-*")))).groups[0]
     drawn = small_disk / "figures" / group.name
     drawn.mkdir(parents=True)
-    for name in figures.CAPTIONS:
+    for name in figures.FIGURES:
         (drawn / f"{name}.pdf").write_text("before")
     with pytest.raises(OSError, match="No space left"):
         (small_disk / "rest").write_bytes(bytes(2 << 20))
@@ -236,7 +255,7 @@ def test_a_full_disk_leaves_the_figures_that_were_there(storage: Path, small_dis
     assert {path.read_text() for path in drawn.iterdir()} == {"before"}
 
 
-def test_a_report_goes_to_a_device_and_through_a_link(storage: Path, tmp_path: Path, call: Call) -> None:
+def test_a_report_is_written_to_a_device_and_through_a_link(storage: Path, tmp_path: Path, call: Call) -> None:
     one, link = next(storage.glob("digits-*")), tmp_path / "link.html"
     link.symlink_to(tmp_path / "report.html")
     for out in (link, Path("/dev/null")):

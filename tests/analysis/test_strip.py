@@ -1,4 +1,4 @@
-"""The strip shows what the evaluation measured: the same attack, predictions and gate. Needs torch."""
+"""The strip shows the attack, predictions and gate weights of the evaluation. Needs torch."""
 
 from __future__ import annotations
 
@@ -23,28 +23,42 @@ def experiment() -> Experiment:
 
 @pytest.fixture
 def folder(tmp_path: Path, experiment: Experiment) -> Path:
-    """An experiment's folder with a mixture that is as it was before training."""
-    from dwf_cluster.data import sources
-    from dwf_cluster.defences import dwf
-    from dwf_cluster.store import Store, checkpoints
+    """An experiment's folder with a checkpoint of the mixture; its weights are those before training."""
+    from dwf_cluster.store import checkpoints
 
-    store = Store(str(tmp_path / "runs"), experiment.folder)
+    store = experiment.store(str(tmp_path / "runs"))
     store.write("experiment.json", experiment.to_json().encode())
-    mixture = dwf.build(experiment, sources.load(experiment.data, tmp_path))
-    tensors = {f"model.{name}": tensor for name, tensor in mixture.state_dict().items()}
+    tensors = {f"model.{name}": tensor for name, tensor in _mixture(experiment, tmp_path).state_dict().items()}
     checkpoints.save(store, "mixture", experiment.joint.epochs, 0, tensors, {})
     return Path(store.root)
 
 
-def test_it_is_what_the_evaluation_measures(folder: Path, experiment: Experiment, tmp_path: Path) -> None:
+def _mixture(experiment: Experiment, data_folder: Path) -> torch.nn.Module:
     from dwf_cluster.data import sources
-    from dwf_cluster.defences import dwf
+    from dwf_cluster.defences.build import untrained
+
+    images = sources.load(experiment.data, data_folder).format
+    *experts, mixture = experiment.models
+    parents = {spec.name: untrained(spec, images, experiment.seed, {}) for spec in experts}
+    return untrained(mixture, images, experiment.seed, parents)
+
+
+def test_the_strip_shows_what_the_evaluation_measures(folder: Path, experiment: Experiment, tmp_path: Path) -> None:
+    from dwf_cluster.data import sources
     from dwf_cluster.evaluation.run import evaluate
 
     images = sources.load(experiment.data, tmp_path)
-    models = {"mixture": dwf.build(experiment, images)}
-    device = torch.device("cpu")
-    _, rows = evaluate(experiment, models, "mixture", "paper", images.x_test, images.y_test, 0, device)
+    _, rows = evaluate(
+        {"mixture": _mixture(experiment, tmp_path)},
+        "mixture",
+        "paper",
+        images.x_test,
+        images.y_test,
+        experiment.evaluation,
+        experiment.threat,
+        seed=experiment.seed,
+        device=torch.device("cpu"),
+    )
     shown = strip.attack(load(str(folder)).groups[0].runs[0], tmp_path)
     assert shown.steps == 3
     for i, (name, steps) in enumerate((("clean", None), ("pgd", 3))):
@@ -54,13 +68,13 @@ def test_it_is_what_the_evaluation_measures(folder: Path, experiment: Experiment
     assert np.abs(shown.x[1] - shown.x[0]).max() == pytest.approx(3 * experiment.pgd.step_size, abs=1e-6)
 
 
-def test_the_command_draws_it(folder: Path, tmp_path: Path, call: Call) -> None:
+def test_the_command_draws_the_strip(folder: Path, tmp_path: Path, call: Call) -> None:
     out = tmp_path / "strip.png"
     assert call(strip.main, folder, "--out", out) == (0, f"{out}\n", "")
     assert imread(out).std() > 0.1
 
 
-def test_without_a_checkpoint_or_with_another_ending_it_says_so(folder: Path, call: Call) -> None:
+def test_a_missing_checkpoint_and_an_unknown_file_format_are_one_line(folder: Path, call: Call) -> None:
     for checkpoint in folder.glob("checkpoints/*/*/manifest.json"):
         checkpoint.unlink()
     for arguments, expected in ([folder], "no checkpoint"), ([folder, "--out", "strip.gif"], "strip.gif"):

@@ -1,4 +1,4 @@
-"""Table 3: its numbers, its bold face, the paper beside it, and every format."""
+"""Table 3: numbers, bold cells, the paper's cells, and every format."""
 
 from __future__ import annotations
 
@@ -10,24 +10,17 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from analysis import Group
-from analysis.results import column_key
+from analysis import Group, paper
+from analysis.columns import column_key
+from analysis.formats import FORMATS, Table, latex, markdown, text
 from analysis.tables import (
-    FORMATS,
-    PAPER_MODELS,
-    Table,
     accuracies,
-    against_mixture,
+    against_defended,
     beside_paper,
     best,
     beyond,
-    latex,
     main,
-    markdown,
-    no_paper,
-    paper,
     table3,
-    text,
 )
 from tests.analysis.conftest import EXAMPLES, Call
 
@@ -40,16 +33,16 @@ def table(cifar10: Group, measured: pd.DataFrame, tests: pd.DataFrame) -> Table:
 def test_mean_and_std_are_over_seeds(cifar10: Group, measured: pd.DataFrame) -> None:
     rows = cifar10.frame("evaluations")
     pgd = rows[(rows.attack == "pgd") & (rows.steps == 20)].groupby("model", observed=True).accuracy
-    mine = measured[(measured.attack == "pgd") & (measured.steps == 20)].set_index("model")
+    shown = measured[(measured.attack == "pgd") & (measured.steps == 20)].set_index("model")
     for model in cifar10.models:
-        assert mine.loc[model, "mean"] == pytest.approx(pgd.mean()[model])
-        assert mine.loc[model, "std"] == pytest.approx(pgd.std()[model])
-        assert mine.loc[model, "low"] < mine.loc[model, "mean"] < mine.loc[model, "high"]
-    assert set(mine.seeds) == {3}
-    assert set(mine.examples) == {EXAMPLES}
+        assert shown.loc[model, "mean"] == pytest.approx(pgd.mean()[model])
+        assert shown.loc[model, "std"] == pytest.approx(pgd.std()[model])
+        assert shown.loc[model, "low"] < shown.loc[model, "mean"] < shown.loc[model, "high"]
+    assert set(shown.seeds) == {3}
+    assert set(shown.examples) == {EXAMPLES}
 
 
-def test_models_are_down_and_the_papers_17_columns_across(cifar10: Group, table: Table) -> None:
+def test_table_3_has_a_row_for_each_model_and_the_papers_17_columns(cifar10: Group, table: Table) -> None:
     assert [label for label, _ in table.rows] == ["benign", "fgsm-1", "pgd-1", "pgd-2", "fgsm-at", "pgd-at", "mixture"]
     heads = ["clean", *["fgsm"] * 9, *["pgd"] * 5, "restarts", "adaptive"]
     assert [above for above, _ in table.heads] == heads
@@ -68,7 +61,7 @@ def _tests(p_second: float) -> pd.DataFrame:
     return frame.assign(attack="clean", source=None, epsilon=np.nan, steps=np.nan)
 
 
-def test_bold_is_who_is_ahead_of_everybody_by_a_test() -> None:
+def test_a_model_is_best_if_it_is_significantly_ahead_of_every_other() -> None:
     assert best(_tests(0.049)) == {("mixture", ("clean", None, None, None))}
     assert best(_tests(0.051)) == set()
 
@@ -83,7 +76,7 @@ def test_the_highest_cell_is_not_bold_without_tests(
     assert "**" not in markdown(undecided).replace(f"**{undecided.title}**", "")
 
 
-def test_bold_cells_are_the_proven_ones(cifar10: Group, table: Table, tests: pd.DataFrame) -> None:
+def test_bold_cells_are_those_with_significant_tests(cifar10: Group, table: Table, tests: pd.DataFrame) -> None:
     proven = best(tests)
     labels = [label for label, _ in table.rows]
     assert {(labels[i], column_key(cifar10.paper_columns[j])) for i, j in table.bold} == {
@@ -91,19 +84,19 @@ def test_bold_cells_are_the_proven_ones(cifar10: Group, table: Table, tests: pd.
     }
 
 
-def test_beside_it_are_the_papers_cells_with_the_difference(cifar10: Group, measured: pd.DataFrame) -> None:
+def test_the_papers_cells_are_shown_with_the_difference(cifar10: Group, measured: pd.DataFrame) -> None:
     beside = beside_paper(cifar10, measured)
     assert beside is not None
     assert [label for label, _ in beside.rows[-3:]] == ["mixture", "paper: DWF", "difference"]
-    ours, theirs, difference = (cells for _, cells in beside.rows[-3:])
-    assert theirs[0] == "91.2 ± 0.4"
-    assert theirs[-1] == "64.3 ± 1.1"
-    for mine, paper_cell, signed in zip(ours, theirs, difference, strict=True):
-        expected = float(mine.split()[0]) - float(paper_cell.split()[0])
+    ours, published, difference = (cells for _, cells in beside.rows[-3:])
+    assert published[0] == "91.2 ± 0.4"
+    assert published[-1] == "64.3 ± 1.1"
+    for our_cell, paper_cell, signed in zip(ours, published, difference, strict=True):
+        expected = float(our_cell.split()[0]) - float(paper_cell.split()[0])
         assert float(signed) == pytest.approx(expected, abs=0.15)
 
 
-def test_who_compares_pgd_is_warned(cifar10: Group, measured: pd.DataFrame) -> None:
+def test_the_table_warns_against_comparing_pgd_columns(cifar10: Group, measured: pd.DataFrame) -> None:
     beside = beside_paper(cifar10, measured)
     assert beside is not None
     (warning,) = (note for note in beside.notes if note.startswith("Warning"))
@@ -111,19 +104,29 @@ def test_who_compares_pgd_is_warned(cifar10: Group, measured: pd.DataFrame) -> N
     assert "0.03137" in warning
 
 
-def test_what_the_paper_has_not_is_said(digits: Group) -> None:
+def test_a_data_set_that_the_paper_lacks_is_named(digits: Group) -> None:
     assert beside_paper(digits, accuracies(digits)) is None
-    assert no_paper(digits) == "The paper has no figures for digits."
+    assert paper.why_not_compared(digits) == "The paper has no figures for digits."
 
 
-def test_the_papers_cells_are_whole_and_its_models_are_there() -> None:
-    cells = paper()
+def test_models_are_the_papers_by_how_they_are_trained(cifar10: Group) -> None:
+    expected = {
+        "benign": "ResNet-18",
+        "fgsm-at": "ResNet-18 (FGSM-AT)",
+        "pgd-at": "ResNet-18 (PGD-AT)",
+        "mixture": "DWF",
+    }
+    assert paper.names(cifar10.experiment) == expected
+
+
+def test_the_papers_table_is_complete_and_has_our_models() -> None:
+    cells = paper.cells()
     assert len(cells) == 17 * cells.groupby(["dataset", "model"]).ngroups
-    assert set(PAPER_MODELS.values()) <= set(cells.model[cells.dataset == "CIFAR-10"])
+    assert set(paper.RECIPES.values()) <= set(cells.model[cells.dataset == "CIFAR-10"])
 
 
-def test_the_mixture_is_compared_with_each_other_model(cifar10: Group, tests: pd.DataFrame) -> None:
-    differences = against_mixture(cifar10, tests)
+def test_the_defended_model_is_compared_with_each_other_model(cifar10: Group, tests: pd.DataFrame) -> None:
+    differences = against_defended(cifar10, tests)
     assert differences is not None
     (row,) = tests[(tests.attack == "clean") & (tests.model == "benign") & (tests.other == "mixture")].itertuples()
     assert differences.heads[0] == ("benign", "")
@@ -134,7 +137,7 @@ def test_the_mixture_is_compared_with_each_other_model(cifar10: Group, tests: pd
     assert ((0, 0) in differences.bold) == (row.p_holm < 0.05)
 
 
-def test_beyond_the_paper_is_a_table_of_its_own(cifar10: Group, measured: pd.DataFrame, tests: pd.DataFrame) -> None:
+def test_columns_beyond_the_paper_have_a_table(cifar10: Group, measured: pd.DataFrame, tests: pd.DataFrame) -> None:
     other = beyond(cifar10, measured, tests)
     assert other is not None
     assert other.heads == [("gate", "100"), ("noise", "")]
@@ -147,7 +150,7 @@ def test_models_without_a_cell_have_no_row(cifar10: Group, measured: pd.DataFram
     assert [label for label, _ in other.rows] == ["mixture"]
 
 
-def test_text_is_lined_up(table: Table) -> None:
+def test_text_columns_are_aligned(table: Table) -> None:
     lines = text(table).splitlines()
     widths = {len(line) for line in lines[1:3]} | {
         len(line) for line in lines if line.startswith(("benign", "mixture", "─"))

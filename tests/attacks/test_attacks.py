@@ -44,10 +44,10 @@ def _problem(seed: int = 0, count: int = 6) -> tuple[nn.Module, torch.Tensor, to
 
 
 def _correct(count: int) -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
-    """A frozen view and images that it classifies correctly."""
+    """A frozen model and images that it classifies correctly."""
     model, x, _ = _problem(count=count)
-    view = frozen(model)
-    return view, x, predict(view, x).argmax(1)
+    frozen_model = frozen(model)
+    return frozen_model, x, predict(frozen_model, x).argmax(1)
 
 
 def _generators(count: int, seed: int = 0) -> list[torch.Generator]:
@@ -98,31 +98,31 @@ def test_pgd_is_equations_4_and_5_image_by_image(ball: Ball) -> None:
 
 def test_one_run_serves_every_shorter_one_and_its_logits_are_those_of_a_pass_of_their_own() -> None:
     model, x, y = _problem()
-    view = frozen(model)
-    run = list(pgd(view, x, y, LINF, step_size=0.03, steps=9))
+    frozen_model = frozen(model)
+    run = list(pgd(frozen_model, x, y, LINF, step_size=0.03, steps=9))
     assert [iterate.step for iterate in run] == list(range(10))
     for steps in (1, 4, 9):
-        assert torch.equal(_last(pgd(view, x, y, LINF, step_size=0.03, steps=steps)), run[steps].x)
+        assert torch.equal(_last(pgd(frozen_model, x, y, LINF, step_size=0.03, steps=steps)), run[steps].x)
     for iterate in run[:-1]:
         assert iterate.logits is not None
-        torch.testing.assert_close(iterate.logits, predict(view, iterate.x))
+        torch.testing.assert_close(iterate.logits, predict(frozen_model, iterate.x))
 
 
 def test_the_first_iterate_brings_fgsms_gradient() -> None:
     model, x, y = _problem()
-    view = frozen(model)
-    first = next(pgd(view, x, y, LINF, step_size=0.03, steps=3))
+    frozen_model = frozen(model)
+    first = next(pgd(frozen_model, x, y, LINF, step_size=0.03, steps=3))
     assert torch.equal(first.x, x)
     assert first.gradient is not None
-    assert torch.equal(first.gradient, differentiate(view, x, y)[0])
+    assert torch.equal(first.gradient, differentiate(frozen_model, x, y)[0])
 
 
 def test_a_run_spends_what_it_says_and_no_gradient_at_its_end() -> None:
     model, x, y = _problem()
-    view = frozen(model)
+    frozen_model = frozen(model)
     calls = []
-    view.register_forward_pre_hook(lambda _, inputs: calls.append(len(inputs[0])))
-    run = list(pgd(view, x, y, LINF, step_size=0.03, steps=4, eot=3))
+    frozen_model.register_forward_pre_hook(lambda _, inputs: calls.append(len(inputs[0])))
+    run = list(pgd(frozen_model, x, y, LINF, step_size=0.03, steps=4, eot=3))
     assert sum(iterate.gradient_count for iterate in run) == sum(calls) == 4 * 3 * len(x)
     assert run[-1].gradient is None
     assert run[-1].logits is None
@@ -131,19 +131,19 @@ def test_a_run_spends_what_it_says_and_no_gradient_at_its_end() -> None:
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 def test_a_batch_in_any_order_and_any_parts_gives_the_same_images(norm: str) -> None:
     """In double precision; a sign that hangs on the last bit is not met here."""
-    view, x, y = _correct(12)
+    frozen_model, x, y = _correct(12)
     ball = Ball(norm, 0.1)  # type: ignore[arg-type]
 
     def attacked(which: torch.Tensor) -> torch.Tensor:
         generators = [_generators(len(x))[i] for i in which.tolist()]
-        some, labels = x[which], y[which]
-        start, logits = ball.random_point(some, generators), predict(view, some)
-        worst = WorstCase(view, some, labels, logits, generators)
-        worst.attack(lambda s: apgd(view, s.x, s.y, ball, s.generators, steps=6))
-        black = WorstCase(view, some, labels, logits, generators)
-        black.attack(lambda s: square(view, s.x, s.y, 0.1, s.generators, queries=15))
-        pgd = _last(pgd(view, some, labels, ball, step_size=0.02, steps=3, start=start))
-        return torch.stack([pgd, worst.x, black.x], dim=1)
+        images, labels = x[which], y[which]
+        start, logits = ball.random_point(images, generators), predict(frozen_model, images)
+        worst = WorstCase(frozen_model, images, labels, logits, generators)
+        worst.attack(lambda s: apgd(frozen_model, s.x, s.y, ball, s.generators, steps=6))
+        black = WorstCase(frozen_model, images, labels, logits, generators)
+        black.attack(lambda s: square(frozen_model, s.x, s.y, 0.1, s.generators, queries=15))
+        last = _last(pgd(frozen_model, images, labels, ball, step_size=0.02, steps=3, start=start))
+        return torch.stack([last, worst.x, black.x], dim=1)
 
     whole = attacked(torch.arange(12))
     order = torch.tensor([7, 2, 11, 0, 5, 1, 9, 3, 10, 8, 4, 6])
@@ -154,60 +154,62 @@ def test_a_batch_in_any_order_and_any_parts_gives_the_same_images(norm: str) -> 
 
 def test_a_cpu_takes_a_batch_in_parts_and_returns_it_whole() -> None:
     model, _, _ = _problem()
-    view = frozen(model.float())
+    frozen_model = frozen(model.float())
     sizes = []
-    view.register_forward_pre_hook(lambda _, inputs: sizes.append(inputs[0].shape))
+    frozen_model.register_forward_pre_hook(lambda _, inputs: sizes.append(inputs[0].shape))
     x, y = torch.rand(100, 1, 64, 64), torch.arange(100) % 5
-    gradient, loss, logits = differentiate(view, x, y)
+    gradient, loss, logits = differentiate(frozen_model, x, y)
     assert (gradient.shape, loss.shape, logits.shape) == (x.shape, (100,), (100, 5))
     assert [shape[0] for shape in sizes] == [24, 24, 24, 24, 4]
 
 
 def test_the_worst_case_equals_the_slow_one_over_all_iterates_of_all_starts() -> None:
-    view, x, y = _correct(200)
+    frozen_model, x, y = _correct(200)
     ball, starts, arguments = Ball("linf", 0.05), [], {"step_size": 0.02, "steps": 2}
     for seed in range(4):
         starts.append(ball.random_point(x, _generators(len(x), seed)))
-    worst = WorstCase(view, x, y, predict(view, x))
+    worst = WorstCase(frozen_model, x, y, predict(frozen_model, x))
     stood = torch.ones(len(x), dtype=torch.bool)
     for start in starts:
         worst.attack(
-            lambda some, z=start: pgd(view, some.x, some.y, ball, start=z[some.index], drop_fooled=True, **arguments)
+            lambda rest, z=start: pgd(
+                frozen_model, rest.x, rest.y, ball, start=z[rest.index], drop_fooled=True, **arguments
+            )
         )
-        for iterate in pgd(view, x, y, ball, start=start, **arguments):
-            stood &= predict(view, iterate.x).argmax(1) == y
+        for iterate in pgd(frozen_model, x, y, ball, start=start, **arguments):
+            stood &= predict(frozen_model, iterate.x).argmax(1) == y
     assert torch.equal(worst.robust, stood)
-    assert torch.equal(predict(view, worst.x).argmax(1) == y, stood)
-    torch.testing.assert_close(worst.logits, predict(view, worst.x))
-    single = predict(view, _last(pgd(view, x, y, ball, start=starts[-1], **arguments))).argmax(1) == y
+    assert torch.equal(predict(frozen_model, worst.x).argmax(1) == y, stood)
+    torch.testing.assert_close(worst.logits, predict(frozen_model, worst.x))
+    single = predict(frozen_model, _last(pgd(frozen_model, x, y, ball, start=starts[-1], **arguments))).argmax(1) == y
     assert int(stood.sum()) < int(single.sum()) < 200  # an earlier start fooled what the last did not
     assert worst.gradient_count < 4 * 2 * len(x)  # what was fooled was let be
 
 
 def test_momentum_adds_up_gradients_of_equal_weight() -> None:
     model, x, y = _problem()
-    view = frozen(model)
+    frozen_model = frozen(model)
     iterate, velocity = x, torch.zeros_like(x)
     for _ in range(5):
-        gradient, _, _ = differentiate(view, iterate, y)
+        gradient, _, _ = differentiate(frozen_model, iterate, y)
         velocity = 0.7 * velocity + gradient / gradient.abs().mean((1, 2, 3), keepdim=True)
         iterate = LINF.project(x, iterate + 0.03 * velocity.sign())
-    found = _last(pgd(view, x, y, LINF, step_size=0.03, steps=5, momentum=0.7))
+    found = _last(pgd(frozen_model, x, y, LINF, step_size=0.03, steps=5, momentum=0.7))
     torch.testing.assert_close(found, iterate)
-    assert not torch.equal(found, _last(pgd(view, x, y, LINF, step_size=0.03, steps=5)))
+    assert not torch.equal(found, _last(pgd(frozen_model, x, y, LINF, step_size=0.03, steps=5)))
 
 
 def test_the_gate_aimed_loss_is_the_mixtures_and_that_of_a_drawn_expert() -> None:
     torch.manual_seed(0)
     experts = [ResNet18(5, (0.5,), (0.25,), width=4) for _ in range(3)]
-    view = frozen(Mixture(experts, Gate(3, (1, 8, 8), (0.5,), (0.25,), hidden=8)).double())
+    frozen_model = frozen(Mixture(experts, Gate(3, (1, 8, 8), (0.5,), (0.25,), hidden=8)).double())
     x, y = torch.rand(4, 1, 8, 8, dtype=torch.float64), torch.tensor([0, 1, 2, 3])
-    loss, logits = gate_aimed(view, x, y)
-    torch.testing.assert_close(logits, view(x))
+    loss, logits = gate_aimed(frozen_model, x, y)
+    torch.testing.assert_close(logits, frozen_model(x))
     for i in range(4):
-        weights = view.gate(x[i : i + 1])[0]
-        each = [F.cross_entropy(expert(x[i : i + 1]), y[i : i + 1]) for expert in view.experts]
-        slow = F.cross_entropy(view(x[i : i + 1]), y[i : i + 1]) + sum(
+        weights = frozen_model.gate(x[i : i + 1])[0]
+        each = [F.cross_entropy(expert(x[i : i + 1]), y[i : i + 1]) for expert in frozen_model.experts]
+        slow = F.cross_entropy(frozen_model(x[i : i + 1]), y[i : i + 1]) + sum(
             w * e for w, e in zip(weights, each, strict=True)
         )
         torch.testing.assert_close(loss[i], slow)
@@ -240,24 +242,24 @@ def test_every_adversarial_image_is_in_the_ball_and_in_unit_range(
     seed: int, norm: str, epsilon: float, step_size: float, steps: int
 ) -> None:
     model, x, _ = _problem(seed % 3)
-    view, generators = frozen(model), _generators(len(x), seed)
-    logits = predict(view, x)
+    frozen_model, generators = frozen(model), _generators(len(x), seed)
+    logits = predict(frozen_model, x)
     y, ball = logits.argmax(1), Ball(norm, epsilon)  # type: ignore[arg-type]
     start, target = ball.random_point(x, generators), (y + 1) % 5
     found = [
         start,
         ball.random_surface_point(x, generators),
-        *(it.x for it in pgd(view, x, y, ball, step_size=step_size, steps=steps, start=start, momentum=0.9)),
-        *(it.x for it in apgd(view, x, y, ball, generators, steps=steps)),
+        *(it.x for it in pgd(frozen_model, x, y, ball, step_size=step_size, steps=steps, start=start, momentum=0.9)),
+        *(it.x for it in apgd(frozen_model, x, y, ball, generators, steps=steps)),
     ]
     if norm == "linf":
-        gradient, _, _ = differentiate(view, x, y)
+        gradient, _, _ = differentiate(frozen_model, x, y)
         found.append(fgsm(x, gradient, epsilon))
         for run in (
-            square(view, x, y, epsilon, generators, queries=3 * steps),
-            fab_targeted(view, x, y, epsilon, target, steps=steps),
+            square(frozen_model, x, y, epsilon, generators, queries=3 * steps),
+            fab_targeted(frozen_model, x, y, epsilon, target, steps=steps),
         ):
-            worst = WorstCase(view, x, y, logits)
+            worst = WorstCase(frozen_model, x, y, logits)
             for iterate in run:
                 worst.see(iterate)
             found.append(worst.x)
@@ -273,19 +275,19 @@ def test_every_adversarial_image_is_in_the_ball_and_in_unit_range(
 def test_steps_and_restarts_never_help_the_defender_in_the_worst_case(
     epsilon: float, steps: int, more: int, starts: int
 ) -> None:
-    view, x, y = _correct(24)
+    frozen_model, x, y = _correct(24)
     ball = Ball("linf", epsilon)
 
-    def standing(steps: int, starts: int) -> torch.Tensor:
-        worst = WorstCase(view, x, y, predict(view, x), _generators(len(x)))
-        run = functools.partial(pgd, view, step_size=0.02, steps=steps, drop_fooled=True)
+    def robust(steps: int, starts: int) -> torch.Tensor:
+        worst = WorstCase(frozen_model, x, y, predict(frozen_model, x), _generators(len(x)))
+        run = functools.partial(pgd, frozen_model, step_size=0.02, steps=steps, drop_fooled=True)
         for _ in range(starts):
-            worst.attack(lambda some: run(some.x, some.y, ball, start=ball.random_point(some.x, some.generators)))
+            worst.attack(lambda rest: run(rest.x, rest.y, ball, start=ball.random_point(rest.x, rest.generators)))
         return worst.robust
 
-    few = standing(steps, 1)
-    assert bool((standing(steps + more, 1) <= few).all())
-    assert bool((standing(steps, starts) <= few).all())
+    few = robust(steps, 1)
+    assert bool((robust(steps + more, 1) <= few).all())
+    assert bool((robust(steps, starts) <= few).all())
 
 
 def test_nothing_of_the_model_and_no_random_state_changes() -> None:
@@ -297,11 +299,11 @@ def test_nothing_of_the_model_and_no_random_state_changes() -> None:
     grads = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
     needs = [p.requires_grad for p in model.parameters()]
     random, images = torch.random.get_rng_state(), x.clone()
-    view = frozen(model)
-    y = predict(view, x).argmax(1)
-    worst = WorstCase(view, x, y, predict(view, x), _generators(len(x)))
-    autoattack(view, 0.001, worst, steps=3, queries=5)
-    list(pgd(view, x, y, L2, step_size=0.05, steps=2, start=L2.random_point(x, _generators(len(x)))))
+    frozen_model = frozen(model)
+    y = predict(frozen_model, x).argmax(1)
+    worst = WorstCase(frozen_model, x, y, predict(frozen_model, x), _generators(len(x)))
+    autoattack(frozen_model, 0.001, worst, steps=3, queries=5)
+    list(pgd(frozen_model, x, y, L2, step_size=0.05, steps=2, start=L2.random_point(x, _generators(len(x)))))
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     assert [module.training for module in model.modules()] == flags
     assert [p.requires_grad for p in model.parameters()] == needs

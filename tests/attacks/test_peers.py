@@ -2,7 +2,7 @@
 
 On an adversarially trained and an undefended model. Where an attack draws nothing, or can be given the peer's draws,
 the examples are the same; in double precision, for rounding decides the sign of a small gradient. Where it draws its
-own, as many images stand up to both, but for the noise of the draws: how far that goes was measured on ten seeds of
+own, as many images resist both, but for the noise of the draws: how far that goes was measured on ten seeds of
 each side, and a tolerance is three to four standard deviations of the difference of two runs.
 """
 
@@ -65,15 +65,15 @@ class Problem:
         """The model in double precision inside, for peers that insist on single precision."""
         return replace(self, model=_Precise(copy.deepcopy(self.model)))
 
-    def standing(self, adversarial: torch.Tensor) -> int:
-        """How many images the model classifies correctly yet."""
+    def robust(self, adversarial: torch.Tensor) -> int:
+        """How many images the model classifies correctly."""
         return int((self.model(adversarial).argmax(1) == self.y).sum())
 
     def begun(self, seed: int = 0) -> WorstCase:
         """The worst case before any attack, with a generator for each image."""
-        view = frozen(self.model)
+        frozen_model = frozen(self.model)
         generators = [torch.Generator().manual_seed(seed * 10_000 + i) for i in range(len(self.y))]
-        return WorstCase(view, self.x, self.y, predict(view, self.x), generators)
+        return WorstCase(frozen_model, self.x, self.y, predict(frozen_model, self.x), generators)
 
 
 class _Precise(InDouble):
@@ -96,8 +96,8 @@ def _train(epsilon: float, epochs: int) -> Problem:
         for batch in batches:
             images, labels = x[batch], y[batch]
             if epsilon:
-                view = frozen(model)
-                images = _last(pgd(view, images, labels, ball, step_size=epsilon / 2, steps=2))
+                frozen_model = frozen(model)
+                images = _last(pgd(frozen_model, images, labels, ball, step_size=epsilon / 2, steps=2))
             optimizer.zero_grad()
             F.cross_entropy(model.train()(images), labels).backward()
             optimizer.step()
@@ -161,23 +161,23 @@ def test_folding_batch_norm_changes_at_most_one_prediction_in_a_thousand(
     examples = different = 0
     for problem in (defended, undefended):
         model, x, y = problem.model, problem.x, problem.y
-        view = frozen(model)
+        frozen_model = frozen(model)
         assert any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
-        assert not any(isinstance(module, nn.BatchNorm2d) for module in view.modules())
+        assert not any(isinstance(module, nn.BatchNorm2d) for module in frozen_model.modules())
         pairs = [
             (
-                _last(pgd(view, x, y, LINF, step_size=0.0375, steps=steps)),
+                _last(pgd(frozen_model, x, y, LINF, step_size=0.0375, steps=steps)),
                 torchattacks.PGD(model, eps=0.15, alpha=0.0375, steps=steps, random_start=False),
             )
             for steps in (10, 20)
         ]
-        gradient, _, _ = differentiate(view, x, y)
+        gradient, _, _ = differentiate(frozen_model, x, y)
         pairs += [
             (fgsm(x, gradient, epsilon), torchattacks.FGSM(model, eps=epsilon)) for epsilon in (0.03, 0.08, 0.15, 0.3)
         ]
         for ours, peer in pairs:
             examples += len(y)
-            different += int((view(ours).argmax(1) != model(peer(x, y)).argmax(1)).sum())
+            different += int((frozen_model(ours).argmax(1) != model(peer(x, y)).argmax(1)).sum())
     assert examples > 3600
     assert different <= examples / 1000
 
@@ -225,9 +225,9 @@ def test_restarts_from_torchattacks_random_starts_fool_the_same_images_in_the_sa
 
     worst = WorstCase(model, x, y, model(x))
 
-    def from_their_start(some: Remaining) -> Iterator[Iterate]:
-        start = (some.x + torch.empty_like(some.x).uniform_(-0.15, 0.15)).clamp(0, 1)
-        *_, end = pgd(model, some.x, some.y, LINF, step_size=0.04, steps=3, start=start)
+    def from_their_start(rest: Remaining) -> Iterator[Iterate]:
+        start = (rest.x + torch.empty_like(rest.x).uniform_(-0.15, 0.15)).clamp(0, 1)
+        *_, end = pgd(model, rest.x, rest.y, LINF, step_size=0.04, steps=3, start=start)
         yield end  # the peer looks at no other iterate
 
     torch.manual_seed(0)
@@ -238,16 +238,18 @@ def test_restarts_from_torchattacks_random_starts_fool_the_same_images_in_the_sa
     _assert_same(worst.x[fooled], theirs[fooled])
 
 
-def test_restarts_leave_as_many_images_standing_as_torchattacks(defended: Problem) -> None:
+def test_restarts_leave_as_many_images_robust_as_torchattacks(defended: Problem) -> None:
     """Ten seeds, of 322: 228.1 for the peer, 227.6 here, deviation 2.5; after the first of the five runs 248."""
     runs = [torchattacks.PGD(defended.model, eps=0.15, alpha=0.0375, steps=3, random_start=True) for _ in range(5)]
     torch.manual_seed(0)
     theirs = defended.robust(torchattacks.MultiAttack(runs)(defended.x, defended.y))
-    worst, view = defended.begun(), frozen(defended.model)
+    worst, frozen_model = defended.begun(), frozen(defended.model)
 
-    def again(some: Remaining) -> Iterator[Iterate]:
-        start = LINF.random_point(some.x, some.generators)
-        return pgd(view, some.x, some.y, LINF, step_size=0.0375, steps=3, start=start, drop_fooled=True)
+    def again(rest: Remaining) -> Iterator[Iterate]:
+        start = LINF.random_point(rest.x, rest.generators)
+        return pgd(
+            frozen_model, rest.x, rest.y, LINF, step_size=0.0375, steps=3, start=start, drop_fooled=True
+        )
 
     for _ in runs:
         worst.attack(again)
@@ -335,31 +337,31 @@ def test_apgd_walks_as_its_authors_does_from_the_same_start(
 
 
 @NORMS
-def test_apgd_from_its_own_start_leaves_as_many_images_standing_as_its_authors(
+def test_apgd_from_its_own_start_leaves_as_many_images_robust_as_its_authors(
     defended: Problem, ball: Ball, norm: str
 ) -> None:
     """Ten seeds, of 322: L-infinity 168.3 for the peer, 168.6 here, deviation 2.0; L2 121.4 and 122.9, 2.2."""
     peer = APGDAttack(defended.model, n_iter=20, norm=norm, n_restarts=1, eps=ball.epsilon, seed=0, device="cpu")
     theirs = defended.robust(peer.perturb(defended.x, defended.y))
-    worst, view = defended.begun(), frozen(defended.model)
-    worst.attack(lambda some: apgd(view, some.x, some.y, ball, some.generators, steps=20))
+    worst, frozen_model = defended.begun(), frozen(defended.model)
+    worst.attack(lambda rest: apgd(frozen_model, rest.x, rest.y, ball, rest.generators, steps=20))
     assert abs(int(worst.robust.sum()) - theirs) <= 10
 
 
-def test_targeted_apgd_from_its_own_start_leaves_as_many_images_standing_as_its_authors(defended: Problem) -> None:
+def test_targeted_apgd_from_its_own_start_leaves_as_many_images_robust_as_its_authors(defended: Problem) -> None:
     """Ten seeds, of 322, two targets: 179.7 for the peer, 179.2 here, deviation 1.6."""
     peer = APGDAttack_targeted(defended.model, n_iter=20, eps=0.15, n_target_classes=2, seed=0, device="cpu")
     theirs = defended.robust(peer.perturb(defended.x, defended.y))
-    worst, view = defended.begun(), frozen(defended.model)
+    worst, frozen_model = defended.begun(), frozen(defended.model)
     targets = worst.logits.argsort(1, descending=True)
 
-    def at(some: Remaining, rank: int) -> Iterator[Iterate]:
-        goal = targets[some.index, rank]
-        arguments = (view, some.x, some.y, LINF, some.generators)
+    def at(rest: Remaining, rank: int) -> Iterator[Iterate]:
+        goal = targets[rest.index, rank]
+        arguments = (frozen_model, rest.x, rest.y, LINF, rest.generators)
         return apgd(*arguments, steps=20, objective=targeted_dlr, target=goal)
 
     for rank in (1, 2):
-        worst.attack(lambda some, rank=rank: at(some, rank))
+        worst.attack(lambda rest, rank=rank: at(rest, rank))
     assert abs(int(worst.robust.sum()) - theirs) <= 7
 
 
@@ -395,13 +397,15 @@ class _SquareEverywhere(SquareAttack):  # type: ignore[misc]
         return drawn
 
 
-def test_square_leaves_as_many_images_standing_as_its_authors(defended: Problem) -> None:
+def test_square_leaves_as_many_images_robust_as_its_authors(defended: Problem) -> None:
     """Ten seeds, of 120: 57.2 for the peer, 57.1 here, deviation 1.7."""
     problem = defended.first(120)
     peer = _SquareEverywhere(problem.model, n_queries=400, eps=0.15, seed=0, device="cpu")
     theirs = problem.robust(peer.perturb(problem.x, problem.y))
-    worst, view = problem.begun(), frozen(problem.model)
-    worst.attack(lambda some: square(view, some.x, some.y, 0.15, some.generators, queries=400))
+    worst, frozen_model = problem.begun(), frozen(problem.model)
+    worst.attack(
+        lambda rest: square(frozen_model, rest.x, rest.y, 0.15, rest.generators, queries=400)
+    )
     assert abs(int(worst.robust.sum()) - theirs) <= 7
 
 
@@ -451,7 +455,7 @@ def _rounded_off_the_images(x: torch.Tensor) -> torch.Tensor:
         pytest.param(_rounded, _same, 2, 80, 12, id="flat"),
     ],
 )
-def test_autoattack_leaves_as_many_images_standing_as_its_authors_standard_set(
+def test_autoattack_leaves_as_many_images_robust_as_its_authors_standard_set(
     defended: Problem, before: _Change, after: _Change, steps: int, queries: int, tolerance: int
 ) -> None:
     """Ten seeds, of 90, the peer and here.

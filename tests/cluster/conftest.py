@@ -1,4 +1,4 @@
-"""The SLURM that the tests of this folder share."""
+"""The SLURM cluster that the tests of this folder share."""
 
 from __future__ import annotations
 

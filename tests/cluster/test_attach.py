@@ -1,4 +1,4 @@
-"""A Ray that is there already: `ray job submit`, `--address`; and experts that share a GPU."""
+"""An existing Ray cluster: `ray job submit`, `--address`, and experts that share a GPU."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ONE = [*TWO, "experts.fgsm=0"]
 
 @pytest.fixture(scope="module")
 def ray() -> Iterator[tuple[str, str]]:
-    """Address and dashboard of a Ray of two CPUs, that is told of a GPU that is not there."""
+    """Address and dashboard of a Ray with two CPUs and a GPU that does not exist."""
     folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")
     ports = []
     for _ in range(3):
@@ -45,8 +45,8 @@ def ray() -> Iterator[tuple[str, str]]:
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
             assert process.stdout is not None
             for line in process.stdout:
-                if found := re.search(r"--address='(\S+)'", line):
-                    yield found[1], f"http://127.0.0.1:{ports[1]}"
+                if match := re.search(r"--address='(\S+)'", line):
+                    yield match[1], f"http://127.0.0.1:{ports[1]}"
                     break
             else:
                 raise AssertionError("Ray did not start")
@@ -66,14 +66,14 @@ def test_a_client_without_the_token_is_refused(
         monkeypatch.setenv("RAY_AUTH_TOKEN", token)
     else:
         monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
-    program = f"import ray; ray.init(address={ray[0]!r}); print('let in')"
+    program = f"import ray; ray.init(address={ray[0]!r}); print('connected')"
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert result.returncode != 0
     assert "InvalidAuthToken" in result.stderr
-    assert "let in" not in result.stdout
+    assert "connected" not in result.stdout
 
 
-def test_a_stage_as_a_ray_job_and_another_run_from_outside(ray: tuple[str, str], launch: Launch) -> None:
+def test_a_ray_job_runs_a_stage_and_a_run_from_outside_uses_the_same_ray(ray: tuple[str, str], launch: Launch) -> None:
     address, dashboard = ray
     storage = str(launch.folder / "runs")
     submit = [sys.executable, "-m", "ray.scripts.scripts", "job", "submit", "--address", dashboard]
@@ -100,7 +100,7 @@ def test_a_stage_as_a_ray_job_and_another_run_from_outside(ray: tuple[str, str],
 
 
 @pytest.mark.parametrize("stage", ["experts", "joint", "evaluate"])
-def test_alone_a_stages_script_runs_on_this_machine(stage: str, launch: Launch) -> None:
+def test_the_script_of_a_stage_runs_on_this_machine_without_ray(stage: str, launch: Launch) -> None:
     command = [sys.executable, str(ROOT / "jobs" / f"{stage}.py"), "--dry-run", "--storage", str(launch.folder)]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     missing = {"joint": "experts", "evaluate": "experts"}.get(stage)

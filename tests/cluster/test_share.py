@@ -1,4 +1,4 @@
-"""What a SLURM job has on a node: GPUs with and without GRES, memory by every option that gives it."""
+"""The share of a node that a SLURM job has: GPUs with and without GRES, memory by each option of sbatch."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def _on_a_node(monkeypatch: pytest.MonkeyPatch) -> None:
         ("", 64, {}, "", "n1: 8 GPUs are visible and not used: "),  # SLURM does not answer
     ],
 )
-def test_gpus_of_the_job_are_used_and_others_are_named(
+def test_ray_uses_the_gpus_of_the_job_and_a_warning_counts_unused_ones(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -76,7 +76,7 @@ GIB = 1 << 30
         ({}, None, None),
     ],
 )
-def test_memory_is_what_slurm_gave_and_no_more_than_the_control_group_allows(
+def test_memory_is_what_the_job_requested_within_the_limit_of_its_control_group(
     monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], limit: int | None, expected: int | None
 ) -> None:
     pages = {"SC_PHYS_PAGES": 8 * GIB // 4096, "SC_PAGE_SIZE": 4096}
@@ -89,7 +89,7 @@ def test_memory_is_what_slurm_gave_and_no_more_than_the_control_group_allows(
     assert share.memory_share(cpus=2, gpus=4) == (by_cpus if expected is None else expected)
 
 
-def test_the_lowest_limit_of_a_process_s_control_groups_holds(tmp_path: Path) -> None:
+def test_the_lowest_limit_of_the_control_groups_applies(tmp_path: Path) -> None:
     job = tmp_path / "system.slice" / "job_7"
     step = job / "step_0" / "user"
     step.mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""Temporary folders: private, of a living owner, below TMPDIR, with room for a Ray."""
+"""Temporary folders: private, locked by their owners, below TMPDIR, with short paths for Ray's sockets."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ with temporary.folder() as folder:
 RAY = """
 import sys
 from pathlib import Path
-from dwf_cluster.cluster.placement import Resources
-from dwf_cluster.cluster.ray import local
+from dwf_cluster.cluster.connect import local
+from dwf_cluster.plan.resources import Resources
 with local(Resources(1, 0)) as cluster:
     print(Path(cluster.token_file).parent, flush=True)
     sys.stdin.read()
@@ -41,7 +41,7 @@ with local(Resources(1, 0)) as cluster:
 
 
 class Owner:
-    """A process that holds a temporary folder until it is killed."""
+    """A process that owns a temporary folder until it is killed."""
 
     def __init__(self, program: str = HOLD) -> None:
         command = [sys.executable, "-c", program]
@@ -49,23 +49,23 @@ class Owner:
 
     @cached_property
     def folder(self) -> Path:
-        """Its folder, as soon as it has one."""
+        """Its folder, as soon as it is made."""
         assert self._process.stdout is not None
         return Path(self._process.stdout.readline().strip())
 
     @property
     def pid(self) -> int:
-        """Of the process."""
+        """ID of the process."""
         return self._process.pid
 
     def kill(self) -> None:
-        """Give it no time to remove its folder."""
+        """Kill the process, so that it cannot remove its folder."""
         assert self.folder.is_dir()
         self._process.kill()
         self._process.communicate()
 
     def end(self) -> None:
-        """Let it end by itself."""
+        """Let the process end by itself."""
         self._process.communicate()
 
 
@@ -80,7 +80,7 @@ def tmpdir(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyP
     return folder
 
 
-def test_a_folder_is_below_tmpdir_private_and_gone_afterwards(tmpdir: Path) -> None:
+def test_a_folder_is_private_below_tmpdir_and_removed_at_the_end(tmpdir: Path) -> None:
     with temporary.folder() as folder:
         assert Path(folder).parent == tmpdir
         assert os.stat(folder).st_mode & 0o777 == 0o700
@@ -88,19 +88,19 @@ def test_a_folder_is_below_tmpdir_private_and_gone_afterwards(tmpdir: Path) -> N
     assert list(tmpdir.iterdir()) == []
 
 
-def test_folders_of_killed_owners_are_removed_at_the_next_start_and_those_of_living_ones_stay(tmpdir: Path) -> None:
-    killed, living = Owner(), Owner()
+def test_the_next_start_removes_folders_of_killed_owners_and_keeps_those_of_running_ones(tmpdir: Path) -> None:
+    killed, running = Owner(), Owner()
     killed.kill()
     assert (killed.folder / "token").exists()
-    assert (living.folder / "token").exists()
+    assert (running.folder / "token").exists()
     with temporary.folder():
         assert not killed.folder.exists()
-        assert (living.folder / "token").exists()
-    living.end()
+        assert (running.folder / "token").exists()
+    running.end()
     assert list(tmpdir.iterdir()) == []
 
 
-def test_what_is_not_a_runs_own_folder_is_never_removed(tmpdir: Path) -> None:
+def test_links_files_and_folders_of_other_hosts_are_never_removed(tmpdir: Path) -> None:
     killed = Owner()
     killed.kill()
     elsewhere = tmpdir / "elsewhere"
@@ -110,22 +110,22 @@ def test_what_is_not_a_runs_own_folder_is_never_removed(tmpdir: Path) -> None:
     file.write_text("a file of such a name")
     other_host = tmpdir / killed.folder.name.replace(killed.folder.name[4:8], "host")
     other_host.mkdir()
-    temporary.sweep(str(tmpdir))
+    temporary.remove_abandoned(str(tmpdir))
     assert sorted(tmpdir.iterdir()) == sorted([elsewhere, killed.folder, file, other_host])
     assert (elsewhere / "token").read_text() == "c0ffee"
 
 
-def test_another_users_folder_is_left_alone(tmpdir: Path) -> None:
+def test_the_folder_of_another_user_is_not_removed(tmpdir: Path) -> None:
     if os.geteuid() != 0:
         pytest.skip("giving a folder to another user needs root")
     killed = Owner()
     killed.kill()
     os.chown(killed.folder, 65534, 65534)
-    temporary.sweep(str(tmpdir))
+    temporary.remove_abandoned(str(tmpdir))
     assert (killed.folder / "token").exists()
 
 
-def test_a_process_that_ray_left_running_ends_with_its_folder(tmpdir: Path) -> None:
+def test_a_process_that_ray_left_running_is_killed_when_its_folder_is_removed(tmpdir: Path) -> None:
     killed = Owner()
     killed.kill()
     log = killed.folder / "agent.log"
@@ -140,7 +140,7 @@ def test_a_process_that_ray_left_running_ends_with_its_folder(tmpdir: Path) -> N
     for process in processes:
         assert process.stdout is not None
         process.stdout.readline()
-    temporary.sweep(str(tmpdir))
+    temporary.remove_abandoned(str(tmpdir))
     agent, other = processes
     assert agent.wait(PATIENCE) < 0
     assert other.poll() is None  # a user who reads the log
@@ -149,7 +149,7 @@ def test_a_process_that_ray_left_running_ends_with_its_folder(tmpdir: Path) -> N
     assert not killed.folder.exists()
 
 
-def test_a_killed_runs_ray_below_tmpdir_is_swept_with_all_that_it_left(
+def test_all_processes_and_files_of_a_killed_runs_ray_are_removed(
     small_disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     subprocess.run(["mount", "-o", "remount,size=64m,noexec", small_disk], check=True)
@@ -161,18 +161,18 @@ def test_a_killed_runs_ray_below_tmpdir_is_swept_with_all_that_it_left(
         (socket,) = driver.folder.glob("ray/session_2*/sockets/plasma_store")
         assert socket.is_socket()
         processes: list[psutil.Process] = []
-        while not any(map(_is_agent, processes)):  # a process's title is no event
+        while not any(map(_is_agent, processes)):  # a process that changes its title sends no event
             processes = psutil.Process(driver.pid).children(recursive=True)
         driver.kill()
-        temporary.sweep(str(link))
-        assert list(link.iterdir()) == []  # nor what Ray's processes put into TMPDIR themselves
+        temporary.remove_abandoned(str(link))
+        assert list(link.iterdir()) == []  # also what Ray's processes wrote to TMPDIR themselves
         _, alive = psutil.wait_procs(processes, timeout=PATIENCE)
         assert alive == []
     finally:
         link.unlink()
 
 
-def test_many_that_start_at_once_keep_their_folders(tmpdir: Path) -> None:
+def test_owners_that_start_at_the_same_time_keep_their_folders(tmpdir: Path) -> None:
     owners = [Owner() for _ in range(4)]
     for owner in owners:
         assert (owner.folder / "token").exists()
@@ -181,7 +181,7 @@ def test_many_that_start_at_once_keep_their_folders(tmpdir: Path) -> None:
     assert list(tmpdir.iterdir()) == []
 
 
-def test_a_long_tmpdir_is_used_for_files_and_not_for_sockets(
+def test_a_long_tmpdir_is_used_for_files_but_not_for_sockets(
     tmpdir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmpdir / ("long" * 20)

@@ -1,4 +1,4 @@
-"""What `ray job submit --working-dir .` uploads, by the function of Ray's that packs it."""
+"""The files that `ray job submit --working-dir .` uploads, packed by Ray's own function."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 
 CODE = ["pyproject.toml", "dwf_cluster/launch.py", "dwf_cluster/data/sources.py", "jobs/experts.py", "own-images.npz"]
 
-LEFT_BEHIND = [
+OUTPUTS = [
     "runs/digits-seed0-ce2d226613/results/metrics/pgd-1.parquet",
     "runs-of-mine/digits-seed0-ce2d226613/checkpoints/joint/epoch-00001/tensors.safetensors",
     "data/cifar-10-batches-py/data_batch_1",
@@ -38,15 +38,15 @@ LEFT_BEHIND = [
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A working folder in which much has been run."""
-    for name in (*CODE, *LEFT_BEHIND):
+    """A working folder with the outputs of many runs."""
+    for name in (*CODE, *OUTPUTS):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("content")
     shutil.copy(ROOT / ".gitignore", tmp_path)
     return tmp_path
 
 
-def test_a_ray_job_uploads_the_code_and_nothing_that_runs_have_left(
+def test_a_ray_job_uploads_the_code_and_no_outputs_of_runs(
     folder: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     package = tmp_path_factory.mktemp("package") / "package.zip"

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import gzip
 import hashlib
+import http.server
 import os
 import pickle
 import struct
+import tarfile
+import threading
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,16 +23,25 @@ import scipy.io
 from dwf_cluster.data import sources
 from dwf_cluster.data.registry import DATASETS, Data
 from dwf_cluster.data.sources import DataUnavailable
-from dwf_cluster.settings import InvalidInput
+from dwf_cluster.experiment import build
+from dwf_cluster.settings import InvalidInput, describe
 
 from ..conftest import write_npz
 
 
+def _sizes(images: sources.Images) -> tuple[int, int, tuple[int, int, int], int]:
+    return len(images.x_train), len(images.x_test), images.shape, images.classes
+
+
+def _registered_sizes(name: str) -> tuple[int, int, tuple[int, int, int], int]:
+    dataset = DATASETS[name]
+    return dataset.train, dataset.test, dataset.shape, dataset.classes
+
+
 def test_digits_are_scikit_learns_split_once_and_for_all() -> None:
     images = sources.load(Data(source="digits"), Path())
-    assert (len(images.x_train), len(images.x_test), images.shape) == DATASETS["digits"]
+    assert _sizes(images) == _registered_sizes("digits")
     assert images.x_train.dtype == np.uint8
-    assert images.classes == 10
     assert images.x_train.max() == 255
     together = np.concatenate([images.x_train, images.x_test]).reshape(1797, -1)
     from sklearn.datasets import load_digits
@@ -72,7 +88,7 @@ def test_fashion_mnist_is_read_from_a_local_folder_and_padded(fashion: Path) -> 
 )
 def test_the_real_fashion_mnist_is_found_where_debian_puts_it(tmp_path: Path) -> None:
     images = sources.load(Data(source="fashion-mnist"), tmp_path)
-    assert (len(images.x_train), len(images.x_test), images.shape) == DATASETS["fashion-mnist"]
+    assert _sizes(images) == _registered_sizes("fashion-mnist")
     assert np.bincount(images.y_train).tolist() == [6000] * 10
     assert images.mean == pytest.approx([0.2860], abs=1e-4)
 
@@ -89,7 +105,7 @@ def test_a_damaged_idx_file_is_named(fashion: Path, damage: object) -> None:
 
 
 def _cifar10(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """CIFAR-10's python version with 4 images a batch, and torchvision told the checksums of these files."""
+    """CIFAR-10's python version with 4 images a batch, and their checksums in torchvision's place."""
     from torchvision.datasets import CIFAR10
 
     base = folder / "cifar-10-batches-py"
@@ -112,6 +128,7 @@ def _cifar10(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_cifar10_comes_through_torchvision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _cifar10(tmp_path, monkeypatch)
+    assert sources.is_here(Data(source="cifar10"), tmp_path)
     images = sources.load(Data(source="cifar10"), tmp_path)
     assert images.x_train.shape == (20, 3, 32, 32)
     assert images.x_train[4, :, 0, 0].tolist() == [200, 1, 1]
@@ -140,23 +157,68 @@ def test_svhn_comes_through_torchvision(tmp_path: Path, monkeypatch: pytest.Monk
         scipy.io.savemat(path, {"X": x, "y": np.array([[10], [1], [2], [3], [4], [5]][:count])})
         splits[split] = ["http://127.0.0.1:9/", path.name, hashlib.md5(path.read_bytes()).hexdigest()]
     monkeypatch.setattr(SVHN, "split_list", splits)
+    assert sources.is_here(Data(source="svhn"), tmp_path)
     images = sources.load(Data(source="svhn"), tmp_path)
     assert images.x_train[:, 0, 1, 2].tolist() == [0, 1, 2, 3, 4, 5]
     assert images.y_train.tolist() == [0, 1, 2, 3, 4, 5]  # the format writes 0 as 10
 
 
 @pytest.mark.parametrize("source", ["cifar10", "svhn"])
+@pytest.mark.parametrize("use", [sources.load, sources.fetch], ids=lambda use: use.__name__)
 def test_without_a_network_the_message_says_what_to_do(
-    source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    use: Callable[[Data, Path], object], source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for variable in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
         monkeypatch.setenv(variable, "http://127.0.0.1:9")  # nothing listens there
+    assert not sources.is_here(Data(source=source), tmp_path)
     with pytest.raises(DataUnavailable) as error:
-        sources.load(Data(source=source), tmp_path)
+        use(Data(source=source), tmp_path)
     assert "cannot be downloaded" in str(error.value)
     assert str(tmp_path) in str(error.value)
     assert "--data-folder" in str(error.value)
+    assert "on a machine with a network, run the same command with --fetch-data" in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_fetch_downloads_what_is_missing_with_torchvision_and_verifies_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The archive that torchvision downloads comes from a server of the test's own, with its real checksum."""
+    from torchvision.datasets import CIFAR10
+
+    served, downloads = tmp_path / "served", tmp_path / "downloads"
+    served.mkdir()
+    _cifar10(served, monkeypatch)
+    with tarfile.open(served / CIFAR10.filename, "w:gz") as archive:
+        archive.add(served / "cifar-10-batches-py", "cifar-10-batches-py")
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(served))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setattr(CIFAR10, "url", f"http://127.0.0.1:{server.server_port}/{CIFAR10.filename}")
+        monkeypatch.setattr(CIFAR10, "tgz_md5", "0" * 32)
+        with pytest.raises(DataUnavailable, match="cannot be downloaded"):
+            sources.fetch(Data(source="cifar10"), downloads)
+        digest = hashlib.md5((served / CIFAR10.filename).read_bytes()).hexdigest()
+        monkeypatch.setattr(CIFAR10, "tgz_md5", digest)
+        sources.fetch(Data(source="cifar10"), downloads)
+        server.shutdown()
+    assert sources.is_here(Data(source="cifar10"), downloads)
+    sources.fetch(Data(source="cifar10"), downloads)  # nothing is downloaded again
+
+
+def test_fetch_verifies_data_sets_that_need_no_download(fashion: Path, tmp_path: Path) -> None:
+    own = Data(source=str(write_npz(tmp_path / "own.npz")))
+    for data in (Data(source="digits"), Data(source="fashion-mnist"), own):
+        assert sources.is_here(data, fashion)
+        sources.fetch(data, fashion)
+    (fashion / "train-images-idx3-ubyte.gz").write_bytes(b"damaged")
+    (tmp_path / "own.npz").write_bytes(b"damaged")
+    for data in (Data(source="fashion-mnist"), own):
+        assert sources.is_here(data, fashion)  # without reading
+        with pytest.raises(InvalidInput):
+            sources.fetch(data, fashion)
+    (tmp_path / "own.npz").unlink()
+    assert not sources.is_here(own, fashion)
 
 
 # ------------------------------------------------------------------------------------------- own images
@@ -209,7 +271,7 @@ def test_a_file_that_is_no_npz_is_named(tmp_path: Path) -> None:
         (Data(source="digits", mean=(0.1,) * 3, std=(0.1,) * 3), "data.mean: 3 values cannot be used"),
     ],
 )
-def test_more_than_there_is_cannot_be_asked_for(data: Data, message: str) -> None:
+def test_settings_that_the_images_do_not_allow_are_refused(data: Data, message: str) -> None:
     with pytest.raises(InvalidInput) as error:
         sources.load(data, Path())
     assert str(error.value).startswith(message)
@@ -220,3 +282,30 @@ def test_sizes_are_those_of_the_loaded_images(fashion: Path, tmp_path: Path) -> 
     for data in (Data(source="digits", test_examples=7), Data(source=path, padding=1)):
         images = sources.load(data, Path())
         assert sources.sizes(data) == sources.Sizes(len(images.x_train), len(images.x_test), images.shape)
+
+
+def test_a_command_decompresses_own_images_once_and_again_only_if_the_file_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    members, open_member = list[str](), zipfile.ZipFile.open
+
+    def counted(archive: zipfile.ZipFile, member: Any, *arguments: Any, **options: Any) -> object:
+        members.append(getattr(member, "filename", member))
+        return open_member(archive, member, *arguments, **options)
+
+    monkeypatch.setattr(zipfile.ZipFile, "open", counted)
+    path = write_npz(tmp_path / "own.npz")
+    members.clear()
+    data = build(str(path)).data
+    for _ in range(3):  # the plan, the run and a sweep's driver ask for sizes and images
+        assert sources.sizes(data).train == len(sources.load(data, Path()).x_train) == 64
+    assert sorted(members) == [f"{name}.npy" for name in ("x_test", "x_train", "y_test", "y_train")]
+    write_npz(path, x_test=np.zeros((9, 8, 8, 3), np.uint8), y_test=np.zeros(9, int))
+    members.clear()
+    assert sources.sizes(data).test == 9
+    assert len(members) == 4
+
+
+def test_the_help_of_the_source_lists_every_data_set() -> None:
+    (source,) = (field for field in describe(Data) if field.name == "source")
+    assert source.meaning.startswith("`digits`, `fashion-mnist`, `cifar10`, `svhn`, or an `.npz` file with")

@@ -13,7 +13,8 @@ from torch import nn
 
 from dwf_cluster.data.device import to_float
 from dwf_cluster.data.sources import Images, load
-from dwf_cluster.evaluation.masking import Check, masking
+from dwf_cluster.evaluation.masking import Check, Inspection, masking
+from dwf_cluster.evaluation.registry import Threat
 from dwf_cluster.experiment import build
 from dwf_cluster.models.frozen import frozen
 from dwf_cluster.models.resnet import ResNet18
@@ -62,13 +63,14 @@ class Fault(nn.Module):
 def _checks(model: nn.Module, images: Images) -> dict[str, Check]:
     x, y = to_float(torch.tensor(images.x_test[:COUNT])), torch.tensor(images.y_test[:COUNT])
     generators = [torch.Generator().manual_seed(i) for i in range(COUNT)]
-    return {c.check: c for c in masking(model, x, y, EPSILON, STEP_SIZE, STEPS, generators)}
+    inspection = Inspection(model, x, y, Threat(EPSILON, STEP_SIZE), STEPS, generators)
+    return {check.check: check for check in masking(inspection)}
 
 
 def test_a_sound_model_shows_no_sign(sound: nn.Module, images: Images) -> None:
-    found = _checks(frozen(sound), images)
-    assert {name for name, check in found.items() if check.fired} == set()
-    assert set(found) == {
+    checks = _checks(frozen(sound), images)
+    assert {name for name, check in checks.items() if check.fired} == set()
+    assert set(checks) == {
         "nan",
         "probabilities",
         "random",
@@ -170,6 +172,6 @@ def test_a_fault_is_found_by_its_check(
     sound: nn.Module, images: Images, check: str, broken: Callable[[nn.Module], nn.Module]
 ) -> None:
     Crumpled.clean = to_float(torch.tensor(images.x_test[:COUNT]))
-    found = _checks(broken(sound), images)
-    assert found[check].fired, found
-    assert found[check].value > found[check].limit
+    checks = _checks(broken(sound), images)
+    assert checks[check].fired, checks
+    assert checks[check].value > checks[check].limit

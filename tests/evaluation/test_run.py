@@ -1,4 +1,4 @@
-"""The attack grid: shards and predictions of one model, and what they come to."""
+"""The suites: shards and predictions of one model, and how they are merged."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from dwf_cluster.attacks.gradient import differentiate
 from dwf_cluster.attacks.pgd import fgsm, pgd
 from dwf_cluster.data.device import to_float
 from dwf_cluster.data.sources import Images
-from dwf_cluster.defences import adversarial, dwf
+from dwf_cluster.defences.build import untrained
+from dwf_cluster.defences.registry import METHODS
 from dwf_cluster.determinism import Draws
 from dwf_cluster.evaluation import merge
 from dwf_cluster.evaluation.registry import Column, columns, suite_names
@@ -46,23 +47,47 @@ def everything() -> Experiment:
 
 def _models(experiment: Experiment, images: Images) -> dict[str, torch.nn.Module]:
     """Experts and mixture, untrained, in double precision: rounding must decide nothing."""
-    experts = {r.name: adversarial.build(experiment, images, r.name) for r in experiment.regimes}
-    for model in (mixture := dwf.build(experiment, images), *experts.values()):
+    experts = {name: _untrained(experiment, images, name) for name in experiment.names if name != "mixture"}
+    for model in (mixture := _untrained(experiment, images, "mixture"), *experts.values()):
         model.train()
         for _ in range(3):
             model(to_float(torch.tensor(images.x_train)))
     return {name: InDouble(model) for name, model in experts.items()} | {"mixture": mixture.double()}
 
 
+def _untrained(experiment: Experiment, images: Images, name: str) -> torch.nn.Module:
+    """A model of the experiment before its training, as are its parents."""
+    spec = experiment.spec(name)
+    parents = {parent: _untrained(experiment, images, parent) for parent in spec.parents}
+    return untrained(spec, images.format, experiment.seed, parents)
+
+
+def _suites(experiment: Experiment, name: str) -> tuple[str, ...]:
+    """Suites that a model is attacked by; the last, `checks`, attacks nothing that counts."""
+    return suite_names(experiment.evaluation, METHODS[experiment.spec(name).method].has_gate)[:-1]
+
+
 def _evaluated(
-    experiment: Experiment, images: Images, name: str, family: str, chosen: slice = slice(0, 40)
+    experiment: Experiment, images: Images, name: str, suite: str, shard: slice = slice(0, 40)
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     models = _models(experiment, images)
     if name == "mixture":
         models["mixture"] = _PixelsInDouble(models["mixture"])
-    wanted = models if "transfer" in experiment.evaluation.beyond and family == "paper" else {name: models[name]}
-    x, y = images.x_test[chosen], images.y_test[chosen]
-    return evaluate(experiment, wanted, name, family, x, y, chosen.start, CPU)
+    wanted = models if "transfer" in experiment.evaluation.beyond and suite == "paper" else {name: models[name]}
+    return _evaluate(experiment, wanted, name, suite, images.x_test[shard], images.y_test[shard], shard.start)
+
+
+def _evaluate(
+    experiment: Experiment,
+    models: dict[str, torch.nn.Module],
+    name: str,
+    suite: str,
+    x: np.ndarray[Any, Any],
+    y: np.ndarray[Any, Any],
+    first: int = 0,
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    settings = (experiment.evaluation, experiment.threat)
+    return evaluate(models, name, suite, x, y, *settings, seed=experiment.seed, device=CPU, first=first)
 
 
 class _PixelsInDouble(Mixture):
@@ -79,14 +104,14 @@ def _own(predictions: list[dict[str, Any]], row: dict[str, Any]) -> list[dict[st
 
 
 @pytest.mark.parametrize("name", ["fgsm-1", "mixture"])
-def test_every_column_of_every_family_counts_its_correct_predictions(
+def test_every_column_of_every_suite_counts_its_correct_predictions(
     everything: Experiment, images: Images, name: str
 ) -> None:
-    for family in suite_names(everything, name)[:-1]:
-        rows, predictions = _evaluated(everything, images, name, family)
+    for suite in _suites(everything, name):
+        rows, predictions = _evaluated(everything, images, name, suite)
         attacked = [row for row in rows if row["attack"] != "transfer"]
         assert [{key: row[key] for key in Column("clean").settings} for row in attacked] == [
-            column.settings for column in columns(everything, family)
+            column.settings for column in columns(everything.evaluation, everything.threat, suite)
         ]
         for row in rows:
             own = _own(predictions, row)
@@ -104,8 +129,8 @@ def test_each_of_the_17_columns_is_the_attack_run_alone_on_the_whole_model(
     model = _models(everything, images)["fgsm-1"].eval()
     rows, predictions = _evaluated(everything, images, "fgsm-1", "paper")
     x, y = to_float(torch.tensor(images.x_test)), torch.tensor(images.y_test)
-    pgd = everything.pgd
-    ball = Ball("linf", pgd.epsilon)
+    threat = everything.threat
+    ball = Ball("linf", threat.epsilon)
     generators = [Draws((0, "fgsm-1", "paper", i)).generator("attack") for i in range(40)]
     starts = [x, *(ball.random_point(x, generators) for _ in range(1, everything.evaluation.restarts))]
 
@@ -114,7 +139,7 @@ def test_each_of_the_17_columns_is_the_attack_run_alone_on_the_whole_model(
             return model(images).argmax(1) == y
 
     def run(steps: int, start: torch.Tensor = x) -> list[torch.Tensor]:
-        return [it.x for it in pgd(model, x, y, ball, step_size=pgd.step_size, steps=steps, start=start)]
+        return [it.x for it in pgd(model, x, y, ball, step_size=threat.step_size, steps=steps, start=start)]
 
     for row in rows:
         if row["attack"] == "clean":
@@ -126,8 +151,8 @@ def test_each_of_the_17_columns_is_the_attack_run_alone_on_the_whole_model(
         elif row["attack"] != "transfer":
             expected = right(run(row["steps"])[-1])
         if row["attack"] != "transfer":
-            found = [p["prediction"] == p["label"] for p in _own(predictions, row)]
-            assert found == expected.tolist(), row
+            correct = [p["prediction"] == p["label"] for p in _own(predictions, row)]
+            assert correct == expected.tolist(), row
     accuracies = {row["attack"]: row["correct"] for row in rows}
     assert accuracies["pgd_restarts"] < accuracies["clean"]
 
@@ -153,17 +178,17 @@ def test_gradients_are_counted_where_they_are_spent(
 ) -> None:
     real, counted = torch.autograd.grad, []
 
-    def counting(total: torch.Tensor, leaf: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def counting(total: torch.Tensor, leaf: torch.Tensor, **options: Any) -> tuple[torch.Tensor, ...]:
         counted.append(len(leaf))
-        return real(total, leaf)
+        return real(total, leaf, **options)
 
     monkeypatch.setattr(torch.autograd, "grad", counting)
-    for family in suite_names(everything, "mixture")[:-1]:
+    for suite in _suites(everything, "mixture"):
         counted.clear()
-        rows, _ = _evaluated(everything, images, "mixture", family)
-        assert sum(row["gradients"] for row in rows) == sum(counted), family
+        rows, _ = _evaluated(everything, images, "mixture", suite)
+        assert sum(row["gradients"] for row in rows) == sum(counted), suite
         spent = [row["gradients"] for row in rows if row["attack"] != "transfer"]
-        if family == "paper":
+        if suite == "paper":
             # One gradient serves nine strengths and PGD-1; PGD-3 goes on from there; the adaptive run from PGD-3.
             assert spent[:12] == [0, 40, *[0] * 8, 0, 80]
             *_, restarts, adaptive = spent
@@ -182,32 +207,32 @@ def test_more_eot_samples_are_a_run_of_their_own(images: Images) -> None:
 def test_the_mixtures_predictions_carry_the_gates_weights_on_the_attacked_image(
     tiny: Experiment, images: Images
 ) -> None:
-    mixture = dwf.build(tiny, images)
-    _, predictions = evaluate(tiny, {"mixture": mixture}, "mixture", "paper", images.x_test, images.y_test, 0, CPU)
-    view = frozen(mixture)
+    mixture = _untrained(tiny, images, "mixture")
+    _, predictions = _evaluate(tiny, {"mixture": mixture}, "mixture", "paper", images.x_test, images.y_test)
+    frozen_mixture = frozen(mixture)
     x, y = to_float(torch.tensor(images.x_test)), torch.tensor(images.y_test)
     ball = Ball("linf", tiny.pgd.epsilon)
-    *_, attacked = pgd(view, x, y, ball, step_size=tiny.pgd.step_size, steps=2)
+    *_, attacked = pgd(frozen_mixture, x, y, ball, step_size=tiny.pgd.step_size, steps=2)
     last = torch.tensor([p["gate"] for p in predictions if p["attack"] == "pgd" and p["steps"] == 2])
     assert last.shape == (40, 3)
     torch.testing.assert_close(last, mixture.gate(attacked.x))
 
 
-def test_slices_of_the_test_set_come_to_the_same_rows_as_the_whole(
+def test_shards_of_the_test_set_give_the_same_rows_as_the_whole(
     everything: Experiment, images: Images, store: Store
 ) -> None:
-    """Draws belong to an image's place in the test set, so neither slices nor batches change them."""
+    """Draws belong to an image's place in the test set, so neither shards nor batches change them."""
     small = build("digits", 0, [*EVERYTHING, "evaluation.batch_size=8"])
-    for family in ("paper", "apgd", "square"):
-        slices = [slice(0, 16), slice(16, 32), slice(32, 40)]
+    for suite in ("paper", "apgd", "square"):
+        shards = [slice(0, 16), slice(16, 32), slice(32, 40)]
         predictions = []
-        for number, chosen in enumerate(slices):
-            rows, part = _evaluated(small, images, "fgsm-1", family, chosen)
-            tables.write(store, "shards", f"{family}-{number}", rows)
+        for number, shard in enumerate(shards):
+            rows, part = _evaluated(small, images, "fgsm-1", suite, shard)
+            tables.write(store, "shards", f"{suite}-{number}", rows)
             predictions += part
-        merge.merge(store, {family: [f"{family}-{number}" for number in range(3)]})
-        merged = tables.read(store, "evaluations", [family]).to_pylist()
-        whole, whole_predictions = _evaluated(everything, images, "fgsm-1", family)
+        merge.merge(store, {suite: [f"{suite}-{number}" for number in range(3)]})
+        merged = tables.read(store, "evaluations", [suite]).to_pylist()
+        whole, whole_predictions = _evaluated(everything, images, "fgsm-1", suite)
         for row, expected in zip(merged, whole, strict=True):
             for key in ("model", "attack", "source", "epsilon", "steps", "examples", "correct", "gradients"):
                 assert row[key] == expected[key]
@@ -218,7 +243,7 @@ def test_slices_of_the_test_set_come_to_the_same_rows_as_the_whole(
             assert [p["margin"] for p in ours] == pytest.approx([p["margin"] for p in theirs], abs=1e-5)
 
 
-def test_a_merge_waits_for_every_slice_and_its_intervals_are_wilsons(
+def test_a_merge_waits_for_every_shard_and_its_intervals_are_wilsons(
     tiny: Experiment, images: Images, store: Store
 ) -> None:
     rows, _ = _evaluated(tiny, images, "benign", "paper")
@@ -238,21 +263,22 @@ def test_the_test_set_is_read_a_batch_at_a_time(images: Images, tmp_path: Path) 
         read: list[int] = []  # noqa: RUF012
 
         def __getitem__(self, key: Any) -> Any:
-            found = super().__getitem__(key)
-            self.read.append(len(found) if found.ndim == 4 else 1)
-            return np.asarray(found)
+            rows_read = super().__getitem__(key)
+            self.read.append(len(rows_read) if found.ndim == 4 else 1)
+            return np.asarray(rows_read)
 
     np.save(tmp_path / "x.npy", images.x_test)
     streamed = np.load(tmp_path / "x.npy", mmap_mode="r").view(Watched)
     experiment = build("digits", 0, [*TINY, "evaluation.batch_size=16"])
-    model = adversarial.build(experiment, images, "benign")
-    rows, _ = evaluate(experiment, {"benign": model}, "benign", "paper", streamed, images.y_test, 0, CPU)
+    model = _untrained(experiment, images, "benign")
+    rows, _ = _evaluate(experiment, {"benign": model}, "benign", "paper", streamed, images.y_test)
     assert rows[0]["examples"] == 40
     assert Watched.read == [16, 16, 8]
 
 
 def test_each_model_is_checked_for_masking(tiny: Experiment, images: Images) -> None:
-    model = adversarial.build(tiny, images, "benign")
-    rows = check(tiny, model, "benign", images.x_test[:8], images.y_test[:8], CPU)
+    model = _untrained(tiny, images, "benign")
+    settings = (images.x_test[:8], images.y_test[:8], tiny.evaluation, tiny.threat)
+    rows = check(model, "benign", *settings, seed=tiny.seed, device=CPU)
     assert {row["check"] for row in rows} >= {"nan", "probabilities", "black_box", "huge_epsilon"}
     assert {(row["model"], row["examples"]) for row in rows} == {("benign", 8)}

@@ -1,5 +1,7 @@
-"""Runs of a thousand experiments: heartbeats often enough, and all former owners looked at together. Without a clock:
-operations of the store are counted."""
+"""Heartbeats of a thousand experiments are in time, and all former owners are checked at once.
+
+No clock is used: the operations of the store are counted.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +15,11 @@ from typing import Any, ClassVar
 import fsspec
 import pytest
 from fsspec import AbstractFileSystem
-from rich.console import Console
 
-from dwf_cluster.console.progress import Progress
 from dwf_cluster.data.registry import Sizes
 from dwf_cluster.experiment import Experiment, build
-from dwf_cluster.pipeline import run
-from dwf_cluster.pipeline.heartbeat import Standing
+from dwf_cluster.pipeline import heartbeat, stages
+from dwf_cluster.pipeline.heartbeat import Heartbeats, Tally
 from dwf_cluster.store import Store, files, lock, tables
 from dwf_cluster.store.lock import ExperimentLocked, Lock, Owner
 from dwf_cluster.store.status import HEARTBEAT, Status
@@ -28,14 +28,14 @@ from .. import PATIENCE
 from ..conftest import TINY
 
 EXPERIMENTS, LATENCY, LIMIT = 1000, 0.07, 15.0
-"""Experiments of one run, seconds an operation, seconds between two heartbeats."""
+"""Experiments of one run, seconds of an operation of S3, most seconds between two heartbeats."""
 
 SIZES = Sizes(96, 40, (1, 8, 8))
 URL = "counted://root"
 
 
 class Counted(AbstractFileSystem):
-    """An object store in memory, that counts the operations of each thread."""
+    """An object store in memory that counts the operations of each thread."""
 
     protocol = "counted"
     objects: ClassVar[dict[str, dict[str, bytes]]] = {}
@@ -80,7 +80,7 @@ class Counted(AbstractFileSystem):
 
     @classmethod
     def wait_for(cls, condition: Callable[[], bool]) -> None:
-        """Until it holds; looked at with each heartbeat."""
+        """Wait until a condition holds; it is checked at each heartbeat."""
         with cls.changed:
             assert cls.changed.wait_for(condition, timeout=PATIENCE)
 
@@ -98,69 +98,71 @@ def experiments() -> list[Experiment]:
     return [build("digits", seed, TINY) for seed in range(EXPERIMENTS)]
 
 
-def test_a_thousand_experiments_beat_in_time_until_the_final_state_of_each_is_written(
+def test_a_thousand_heartbeats_are_in_time_until_each_final_state_is_written(
     experiments: list[Experiment], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(standing, "HEARTBEAT", 0.01)
-    leases = {e: Lock(Store(URL, e.folder, run=1), 1, Owner.current()) for e in experiments}
+    monkeypatch.setattr(heartbeat, "HEARTBEAT", 0.01)
+    locks = {e: Lock(Store(URL, e.folder, run=1), 1, Owner.current()) for e in experiments}
+    tally = Tally({e: held.store for e, held in locks.items()}, SIZES)
 
-    def beats() -> int:
+    def fewest_heartbeats() -> int:
         return min(len(Counted.beats[e.folder]) for e in experiments)
 
     def count(store: Store) -> dict[str, int]:
-        """Takes as long as two more heartbeats of this experiment."""
+        """Take as long as two more heartbeats of this experiment."""
         known = len(Counted.beats[store.folder])
         Counted.wait_for(lambda: len(Counted.beats[store.folder]) >= known + 2)
         return {"metrics": 7}
 
     monkeypatch.setattr(tables, "count", count)
-    with Standing(leases, SIZES, "the command").told() as told:
-        Counted.wait_for(lambda: beats() >= 3)
-        told.count()
+    with Heartbeats(locks, tally, "the command").reporting():
+        Counted.wait_for(lambda: fewest_heartbeats() >= 3)
+        tally.count()
 
-    rounds = defaultdict(list)
+    operations = defaultdict(list)
     for experiment in experiments:
         _first, *running, _final = Counted.beats[experiment.folder]
         for (thread, before), (same, after) in itertools.pairwise(running):
             assert thread == same
-            rounds[thread].append(after - before)
-    assert len(rounds) <= files._CONNECTIONS
-    assert HEARTBEAT + LATENCY * max(map(max, rounds.values())) <= LIMIT
-    for store in (held.store for held in leases.values()):
+            operations[thread].append(after - before)
+    assert len(operations) <= files._CONNECTIONS
+    assert HEARTBEAT + LATENCY * max(map(max, operations.values())) <= LIMIT
+    for store in (held.store for held in locks.values()):
         status = Status.read(store)
         assert status is not None
         assert (status.state, status.rows, status.stages["experts"]) == ("stopped", {"metrics": 7}, (0, 3))
 
 
-def test_a_run_that_loses_one_of_its_experiments_says_to_whom_and_gives_the_others_their_final_state(
+def test_a_run_that_loses_an_experiment_names_the_new_owner_and_ends_the_others_properly(
     experiments: list[Experiment],
 ) -> None:
     lost, other = experiments[:2]
-    leases = {e: lock.acquire(e.store(URL)) for e in (lost, other)}
+    locks = {e: lock.acquire(e.store(URL)) for e in (lost, other)}
+    tally = Tally({e: held.store for e, held in locks.items()}, SIZES)
     successor = Owner.current().model_copy(update={"host": "n7", "pid": 4711, "since": "2026-11-23T12:00:00+00:00"})
 
     def run() -> None:
-        with Standing(leases, SIZES, "the command").told() as told:
-            told.count()
+        with Heartbeats(locks, tally, "the command").reporting():
+            tally.count()
             Store(URL, lost.folder).create("lease/00002.json", successor.model_dump_json().encode())
 
-    with pytest.raises(ExperimentLocked) as held:
+    with pytest.raises(ExperimentLocked) as error:
         run()
-    assert str(held.value) == (
+    assert str(error.value) == (
         f"{lost.folder} was taken over by n7 (process 4711) since 2026-11-23T12:00:00+00:00: "
         "this run sent no heartbeat for too long"
     )
-    states = [status.state for e in (lost, other) if (status := Status.read(leases[e].store))]
+    states = [status.state for e in (lost, other) if (status := Status.read(locks[e].store))]
     assert states == ["running", "stopped"]
 
 
-def test_silent_owners_are_looked_at_together(experiments: list[Experiment], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each look waits for all others to have begun."""
+def test_silent_owners_are_checked_at_once(experiments: list[Experiment], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each check waits until all others have begun."""
     stores = {e: e.store(URL) for e in experiments[:100]}
     silent = Owner.current().model_copy(update={"machine": "another", "since": "2026-01-01T00:00:00+00:00"})
     for store in stores.values():
         store.create("lease/00001.json", silent.model_dump_json().encode())
-    together, take = threading.Barrier(len(stores), timeout=PATIENCE), lock.acquire
-    monkeypatch.setattr(lease, "take", lambda store, pid: take(store, lambda seconds: together.wait(), pid))
-    with run._held(stores, SIZES, Progress({}, URL, Console(quiet=True)), "the command", os.getpid()) as told:
-        assert {store.run for store in told.stores.values()} == {2}
+    together, acquire = threading.Barrier(len(stores), timeout=PATIENCE), lock.acquire
+    monkeypatch.setattr(lock, "acquire", lambda store, pid: acquire(store, lambda seconds: together.wait(), pid))
+    with stages.acquired(stores, SIZES, "the command", os.getpid()) as (fenced, _, _):
+        assert {store.run for store in fenced.values()} == {2}

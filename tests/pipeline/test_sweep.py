@@ -304,7 +304,7 @@ def test_the_same_sweep_again_does_nothing_and_prints_the_same_table(
     again = Launch(folder)(*SWEEP)
     assert again.returncode == 0
     assert again.stdout.splitlines()[:3] == [f"{s}: done already, skipped" for s in ("experts", "joint", "evaluate")]
-    table = first.stdout[first.stdout.index("Accuracy of the mixture") :].strip()
+    table = first.stdout[first.stdout.index("Accuracy of the defended model") :].strip()
     assert table in again.stdout
 
 

@@ -21,6 +21,7 @@ from dwf_cluster.settings import InvalidInput
 from dwf_cluster.store import LockLost, StorageFailed, Store, checkpoints, retry
 
 from .. import PATIENCE
+from ..conftest import RetryClock
 
 
 class Faulty(MemoryFileSystem):
@@ -55,10 +56,9 @@ class Faulty(MemoryFileSystem):
 
 
 @pytest.fixture
-def faulty(monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
+def faulty(retry_clock: RetryClock) -> Iterator[Store]:
     fsspec.register_implementation("faulty", Faulty, clobber=True)
     Faulty.faults, Faulty.put_faults, Faulty.calls, Faulty.store, Faulty.half = [], [], 0, {}, False
-    monkeypatch.setattr(retry, "PATIENCE", 0.5)
     store = Store("faulty://root", "experiment")
     store.write("file", b"before")
     Faulty.calls = 0

@@ -1,0 +1,47 @@
+"""The key of a column: the fields that identify one attack at one strength in every table."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import pandas as pd
+
+from dwf_cluster.evaluation.registry import Column
+
+
+class ColumnKey(NamedTuple):
+    """What tells the columns of one experiment apart; None where a field has no meaning."""
+
+    attack: str
+    source: str | None
+    epsilon: float | None
+    steps: int | None
+
+
+COLUMN_FIELDS = list(ColumnKey._fields)
+"""The key's fields, as columns of every table."""
+
+CELL_FIELDS = ["model", *COLUMN_FIELDS]
+"""The fields that identify a cell of the result table: a model in a column."""
+
+
+def column_key(column: Column) -> ColumnKey:
+    """The key of a column."""
+    return ColumnKey(column.attack, column.source, column.epsilon, column.steps)
+
+
+def key_of_row(row: Any) -> ColumnKey:
+    """The key of a frame's row, in which a field without meaning is NaN."""
+    source, epsilon, steps = (None if pd.isna(value) else value for value in (row.source, row.epsilon, row.steps))
+    return ColumnKey(row.attack, source, epsilon, None if steps is None else int(steps))
+
+
+def column_name(column: Column) -> str:
+    """The title of a column on one line."""
+    return " ".join(column.title.split())
+
+
+def each(frame: pd.DataFrame) -> Iterator[Any]:
+    """The rows of a frame, with its columns as attributes (which no type checker knows)."""
+    yield from frame.itertuples(index=False)

@@ -1,0 +1,165 @@
+"""What all figures share: the results that they show, the style, and the colour, dashes and marker of each model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from analysis.columns import each
+from analysis.predictions import Predictions
+from analysis.results import Group, kind
+
+PALETTE = ("#000000", "#0072B2", "#E69F00", "#56B4E9", "#CC79A7", "#009E73")
+"""Colours of kinds of models in the order of their appearance, repeated where there are more kinds. Okabe and Ito's,
+which the colour-blind tell apart, without the yellow, which is hard to see on white."""
+
+DEFENDED = "#D55E00"
+"""Colour of the defended model."""
+
+UNDESCRIBED = "#777777"
+"""Colour of models that no ModelSpec describes."""
+
+_DASHES = ("-", "--", "-.", ":")
+_MARKERS = "os^Dv<>PX*"
+_TEXT_WIDTH = 6.5  # inches: that of a page's text, so that text of 8 points is printed at that size
+_STYLE: dict[Any, Any] = {
+    "font.size": 8,
+    "axes.titlesize": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#dddddd",
+    "grid.linewidth": 0.5,
+    "axes.axisbelow": True,
+    "lines.linewidth": 1.2,
+    "lines.markersize": 4,
+    "legend.frameon": False,
+    "legend.handlelength": 3,
+    "figure.constrained_layout.use": True,
+    "image.cmap": "cividis",
+    "pdf.fonttype": 42,  # text stays text
+    "svg.hashsalt": "dwf_cluster",  # the same figure is the same file
+}
+
+
+@contextmanager
+def styled() -> Iterator[None]:
+    """Draw in this package's style; also a decorator of functions that draw."""
+    with rc_context(_STYLE):
+        yield
+
+
+@dataclass(frozen=True)
+class FigureData:
+    """What figures are drawn from.
+
+    Attributes:
+        group: the experiments.
+        measured: result of `tables.accuracies`.
+        predictions: result of `read_predictions`.
+    """
+
+    group: Group
+    measured: pd.DataFrame
+    predictions: Predictions
+
+    @cached_property
+    def styles(self) -> dict[str, dict[str, Any]]:
+        """Of each model: colours tell kinds apart; dashes and markers, models of the same colour."""
+        colours = model_colours(self.group)
+        styles = {}
+        for model, colour in colours.items():
+            i = [other for other in colours if colours[other] == colour].index(model)
+            style: dict[str, Any] = {
+                "color": colour,
+                "linestyle": _DASHES[i % len(_DASHES)],
+                "marker": _MARKERS[i % len(_MARKERS)],
+            }
+            if model == self.group.defended:
+                style |= {"marker": "*", "linewidth": 2.2, "markersize": 5.5, "zorder": 3}
+            styles[model] = style
+        return styles
+
+    def by_model(self, rows: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
+        """Rows of each model; the defended model last, so that it is drawn on top."""
+        models = self.group.models
+        return [(model, rows[rows.model == model]) for model in models if (rows.model == model).any()]
+
+    def by_attack(self, attack: str) -> dict[str, Any]:
+        """The row of each model in the only column of an attack."""
+        return {row.model: row for row in each(self.measured[self.measured.attack == attack])}
+
+
+def model_colours(group: Group) -> dict[str, str]:
+    """The colour of each model: models whose ModelSpecs differ only in their names are one kind and share a colour."""
+    experiment = group.experiment
+    specs = {spec.name: spec for spec in experiment.models}
+    kinds = list(dict.fromkeys(kind(spec) for spec in specs.values() if spec != experiment.defended))
+    colours = dict.fromkeys(group.models, UNDESCRIBED)
+    for model, spec in specs.items():
+        if spec != experiment.defended:
+            colours[model] = PALETTE[kinds.index(kind(spec)) % len(PALETTE)]
+    return colours | {group.defended: DEFENDED}
+
+
+def new_figure(height: float, rows: int = 1, columns: int = 1, **panels: Any) -> tuple[Figure, Any]:
+    """A figure as wide as a page's text, height in inches, and its axes."""
+    figure = Figure(figsize=(_TEXT_WIDTH, height))
+    return figure, figure.subplots(rows, columns, **panels)
+
+
+def point(axes: Axes, label: str, x: tuple[float, float], y: Any, style: Mapping[str, Any]) -> None:
+    """Draw one model as a point, with bars of one standard deviation where there are several seeds.
+
+    Args:
+        axes: where to draw.
+        label: the model's name.
+        x: value and standard deviation (NaN for one seed).
+        y: row of `tables.accuracies`; drawn in percent.
+        style: of the model, from `FigureData.styles`.
+    """
+    x_bar, y_bar = (None if math.isnan(std) else std for std in (x[1], 100 * y.std))
+    axes.errorbar(
+        x[0],
+        100 * y.mean,
+        xerr=x_bar,
+        yerr=y_bar,
+        label=label,
+        elinewidth=0.8,
+        capsize=2,
+        **{**style, "linestyle": "none"},
+    )
+
+
+def heat_map(
+    axes: Axes, values: np.ndarray[Any, Any], rows: Sequence[str], columns: Sequence[str], top: float | None = None
+) -> None:
+    """Draw a matrix as colours with the numbers in it; NaN stays empty.
+
+    Args:
+        axes: where to draw.
+        values: shape (rows, columns).
+        rows, columns: labels.
+        top: the value of the brightest colour, the largest value by default.
+    """
+    axes.imshow(values, vmin=0, vmax=top, aspect="auto")
+    half = (top or float(np.nanmax(values))) / 2
+    for (i, j), value in np.ndenumerate(values):
+        if not np.isnan(value):
+            colour = "white" if value < half else "black"
+            axes.text(j, i, f"{value:.0f}", ha="center", va="center", fontsize=7, color=colour)
+    axes.set_yticks(range(len(rows)), rows)
+    axes.set_xticks(range(len(columns)), columns, rotation=45, ha="right", rotation_mode="anchor")
+    axes.grid(visible=False)
+    axes.spines[:].set_visible(False)
+    axes.tick_params(length=0)

@@ -1,0 +1,268 @@
+"""The Python API: measure any classifier by the package's attacks, and load a trained model.
+
+The pipeline's tasks call the same `evaluation.run.evaluate` and `check`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import torch
+from torch import nn
+
+from dwf_cluster.data.registry import DATASETS, Data, ImageFormat
+from dwf_cluster.data.sources import load as load_images
+from dwf_cluster.defences.build import trained
+from dwf_cluster.evaluation import run
+from dwf_cluster.evaluation.merge import merged_rows
+from dwf_cluster.evaluation.registry import CHECKS, SUITES, Evaluation, Norm, Threat
+from dwf_cluster.evaluation.subject import Subject, isolated, prepare
+from dwf_cluster.experiment import Experiment
+from dwf_cluster.models.mixture import Mixture
+from dwf_cluster.settings import InvalidInput, one_line
+from dwf_cluster.store import RowLabels, Store, checkpoints, tables
+from dwf_cluster.store.url import check_url
+
+MODEL = "model"
+"""Name of the user's model in every table; random starts depend on it, so it is the same for every class."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What `evaluate` measured: pandas frames with the columns of docs/results.md, without those of an experiment.
+
+    Attributes:
+        evaluations: a row for each column of the suites: accuracy, its 95 % Wilson interval, gradients, seconds.
+        predictions: a row for each column and image: label, prediction, margin.
+        checks: a row for each check for gradient masking; `fired` marks a sign.
+    """
+
+    evaluations: pd.DataFrame
+    predictions: pd.DataFrame
+    checks: pd.DataFrame
+
+
+def evaluate(
+    model: nn.Module,
+    x: torch.Tensor | np.ndarray[Any, Any],
+    y: torch.Tensor | np.ndarray[Any, Any],
+    norm: Norm = "linf",
+    epsilon: float = 8 / 255,
+    step_size: float = 2 / 255,
+    suites: Sequence[str] = ("paper", "checks"),
+    seed: int = 0,
+    device: torch.device | str | None = None,
+    batch_size: int = 512,
+    progress: bool = True,
+) -> Result:
+    """Attack a classifier; a keyword for each setting, hence more than seven.
+
+    A copy of the model is attacked, in evaluation mode: the model and the global random states stay as they are.
+    The model is named `model` in every table.
+
+    Args:
+        model: any module, pixels in [0, 1] in, logits out, normalisation inside.
+        x: test images: float in [0, 1], shape (n, channels, height, width); or uint8, shape (n, height, width,
+            channels) or (n, height, width).
+        y: integer labels, shape (n,), from 0.
+        norm: `linf` or `l2`; every suite has one, and only suites of this norm can be asked for.
+        epsilon, step_size: radius of the ball and length of a step, in `norm`, pixels in [0, 1].
+        suites: keys of `evaluation.registry.SUITES`, with its default iterations; FGSM's epsilons are 0.01 to 0.09.
+        seed: of the random starts.
+        device: that computes; the model's own by default.
+        batch_size: images attacked at once.
+        progress: show a progress bar on stderr.
+
+    Raises:
+        InvalidInput: before any attack, if an argument cannot be used: one line with name, value and what is allowed.
+        NotLogits: before any attack, if the model returns NaN or probabilities.
+    """
+    names = check_suites(suites, norm)
+    sizes = {"epsilon": _number("epsilon", epsilon, norm), "step_size": _number("step_size", step_size, norm)}
+    if norm == "linf":
+        evaluation, threat = Evaluation(batch_size=_count("batch_size", batch_size)), Threat(**sizes)
+    else:
+        evaluation = Evaluation(
+            l2_epsilon=sizes["epsilon"], l2_step_size=sizes["step_size"], batch_size=_count("batch_size", batch_size)
+        )
+        threat = Threat(8 / 255, 2 / 255)  # of L-infinity suites, which are not run
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**31:
+        raise InvalidInput(f"seed: {seed!r} cannot be used: allowed is an integer from 0 to {2**31 - 1}")
+    with isolated(seed):
+        subject = prepare(model, x, y, device, evaluation.batch_size)
+        rows = measure(subject, names, evaluation, threat, seed, progress)
+    evaluations = _frame("evaluations", merged_rows(rows.shards))
+    return Result(evaluations, _frame("predictions", rows.predictions), _frame("checks", rows.checks))
+
+
+def load(folder: str | Path, name: str | None = None) -> nn.Module:
+    """Load a trained model: pixels in [0, 1] in, logits out, evaluation mode, on the CPU; `.gate(x)` where it has one.
+
+    Args:
+        folder: path or fsspec URL of an experiment's folder, such as `runs/digits-seed0-ce2d226613`.
+        name: of the model; by default the defended one.
+
+    Raises:
+        InvalidInput: if there is no experiment, no such model, or the model is not trained to its last epoch; for
+            images of the user's own, if their `.npz` file is gone.
+        StorageFailed: if the store does not answer.
+    """
+    path = str(folder).rstrip("/")
+    check_url(path)
+    content = Store(path, "").read("experiment.json")
+    if content is None:
+        raise InvalidInput(
+            f"folder: {path!r} cannot be used: it holds no experiment.json, as an experiment's folder does"
+        )
+    try:
+        experiment = Experiment.from_json(content.decode())
+    except ValueError as error:  # InvalidInput too
+        raise InvalidInput(f"folder: {path!r} cannot be used: experiment.json: {one_line(error)}") from None
+    name = experiment.defended.name if name is None else name
+    if name not in experiment.names:
+        raise InvalidInput(f"name: {name!r} cannot be used: allowed are {', '.join(experiment.names)}")
+    root, _, last = path.rpartition("/")
+    store = Store(root or ("/" if path.startswith("/") else "."), last)
+    # `trained` would remove checkpoints that it cannot use; reading must not.
+    checkpoint, epochs = checkpoints.load_latest(store, name), experiment.spec(name).training.epochs
+    if checkpoint is None or checkpoint.epoch < epochs:
+        reached = checkpoint.epoch if checkpoint else 0
+        raise InvalidInput(f"name: {name!r} cannot be used: it is trained for {reached} of {epochs} epochs in {path}")
+    return trained(experiment.models, name, _image_format(experiment.data), experiment.seed, store).eval()
+
+
+def _image_format(data: Data) -> ImageFormat:
+    """Shape and classes of an experiment's images; mean and std are placeholders: a checkpoint holds the true ones."""
+    if data.source not in DATASETS:
+        return load_images(data, Path()).format
+    dataset = DATASETS[data.source]
+    channels, height, width = dataset.shape
+    shape = (channels, height + 2 * data.padding, width + 2 * data.padding)
+    return ImageFormat(shape, dataset.classes, (0.0,) * channels, (1.0,) * channels)
+
+
+# ------------------------------------------------------------------------------------------- measuring a model
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of the tables of these names."""
+
+    shards: list[dict[str, Any]] = field(default_factory=list)
+    predictions: list[dict[str, Any]] = field(default_factory=list)
+    checks: list[dict[str, Any]] = field(default_factory=list)
+
+
+def measure(
+    subject: Subject, suites: Sequence[str], evaluation: Evaluation, threat: Threat, seed: int, progress: bool
+) -> Rows:
+    """Run suites on a model.
+
+    Raises:
+        InvalidInput: before any attack, if the model lacks the gate or the classes that a suite needs.
+    """
+    for suite in suites:
+        if SUITES[suite].needs_gate and not isinstance(subject.model, Mixture):
+            raise InvalidInput(
+                f"suites: {suite!r} cannot be used: the model has no experts and gate; allowed is a Mixture"
+            )
+        if SUITES[suite].classes > subject.classes:
+            raise InvalidInput(
+                f"suites: {suite!r} cannot be used: the model has {subject.classes} classes, "
+                f"allowed are {SUITES[suite].classes} or more"
+            )
+    rows, name = Rows(), MODEL
+    settings: tuple[Any, ...] = (evaluation, threat)
+    options: dict[str, Any] = {"seed": seed, "device": subject.device}
+    networks = len(subject.model.experts) if isinstance(subject.model, Mixture) else 1
+    checked = min(len(subject.y), evaluation.check_examples)
+    costs = {suite: SUITES[suite].cost(evaluation, networks) for suite in suites}
+    total = sum(cost * (checked if suite == CHECKS else len(subject.y)) for suite, cost in costs.items())
+    with _bar(progress, total) as advance:
+        for suite in suites:
+            advance(suite, 0)
+            if suite == CHECKS:
+                rows.checks.extend(
+                    run.check(subject.model, name, subject.x[:checked], subject.y[:checked], *settings, **options)
+                )
+                advance(suite, costs[suite] * checked)
+                continue
+            shards, predictions = run.evaluate(
+                {name: subject.model},
+                name,
+                suite,
+                subject.x,
+                subject.y,
+                *settings,
+                **options,
+                on_batch=lambda images, suite=suite: advance(suite, costs[suite] * images),  # type: ignore[misc]
+            )
+            rows.shards.extend(shards)
+            rows.predictions.extend(predictions)
+    return rows
+
+
+def check_suites(suites: Sequence[str], norm: str) -> tuple[str, ...]:
+    """Names of suites, each once.
+
+    Raises:
+        InvalidInput: if there is no such norm or suite, or a suite is of another norm.
+    """
+    if norm not in ("linf", "l2"):
+        raise InvalidInput(f"norm: {norm!r} cannot be used: allowed are linf, l2")
+    names = (suites,) if isinstance(suites, str) else tuple(suites)
+    allowed = ", ".join(name for name, suite in SUITES.items() if suite.norm == norm)
+    if not names:
+        raise InvalidInput(f"suites: none were given: allowed with norm {norm} are {allowed}")
+    for name in names:
+        if name not in SUITES or SUITES[name].norm != norm:
+            raise InvalidInput(f"suites: {name!r} cannot be used: allowed with norm {norm} are {allowed}")
+    return tuple(dict.fromkeys(names))
+
+
+def _number(name: str, value: float, norm: str) -> float:
+    largest = 1 if norm == "linf" else 1000
+    if isinstance(value, bool) or not isinstance(value, float | int) or not 0 < value <= largest:
+        raise InvalidInput(
+            f"{name}: {value!r} cannot be used: allowed with norm {norm} are numbers above 0, up to {largest}"
+        )
+    return float(value)
+
+
+def _count(name: str, value: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise InvalidInput(f"{name}: {value!r} cannot be used: allowed is an integer from 1")
+    return value
+
+
+def _frame(table: str, rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+    labels = {label.name for label in fields(RowLabels)}
+    schema = pa.schema([column for column in tables.SCHEMAS[table] if column.name not in labels])
+    frame: pd.DataFrame = pa.Table.from_pylist(list(rows), schema=schema).to_pandas()
+    return frame
+
+
+@contextmanager
+def _bar(shown: bool, total: float) -> Iterator[Callable[[str, float], None]]:
+    """A progress bar on stderr; yields a function of (suite, forward passes of one image)."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        Progress,
+        TaskProgressColumn,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), disable=not shown) as bar:
+        task = bar.add_task("", total=total)
+        yield lambda suite, passes: bar.update(task, description=suite, advance=passes)

@@ -1,0 +1,231 @@
+"""The command `dwf evaluate`: measure a model of the user's own, and write tables that `analysis` reads."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import re
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from dwf_cluster.evaluation.registry import CHECKS, PAPER, SUITES
+from dwf_cluster.experiment import Experiment, build
+from dwf_cluster.settings import InvalidInput, one_line, printable, regular_file
+from dwf_cluster.store import StorageFailed, Store, tables
+from dwf_cluster.store.url import check_url
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from dwf_cluster.api import Rows
+
+DEFENCE = "given"
+"""The defence of an experiment whose only model is the user's own."""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise InvalidInput(message.removeprefix("argument "))
+
+
+def evaluate_command(arguments: Sequence[str]) -> int:
+    """Run the command; returns the exit status.
+
+    Args:
+        arguments: those after `evaluate`.
+    """
+    try:
+        return _run(_parser().parse_args(list(arguments)))
+    except InvalidInput as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except StorageFailed as error:
+        print(f"failed: {printable(error)}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted; nothing was written", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="dwf evaluate",
+        description="Attack a model of your own on test images, and print its accuracy under each attack. Iterations "
+        "and strengths are those of the preset.",
+        epilog="exit status: 0 measured; 1 a data set or a storage that does not answer; 2 bad input, or a model that "
+        "cannot be attacked; 130 interrupted",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--model", required=True, metavar="FILE.py:FUNCTION", help="a function without arguments that returns the model"
+    )
+    parser.add_argument(
+        "--weights", type=Path, metavar="FILE", help="its state dict, as torch.save or safetensors has written it"
+    )
+    parser.add_argument("--preset", required=True, help="a preset, an .npz or a .json file: the test images")
+    parser.add_argument("--suites", default=f"{PAPER},{CHECKS}", help=f"of {','.join(SUITES)} (default: %(default)s)")
+    parser.add_argument("--norm", default="linf", help="norm of the suites: linf or l2 (default: linf)")
+    parser.add_argument("--epsilon", type=float, help="radius of the ball, pixels in [0, 1] (default: the preset's)")
+    parser.add_argument("--step-size", type=float, help="length of a step, pixels in [0, 1] (default: the preset's)")
+    parser.add_argument("--seed", type=int, help="seed of the random starts (default: 0)")
+    parser.add_argument("--batch-size", type=int, help="images attacked at once (default: 512)")
+    parser.add_argument("--device", help="such as cpu or cuda (default: the model's own)")
+    parser.add_argument("--examples", type=int, metavar="N", help="attack the first N test images (default: all)")
+    parser.add_argument(
+        "--data-folder", type=Path, default=Path("data"), metavar="FOLDER", help="where data sets are (default: ./data)"
+    )
+    parser.add_argument("--out", metavar="FOLDER", help="write the tables of an experiment below this path or URL")
+    return parser
+
+
+def _run(options: argparse.Namespace) -> int:
+    if options.out:
+        check_url(options.out)
+    file, _, function = options.model.rpartition(":")
+    if not file.endswith(".py") or not function.isidentifier():
+        raise InvalidInput(f"--model: {options.model!r} cannot be used: allowed is FILE.py:FUNCTION")
+    experiment = _experiment(options)
+    regular_file(file, "--model")
+    # Not before the input is known to be good: a typing mistake must not wait for torch.
+    from dwf_cluster.api import check_suites, measure
+    from dwf_cluster.attacks.gradient import NotLogits
+    from dwf_cluster.data.sources import DataUnavailable, load
+    from dwf_cluster.evaluation.subject import isolated, prepare
+
+    suites = check_suites(options.suites.split(","), options.norm)
+    try:
+        images = load(experiment.data, options.data_folder)
+    except DataUnavailable as error:
+        print(f"failed: {printable(error)}", file=sys.stderr)
+        return 1
+    model = _model(Path(file), function, options.weights)
+    pixels = images.x_test.transpose(0, 2, 3, 1)
+    evaluation, threat, seed = experiment.evaluation, experiment.threat, experiment.seed
+    try:
+        with isolated(seed):
+            subject = prepare(model, pixels, images.y_test, options.device, evaluation.batch_size)
+            rows = measure(subject, suites, evaluation, threat, seed, progress=sys.stderr.isatty())
+    except NotLogits as error:
+        raise InvalidInput(f"--model: {options.model!r} cannot be used: {error}") from None
+    with tempfile.TemporaryDirectory() as temporary:
+        store = experiment.store(options.out or temporary)
+        _write(store, experiment, rows)
+        _show(store, experiment)
+    if options.out:
+        print(store.root)
+    return 0
+
+
+def _experiment(options: argparse.Namespace) -> Experiment:
+    """The preset, with the user's model in the place of its models."""
+    suites = options.suites.split(",")
+    if unknown := next((name for name in suites if name not in SUITES), None):
+        raise InvalidInput(f"--suites: {unknown!r} cannot be used: allowed are {', '.join(SUITES)}")
+    prefix = "evaluation.l2_" if options.norm == "l2" else "pgd."
+    fields = {
+        f"{prefix}epsilon": options.epsilon,
+        f"{prefix}step_size": options.step_size,
+        "evaluation.batch_size": options.batch_size,
+        "data.test_examples": options.examples,
+        "evaluation.beyond": ",".join(name for name in suites if name not in (PAPER, CHECKS)),
+        "baselines": "",
+        "defence": DEFENCE,
+        "preset": _name(options),
+    }
+    return build(
+        options.preset, options.seed, [f"{name}={value}" for name, value in fields.items() if value is not None]
+    )
+
+
+def _name(options: argparse.Namespace) -> str:
+    """Name of the experiment: file, function and weights; the same command again replaces its rows."""
+    file, _, function = options.model.rpartition(":")
+    parts = (Path(file).stem, function, *((options.weights.stem,) if options.weights else ()))
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join(parts)).strip("-._")[:64] or DEFENCE
+
+
+def _model(file: Path, function: str, weights: Path | None) -> nn.Module:
+    """Call the user's function, and load the weights.
+
+    Raises:
+        InvalidInput: if there is no such function, it fails, or the weights are not the model's.
+    """
+    from torch import nn
+
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules.setdefault(file.stem, module)
+    sys.path.insert(0, str(file.parent))  # for the files that it imports from beside it
+    name = f"{file}:{function}"
+    try:
+        spec.loader.exec_module(module)
+        if not callable(getattr(module, function, None)):
+            raise InvalidInput(f"--model: {name!r} cannot be used: {file} has no function {function}")
+        model = getattr(module, function)()
+    except InvalidInput:
+        raise
+    except Exception as error:  # of any class: it is the user's code
+        reason = f"{type(error).__name__}: {one_line(error)}"
+        raise InvalidInput(f"--model: {name!r} cannot be used: {reason}") from None
+    finally:
+        sys.path.remove(str(file.parent))
+    if not isinstance(model, nn.Module):
+        raise InvalidInput(f"--model: {name!r} cannot be used: it returns {type(model).__name__}, allowed is nn.Module")
+    if weights is not None:
+        _load_weights(model, weights)
+    return model
+
+
+def _load_weights(model: nn.Module, file: Path) -> None:
+    import torch
+    from safetensors.torch import load_file
+
+    regular_file(str(file), "--weights")
+    try:
+        if file.suffix == ".safetensors":
+            state: Any = load_file(file)
+        else:
+            state = torch.load(file, map_location="cpu", weights_only=True)
+        model.load_state_dict(state)
+    # What unpickling and deserializing raise on a file of another kind is written down nowhere.
+    except Exception as error:
+        raise InvalidInput(f"--weights: {str(file)!r} cannot be used: {one_line(error)}") from None
+
+
+def _write(store: Store, experiment: Experiment, rows: Rows) -> None:
+    """The tables of an experiment with one model; `evaluations` last, as in a run."""
+    from dwf_cluster.evaluation.merge import forget, merge
+    from dwf_cluster.plan.jobs import EVALUATE, Job
+
+    store.write("experiment.json", experiment.to_json().encode())
+    spec = experiment.defended
+    shards: dict[str, list[str]] = {}
+    for suite in dict.fromkeys([row["family"] for row in rows.shards]):
+        own = [row for row in rows.shards if row["family"] == suite]
+        job = Job(experiment, experiment.folder, spec, EVALUATE, spec.name, 0.0, suite, 0, own[0]["examples"])
+        attacks = {row["attack"] for row in own}
+        tables.write(store, "predictions", job.file, [row for row in rows.predictions if row["attack"] in attacks])
+        tables.write(store, "shards", job.file, own)
+        shards[job.evaluation_file] = [job.file]
+    if rows.checks:
+        examples = rows.checks[0]["examples"]
+        job = Job(experiment, experiment.folder, spec, EVALUATE, spec.name, 0.0, CHECKS, 0, examples)
+        tables.write(store, CHECKS, job.file, rows.checks)
+    forget(store, shards)  # of an earlier run of the same command
+    merge(store, shards)
+
+
+def _show(store: Store, experiment: Experiment) -> None:
+    from rich.console import Console
+
+    from dwf_cluster.console.tables import result_table, show, warnings
+
+    if tables.files(store, "evaluations"):
+        show(Console(), result_table(experiment, store))
+    for line in warnings(experiment, store) if tables.files(store, CHECKS) else ():
+        print(printable(line))

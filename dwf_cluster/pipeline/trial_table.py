@@ -1,0 +1,99 @@
+"""What becomes of the trials of a sweep: one row each, in `trials.parquet`."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from dwf_cluster.experiment import Experiment
+from dwf_cluster.pipeline.sweep import Sweep, Trial
+from dwf_cluster.settings import to_text
+from dwf_cluster.store import StorageFailed, Store, tables
+
+STOPPED_EARLY = "stopped early"
+"""State of a trial that ASHA has ended."""
+
+
+class TrialTable:
+    """State and results of each trial of a sweep: `trials.parquet`, in the sweep's folder."""
+
+    FILE = "trials.parquet"
+
+    def __init__(self, sweep: Sweep, storage: str) -> None:
+        """Read what the store has."""
+        self._store = Store(storage, sweep.folder)
+        self._rows = {trial.name: self._row(trial) for trial in sweep.trials}
+        for row in self._stored_rows():
+            if row.get("state") == STOPPED_EARLY and row.get("trial") in self._rows:
+                self.record(row["trial"], STOPPED_EARLY)
+        for trial in sweep.trials:
+            if accuracies := results(trial.experiment, trial.experiment.store(storage)):
+                self.record(trial.name, "done", accuracies)
+
+    def record(self, trial: str, state: str, accuracies: Mapping[str, float] | None = None) -> None:
+        """Set the state of a trial, and add its results."""
+        self._rows[trial] |= {"state": state, **(accuracies or {})}
+
+    def is_stopped_early(self, trial: Trial) -> bool:
+        """Whether ASHA has stopped it, in this run or before."""
+        return bool(self._rows[trial.name]["state"] == STOPPED_EARLY)
+
+    def write(self) -> None:
+        """Replace the table in the store."""
+        buffer = io.BytesIO()
+        pq.write_table(pa.Table.from_pylist(self.rows), buffer, compression="zstd")
+        self._store.write(self.FILE, buffer.getvalue())
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """A row for each trial; a result that it does not have is None."""
+        names = dict.fromkeys(name for row in self._rows.values() for name in row)
+        return [{name: row.get(name) for name in names} for row in self._rows.values()]
+
+    @property
+    def path(self) -> str:
+        """Path or URL of the table."""
+        return self._store.path(self.FILE)
+
+    def _stored_rows(self) -> list[dict[str, Any]]:
+        content = self._store.read(self.FILE)
+        try:
+            return pq.read_table(io.BytesIO(content), use_threads=False).to_pylist() if content else []
+        except pa.ArrowException:
+            raise StorageFailed(f"{self.path}: not the Parquet file that was written; remove it") from None
+
+    @staticmethod
+    def _row(trial: Trial) -> dict[str, Any]:
+        experiment = trial.experiment
+        varied = {f: to_text(v) if isinstance(v, tuple) else v for f, v in trial.varied.items() if f != "seed"}
+        return {
+            "trial": trial.name,
+            "state": "waiting",
+            "experiment": experiment.signature,
+            "folder": experiment.folder,
+            "preset": experiment.preset,
+            "seed": experiment.seed,
+            **varied,
+        }
+
+
+def results(experiment: Experiment, store: Store) -> dict[str, float]:
+    """Accuracy (0..1) of the defended model in each column, by the column's title; empty before all of them exist."""
+    columns = experiment.columns
+    keys, defended = list(columns[0].settings), experiment.defended.name
+    rows = tables.read(store, "evaluations").to_pylist()
+    accuracies = {tuple(row[key] for key in keys): row["accuracy"] for row in rows if row["model"] == defended}
+    settings = {column.title.replace("\n", " ").strip(): tuple(column.settings.values()) for column in columns}
+    if not accuracies.keys() >= set(settings.values()):
+        return {}
+    return {title: accuracies[values] for title, values in settings.items()}
+
+
+def headline(accuracies: Mapping[str, float]) -> dict[str, float]:
+    """The results of a trial that fit on a line: clean, the longest PGD, with restarts, adaptive."""
+    *_, longest = ["", *(title for title in accuracies if title.startswith("pgd "))]
+    return {t: a for t, a in accuracies.items() if t in ("clean", longest) or t.startswith(("restarts ", "adaptive "))}
