@@ -19,7 +19,7 @@ from torch import nn
 from dwf_cluster.data import sources
 from dwf_cluster.experiment import Experiment, build
 from dwf_cluster.plan.jobs import EXPERTS, JOINT
-from dwf_cluster.store import Store, checkpoints
+from dwf_cluster.store import Store, checkpoints, retry
 from dwf_cluster.training import Probe, Task
 
 from .process import Launch
@@ -74,6 +74,28 @@ def images(tiny: Experiment) -> sources.Images:
 @pytest.fixture
 def store(tmp_path: Path, tiny: Experiment) -> Store:
     return tiny.store(str(tmp_path))
+
+
+class RetryClock:
+    """Replaces `time` in `store.retry`: only pauses take time, so the number of attempts depends on no machine."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def monotonic(self) -> float:
+        """The sum of all pauses so far."""
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        """Advance the clock."""
+        self.now += seconds
+
+
+@pytest.fixture
+def retry_clock(monkeypatch: pytest.MonkeyPatch) -> RetryClock:
+    clock = RetryClock()
+    monkeypatch.setattr(retry, "time", clock)
+    return clock
 
 
 def write_npz(path: Path, **changed: np.ndarray | None) -> Path:

@@ -19,10 +19,10 @@ import pytest
 
 from dwf_cluster import status
 from dwf_cluster.settings import InvalidInput
-from dwf_cluster.store import LockLost, StorageFailed, Store, lock, retry
+from dwf_cluster.store import LockLost, StorageFailed, Store, lock
 
 from . import PATIENCE
-from .conftest import ARGUMENTS, assert_same
+from .conftest import ARGUMENTS, RetryClock, assert_same
 from .process import Launch
 from .s3 import S3
 
@@ -139,10 +139,7 @@ def test_missing_credentials_end_a_run_before_its_first_job(
     assert re.match(r"failed: s3://\S+: cannot be listed: Unable to locate credentials\nresume: ", result.stderr)
 
 
-def test_a_write_to_a_stopped_server_fails_and_names_the_file(
-    s3: str, server: S3, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setattr(retry, "PATIENCE", 1.0)
+def test_a_write_to_a_stopped_server_fails_and_names_the_file(s3: str, server: S3, retry_clock: RetryClock) -> None:
     store = Store(s3, "digits-seed8-0123456789")
     store.write("file", b"before")
     server.stop()
@@ -256,11 +253,8 @@ class _Answers(BaseHTTPRequestHandler):
     [(503, "SlowDown", True), (500, "InternalError", True), (403, "ExpiredToken", False), (403, "AccessDenied", False)],
 )
 def test_answers_of_s3_servers_are_retried_or_fail_at_once(
-    s3: str, monkeypatch: pytest.MonkeyPatch, code: int, name: str, retried: bool
+    s3: str, retry_clock: RetryClock, monkeypatch: pytest.MonkeyPatch, code: int, name: str, retried: bool
 ) -> None:
-    pauses: list[float] = []
-    monkeypatch.setattr(retry, "PATIENCE", 1.0)
-    monkeypatch.setattr(retry.random, "uniform", lambda low, high: pauses.append(high) or high)
     monkeypatch.setattr(_Answers, "status", code)
     monkeypatch.setattr(_Answers, "code", name)
     with ThreadingHTTPServer(("127.0.0.1", 0), _Answers) as faulty:
@@ -270,4 +264,4 @@ def test_answers_of_s3_servers_are_retried_or_fail_at_once(
         with pytest.raises(StorageFailed, match="experiment/file: cannot be written: as the server has it"):
             Store("s3://bucket", "experiment").write("file", b"content")
         faulty.shutdown()
-    assert bool(pauses) is retried
+    assert bool(retry_clock.now) is retried

@@ -6,6 +6,7 @@ import errno
 import functools
 import multiprocessing
 import os
+import random
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,9 +19,10 @@ from fsspec import AbstractFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 
 from dwf_cluster.settings import InvalidInput
-from dwf_cluster.store import LockLost, StorageFailed, Store, checkpoints, retry
+from dwf_cluster.store import LockLost, StorageFailed, Store, checkpoints
 
 from .. import PATIENCE
+from ..conftest import RetryClock
 
 
 class Faulty(MemoryFileSystem):
@@ -55,10 +57,9 @@ class Faulty(MemoryFileSystem):
 
 
 @pytest.fixture
-def faulty(monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
+def faulty(retry_clock: RetryClock) -> Iterator[Store]:
     fsspec.register_implementation("faulty", Faulty, clobber=True)
     Faulty.faults, Faulty.put_faults, Faulty.calls, Faulty.store, Faulty.half = [], [], 0, {}, False
-    monkeypatch.setattr(retry, "PATIENCE", 0.5)
     store = Store("faulty://root", "experiment")
     store.write("file", b"before")
     Faulty.calls = 0
@@ -143,7 +144,7 @@ def test_pauses_between_attempts_grow_and_are_random(faulty: Store, monkeypatch:
         ranges.append((low, high))
         return 0.0
 
-    monkeypatch.setattr(retry.random, "uniform", uniform)
+    monkeypatch.setattr(random, "uniform", uniform)
     Faulty.faults = [TimeoutError()] * 9
     faulty.read("file")
     assert ranges == [(0, 0.1 * 2**i) for i in range(7)] + [(0, 10.0)] * 2
@@ -212,11 +213,13 @@ def test_the_preflight_accepts_a_storage_with_exclusive_creation(faulty: Store) 
     assert faulty.names("") == ["file"]
 
 
-def test_the_locks_are_read_before_each_attempt_to_put(faulty: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_locks_are_read_before_each_attempt_to_put(
+    faulty: Store, retry_clock: RetryClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The first attempt fails, another run takes over, and there is no second attempt."""
     old = Store(faulty.url, faulty.folder, run=1)
     old.write("file", b"its own")
-    monkeypatch.setattr(retry.time, "sleep", lambda seconds: faulty.create("lease/00002.json", b"another's"))
+    monkeypatch.setattr(retry_clock, "sleep", lambda seconds: faulty.create("lease/00002.json", b"another's"))
     Faulty.put_faults = [TimeoutError()]
     with pytest.raises(LockLost, match="taken over by run 2: run 1 writes nothing more"):
         old.write("file", b"late")
