@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 LOWEST := .venv-lowest/bin
-WHOLE_RUN := test_interrupted_and_killed_it_goes_on_and_ends_with_the_same_bits
+WHOLE_RUN := test_an_interrupted_and_killed_run_resumes_to_the_same_bits
 
 demo: .venv/analysis
 	$(BIN)/python -m dwf_cluster.launch --local

@@ -1,8 +1,8 @@
-"""What a sweep costs beside its training and attacks: five seeds, two sets of PGD step counts, digits at reduced size.
+"""Overhead of a sweep: the share of all CPU time, from the command to the table, that no job uses.
 
     python benchmarks/sweep.py
 
-All CPUs count, all the time from the command to the table: what no job uses is overhead.
+Five seeds, two sets of PGD step counts, digits at reduced size.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ SWEEP = ["seeds=0..4", "pgd.steps=2,4,6,8,10", "pgd.steps=6"]
 
 
 def main() -> None:
-    """Run it in a new folder, and print what it took."""
+    """Run the sweep in a new folder and print its times."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--cpus", type=int, default=2)
     cpus = parser.parse_args().cpus
@@ -33,10 +33,10 @@ def main() -> None:
         subprocess.run([*command, "--storage", folder, "--set", *SIZE, "--sweep", *SWEEP], check=True)
         wall = time.perf_counter() - began
         jobs = pd.concat([pd.read_parquet(path / "results" / "jobs") for path in Path(folder).glob("digits-*")])
-    worked = jobs[jobs.state == "done"]
-    # The joint stage has all CPUs, everything else has one.
-    busy = (worked.seconds * worked.stage.map({"joint": cpus}).fillna(1)).groupby(worked.stage).sum()
-    print(f"\n{wall:.1f} s on {cpus} CPUs, of them used by jobs:")
+    finished = jobs[jobs.state == "done"]
+    # The joint stage uses all CPUs, every other job one.
+    busy = (finished.seconds * finished.stage.map({"joint": cpus}).fillna(1)).groupby(finished.stage).sum()
+    print(f"\n{wall:.1f} s on {cpus} CPUs; used by jobs:")
     for stage, seconds in busy.items():
         print(f"  {stage}: {seconds:.1f} CPU-seconds")
     shared = (jobs.state == "shared").groupby(jobs.stage).sum()

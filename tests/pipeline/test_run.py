@@ -1,4 +1,4 @@
-"""The whole pipeline on a real Ray, from the command line: once, again, interrupted, killed, on two workers."""
+"""The whole pipeline on a real Ray, from the command line: run, repeated, interrupted, killed, on two workers."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 
 from dwf_cluster import status
 from dwf_cluster.data import sources
+from dwf_cluster.evaluation.registry import CHECKS, columns
 from dwf_cluster.experiment import Experiment, build
 from dwf_cluster.plan.jobs import stored_bytes
 from dwf_cluster.store import checkpoints, tables
@@ -27,8 +28,16 @@ from dwf_cluster.store import checkpoints, tables
 from ..conftest import ARGUMENTS, LOCAL, LONG_EPOCHS, MODELS, TINY, assert_same, store_of
 from ..process import Launch, command_line, pause_after_first_epoch, resume_and_stop, wait_for_answer
 
+SHARDS = 2
+"""Of the 40 test images, each of 24 at most."""
 
-def test_it_leaves_checkpoints_tables_and_the_experiment(
+
+def _suites(experiment: Experiment) -> list[str]:
+    """The suites of columns that are measured, for one model after the other."""
+    return [suite for spec in experiment.models for suite in experiment.suites(spec) if suite != CHECKS]
+
+
+def test_a_run_stores_checkpoints_tables_and_the_experiment(
     reference_run: tuple[Path, subprocess.CompletedProcess[str]],
 ) -> None:
     folder, _ = reference_run
@@ -42,11 +51,12 @@ def test_it_leaves_checkpoints_tables_and_the_experiment(
     metrics = pd.read_parquet(folder / "results" / "metrics")
     assert metrics.groupby("model").epoch.apply(list).to_dict() == {model: [1, 2, 3] for model in MODELS}
     evaluations = pd.read_parquet(folder / "results" / "evaluations")
-    single, mixture, transferred = 1 + 9 + 2 + 1 + 1 + 1, 2, 3
-    assert len(evaluations) == 4 * (single + transferred) + mixture
+    own = sum(len(columns(experiment.evaluation, experiment.threat, suite)) for suite in _suites(experiment))
+    transferred = len(MODELS) * (len(MODELS) - 1)
+    assert len(evaluations) == own + transferred
     assert set(evaluations.examples) == {40}
     shards = pd.read_parquet(folder / "results" / "shards")
-    assert len(shards) == 2 * len(evaluations)
+    assert len(shards) == SHARDS * len(evaluations)
     assert set(shards["first"]) == {0, 24}
     assert (evaluations.accuracy_low <= evaluations.accuracy).all()
     predictions = pd.read_parquet(folder / "results" / "predictions")
@@ -56,13 +66,15 @@ def test_it_leaves_checkpoints_tables_and_the_experiment(
     assert predictions[predictions.model != "mixture"].gate.isna().all()
 
 
-def test_every_job_has_a_name_a_person_understands_and_a_row(
+def test_every_job_has_a_readable_name_and_a_row(
     reference_run: tuple[Path, subprocess.CompletedProcess[str]],
 ) -> None:
     folder, _ = reference_run
     jobs = pd.read_parquet(folder / "results" / "jobs")
     assert {"expert pgd-1", "joint", "evaluate mixture paper 0-23", "evaluate mixture checks 0-7"} <= set(jobs.task)
-    assert len(jobs) == 3 + 1 + 2 * (4 * 2 + 2) + 4
+    suites = len(_suites(build("digits", 0, [*TINY, *LONG_EPOCHS])))
+    checks = trainings = len(MODELS)
+    assert len(jobs) == trainings + SHARDS * suites + checks
     assert set(jobs.state) == {"done"}
     assert set(jobs.attempts) == {1}
     assert (jobs.finished >= jobs.started).all()
@@ -71,7 +83,7 @@ def test_every_job_has_a_name_a_person_understands_and_a_row(
     assert experts.iloc[-1] == "expert benign"  # longest first, two at a time
 
 
-def test_it_prints_progress_the_table_and_how_to_read_the_results(
+def test_a_run_prints_progress_the_table_and_how_to_read_the_results(
     reference_run: tuple[Path, subprocess.CompletedProcess[str]],
 ) -> None:
     folder, result = reference_run
@@ -96,7 +108,7 @@ def test_it_prints_progress_the_table_and_how_to_read_the_results(
     assert len(eval(program, {"pandas": pd})) == len(evaluations)
 
 
-def test_the_same_command_again_skips_what_is_done(
+def test_the_same_command_again_skips_jobs_that_are_done(
     reference_run: tuple[Path, subprocess.CompletedProcess[str]],
 ) -> None:
     folder, first = reference_run
@@ -109,7 +121,7 @@ def test_the_same_command_again_skips_what_is_done(
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
 
 
-def test_interrupted_and_killed_it_goes_on_and_ends_with_the_same_bits(
+def test_an_interrupted_and_killed_run_resumes_to_the_same_bits(
     launch: Launch, reference_run: tuple[Path, subprocess.CompletedProcess[str]]
 ) -> None:
     refused: list[str] = []
@@ -138,22 +150,22 @@ def test_interrupted_and_killed_it_goes_on_and_ends_with_the_same_bits(
     (folder,) = (launch.folder / "runs").iterdir()
     assert checkpoints.latest_epoch(store_of(folder), "pgd-1") in (1, 2)
 
-    (told,) = _status(launch)
-    assert told.split()[1] == "stopped"
+    (line,) = _status(launch)
+    assert line.split()[1] == "stopped"
     code, _ = launch.run_and_act_at("^Ray dashboard", kill, *ARGUMENTS)
     assert code == -signal.SIGKILL
     assert refused
     assert checkpoints.latest_epoch(store_of(folder), "mixture") in (1, 2)
 
-    result = launch(*ARGUMENTS)  # takes over at once: it sees that the process is gone
+    result = launch(*ARGUMENTS)  # takes over at once: the owner's process is gone
     assert result.returncode == 0, result.stderr
     assert "experts: done already, skipped" in result.stdout
     assert_same(folder, reference_run[0])
     jobs = pd.read_parquet(folder / "results" / "jobs").set_index("task")
     assert jobs.loc[["expert pgd-1", "joint"], "attempts"].tolist() == [2, 2]
     assert set(jobs.state) == {"done"}
-    (told,) = _status(launch)
-    assert told.split()[1:5] == ["done", "3/3", "1/1", "24/24"]
+    (line,) = _status(launch)
+    assert line.split()[1:5] == ["done", "3/3", "1/1", "24/24"]
 
 
 def _status(launch: Launch) -> list[str]:
@@ -176,7 +188,7 @@ def test_a_killed_worker_is_replaced_and_changes_no_number(
     assert jobs.loc["joint", "attempts"] == 2
 
 
-def test_a_trained_model_is_kept_without_its_optimizer_and_one_to_fall_back_on_with_it(
+def test_the_last_checkpoint_has_no_optimizer_and_the_one_before_has(
     reference_run: tuple[Path, subprocess.CompletedProcess[str]],
 ) -> None:
     for model in ("pgd-1", "joint"):
@@ -185,7 +197,7 @@ def test_a_trained_model_is_kept_without_its_optimizer_and_one_to_fall_back_on_w
         assert kinds == [{"model", "momentum"}, {"model"}]
 
 
-def test_the_dry_run_knew_what_would_be_stored(reference_run: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+def test_the_stored_bytes_are_as_estimated(reference_run: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
     experiment = build("digits", 0, [*TINY, *LONG_EPOCHS])
     estimates = stored_bytes([experiment], sources.sizes(experiment.data))
     for folder, estimate in zip(("checkpoints", "results"), estimates, strict=True):
@@ -199,7 +211,7 @@ def _remove(folder: Path, *files: str) -> None:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def test_removed_evaluations_are_added_up_again_without_ray(
+def test_removed_evaluations_are_merged_again_without_ray(
     launch: Launch, reference_run: tuple[Path, subprocess.CompletedProcess[str]]
 ) -> None:
     copy = launch.folder / "runs" / reference_run[0].name
@@ -214,7 +226,7 @@ def test_removed_evaluations_are_added_up_again_without_ray(
         assert_same(copy, reference_run[0])
 
 
-def test_removed_tables_and_a_damaged_model_are_made_anew_bit_for_bit(
+def test_removed_tables_and_a_damaged_model_are_remade_bit_for_bit(
     launch: Launch, reference_run: tuple[Path, subprocess.CompletedProcess[str]]
 ) -> None:
     copy = launch.folder / "runs" / reference_run[0].name
@@ -250,7 +262,7 @@ def test_removed_tables_and_a_damaged_model_are_made_anew_bit_for_bit(
     assert set(pd.read_parquet(copy / "results" / "jobs").task) == tasks
 
 
-def test_one_worker_or_two_and_a_slice_again_come_to_the_same_rows(
+def test_one_cpu_or_two_and_a_repeated_shard_give_the_same_rows(
     launch: Launch, reference_run: tuple[Path, subprocess.CompletedProcess[str]]
 ) -> None:
     copy = launch.folder / "runs" / reference_run[0].name
@@ -281,7 +293,7 @@ def test_one_worker_or_two_and_a_slice_again_come_to_the_same_rows(
     assert set(jobs) <= {1, 2}
 
 
-def test_a_run_that_fails_says_which_expert_why_and_how_to_resume(launch: Launch) -> None:
+def test_a_run_that_fails_names_the_expert_the_reason_and_the_resume_command(launch: Launch) -> None:
     exploding = ["experts.learning_rate=100", "experts.weight_decay=1", "experts.epochs=9"]
     result = launch(*LOCAL, "--set", *TINY, *exploding)
     assert result.returncode == 1
@@ -294,10 +306,10 @@ def test_a_run_that_fails_says_which_expert_why_and_how_to_resume(launch: Launch
     assert "failed" in set(pd.read_parquet(folder / "results" / "jobs").state)
 
 
-def test_two_gloo_workers_train_the_mixture_nearly_as_one_does(
+def test_two_gloo_workers_train_the_mixture_nearly_like_one(
     reference_run: tuple[Path, subprocess.CompletedProcess[str]], two_worker_run: Path
 ) -> None:
-    """What differs is BatchNorm, which sees half of each batch."""
+    """They differ in BatchNorm, which sees half of each batch."""
     one, two = (
         pd.read_parquet(folder / "results" / "metrics", filters=[("model", "==", "mixture")]).sort_values("epoch")
         for folder in (reference_run[0], two_worker_run)
@@ -308,7 +320,7 @@ def test_two_gloo_workers_train_the_mixture_nearly_as_one_does(
     assert two.loss.tolist() != one.loss.tolist()
 
 
-def test_all_listens_on_loopback_and_the_dashboard_refuses_whoever_has_no_token(launch: Launch) -> None:
+def test_everything_listens_on_loopback_and_the_dashboard_needs_the_token(launch: Launch) -> None:
     files: list[Path] = []
 
     def knock(driver: psutil.Process, line: str) -> None:
