@@ -17,7 +17,7 @@
 # slurm/sweep.sh` on the login node only runs this check.
 python="${DWF_PYTHON:-${SLURM_SUBMIT_DIR:-.}/.venv/bin/python}"
 if [ -z "${DWF_PYTHON:-}" ] && [ ! -x "$python" ]; then python=python; fi
-if ! "$python" -c "import dwf_cluster" 2> /dev/null; then
+if ! "$python" -c "import dwf_cluster.cluster.allocation" 2> /dev/null; then
     echo "error: $python cannot import dwf_cluster: run \`make demo\` in the folder that you submit from, activate its" \
         "environment before sbatch, or set DWF_PYTHON=/path/to/python" >&2
     exit 2

@@ -220,6 +220,8 @@ CASES: list[tuple[list[str], str]] = [
     (_set("preset=;touch pwned;"), "preset: ';touch pwned;' cannot be used"),
     (_set("evaluation.beyond=apgd,deepfool"), "evaluation.beyond.1: 'deepfool' cannot be used"),
     (_set("evaluation.beyond=autoattack", "data.source=good.npz"), "evaluation.beyond: 'autoattack' cannot be used"),
+    (_set("defence=given"), "defence: 'given' cannot be used: allowed are methods that train a model"),
+    (_set("baselines=given"), "baselines: 'given' cannot be used: allowed are methods that train a model"),
     (_set("data.train_examples=2000"), "data.train_examples: 2000 cannot be used: allowed are 2"),
     (_set("data.train_examples=1"), "data.train_examples: 1 cannot be used: allowed are 2"),
     (_set("data.mean=0.1,0.2", "data.std=1,1"), "data.mean: 2 values cannot be used: the images have 1"),

@@ -16,6 +16,7 @@ from dwf_cluster.experiment import Experiment
 from dwf_cluster.pipeline.stages import Connection, pending_jobs, repair_status
 from dwf_cluster.pipeline.sweep import Sweep
 from dwf_cluster.pipeline.trial_table import TrialTable
+from dwf_cluster.plan import jobs
 from dwf_cluster.plan.jobs import STAGES
 from dwf_cluster.settings import InvalidInput
 from dwf_cluster.store import Store, lock
@@ -97,10 +98,13 @@ class Run:
 
     def _plan(self, experiments: Sequence[Experiment], stages: Sequence[str]) -> bool:
         """Tell which jobs are pending, and return whether there are any; without any, repair the status."""
+        for experiment in experiments:
+            _check_methods(experiment)
         stores = {experiment: experiment.store(self.storage) for experiment in experiments}
         sizes = sources.sizes(experiments[0].data) if experiments else None
         pending = pending_jobs(stores, stages, sizes) if sizes else []
-        self.tell(Planned(tuple(stages), tuple(pending)))
+        used = (stage for stage in stages if sizes and any(jobs.jobs(e, stage, sizes) for e in experiments))
+        self.tell(Planned(tuple(used), tuple(pending)))
         if sizes and not pending:
             repair_status(stores, sizes, self.resume_command, os.getpid())
         return bool(pending)
@@ -109,6 +113,15 @@ class Run:
 def seed_names(experiments: Sequence[Experiment]) -> dict[str, str]:
     """What people call experiments that differ in their seeds, by their folders; empty for one alone."""
     return {e.folder: f"seed {e.seed}" for e in experiments} if len(experiments) > 1 else {}
+
+
+def _check_methods(experiment: Experiment) -> None:
+    """Fail if a model cannot be trained, because it is a user's own."""
+    if spec := next((spec for spec in experiment.models if spec.method == "given"), None):
+        raise InvalidInput(
+            f"{'defence' if spec == experiment.defended else 'baselines'}: 'given' cannot be used: allowed are methods "
+            "that train a model; `dwf evaluate` measures a model of your own"
+        )
 
 
 def _check_classes(experiment: Experiment, classes: int) -> None:
