@@ -12,7 +12,7 @@ report: .venv/analysis
 	$(BIN)/python -m analysis.report runs --out report.html
 
 test: .venv/test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(OPTIONS)
 
 interruptions: .venv/test
 	$(BIN)/python -m pytest -m interruptions -s

@@ -188,10 +188,16 @@ def test_every_bad_input_is_one_line(storage: Path, tmp_path: Path, call: Call) 
     [({}, "credentials"), ({"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret"}, "127.0.0.1:9")],
 )
 def test_a_storage_that_does_not_answer_or_denies_access_is_one_line_and_exit_status_1(
-    run: Run, credentials: dict[str, str], reason: str
+    run: Run, tmp_path: Path, credentials: dict[str, str], reason: str
 ) -> None:
+    (tmp_path / "impatient.py").write_text(
+        "import runpy\n"
+        "from dwf_cluster.store import retry\n"
+        "retry.PATIENCE = 1\n"  # not a minute
+        "runpy.run_module('analysis.tables', run_name='__main__')\n"
+    )
     where = {"AWS_EC2_METADATA_DISABLED": "true", "AWS_ENDPOINT_URL": "http://127.0.0.1:9"}
-    done = run("analysis.tables", "s3://bucket/prefix", **where, **credentials)
+    done = run("impatient", "s3://bucket/prefix", **where, **credentials)
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()
     assert line.startswith("failed: ")
