@@ -150,7 +150,7 @@ def test_a_run_that_loses_an_experiment_names_the_new_owner_and_ends_the_others_
         run()
     assert str(error.value) == (
         f"{lost.folder} was taken over by n7 (process 4711) since 2026-11-23T12:00:00+00:00: "
-        "this run was silent for too long"
+        "this run sent no heartbeat for too long"
     )
     states = [status.state for e in (lost, other) if (status := Status.read(locks[e].store))]
     assert states == ["running", "stopped"]
