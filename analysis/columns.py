@@ -11,7 +11,7 @@ from dwf_cluster.evaluation.registry import Column
 
 
 class ColumnKey(NamedTuple):
-    """What tells the columns of one experiment apart; None where a field has no meaning."""
+    """The fields that identify a column within an experiment; None where a field has no meaning."""
 
     attack: str
     source: str | None
@@ -43,5 +43,5 @@ def column_name(column: Column) -> str:
 
 
 def each(frame: pd.DataFrame) -> Iterator[Any]:
-    """The rows of a frame, with its columns as attributes (which no type checker knows)."""
+    """The rows of a frame, with its columns as attributes (whose names no type checker can see)."""
     yield from frame.itertuples(index=False)

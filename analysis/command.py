@@ -1,4 +1,4 @@
-"""What the command lines share: bad input is one line on stderr and exit status 2, a storage failure one and 1."""
+"""Shared by the command lines: bad input is one line on stderr and exit status 2, a storage failure one and 1."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What all figures share: the results that they show, the style, and the colour, dashes and marker of each model."""
+"""Shared by all figures: the results that they show, the style, and the colour, dashes and marker of each model."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from analysis.results import Group, kind
 
 PALETTE = ("#000000", "#0072B2", "#E69F00", "#56B4E9", "#CC79A7", "#009E73")
 """Colours of kinds of models in the order of their appearance, repeated where there are more kinds. Okabe and Ito's,
-which the colour-blind tell apart, without the yellow, which is hard to see on white."""
+which colour-blind readers can distinguish, without the yellow, which is hard to see on white."""
 
 DEFENDED = "#D55E00"
 """Colour of the defended model."""
@@ -61,7 +61,7 @@ def styled() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class FigureData:
-    """What figures are drawn from.
+    """The data of the figures.
 
     Attributes:
         group: the experiments.
@@ -75,7 +75,7 @@ class FigureData:
 
     @cached_property
     def styles(self) -> dict[str, dict[str, Any]]:
-        """Of each model: colours tell kinds apart; dashes and markers, models of the same colour."""
+        """Style of each model: colours distinguish kinds; dashes and markers, models of one colour."""
         colours = model_colours(self.group)
         styles = {}
         for model, colour in colours.items():

@@ -32,7 +32,7 @@ class Group:
     """Experiments that differ only in their seed.
 
     Attributes:
-        title: the preset, and the settings that tell the group from others of that preset.
+        title: the preset, and the settings that distinguish the group from others of that preset.
         runs: one experiment for each seed, in rising order of seeds.
     """
 
@@ -205,7 +205,7 @@ def _title(run: ExperimentFolder, others: Sequence[ExperimentFolder]) -> str:
     siblings = [other.settings for other in others if other.experiment.preset == preset]
     different = [name for name, value in run.settings.items() if any(other.get(name) != value for other in siblings)]
     parts = [printable(f"{name}={to_text(run.settings[name])}", _NAME_CHARACTERS) for name in different]
-    if len(parts) > _SETTINGS_IN_TITLE:  # the signature tells it from groups that share these settings
+    if len(parts) > _SETTINGS_IN_TITLE:  # the signature distinguishes groups that share these settings
         more = len(parts) - _SETTINGS_IN_TITLE
         parts = [*parts[:_SETTINGS_IN_TITLE], f"{more} more ({run.experiment.signature})"]
     return ", ".join([preset, *parts])

@@ -1,7 +1,7 @@
 """Confidence intervals and paired tests.
 
-McNemar's test and the bootstrap ask whether two trained models differ on further images of the same kind. They say
-nothing about further seeds, for which there are the standard deviation and the t-test over seeds.
+McNemar's test and the bootstrap test whether two trained models differ on further images of the same kind, not with
+further seeds, for which there are the standard deviation and the t-test over seeds.
 """
 
 from __future__ import annotations

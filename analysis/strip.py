@@ -2,7 +2,7 @@
 
     python -m analysis.strip ./runs/digits-seed0-0123456789 --out strip.png
 
-It shows the first images of the test set, so that nobody chose them.
+It shows the first images of the test set, so that they are not selected by hand.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How fast the result table's columns are made, side by side with torchattacks, foolbox and ART.
+"""Time of the result table's columns, compared with torchattacks, foolbox and ART.
 
     OMP_WAIT_POLICY=PASSIVE python benchmarks/attacks.py [--images 512] [--mixture-images 24]
 
@@ -61,7 +61,7 @@ def images() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def trained(x: torch.Tensor, y: torch.Tensor, adversarial: bool) -> ResNet18:
-    """Two epochs on clean images, or four on those of a short PGD."""
+    """Train for two epochs on clean images, or for four on those of a short PGD."""
     torch.manual_seed(0)
     model = ResNet18(10, (0.3,) * 3, (0.35,) * 3, width=16).to(memory_format=torch.channels_last)
     epochs, ball = (4 if adversarial else 2), Ball("linf", EPSILON)
@@ -77,7 +77,7 @@ def trained(x: torch.Tensor, y: torch.Tensor, adversarial: bool) -> ResNet18:
             F.cross_entropy(model(part), y[batch]).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             schedule.step()
-    # Peers that know nothing of frozen models would otherwise ask for gradients of the weights.
+    # Peers do not freeze models, so autograd would otherwise compute gradients of the weights.
     return model.to(memory_format=torch.contiguous_format).eval().requires_grad_(False)
 
 
@@ -106,7 +106,7 @@ def _name(attack: str, epsilon: float | None, steps: int | None) -> str:
 
 
 def ours(pool: ProcessPoolExecutor, experiment: Experiment, model: nn.Module) -> Callable[..., tuple[Columns, int]]:
-    """The product's evaluation: a shard of the images for each core."""
+    """The evaluation of this package: a shard of the images for each core."""
 
     def run(x: torch.Tensor, y: torch.Tensor) -> tuple[Columns, int]:
         parts = zip(x.tensor_split(CORES), y.tensor_split(CORES), strict=True)
@@ -139,7 +139,7 @@ def torchattacks_columns(model: nn.Module, which: str) -> Callable[[torch.Tensor
         starts = [
             torchattacks.PGD(model, eps=EPSILON, alpha=STEP_SIZE, steps=100, random_start=i > 0) for i in range(3)
         ]
-        restarts = torchattacks.MultiAttack(starts)  # leaves out what is fooled already
+        restarts = torchattacks.MultiAttack(starts)  # skips images that are fooled already
         adaptive = torchattacks.EOTPGD(model, eps=EPSILON, alpha=STEP_SIZE, steps=100, eot_iter=1, random_start=False)
         return {"pgd_restarts": _right(model, restarts(x, y), y), "pgd_adaptive": _right(model, adaptive(x, y), y)}
 

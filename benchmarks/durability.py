@@ -1,9 +1,9 @@
-"""What durability costs: a checkpoint beside the training that it saves, and the status of ten thousand experiments.
+"""Cost of durability: a checkpoint compared with the training that it saves, and the status of 10,000 experiments.
 
     python benchmarks/durability.py [--images 512] [--experiments 10000]
 
-A benign epoch, the cheapest kind, of ResNet-18 at width 64 on random images of 32x32, with the checkpoint that the
-product saves after it; then the same tensors written with one `torch.save`, alternating. Seconds are medians. The last
+A benign epoch, the cheapest kind, of ResNet-18 at width 64 on random images of 32x32, with the checkpoint that a
+run saves after it; then the same tensors written with one `torch.save`, alternating. Seconds are medians. The last
 line is JSON.
 """
 

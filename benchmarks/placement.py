@@ -1,4 +1,4 @@
-"""How good the plan is: makespan against its lower bound, and against a real run on this machine.
+"""Quality of the plan: makespan compared with its lower bound, and with a real run on this machine.
 
     python benchmarks/placement.py [--run]
 
@@ -55,7 +55,7 @@ def simulate() -> None:
 
 
 def run() -> None:
-    """Run the demo for two seeds; print the plan of the second beside what happened."""
+    """Run the demo for two seeds; print the plan of the second beside its measured times."""
     with tempfile.TemporaryDirectory() as storage:
         for seed in ("0", "1"):
             command = [sys.executable, "-m", "dwf_cluster.launch", "--local", "--gpus", "0", "--storage", storage]

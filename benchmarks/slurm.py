@@ -72,7 +72,7 @@ def lost(slurm: Slurm, folder: Path) -> dict[str, dict[str, float]]:
     for number, (name, command) in enumerate(
         {"warned": ["scancel", "--signal=USR2"], "requeued": ["scontrol", "requeue"]}.items(), start=1
     ):
-        slurm.wait_for(lambda: re.search(r"pgd-1: epoch \d", log().rpartition("experts: ")[2]), "epoch of this life")
+        slurm.wait_for(lambda: re.search(r"pgd-1: epoch \d", log().rpartition("experts: ")[2]), "epoch of this start")
         time.sleep(1)
         sent = time.time()
         slurm(*command, job)
@@ -86,7 +86,7 @@ def lost(slurm: Slurm, folder: Path) -> dict[str, dict[str, float]]:
             "seconds of an epoch": round(metrics.seconds.mean(), 1),
             "seconds until it runs again": 0.0,
         }
-        slurm.wait_for(lambda n=number: log().count("experts: ") >= n + 1, "next life", 300)
+        slurm.wait_for(lambda n=number: log().count("experts: ") >= n + 1, "next start", 300)
         costs[name]["seconds until it runs again"] = round(time.time() - sent, 1)
     slurm.wait(job)
     return costs

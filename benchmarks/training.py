@@ -1,4 +1,4 @@
-"""What a training step costs: the product's own loop, against torchattacks' PGD inside a plain PyTorch loop.
+"""Cost of a training step: the package's loop, compared with torchattacks' PGD in a plain PyTorch loop.
 
     python benchmarks/training.py [--steps 5] [--joint-steps 3]
 
@@ -58,7 +58,7 @@ def images() -> Images:
 
 
 def plain_step(model: nn.Module, settings: Experiment, parts: bool) -> Callable[[torch.Tensor, torch.Tensor], None]:
-    """A step as one would write it: torchattacks, then forward, backward, SGD; channels first."""
+    """A plain PyTorch step: torchattacks, then forward, backward, SGD; channels first."""
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, weight_decay=5e-4)
     pgd = torchattacks.PGD(
         model, eps=settings.pgd.epsilon, alpha=settings.pgd.step_size, steps=ITERATIONS, random_start=False
@@ -66,7 +66,7 @@ def plain_step(model: nn.Module, settings: Experiment, parts: bool) -> Callable[
     fgsm = torchattacks.FGSM(model, eps=0.05)
 
     def step(x: torch.Tensor, y: torch.Tensor) -> None:
-        model.train()  # torchattacks takes it to evaluation mode and back
+        model.train()  # torchattacks switches to evaluation mode and back
         batch = torch.cat([x, fgsm(x, y), pgd(x, y)]) if parts else pgd(x, y)
         optimizer.zero_grad()
         F.cross_entropy(model(batch), y.repeat(3) if parts else y).backward()  # type: ignore[no-untyped-call]

@@ -1,7 +1,7 @@
-"""What decides the numbers: the Experiment, its presets and its signature.
+"""The Experiment: all settings that decide the numbers, its presets and its signature.
 
 An Experiment composes the settings that each part of the package declares, and is a list of models to train and suites
-to measure. Importing this module costs neither torch nor ray, so a typing mistake is answered at once.
+to measure. Importing this module costs neither torch nor ray, so a typing mistake is reported at once.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from dwf_cluster.settings import (
 from dwf_cluster.store import RowLabels, Store
 
 ADDED_LATER = frozenset({"defence", "model.backbone", "gate.kind", "joint.freeze_experts"})
-"""Fields that came after results were out: at their defaults they are no part of the signature."""
+"""Fields that were added after results were published: at their defaults they are no part of the signature."""
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 
@@ -95,7 +95,7 @@ class Experiment(Settings):
 
     @property
     def threat(self) -> Threat:
-        """What models are evaluated under."""
+        """The threat model of the evaluation."""
         return Threat(self.pgd.epsilon, self.pgd.step_size)
 
     def suites(self, spec: ModelSpec) -> tuple[str, ...]:
@@ -214,7 +214,7 @@ _DIGITS = Experiment(
     preset="digits",
     data=Data(source="digits"),
     model=Model(width=8),
-    gate=Gate(learning_rate=0.1),  # one joint epoch is all the time it has
+    gate=Gate(learning_rate=0.1),  # there is only one joint epoch
     fgsm=Fgsm(epsilons=(0.03, 0.06, 0.09, 0.12, 0.15, 0.18, 0.21, 0.24, 0.27)),
     pgd=Pgd(epsilon=0.15, step_size=0.03, steps=(2, 4, 6, 8, 10)),
     experts=Experts(epochs=4, batch_size=64),
@@ -240,7 +240,7 @@ PRESETS: Mapping[str, tuple[Experiment, str]] = {
 
 
 def build(preset: str, seed: int | None = None, assignments: Sequence[str] = ()) -> Experiment:
-    """The Experiment that a command line asks for.
+    """The Experiment of a command line.
 
     Args:
         preset: a name of `PRESETS`, the path of an `.npz` file (then with the paper's values, the images' own size,

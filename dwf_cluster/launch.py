@@ -182,8 +182,8 @@ def _run_pipeline(
     else:
         connect = functools.partial(local, _resources(options))
     console, stop = Console(), Stop()
-    tell = _listeners(options, names, console)
-    run = Run(options.storage, options.data_folder, stop.with_signals(connect), tell, stop.is_set, resume_command)
+    emit = _listeners(options, names, console)
+    run = Run(options.storage, options.data_folder, stop.with_signals(connect), emit, stop.is_set, resume_command)
     try:
         if sweep:
             tables.sweep_results(console, sweep, run.sweep(sweep))
@@ -198,7 +198,7 @@ def _run_pipeline(
 
 
 def _listeners(options: argparse.Namespace, names: Mapping[str, str], console: Console) -> Listeners:
-    """What listens to the events of a run."""
+    """The listeners to the events of a run."""
     from dwf_cluster.cluster.events import Listener, Listeners
     from dwf_cluster.console.progress import Progress
     from dwf_cluster.console.ray_metrics import RayMetrics

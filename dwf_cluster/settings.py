@@ -1,7 +1,7 @@
 """Settings: validated, frozen values, the types of their fields, and the one exception for bad input.
 
 Each part of the package declares its settings beside its code, in its `registry.py` or `settings.py`; `experiment.py`
-composes them. Nothing here imports torch or ray, so a typing mistake is answered at once.
+composes them. Nothing here imports torch or ray, so a typing mistake is reported at once.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 #!/bin/bash
 # Run the whole pipeline on the nodes of one allocation:
 #   sbatch [options of sbatch] slurm/full_pipeline.sh [options of dwf_cluster.launch]
-# Options on the command line of sbatch override those below. docs/slurm.md tells more, for users and for sites.
+# Options on the command line of sbatch override those below. See docs/slurm.md, for users and for sites.
 #SBATCH --job-name=dwf
 #SBATCH --nodes=1
 #SBATCH --gpus-per-node=h100:8

@@ -1,7 +1,7 @@
 #!/bin/bash
 # Run a sweep on the nodes of one allocation:
 #   sbatch [options of sbatch] slurm/sweep.sh seeds=0..4 gate.kind=soft gate.kind=hard [options of dwf_cluster.launch]
-# Options on the command line of sbatch override those below. docs/sweeps.md and docs/slurm.md tell more.
+# Options on the command line of sbatch override those below. See docs/sweeps.md and docs/slurm.md.
 #SBATCH --job-name=dwf-sweep
 #SBATCH --nodes=1
 #SBATCH --gpus-per-node=h100:8

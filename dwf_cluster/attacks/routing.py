@@ -12,7 +12,7 @@ from dwf_cluster.models.mixture import mix
 def gate_aimed(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Cross-entropy of the mixture, and of an expert that the gate draws: sum_i g_i(x) * CE(f_i(x), y).
 
-    The second part grows when the gate trusts those experts that fail, though the sum of logits may still be right.
+    The second part grows when the gate weighs experts that fail, even if the sum of logits is still correct.
 
     Args:
         model: frozen model of a `Mixture`.

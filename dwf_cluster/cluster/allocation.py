@@ -34,7 +34,7 @@ REQUEUE = 75
 """Exit status of a run that SLURM has interrupted and requeued (EX_TEMPFAIL of sysexits.h)."""
 
 _FIRST_PORT, _LAST_PORT = 20_000, 32_000
-"""Below the range from which Linux chooses ports by itself."""
+"""Below the range from which Linux assigns ports automatically."""
 
 
 @dataclass(frozen=True)

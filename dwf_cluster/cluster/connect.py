@@ -46,7 +46,7 @@ def local(resources: Resources) -> Iterator[Cluster]:
                     num_gpus=resources.gpus,
                     include_dashboard=True,
                     dashboard_host="127.0.0.1",
-                    _temp_dir=f"{folder}/ray",  # Ray opens its own folder to everyone, ours stays closed
+                    _temp_dir=f"{folder}/ray",  # Ray makes its own folder readable for everyone; ours stays private
                     log_to_driver=False,
                     logging_level=logging.WARNING,
                 )

@@ -1,4 +1,4 @@
-"""What SLURM tells the processes of a job: environment variables, and a signal before the job's time is over.
+"""SLURM's interface to the processes of a job: environment variables, and a signal before the time limit.
 
 `allocation.py` adds variables of its own (`DWF_...`) for the processes that it starts on the nodes.
 """

@@ -1,4 +1,4 @@
-"""Events of a run, from below to whoever listens: console, TensorBoard, Ray's metrics."""
+"""Events of a run, and its listeners: console, TensorBoard, Ray's metrics."""
 
 from __future__ import annotations
 
@@ -55,8 +55,8 @@ class Epoch:
     Attributes:
         job: the training.
         row: of the table `metrics`.
-        is_replayed: whether it is no news: an earlier run or another experiment trained it, or the end of the
-            training's trial says it too.
+        is_replayed: whether nothing new was trained: the epoch is from an earlier run or another experiment, or is
+            reported again at the end of the training's trial.
     """
 
     job: Job
@@ -115,7 +115,7 @@ class Listeners:
         for name, listener in self._listeners.items():
             try:
                 listener(event)
-            except Exception as error:  # of any class: what is only watched must not end a run
+            except Exception as error:  # of any class: monitoring must not end a run
                 if name not in self._failed:
                     self._failed.add(name)
                     self(warning(name, error))
@@ -134,4 +134,4 @@ def warning(channel: str, error: Exception, subject: str = "") -> Note:
     reason = one_line(error, limit=500)
     if not isinstance(error, StorageFailed) and reason != type(error).__name__:
         reason = f"{type(error).__name__}: {reason}"
-    return Note(f"warning: {channel}: {subject and f'{subject}: '}{reason}; the run goes on")
+    return Note(f"warning: {channel}: {subject and f'{subject}: '}{reason}; the run continues")

@@ -26,7 +26,7 @@ from dwf_cluster.cluster.share import claim_gpus, memory_share
 from dwf_cluster.cluster.temporary import make_private, set_environment
 
 LOSS_SECONDS = 5.0
-"""How long a run that failed waits for its Ray to end, to tell a lost cluster from a failure of its own."""
+"""How long a run that failed waits for its Ray to end, to distinguish a lost cluster from a failure of its own."""
 
 _RAY = (
     "import ray.scripts.scripts as ray; "
@@ -94,7 +94,7 @@ def _run_first_node(arguments: Sequence[str]) -> int:
     # The driver imports its modules while Ray starts, then waits for Ray (`connect.attached`).
     command = [sys.executable, "-m", "dwf_cluster.launch", "--address", _url(host, port), *arguments]
     driver = _start(command, signal.SIGKILL)
-    # SLURM sends SIGTERM to the driver too, which stops by itself.
+    # SLURM sends SIGTERM to the driver too, so the driver stops without our help.
     signal.signal(signal.SIGTERM, lambda signum, frame: None)
     threading.Thread(target=_kill_without_ray, args=(driver, ray), daemon=True).start()
     status, is_requeued = environment.wait_for_driver(driver)
@@ -133,7 +133,7 @@ def _start_ray(options: Sequence[str]) -> subprocess.Popen[bytes]:
     """Start Ray with what the allocation has on this node, never what the node has."""
     node, address = environment.node_name(), _own_address(environment.head_address()[0])
     if interface := _interface(address):
-        # By itself gloo takes the address of the host's name, which Debian gives as 127.0.1.1.
+        # By default gloo uses the address of the host's name, which is 127.0.1.1 on Debian.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     cpus = environment.cpus()
     gpus = claim_gpus(cpus)
@@ -144,7 +144,7 @@ def _start_ray(options: Sequence[str]) -> subprocess.Popen[bytes]:
     command += [f"--node-ip-address={address}", f"--node-name={node}"]
     command += [f"--num-cpus={cpus}", f"--num-gpus={gpus}"]
     command += [f"--memory={memory - object_store}", f"--object-store-memory={object_store}"]
-    # 0: any free port. Only its own node needs to know it.
+    # 0: any free port. Only its own node uses it.
     command += [f"--{name}-port=0" for name in ("min-worker", "max-worker", "dashboard-agent-listen")]
     with open(environment.log_file(node), "ab") as file:
         return _start([*command, *options], signal.SIGTERM, stdout=file, stderr=file)

@@ -59,7 +59,7 @@ RESERVED = {
     "parsable": "sbatch's answer is read",
     "quiet": "sbatch's answer is read",
     "requeue": _REQUEUED,
-    "signal": f"trainings are told to save {SIGNAL_SECONDS} s before the time is over",
+    "signal": f"trainings are signalled to save {SIGNAL_SECONDS} s before the time is over",
     "tasks-per-node": _ONE_TASK,
     "test-only": "use --dry-run",
     "time": "use --time",
@@ -71,7 +71,7 @@ RESERVED = {
 
 @dataclass(frozen=True)
 class SlurmOptions:
-    """What to ask SLURM for.
+    """Options of the jobs.
 
     Attributes:
         nodes: number of nodes of each job.
@@ -127,7 +127,7 @@ class SlurmJob:
             raise RuntimeError(f"exit status {status}; resume: {self.resume_command}")
 
     def checkpoint(self) -> DelayedSubmission:
-        """What the requeued job runs: the same. The store knows what is done."""
+        """The requeued job: this one, since finished work is in the store."""
         return DelayedSubmission(self)
 
     def _in_allocation(self) -> int:

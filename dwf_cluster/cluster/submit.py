@@ -26,7 +26,7 @@ def run(
         experiments: each becomes one job.
         storage: URL of the folder that contains the folder of each experiment.
         stages: to run, of `plan.jobs.STAGES`.
-        request: what to ask SLURM for.
+        request: options of the jobs.
         arguments: what an experiment's job passes to `dwf_cluster.launch`.
         resume_command: follows the jobs again; for people.
 

@@ -1,4 +1,4 @@
-"""What runs inside a Ray task: the training of a model as a Ray Train run, or one suite of attacks on one model.
+"""The body of a Ray task: the training of a model as a Ray Train run, or one suite of attacks on one model.
 
 A training without workers runs in the process of its task (Ray Train's local mode). With workers, Ray Train starts
 them, and they have the GPUs; the task that waits for them has no resources. Such a task must not call CUDA: CUDA reads
@@ -74,7 +74,7 @@ def run_job(job: Job, store: Store, images: ray.ObjectRef, allocation: Allocatio
                     row["attempts"] = max(2, row["attempts"])
                 if not is_trained(job.spec, store):
                     _fit(functools.partial(_train, job, store, images, allocation, control), job, store, allocation)
-        finally:  # Only the processes that compute know their devices; they have claimed them from the control actor.
+        finally:  # Only the processes that compute can name their devices; the control actor has their claims.
             claims = _get(control.claims.remote((job.folder, job.name)))
             row["device"] = ", ".join(sorted({claim.hardware for claim in claims})) or row["device"]
             row["devices"] = [str(claim) for claim in claims]
@@ -196,7 +196,7 @@ def _claim(control: Any, job: Job, worker: int, allocation: Allocation) -> torch
 
 
 class _StopListener:
-    """Learns from the control actor, in a thread, which experiments were asked to stop.
+    """Receives from the control actor, in a thread, which experiments were asked to stop.
 
     Attributes:
         folders: of these experiments.

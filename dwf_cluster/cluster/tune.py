@@ -19,7 +19,7 @@ from ray.tune.schedulers import ASHAScheduler
 from dwf_cluster.cluster import failures, temporary
 
 REDUCTION, GRACE = 2, 0.25
-"""ASHA: one in `REDUCTION` of the trials that reach a rung goes on; the first rung is at `GRACE` of all epochs."""
+"""ASHA: one in `REDUCTION` of the trials that reach a rung continues; the first rung is at `GRACE` of all epochs."""
 
 Report = Callable[[Mapping[str, Any]], None]
 Work = Callable[[str, Report, Callable[[], bool]], Mapping[str, Any]]
@@ -44,10 +44,10 @@ def run_trials(
         concurrent: how many trials run at once.
         asha_epochs: if ASHA is to stop trials early, the most epochs that one trains; ASHA compares
             `probe_pgd_accuracy` at equal `epoch` of the reports. None: no trial is stopped early.
-        on_report: is given the trial and each report as it comes.
-        on_end: is given each trial that has ended, its last report (None if it was stopped early or failed), and
+        on_report: called with the trial and each of its reports.
+        on_end: called with each trial that has ended, its last report (None if it was stopped early or failed), and
             why it failed.
-        on_step: is called again and again.
+        on_step: called at each step of Tune.
     """
     os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # the caller stops trials
@@ -105,7 +105,7 @@ class _Trial(tune.Trainable):  # type: ignore[misc]
 
 
 class _Callback(tune.Callback):  # type: ignore[misc]
-    """Passes what Tune tells of its trials to the functions of `run_trials`."""
+    """Passes the events of Tune to the functions of `run_trials`."""
 
     def __init__(
         self,
@@ -116,7 +116,7 @@ class _Callback(tune.Callback):  # type: ignore[misc]
         self._on_report, self._on_end, self._on_step = on_report, on_end, on_step
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return tune.Callback, ()  # in Tune's own files, which nobody reads
+        return tune.Callback, ()  # in Tune's own files, which are never read
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
         self._on_step()

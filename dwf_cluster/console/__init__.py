@@ -1,1 +1,1 @@
-"""What a person sees of a run: progress, tables, TensorBoard, and how the terminal ends it."""
+"""The user interface of a run: options, progress, tables, TensorBoard, and signals of the terminal."""

@@ -1,4 +1,4 @@
-"""What all commands have in common: a parser that answers in one line, and the exit status of each error."""
+"""Shared by all commands: a parser with errors of one line, and the exit status of each error."""
 
 from __future__ import annotations
 

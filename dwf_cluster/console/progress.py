@@ -84,7 +84,7 @@ class Progress:
             self._print_line(line)
 
     def _title(self, job: Job) -> str:
-        """What people call a job: its experiment's name, if there are several, and its own."""
+        """A job's display name: its experiment's name, if there are several, and its own."""
         return f"{self._names.get(job.folder, '')} {job.name}".lstrip()
 
     def _show_epoch(self, event: Epoch) -> None:
@@ -170,7 +170,7 @@ class TimeLeft:
 
 
 def epoch_line(row: Mapping[str, Any], epochs: int) -> str:
-    """A row of `metrics` as people read it."""
+    """A row of `metrics` as one line of text."""
     epoch, loss, clean, robust, speed, left = _cells(row, epochs)
     return f"epoch {epoch}, loss {loss}, clean {clean}, PGD probe {robust}, {speed} images/s, {left} left"
 

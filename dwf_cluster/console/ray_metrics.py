@@ -17,7 +17,7 @@ class RayMetrics:
         self._gauges: Any = None
 
     def __call__(self, event: Event) -> None:
-        """Take an event; only epochs count."""
+        """Handle an event; only epochs have metrics."""
         if not isinstance(event, Epoch):
             return
         if self._gauges is None:

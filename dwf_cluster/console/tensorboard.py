@@ -19,7 +19,7 @@ SCALARS = ("loss", "clean_accuracy", "probe_pgd_accuracy", "learning_rate", "ima
 
 
 class EventFiles:
-    """Event files of the models of a run. Files of an earlier run are replaced: every epoch is told again.
+    """Event files of the models of a run. Files of an earlier run are replaced: every epoch is written again.
 
     Args:
         folder: of all event files.
@@ -42,7 +42,7 @@ class EventFiles:
         self._writers: dict[tuple[str, str], EventsWriter] = {}
 
     def __call__(self, event: Event) -> None:
-        """Write an epoch; other events do not count.
+        """Write an epoch; ignore other events.
 
         Raises:
             ValueError: if the row is of another model. Rows come from a store that others may write to.
@@ -61,7 +61,7 @@ class EventFiles:
             raise OSError(f"{reason}; no more event files, the table metrics has every epoch") from error
 
     def _write(self, event: Epoch) -> None:
-        # The names are the plan's, never the row's: those might lead elsewhere.
+        # The names are the plan's, never the row's: those might point to other folders.
         key, row = (event.job.folder, event.job.model), event.row
         if key not in self._writers:
             folder = self._folder.joinpath(*key)

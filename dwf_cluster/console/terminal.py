@@ -1,4 +1,4 @@
-"""Signals of a terminal, and output to one that may be closed while the run goes on."""
+"""Signals of a terminal, and output to one that may be closed during a run."""
 
 from __future__ import annotations
 

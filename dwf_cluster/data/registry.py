@@ -96,7 +96,7 @@ class Sizes:
 
 @dataclass(frozen=True)
 class ImageFormat:
-    """What a model must know of the images.
+    """The properties of the images that a model depends on.
 
     Attributes:
         shape: (channels, height, width) of an image.

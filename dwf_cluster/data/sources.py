@@ -43,7 +43,7 @@ class Images:
 
     @property
     def format(self) -> ImageFormat:
-        """What a model must know of them."""
+        """The properties that a model depends on."""
         return ImageFormat(self.shape, self.classes, self.mean, self.std)
 
     @property
@@ -55,7 +55,7 @@ class Images:
 
 @dataclass(frozen=True)
 class Raw:
-    """What a reader returns: images NHWC or NHW as stored, labels as stored."""
+    """The result of a reader: images NHWC or NHW as stored, labels as stored."""
 
     x_train: NDArray[np.generic]
     y_train: NDArray[np.generic]
@@ -64,7 +64,7 @@ class Raw:
 
 
 def sizes(data: Data) -> Sizes:
-    """What `load` would give, without reading a named data set.
+    """The sizes of the images that `load` would return, without reading a named data set.
 
     Raises:
         InvalidInput: as `load`.
@@ -89,7 +89,7 @@ def load(data: Data, folder: Path) -> Images:
         folder: where downloads are kept and looked for.
 
     Raises:
-        InvalidInput: if the arrays are not what `data.source` promises, or `data` asks for more than there is.
+        InvalidInput: if the arrays do not fit `data.source`, or `data` requests more images than there are.
         DataUnavailable: if the data set is not here and cannot be downloaded.
     """
     if dataset := DATASETS.get(data.source):

@@ -1,4 +1,4 @@
-"""What the methods share: the loss that they yield to the training loop, and how cross-entropy becomes one."""
+"""Shared by the methods: the loss that they yield to the training loop, and cross-entropy as such a loss."""
 
 from __future__ import annotations
 

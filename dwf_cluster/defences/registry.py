@@ -1,6 +1,6 @@
 """Models, methods and defences by name, and their settings.
 
-A *model* is a row of the result table; its ModelSpec says how it comes to be. A *method* is how a model is trained: two
+A *model* is a row of the result table; its ModelSpec says how it is built. A *method* is how a model is trained: two
 functions in a file of this folder. A *defence* is a paper's recipe: from settings to ModelSpecs, the last of which is
 the defended model. To add a method or a defence: a file beside this one, and an entry in `METHODS` or `DEFENCES`.
 """
@@ -110,7 +110,7 @@ class DefenceSettings(Protocol):
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """One model, and how it comes to be.
+    """One model, and how it is built and trained.
 
     Attributes:
         name: as in every table: `benign`, `fgsm-2`, `mixture`.
@@ -118,7 +118,7 @@ class ModelSpec:
         method: how it is trained, a key of `METHODS`.
         training: epochs, learning rate, batch size and so on.
         options: what the method takes, such as epsilons and steps, as pairs of name and value.
-        parents: names of the models that are trained before, and whose weights are what it starts from.
+        parents: names of the models whose trained weights it starts from.
         own_rates: submodules with a learning rate of their own: name, peak learning rate, weight decay.
     """
 

@@ -1,1 +1,1 @@
-"""What models are measured by: suites of attacks, their columns, checks for gradient masking."""
+"""The evaluation of models: suites of attacks, their columns, checks for gradient masking."""

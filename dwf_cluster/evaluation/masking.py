@@ -81,7 +81,7 @@ class WhiteBox:
 
 @dataclass(frozen=True, eq=False)
 class Inspection:
-    """A model and images, and what several checks share, each computed when first asked for.
+    """A model, images, and intermediate results that several checks share, each computed at its first use.
 
     Attributes:
         model: as attacks see it: frozen, or any other module.
@@ -101,7 +101,7 @@ class Inspection:
 
     @functools.cached_property
     def logits(self) -> torch.Tensor:
-        """Outputs for the clean images, whatever they are."""
+        """Outputs for the clean images; not checked."""
         return self.outputs()
 
     @functools.cached_property
@@ -223,7 +223,7 @@ def more_steps(inspection: Inspection) -> Iterator[Check]:
 
 
 def restarts(inspection: Inspection) -> Iterator[Check]:
-    """A worst case that a second look finds to be correct."""
+    """Images of the worst case that are classified correctly when they are tested again."""
     run, accuracy = inspection.white_box, inspection.accuracy(inspection.restarted)
     meaning = f"PGD-{4 * inspection.steps} leaves {run.long:.1%}, the worst case over it and a restart {accuracy:.1%}"
     yield Check("restarts", accuracy - run.long, NOISE, meaning)

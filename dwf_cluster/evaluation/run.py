@@ -24,7 +24,7 @@ from dwf_cluster.models.mixture import Mixture
 
 @dataclass(frozen=True)
 class Batch:
-    """Images to attack, and what with.
+    """Images to attack, and the settings of the attack.
 
     Attributes:
         evaluation: iterations, restarts and so on.
@@ -59,7 +59,7 @@ class Attacked:
     Attributes:
         column: which.
         x: the images, shape of the clean ones.
-        logits: the model's at x, shape (n, classes), where the attack knows them.
+        logits: the model's at x, shape (n, classes), where the attack has computed them; else None.
         gradient_count: gradient evaluations of single images that it cost.
         model: name of the model that is tested; None: the one under attack.
     """
@@ -73,7 +73,7 @@ class Attacked:
 
 @dataclass
 class ColumnResult:
-    """What a model did with the images of one column, over batches. Tensors on the CPU, one entry an image."""
+    """The results of a model in one column, over batches. Tensors on the CPU, one entry an image."""
 
     prediction: list[torch.Tensor] = field(default_factory=list)
     margin: list[torch.Tensor] = field(default_factory=list)

@@ -1,4 +1,4 @@
-"""What each suite runs: from a batch of images to the attacked images of its columns.
+"""The runners of the suites: from a batch of images to the attacked images of the columns.
 
 To add a suite: a function here or in a file beside this one, and an entry in `registry.SUITES`.
 """
@@ -114,7 +114,7 @@ def auto_pgd(batch: Batch) -> Iterator[Attacked]:
 
 
 def square(batch: Batch) -> Iterator[Attacked]:
-    """Square, which sees the model's outputs only."""
+    """Square, which uses only the model's outputs."""
     (column,) = batch.columns
     epsilon, queries, model = batch.threat.epsilon, batch.evaluation.square_queries, batch.model
     worst = _worst_case(batch)

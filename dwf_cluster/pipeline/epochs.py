@@ -16,23 +16,23 @@ from dwf_cluster.plan.jobs import Job
 from dwf_cluster.store import Store, tables
 
 _LAST_SECONDS = 10.0
-"""How long after the last job the store is still read for epochs that have not been told."""
+"""How long after the last job the store is still read for epochs that have not been reported."""
 
 
 class JobEvents:
-    """Tells a listener of jobs, while they run.
+    """Reports jobs to a listener while they run.
 
-    The store is read, and the listener called, in a thread of its own: a slow or damaged store holds up no job and
-    ends no run. The first failure is a warning.
+    A separate thread reads the store and calls the listener, so a slow or damaged store neither delays a job nor
+    ends the run. The first failure is a warning.
 
     Args:
         stores: of the experiments, by their folders.
-        title: what people call a job.
-        tell: is given every event, in the order of `update`.
+        title: returns the display name of a job.
+        emit: called with every event, in the order of `update`.
     """
 
-    def __init__(self, stores: Mapping[str, Store], title: Callable[[Job], str], tell: Listener) -> None:
-        self._stores, self._title, self._tell = stores, title, tell
+    def __init__(self, stores: Mapping[str, Store], title: Callable[[Job], str], emit: Listener) -> None:
+        self._stores, self._title, self._emit = stores, title, emit
         self._epochs: dict[Job, int] = {}
         self._running: set[Job] = set()
         self._unreadable: set[Job] = set()
@@ -41,10 +41,10 @@ class JobEvents:
 
     @contextmanager
     def following(self, jobs: Sequence[Job]) -> Iterator[JobEvents]:
-        """Tell of these jobs while the body runs; first of the epochs that earlier runs trained."""
-        self._tell(Queued(tuple(jobs)))
+        """Report these jobs while the body runs, beginning with the epochs of earlier runs."""
+        self._emit(Queued(tuple(jobs)))
         try:
-            for job in jobs:  # before any of them starts, else a new epoch might be taken for an old one
+            for job in jobs:  # before any job starts, so that no new epoch is taken for an old one
                 self._read_epochs(job, is_replayed=True)
             with ThreadPoolExecutor(1, "job-events") as self._thread:
                 try:
@@ -52,10 +52,10 @@ class JobEvents:
                 finally:
                     self._deadline = time.monotonic() + _LAST_SECONDS
         finally:
-            self._tell(Finished())
+            self._emit(Finished())
 
     def update(self, event: Started | Claim | Ended | Note | None) -> None:
-        """Take what `Cluster.run` yields; returns at once. None: read the epochs of running trainings."""
+        """Handle an event of `Cluster.run`; return at once. None: read the epochs of running trainings."""
         if event is None and self._look_waits:
             return
         self._look_waits |= event is None
@@ -70,28 +70,28 @@ class JobEvents:
             self._running.discard(event.job)
             self._unreadable.discard(event.job)
             self._read_epochs(event.job)
-            self._tell(self._completed(event))
+            self._emit(self._completed(event))
         else:
             if isinstance(event, Started):
                 self._running.add(event.job)
-            self._tell(event)
+            self._emit(event)
 
     def _read_epochs(self, job: Job, is_replayed: bool = False) -> None:
-        """Tell of the epochs of a training that have ended since this was last called."""
+        """Report the epochs of a training that have ended since the last call."""
         if not job.is_training or job in self._unreadable:
             return
         try:
             for row in self._rows(job, "metrics", job.model):
                 if row["epoch"] > self._epochs.get(job, 0):
                     self._epochs[job] = row["epoch"]
-                    self._tell(Epoch(job, row, is_replayed or bool(job.copy_of)))
+                    self._emit(Epoch(job, row, is_replayed or bool(job.copy_of)))
         except Exception as error:  # a store that does not answer, or a file that holds anything
-            # Not read again before its end: a store that stays silent for a minute ends the job itself.
+            # Not read again before its end: a store that does not answer for a minute ends the job itself.
             self._unreadable.add(job)
             self._warn(job, error)
 
     def _completed(self, event: Ended) -> Ended:
-        """The event with what the job's row says; a copy's row is that of the job that it copies."""
+        """The event with seconds and notes from the job's row; a copy's row is that of the job that it copies."""
         if event.job.copy_of:
             return event
         try:
@@ -110,4 +110,4 @@ class JobEvents:
     def _warn(self, job: Job, error: Exception) -> None:
         if not self._has_warned:
             self._has_warned = True
-            self._tell(warning("progress", error, self._title(job)))
+            self._emit(warning("progress", error, self._title(job)))

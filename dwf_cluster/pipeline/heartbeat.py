@@ -45,7 +45,7 @@ class Tally:
         _each(self._count, self._stores)
 
     def update(self, event: Started | Claim | Ended | Note | None) -> None:
-        """Take what `Cluster.run` yields."""
+        """Count an event of `Cluster.run`."""
         if isinstance(event, Ended) and event.state == "failed":
             self.failures.append((event.job, event.reason))
         elif isinstance(event, Ended) and event.state == "done":
@@ -105,7 +105,7 @@ class Heartbeats:
     def reporting(self) -> Iterator[None]:
         """Write `running` and heartbeats while the body runs, and at its end the final state of each experiment.
 
-        Heartbeats go on until the final states are written, since that takes long for many experiments.
+        Heartbeats continue until the final states are written, since that takes long for many experiments.
 
         Raises:
             ExperimentLocked: as `fail_if_lost`.

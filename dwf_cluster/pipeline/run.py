@@ -24,13 +24,13 @@ from dwf_cluster.store import Store, lock
 
 @dataclass(frozen=True)
 class Run:
-    """What a run needs besides the experiments.
+    """The environment of a run: everything that it needs besides the experiments.
 
     Attributes:
         storage: URL below which each experiment has its folder.
         data_folder: where downloaded data sets are.
         connect: context manager of the Ray cluster to run on; entered only if jobs are pending.
-        tell: is given every event, from one thread at a time. What it raises is a warning, once.
+        emit: called with every event, from one thread at a time. Its first exception becomes a warning.
         stopping: whether the run is to stop: then trainings save what they have.
         resume_command: for people.
     """
@@ -38,12 +38,12 @@ class Run:
     storage: str
     data_folder: Path
     connect: Callable[[], AbstractContextManager[Cluster]]
-    tell: Listener
+    emit: Listener
     stopping: Callable[[], bool]
     resume_command: str
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "tell", Listeners({"listener": self.tell}))
+        object.__setattr__(self, "emit", Listeners({"listener": self.emit}))
 
     def experiments(self, experiments: Sequence[Experiment], stages: Sequence[str]) -> None:
         """Run the given stages of experiments on one data set.
@@ -54,7 +54,7 @@ class Run:
         """
         if self._plan(experiments, stages):
             with self.connected(experiments, seed_names(experiments)) as connection:
-                connection.run_stages(experiments, stages, self.tell, self.stopping)
+                connection.run_stages(experiments, stages, self.emit, self.stopping)
 
     def sweep(self, sweep: Sweep) -> TrialTable:
         """Run a sweep to its end; a trial that fails does not stop the others. Errors as for `experiments`."""
@@ -65,7 +65,7 @@ class Run:
             with self.connected(experiments, sweep.names) as connection:
                 from dwf_cluster.pipeline.trials import Trials  # imports Ray Tune, which takes seconds
 
-                Trials(sweep.asha, trials, table, connection, self.tell, self.stopping).run()
+                Trials(sweep.asha, trials, table, connection, self.emit, self.stopping).run()
         else:
             table = TrialTable(sweep, self.storage)  # shards may have been merged
             table.write()
@@ -77,7 +77,7 @@ class Run:
 
         Args:
             experiments: on one data set.
-            names: what people call them, by their folders; an experiment alone has no name.
+            names: display names of the experiments, by their folders; a single experiment has none.
 
         Raises:
             InvalidInput, DataUnavailable: before anything is written.
@@ -91,27 +91,27 @@ class Run:
         for experiment in experiments:
             _check_classes(experiment, images.classes)
         with self.connect() as cluster:
-            self.tell(Connected(cluster.dashboard, cluster.token_file))
+            self.emit(Connected(cluster.dashboard, cluster.token_file))
             storage = Store(self.storage, "").url  # absolute: trials have working directories of their own
             sizes, reference = sources.sizes(data), cluster.share(images)
             yield Connection(storage, cluster, sizes, reference, names, self.resume_command, os.getpid())
 
     def _plan(self, experiments: Sequence[Experiment], stages: Sequence[str]) -> bool:
-        """Tell which jobs are pending, and return whether there are any; without any, repair the status."""
+        """Report the pending jobs and return whether there are any; if there are none, repair the status."""
         for experiment in experiments:
             _check_methods(experiment)
         stores = {experiment: experiment.store(self.storage) for experiment in experiments}
         sizes = sources.sizes(experiments[0].data) if experiments else None
         pending = pending_jobs(stores, stages, sizes) if sizes else []
         used = (stage for stage in stages if sizes and any(jobs.jobs(e, stage, sizes) for e in experiments))
-        self.tell(Planned(tuple(used), tuple(pending)))
+        self.emit(Planned(tuple(used), tuple(pending)))
         if sizes and not pending:
             repair_status(stores, sizes, self.resume_command, os.getpid())
         return bool(pending)
 
 
 def seed_names(experiments: Sequence[Experiment]) -> dict[str, str]:
-    """What people call experiments that differ in their seeds, by their folders; empty for one alone."""
+    """Display names of experiments that differ in their seeds, by their folders; empty for a single one."""
     return {e.folder: f"seed {e.seed}" for e in experiments} if len(experiments) > 1 else {}
 
 

@@ -35,14 +35,14 @@ class Interrupted(KeyboardInterrupt):
 
 @dataclass(frozen=True)
 class Connection:
-    """What all jobs of a run share once it has a Ray cluster. It can be pickled: trials of a sweep get it too.
+    """Shared by all jobs of a run once it has a Ray cluster. It can be pickled, for the trials of a sweep.
 
     Attributes:
         storage: absolute URL below which each experiment has its folder.
         cluster: where the jobs run.
         sizes: of the data set.
         images: Ray's reference to a `data.sources.Images`.
-        names: what people call the experiments, by their folders; an experiment alone has no name.
+        names: display names of the experiments, by their folders; a single experiment has none.
         resume_command: for people.
         pid: of the driver's process, which owns the locks: trials of a sweep act on its behalf.
     """
@@ -60,14 +60,14 @@ class Connection:
         return {experiment: experiment.store(self.storage) for experiment in experiments}
 
     def title(self, job: Job) -> str:
-        """What people call a job, also in Ray's dashboard: its experiment's name, if it has one, and its own."""
+        """A job's display name, also in Ray's dashboard: its experiment's name, if it has one, and its own."""
         return f"{self.names.get(job.folder, '')} {job.name}".lstrip()
 
     def run_stages(
         self,
         experiments: Sequence[Experiment],
         stages: Sequence[str],
-        tell: Listener,
+        emit: Listener,
         stopping: Callable[[], bool],
         model: str | None = None,
     ) -> None:
@@ -76,7 +76,7 @@ class Connection:
         Args:
             experiments: on one data set.
             stages: some of `plan.jobs.STAGES`.
-            tell: is given every event, from one thread at a time.
+            emit: called with every event, from one thread at a time.
             stopping: whether the run is to stop.
             model: run only the jobs of this one; None: of all.
 
@@ -95,7 +95,7 @@ class Connection:
             for experiment, store in fenced.items():
                 merge.forget(store, {job.evaluation_file for job in pending if job.experiment == experiment})
             by_folder = {experiment.folder: store for experiment, store in stores.items()}
-            with JobEvents(by_folder, self.title, tell).following(pending) as job_events:
+            with JobEvents(by_folder, self.title, emit).following(pending) as job_events:
                 writable = {experiment.folder: store for experiment, store in fenced.items()}
                 events = self.cluster.run(pending, allocations, writable, self.images, self.title, stopping)
                 with closing(events):  # which cancels what still runs

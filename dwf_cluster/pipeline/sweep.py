@@ -73,7 +73,7 @@ def sweep(
     samples: int | None,
     asha: bool,
 ) -> Sweep:
-    """The sweep that a command line asks for: each combination of values, or a random sample of them, with each seed.
+    """The sweep of a command line: each combination of values, or a random sample of them, with each seed.
 
     Args:
         preset, assignments: what all trials have in common, as for `experiment.build`.

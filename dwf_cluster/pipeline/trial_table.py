@@ -1,4 +1,4 @@
-"""What becomes of the trials of a sweep: one row each, in `trials.parquet`."""
+"""The outcome of the trials of a sweep: one row each, in `trials.parquet`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class TrialTable:
     FILE = "trials.parquet"
 
     def __init__(self, sweep: Sweep, storage: str) -> None:
-        """Read what the store has."""
+        """Read the table in the store, if there is one."""
         self._store = Store(storage, sweep.folder)
         self._rows = {trial.name: self._row(trial) for trial in sweep.trials}
         for row in self._stored_rows():

@@ -33,7 +33,7 @@ class Trials:
         trials: those that ASHA has not stopped before.
         table: is kept up to date, and written when a trial ends.
         connection: to run on.
-        tell: is given every event.
+        emit: called with every event.
         stopping: whether the run is to stop.
     """
 
@@ -43,11 +43,11 @@ class Trials:
         trials: Sequence[Trial],
         table: TrialTable,
         connection: Connection,
-        tell: Listener,
+        emit: Listener,
         stopping: Callable[[], bool],
     ) -> None:
         self._asha, self._trials, self._table = asha, trials, table
-        self._connection, self._tell, self._stopping = connection, tell, stopping
+        self._connection, self._emit, self._stopping = connection, emit, stopping
         self._failures: list[str] = []
         self._running: dict[str, Job] = {}  # the joint training of each trial, by the trial's name
         self._has_asked_to_stop = False
@@ -84,7 +84,7 @@ class Trials:
         connection = self._connection
         if pending_jobs(connection.stores(experiments), stages, connection.sizes):
             try:
-                connection.run_stages(experiments, stages, self._tell, self._stopping)
+                connection.run_stages(experiments, stages, self._emit, self._stopping)
             except StageFailed as error:
                 self._failures += str(error).splitlines()
 
@@ -120,7 +120,7 @@ class Trials:
         return next(job for job in jobs.jobs(experiment, JOINT, self._connection.sizes) if job.model == model)
 
     def _on_report(self, trial: str, report: Mapping[str, Any]) -> None:
-        self._tell(Epoch(self._running[trial], report, is_replayed=report["replayed"]))
+        self._emit(Epoch(self._running[trial], report, is_replayed=report["replayed"]))
 
     def _on_end(self, trial: str, report: Mapping[str, Any] | None, fault: str) -> None:
         state = report["state"] if report else "failed" if fault else STOPPED_EARLY
@@ -130,11 +130,11 @@ class Trials:
             state = "stopped"
         accuracies = report.get("results") if report else None
         if report and report["epoch"]:
-            self._tell(Epoch(self._running[trial], report, is_replayed=True))  # the note below says more
+            self._emit(Epoch(self._running[trial], report, is_replayed=True))  # the note below says more
         self._table.record(trial, state, accuracies)
         self._table.write()
         shown = "".join(f", {title} {accuracy:.1%}" for title, accuracy in headline(accuracies or {}).items())
-        self._tell(Note(f"{trial}: {reason or state}{shown}"))
+        self._emit(Note(f"{trial}: {reason or state}{shown}"))
 
     def _pass_on_stop(self) -> None:
         """Ask the trials to stop, once, if the run is to stop."""
@@ -145,7 +145,7 @@ class Trials:
 
 @dataclass(frozen=True)
 class _Work:
-    """What a trial does, in a process of its own.
+    """The work of a trial, in a separate process.
 
     Attributes:
         experiments: of the trials, by the trials' names.
@@ -171,7 +171,7 @@ class _Work:
         if is_stopped():
             return {**epochs.last, "state": "stopped"}
         try:
-            connection.run_stages([experiment], (JOINT, EVALUATE), epochs.tell, is_stopped, model.name)
+            connection.run_stages([experiment], (JOINT, EVALUATE), epochs.receive, is_stopped, model.name)
         except Interrupted:
             return {**epochs.last, "state": "stopped"}
         except (StageFailed, StorageFailed, ExperimentLocked) as error:
@@ -186,7 +186,7 @@ class _Epochs:
 
     Args:
         count: of all epochs.
-        report: is given each row of `metrics`, and whether an earlier run trained it.
+        report: called with each row of `metrics`, and whether an earlier run trained it.
 
     Attributes:
         last: the newest row; epoch 0 before there is one.
@@ -196,8 +196,8 @@ class _Epochs:
         self._count, self._report = count, report
         self.last: Mapping[str, Any] = {"epoch": 0, "probe_pgd_accuracy": 0.0}
 
-    def tell(self, event: Event) -> None:
-        """Take an event of the trial's jobs."""
+    def receive(self, event: Event) -> None:
+        """Handle an event of the trial's jobs."""
         if isinstance(event, Epoch):
             self.add(event.row, event.is_replayed)
 

@@ -88,7 +88,7 @@ class Job:
 
     @property
     def output(self) -> tuple[str, str]:
-        """What other jobs may need of it: the experiment's folder, and the trained model or the evaluation's file."""
+        """Its result, as in `inputs` of other jobs: the experiment's folder, and the model or the evaluation's file."""
         return self.folder, self.model if self.is_training else self.file
 
     @property

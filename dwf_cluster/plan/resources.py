@@ -1,4 +1,4 @@
-"""The resources of a run, and what each job gets of them. Needs neither torch nor ray."""
+"""The resources of a run, and the allocation of each job. Needs neither torch nor ray."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MIN_IMAGES_PER_WORKER = 32
 
 @dataclass(frozen=True)
 class Limits:
-    """What a user wants jobs to get, where it differs from the default.
+    """The resources that a user requests for jobs, where they differ from the default.
 
     Attributes:
         joint_workers: processes that train a model with parents; None: one a GPU or, without GPUs, one a node, as long
@@ -104,7 +104,7 @@ def alike_nodes(nodes: Iterable[Mapping[str, Any]], limits: Limits) -> tuple[Res
 
 
 def _gpus(node: Mapping[str, Any]) -> tuple[int, str]:
-    """Number and type of a node's GPUs; Ray names the type where it knows it."""
+    """Number and type of a node's GPUs; Ray names the type where it can detect it."""
     types = (name.partition(":")[2] for name in node["Resources"] if name.startswith("accelerator_type:"))
     return int(node["Resources"].get("GPU", 0)), ",".join(sorted(types))
 
@@ -184,7 +184,7 @@ def _torch_uses_gpus() -> bool:
 
 
 def allocate(jobs: Iterable[Job], resources: Resources) -> dict[Job, Allocation]:
-    """What each job gets on these resources.
+    """The allocation of each job on these resources.
 
     An allocation depends on its job alone, not on what else runs: with another number of workers BatchNorm would see
     other parts of each batch, and a run of several seeds would give other numbers than a run of one.

@@ -21,7 +21,7 @@ _ROUNDING = 1e-9
 
 @dataclass(frozen=True)
 class Allocation:
-    """What a job gets.
+    """The resources of a job.
 
     Attributes:
         workers: processes that Ray Train starts; 0: the task's own process does the work.
@@ -61,7 +61,7 @@ class Schedule:
         """
         Args:
             jobs: to run. Inputs that are no job's output exist already.
-            allocations: what each job gets.
+            allocations: of the jobs.
             slots: total number of GPUs or, without GPUs, of CPUs.
         """
         self._allocations, self._free_slots, self._last_stage = allocations, slots, len(STAGES) - 1

@@ -1,4 +1,4 @@
-"""What an experiment has produced: one folder below an fsspec URL, with checkpoints and Parquet tables."""
+"""The results of an experiment: one folder below an fsspec URL, with checkpoints and Parquet tables."""
 
 from dwf_cluster.store.files import LockLost, RowLabels, Store
 from dwf_cluster.store.retry import StorageFailed

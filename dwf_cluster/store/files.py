@@ -1,4 +1,4 @@
-"""Store: the folder of one experiment. It knows every file's place, writes files whole or not at all, and retries.
+"""Store: the folder of one experiment. It names every file, writes files whole or not at all, and retries.
 
 A store that carries the number of a run is *fenced*: as soon as a later run has taken the experiment's lock, none of
 its writes appears. On a disk this holds without exception (`store.disk`). Object stores cannot rename, so the store

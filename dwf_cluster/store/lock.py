@@ -1,7 +1,7 @@
 """The lock of an experiment: one run at a time, and another only when the owner of the lock is dead.
 
-`lease/00003.json` says who began the experiment's third run; the owner of the highest number owns the lock. These files
-are created exclusively and never replaced or removed, so of many processes that try to begin the fourth run one
+`lease/00003.json` names the process that began the third run; the owner of the highest number owns the lock. These
+files are created exclusively and never replaced or removed, so of many processes that try to begin the fourth run one
 succeeds, and no number is used twice. On the same machine the owner's process shows whether it is alive; across
 machines, the heartbeat of its `status.json`. An owner that was wrongly taken for dead is fenced off: its writes fail
 (`Store.run`).
@@ -33,7 +33,7 @@ class ExperimentLocked(RuntimeError):
 
 
 class Owner(BaseModel):
-    """Who began a run of an experiment: the content of a lock file.
+    """The process that began a run of an experiment: the content of a lock file.
 
     Attributes:
         host: host name of the driver's machine.
@@ -89,7 +89,7 @@ class Lock:
         return self.store.newest_run() > self.number
 
     def loss(self) -> ExperimentLocked:
-        """The error that says who has taken the lock."""
+        """The error that names the new owner."""
         number, owner = _newest(self.store)
         if number == self.number:  # no later run: the run's folder of unfinished files was removed
             return ExperimentLocked(f"{self.store.folder}: the files of its run {number} were removed while it ran")
@@ -168,7 +168,7 @@ def _final_state(store: Store, number: int) -> str | None:
 
 
 def _is_alive(store: Store, number: int, owner: Owner | None) -> bool | None:
-    """Whether the owner of the newest lock still runs the experiment; None: only a wait for its heartbeat can tell."""
+    """Whether the owner of the newest lock still runs the experiment; None: only its next heartbeat can show it."""
     if _final_state(store, number):
         return False
     if owner:
@@ -177,7 +177,7 @@ def _is_alive(store: Store, number: int, owner: Owner | None) -> bool | None:
             state, began = _process_state(owner.pid)
             return state not in ("", "Z") and began == owner.began
         if current.job and owner.job == current.job and owner.life != current.life:
-            return False  # SLURM ends the earlier life of a job before it begins the next one
+            return False  # SLURM ends a job before it starts it again
     status = Status.read(store)
     # Without a status, the run has just begun, or was killed before its first heartbeat.
     heartbeat = status.heartbeat if status and status.run == number else owner.since if owner else None

@@ -1,4 +1,4 @@
-"""What no run needs any more: older checkpoints of trained models, and the momentum in their newest ones.
+"""Stored data that no run needs any more: older checkpoints of trained models, and the momentum in their newest ones.
 
 A trained model is only loaded, from its newest checkpoint. What another experiment refers to (`checkpoints.refer`)
 stays, and so does everything of an experiment that is being run.

@@ -11,7 +11,7 @@ from typing import TypeVar
 Result = TypeVar("Result")
 
 PATIENCE = 60.0
-"""Seconds for which an operation is retried while the storage times out, disconnects or asks to slow down."""
+"""Seconds for which an operation is retried while the storage times out, disconnects or throttles."""
 
 _LONGEST_PAUSE = 10.0
 

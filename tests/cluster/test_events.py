@@ -6,7 +6,7 @@ import pytest
 
 from dwf_cluster.cluster.events import Event, Finished, Listeners, Note
 
-WARNING = Note("warning: TensorBoard: RuntimeError: no more paper; the run goes on")
+WARNING = Note("warning: TensorBoard: RuntimeError: no more paper; the run continues")
 
 
 def _fail(event: Event) -> None:
@@ -15,10 +15,10 @@ def _fail(event: Event) -> None:
 
 def test_a_failing_listener_is_one_warning_and_the_others_get_every_event() -> None:
     events: list[Event] = []
-    tell = Listeners({"TensorBoard": _fail, "progress": events.append})
+    emit = Listeners({"TensorBoard": _fail, "progress": events.append})
     with pytest.warns(UserWarning, match="no more paper"):  # TensorBoard cannot take the warning either
-        tell(Finished())
-    tell(Finished())
+        emit(Finished())
+    emit(Finished())
     assert events == [WARNING, Finished(), Finished()]
 
 
@@ -30,9 +30,9 @@ def test_a_listener_that_fails_at_some_events_gets_the_others() -> None:
             raise RuntimeError("no more paper")
         events.append(event)
 
-    tell = Listeners({"TensorBoard": take_notes})
+    emit = Listeners({"TensorBoard": take_notes})
     for event in (Finished(), Finished(), Note("tried again")):
-        tell(event)
+        emit(event)
     assert events == [WARNING, Note("tried again")]
 
 

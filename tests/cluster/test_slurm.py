@@ -18,6 +18,7 @@ import submitit
 from ray._private.runtime_env.packaging import create_package
 
 from dwf_cluster.cluster.sbatch import RESERVED, SlurmJob, SlurmOptions, follow
+from dwf_cluster.console import options
 from dwf_cluster.settings import InvalidInput
 
 from ..conftest import LONG_EPOCHS, TINY, assert_same, write_npz
@@ -98,9 +99,9 @@ def test_dry_run_prints_a_script_that_sbatch_takes(on_slurm: Launch, cluster: Sl
     assert result.returncode == 0, result.stderr
     script = on_slurm.folder / "script.sh"
     script.write_text(result.stdout)
-    options = set(re.findall(r"^#SBATCH (\S+)$", result.stdout, re.M))
-    assert {"--nodes=2", "--partition=high", "--cpus-per-task=2", "--mem=3G", "--time=30", "--array=0-3%2"} <= options
-    assert {"--requeue", "--signal=USR2@120", "--open-mode=append"} <= options
+    header = set(re.findall(r"^#SBATCH (\S+)$", result.stdout, re.M))
+    assert {"--nodes=2", "--partition=high", "--cpus-per-task=2", "--mem=3G", "--time=30", "--array=0-3%2"} <= header
+    assert {"--requeue", "--signal=USR2@120", "--open-mode=append"} <= header
     cluster("sbatch", "--test-only", script, cwd=on_slurm.folder)
     assert not list(on_slurm.folder.glob("runs"))
     assert cluster("squeue", "-h") == ""
@@ -117,11 +118,11 @@ def test_dry_run_prints_a_script_that_sbatch_takes(on_slurm: Launch, cluster: Sl
         (["--sbatch", "wrap=rm *"], "--sbatch: 'rm *' cannot be used"),
         (
             ["--sbatch", "signal=USR1@10"],
-            "--sbatch: 'signal' cannot be used: trainings are told to save 120 s before the ",
+            "--sbatch: 'signal' cannot be used: trainings are signalled to save 120 s before the ",
         ),
         (
             ["--sbatch", "sig=USR1@10"],
-            "--sbatch: 'sig' cannot be used: trainings are told to save 120 s before the time",
+            "--sbatch: 'sig' cannot be used: trainings are signalled to save 120 s before the time",
         ),
         (["--sbatch", "mem=3G", "cpus-per-task=2"], "--sbatch: 'cpus-per-task' cannot be used: use --cpus-per-node"),
         (["--time", "soon"], "--time: 'soon' cannot be used: allowed are minutes, HH:MM:SS, D-HH or D-HH:MM:SS"),
@@ -253,15 +254,13 @@ def test_without_slurm_the_error_names_the_missing_commands(launch: Launch, monk
     [("90", 90), ("1:30", 2), ("02:00:00", 120), ("1-00", 1440), ("1-02:03:04", 1564), ("0:10", 1), ("00:05:00", 5)],
 )
 def test_time_limits_are_read_as_sbatch_reads_them(text: str, minutes: int) -> None:
-    from dwf_cluster.launch import _minutes
-
-    assert _minutes(text) == minutes
+    assert options.minutes(text) == minutes
 
 
 def test_a_job_of_the_local_executor_saves_at_the_signal_and_is_requeued(
     launch: Launch, reference_run: tuple[Path, subprocess.CompletedProcess[str]]
 ) -> None:
-    def tell(process: psutil.Process, line: str) -> None:
+    def send_signal(process: psutil.Process, line: str) -> None:
         training = pause_after_first_epoch(launch.folder, "expert pgd-1")
         (job,) = (
             child
@@ -276,7 +275,7 @@ def test_a_job_of_the_local_executor_saves_at_the_signal_and_is_requeued(
 
     command = ["--slurm", "--executor", "local", *EXPERTS]
     lines: list[str] = []
-    status, stderr = launch.run_and_act_at(r"job \S+: RUNNING", tell, *command, later_lines=lines)
+    status, stderr = launch.run_and_act_at(r"job \S+: RUNNING", send_signal, *command, later_lines=lines)
     assert status == 0, stderr
     assert any(line.startswith("expert pgd-1: stopped in ") for line in lines)
     folder = Path(lines[-1])

@@ -46,18 +46,18 @@ def experts(tiny: Experiment) -> list[Job]:
 def _lines(events: Iterable[Event], names: dict[str, str] | None = None) -> list[str]:
     """What is printed on something that is no terminal."""
     printed = io.StringIO()
-    tell = Listeners({"progress": Progress(names or {}, Console(file=printed))})
+    emit = Listeners({"progress": Progress(names or {}, Console(file=printed))})
     for event in events:
-        tell(event)
+        emit(event)
     return printed.getvalue().splitlines()
 
 
 def _on_terminal(events: Iterable[Event]) -> str:
     """What is printed on a terminal, up to the end of the jobs."""
     console = Console(file=io.StringIO(), force_terminal=True, width=120, record=True)
-    tell = Listeners({"progress": Progress({}, console)})
+    emit = Listeners({"progress": Progress({}, console)})
     for event in (*events, Finished()):
-        tell(event)
+        emit(event)
     return console.export_text()
 
 

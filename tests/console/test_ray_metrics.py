@@ -47,8 +47,8 @@ def test_each_epoch_sets_the_gauges_of_its_model(job: Job, monkeypatch: pytest.M
 def test_metrics_that_ray_does_not_take_are_one_warning(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ray_metrics, "_Gauges", _Broken)
     events: list[Event] = []
-    tell = Listeners({"Ray's metrics": RayMetrics(), "progress": events.append})
+    emit = Listeners({"Ray's metrics": RayMetrics(), "progress": events.append})
     for epoch in (Epoch(job, ROW), Epoch(job, ROW)):
-        tell(epoch)
+        emit(epoch)
     notes = [event.text for event in events if isinstance(event, Note)]
-    assert notes == ["warning: Ray's metrics: RuntimeError: no metrics agent; the run goes on"]
+    assert notes == ["warning: Ray's metrics: RuntimeError: no metrics agent; the run continues"]

@@ -122,7 +122,7 @@ def test_an_unreadable_store_is_one_warning_and_every_end_is_still_told(store: S
     (note,) = (event for event in events if isinstance(event, Note))
     path = store.path("results/metrics/pgd-1.parquet")
     assert note.text.startswith(f"warning: progress: expert pgd-1: {path}: not the")
-    assert note.text.endswith("; the run goes on")
+    assert note.text.endswith("; the run continues")
     assert [event for event in events if isinstance(event, Ended)] == [Ended(job, "done") for job in experts]
 
 
