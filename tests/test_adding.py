@@ -270,7 +270,7 @@ def test_a_check_is_counted_and_reported(run: tuple[Path, str]) -> None:
     assert "warning: mixture, large: outputs are larger than nothing" in printed
 
 
-def test_a_data_set_is_read_and_its_classes_are_known(run: tuple[Path, str]) -> None:
+def test_a_data_set_is_read_with_its_number_of_classes(run: tuple[Path, str]) -> None:
     experiment, _ = run
     assert set(_table(experiment, "predictions").label) == set(range(7))
     assert set(_table(experiment, "jobs").dataset) == {"stripes"}

@@ -239,7 +239,7 @@ def test_a_model_without_a_gradient_path_is_measured_and_its_check_fires(network
     assert rows["evaluations"].perturbation.tolist() == [0.0]
 
 
-def test_a_random_model_is_measured_alike_for_a_seed(network: nn.Module) -> None:
+def test_a_random_model_has_equal_results_with_equal_seeds(network: nn.Module) -> None:
     model = Changed(network, lambda logits: logits + 0.1 * torch.randn_like(logits))
     _assert_equal(_measured(model, "pgd_momentum", "checks"), _measured(model, "pgd_momentum", "checks"))
     assert _measured(model, "checks")["checks"].set_index("check").fired["random"]
@@ -405,7 +405,9 @@ def test_load_takes_urls_and_the_users_own_images(tmp_path: Path) -> None:
         load(f"{tmp_path}/{experiment.folder}")
 
 
-def test_load_refuses_what_is_not_there_and_removes_nothing(tiny: Experiment, images: Images, tmp_path: Path) -> None:
+def test_load_refuses_unknown_folders_and_models_and_removes_nothing(
+    tiny: Experiment, images: Images, tmp_path: Path
+) -> None:
     store = _stored(tiny, images, tmp_path)
     with pytest.raises(InvalidInput, match=r"name: 'pgd-9' .* benign, fgsm-1, pgd-1, mixture"):
         load(store.root, "pgd-9")
@@ -420,7 +422,7 @@ def test_load_refuses_what_is_not_there_and_removes_nothing(tiny: Experiment, im
         load(tmp_path / "renamed")
 
 
-def test_a_mixture_is_attacked_at_its_gate_by_every_suite_that_needs_one() -> None:
+def test_every_suite_that_needs_a_gate_attacks_a_mixture() -> None:
     experts = [nn.Sequential(nn.Flatten(), nn.Linear(64, 4)) for _ in range(2)]
     mixture = Mixture(experts, Gate(2, (1, 8, 8), (0.5,), (0.25,), hidden=4))
     rows = _measured(mixture, "pgd_gate", x=X, y=Y)

@@ -90,7 +90,7 @@ def test_a_module_imports_its_own_level_and_those_below(path: Path) -> None:
             assert above is None or above <= level, f"{_name(path)} imports {imported}"
 
 
-def test_what_computes_never_imports_the_experiment() -> None:
+def test_computing_modules_never_import_the_experiment() -> None:
     for name, path in MODULES.items():
         if name.split(".")[:2][-1] in ("data", "models", "attacks", "defences", "evaluation", "training", "store"):
             assert "dwf_cluster.experiment" not in set(_imports(path)), name
@@ -108,7 +108,7 @@ def test_registries_settings_and_packages_import_no_torch() -> None:
     assert result.stdout == "False\n"
 
 
-def test_the_pipeline_and_what_is_below_never_import_the_console() -> None:
+def test_the_pipeline_and_modules_below_it_never_import_the_console() -> None:
     console = next(number for number, names in enumerate(LEVELS) if "console" in names)
     for name, path in MODULES.items():
         level = _level(name) if name.startswith("dwf_cluster") else None
@@ -147,7 +147,7 @@ def test_the_top_level_has_few_modules() -> None:
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=_name)
-def test_files_are_short_and_functions_too_unless_their_docstring_says_why(path: Path) -> None:
+def test_files_and_functions_are_short_unless_the_docstring_gives_a_reason(path: Path) -> None:
     text = path.read_text()
     assert text.count("\n") <= MAX_FILE_LINES
     for node in ast.walk(ast.parse(text)):

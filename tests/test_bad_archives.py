@@ -166,7 +166,7 @@ SPECIAL: dict[str, tuple[Callable[[Path], object], str]] = {
 
 @pytest.mark.parametrize("case", SPECIAL)
 @pytest.mark.parametrize(("name", "field"), [("a.npz", "data.source"), ("a.json", "preset")])
-def test_what_is_no_regular_file_is_refused_before_it_is_read(
+def test_a_path_that_is_not_a_regular_file_is_refused_before_it_is_read(
     here: Path, capsys: pytest.CaptureFixture[str], case: str, name: str, field: str
 ) -> None:
     make, message = SPECIAL[case]
@@ -238,7 +238,7 @@ def test_a_damaged_idx_file_is_one_line(
     assert "\n" not in str(error.value)
 
 
-def test_of_an_idx_file_no_more_is_decompressed_than_its_header_says(
+def test_an_idx_file_is_decompressed_only_up_to_the_size_in_its_header(
     fashion: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with gzip.open(fashion / IMAGES, "wb", compresslevel=1) as file:

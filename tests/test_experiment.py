@@ -81,7 +81,7 @@ def test_a_whole_defence_can_be_the_baseline_of_another() -> None:
         (["baselines=dwf"], "benign"),
     ],
 )
-def test_two_models_of_one_name_are_refused(assignments: list[str], name: str) -> None:
+def test_two_models_of_the_same_name_are_refused(assignments: list[str], name: str) -> None:
     with pytest.raises(InvalidInput) as error:
         build("digits", 0, assignments)
     assert str(error.value) == f"experiment: defence and baselines give two models the name {name!r}: allowed is one"
@@ -168,7 +168,7 @@ def test_set_reads_json_bare_words_and_numbers_with_commas(assignment: str, valu
         ("seed=-1", "seed: -1 cannot be used"),
     ],
 )
-def test_a_bad_value_is_answered_with_field_value_and_what_is_allowed(assignment: str, message: str) -> None:
+def test_the_error_for_a_bad_value_names_field_value_and_allowed_values(assignment: str, message: str) -> None:
     with pytest.raises(InvalidInput) as error:
         build("digits", None, [assignment])
     assert str(error.value).startswith(message)
@@ -187,7 +187,7 @@ def test_an_unknown_field_in_json_is_named() -> None:
         Experiment.from_json(json.dumps(fields))
 
 
-def test_every_field_says_what_it_means() -> None:
+def test_every_field_has_a_description() -> None:
     assert [field.name for field in fields_of_an_experiment() if not field.meaning] == []
 
 
@@ -221,12 +221,12 @@ def test_signatures_are_those_of_earlier_versions(
     assert build(preset, seed, assignments).folder == f"{preset}-seed{seed}-{signature}"
 
 
-def test_fields_that_came_later_change_the_signature_if_they_are_set() -> None:
+def test_fields_that_were_added_later_change_the_signature_if_they_are_set() -> None:
     changes = ([], ["gate.kind=hard"], ["joint.freeze_experts=true"], ["defence=pgd-at"])
     assert len({build("digits", 0, change).signature for change in changes}) == len(changes)
 
 
-def test_a_models_signature_follows_what_trains_it() -> None:
+def test_a_models_signature_follows_the_settings_that_train_it() -> None:
     both = "baselines=fgsm-at,pgd-at"
 
     def changed(*assignments: str) -> set[str]:

@@ -43,7 +43,7 @@ def test_fetch_data_verifies_own_images_too(folder: Path, capsys: pytest.Capture
     assert capsys.readouterr().err.startswith("error: images.npz: not an .npz file of plain arrays")
 
 
-def test_fetch_data_without_a_network_fails_in_one_line_and_how_to_repeat_it(
+def test_fetch_data_without_a_network_fails_in_one_line_and_names_the_command_to_repeat(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     options = ["--preset", "cifar10", "--set", "data.source=svhn", "--data-folder", "elsewhere"]
@@ -53,7 +53,7 @@ def test_fetch_data_without_a_network_fails_in_one_line_and_how_to_repeat_it(
     assert resume == f"resume: python -m dwf_cluster.launch --fetch-data {' '.join(options)}"
 
 
-def test_slurm_warns_of_a_missing_data_set_and_goes_on(capsys: pytest.CaptureFixture[str]) -> None:
+def test_slurm_warns_of_a_missing_data_set_and_continues(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--slurm", "--dry-run", *SVHN]) == 0
     script, warning = capsys.readouterr()
     assert warning == MISSING
@@ -69,7 +69,7 @@ def test_the_warning_names_a_command_that_fetches_the_data_set_of_the_same_exper
     assert warning.endswith("--fetch-data --preset digits --data-folder data --set data.source=svhn\n")
 
 
-def test_slurm_does_not_warn_of_data_that_is_here(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_slurm_does_not_warn_of_a_data_set_that_exists(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_npz(folder / "images.npz")
     for preset in ("digits", "images.npz"):
         assert main(["--slurm", "--dry-run", "--preset", preset]) == 0

@@ -64,7 +64,7 @@ def _files(folder: Path) -> dict[str, tuple[bytes, int]]:
     return {str(path): (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.rglob("*") if path.is_file()}
 
 
-def test_the_same_command_finds_its_folder_and_skips_every_stage(
+def test_the_same_command_uses_its_folder_and_skips_every_stage(
     storage: Path, experiment: Experiment, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = _files(storage)

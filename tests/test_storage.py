@@ -184,7 +184,7 @@ def _acquire(store: Store, host: str, go: Any, answers: Any, end: Any) -> None:
     end.wait()  # alive until all have answered
 
 
-def test_of_four_processes_at_once_exactly_one_acquires_the_lock(s3: str) -> None:
+def test_exactly_one_of_four_simultaneous_processes_acquires_the_lock(s3: str) -> None:
     context = multiprocessing.get_context("spawn")
     go, answers, end = context.Event(), context.Queue(), context.Event()
     store = Store(s3, "digits-seed5-0123456789")

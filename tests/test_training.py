@@ -143,7 +143,7 @@ def test_a_resumed_run_ends_with_the_bits_of_an_uninterrupted_one(
 
 
 @pytest.mark.parametrize("steps", [[1], [2, 3, 2], [8]], ids=str)
-def test_a_training_that_is_asked_to_stop_saves_its_step_and_resumes_there(
+def test_a_stopped_training_saves_its_step_and_resumes_from_it(
     tiny: Experiment, images: Images, tmp_path: Path, steps: list[int]
 ) -> None:
     """Three epochs of three steps."""
@@ -240,7 +240,7 @@ def test_accumulated_gradients_are_the_batchs_without_batchnorm(
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
-def test_each_epoch_leaves_a_row_and_a_checkpoint(tiny: Experiment, images: Images, store: Store) -> None:
+def test_each_epoch_writes_a_row_and_a_checkpoint(tiny: Experiment, images: Images, store: Store) -> None:
     _train(tiny, images, store, "fgsm-1")
     rows = tables.read(store, "metrics").to_pylist()
     assert [(row["epoch"], row["step"]) for row in rows] == [(1, 3), (2, 6), (3, 9)]

@@ -31,6 +31,8 @@ def apgd(
 ) -> Iterator[Iterate]:
     """Attack each image until an iterate is misclassified.
 
+    It is long because it is the authors' algorithm as one loop, whose state is a dozen tensors.
+
     Args:
         model, x, y, ball: as for `pgd`.
         generators: one an image, for the random start.

@@ -115,7 +115,7 @@ def test_figures_without_results_are_not_drawn(cifar10: Group, measured: pd.Data
     assert set(drawn) == {"fgsm", "experts_and_mixture", "training"}
 
 
-def test_the_colour_blind_can_tell_the_colours_apart() -> None:
+def test_colour_blind_readers_can_distinguish_the_colours() -> None:
     okabe_ito = {"#000000", "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7"}
     colours = [*drawing.PALETTE, drawing.DEFENDED]
     assert set(colours) <= okabe_ito

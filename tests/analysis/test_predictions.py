@@ -38,7 +38,7 @@ def test_gate_weights_are_summed_over_images_and_seeds(cifar10: Group, predictio
         assert sums.loc[label, list(cifar10.experts)].to_numpy() == pytest.approx(weights[of_class].sum(0), rel=1e-4)
 
 
-def test_rows_may_come_in_any_order_and_in_any_pieces(
+def test_predictions_do_not_depend_on_the_order_or_grouping_of_rows(
     digits: Group, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = read_predictions(digits)

@@ -88,7 +88,7 @@ def test_the_page_loads_without_a_message_on_the_console(browser: webdriver.Chro
     assert browser.title == "dwf_cluster: cifar10; digits"
 
 
-def test_the_page_loads_nothing_from_elsewhere(browser: webdriver.Chrome, html: str) -> None:
+def test_the_page_loads_no_external_resource(browser: webdriver.Chrome, html: str) -> None:
     loaded = browser.execute_script("return performance.getEntriesByType('resource').map(entry => entry.name)")
     assert [name for name in loaded if not name.startswith("data:")] == []
     assert not re.search(r"""(src|href)=["'](?!data:|#)""", html)

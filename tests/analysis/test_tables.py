@@ -109,7 +109,7 @@ def test_a_data_set_that_the_paper_lacks_is_named(digits: Group) -> None:
     assert paper.why_not_compared(digits) == "The paper has no figures for digits."
 
 
-def test_models_are_the_papers_by_how_they_are_trained(cifar10: Group) -> None:
+def test_models_are_matched_with_the_papers_by_their_training(cifar10: Group) -> None:
     expected = {
         "benign": "ResNet-18",
         "fgsm-at": "ResNet-18 (FGSM-AT)",

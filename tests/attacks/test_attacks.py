@@ -96,7 +96,7 @@ def test_pgd_is_equations_4_and_5_image_by_image(ball: Ball) -> None:
     torch.testing.assert_close(found, _slow_pgd(model, x, y, ball, 0.03 if ball is LINF else 0.3, 7))
 
 
-def test_one_run_serves_every_shorter_one_and_its_logits_are_those_of_a_pass_of_their_own() -> None:
+def test_a_run_contains_every_shorter_run_and_its_logits_equal_those_of_a_separate_pass() -> None:
     model, x, y = _problem()
     frozen_model = frozen(model)
     run = list(pgd(frozen_model, x, y, LINF, step_size=0.03, steps=9))
@@ -108,7 +108,7 @@ def test_one_run_serves_every_shorter_one_and_its_logits_are_those_of_a_pass_of_
         torch.testing.assert_close(iterate.logits, predict(frozen_model, iterate.x))
 
 
-def test_the_first_iterate_brings_fgsms_gradient() -> None:
+def test_the_first_iterate_has_the_gradient_of_fgsm() -> None:
     model, x, y = _problem()
     frozen_model = frozen(model)
     first = next(pgd(frozen_model, x, y, LINF, step_size=0.03, steps=3))
@@ -117,7 +117,7 @@ def test_the_first_iterate_brings_fgsms_gradient() -> None:
     assert torch.equal(first.gradient, differentiate(frozen_model, x, y)[0])
 
 
-def test_a_run_spends_what_it_says_and_no_gradient_at_its_end() -> None:
+def test_a_run_counts_its_gradients_and_computes_none_at_its_end() -> None:
     model, x, y = _problem()
     frozen_model = frozen(model)
     calls = []
@@ -152,7 +152,7 @@ def test_a_batch_in_any_order_and_any_parts_gives_the_same_images(norm: str) -> 
     torch.testing.assert_close(parts, whole)
 
 
-def test_a_cpu_takes_a_batch_in_parts_and_returns_it_whole() -> None:
+def test_a_cpu_computes_a_batch_in_parts_and_returns_all_of_it() -> None:
     model, _, _ = _problem()
     frozen_model = frozen(model.float())
     sizes = []

@@ -216,7 +216,7 @@ def test_carlini_wagner_pgd_is_foolboxs_with_that_loss(defended: Problem) -> Non
     _assert_same(_last(ours), theirs)
 
 
-def test_restarts_from_torchattacks_random_starts_fool_the_same_images_in_the_same_way(defended: Problem) -> None:
+def test_restarts_from_torchattacks_random_starts_give_the_same_adversarial_images(defended: Problem) -> None:
     problem = defended.first(100).double()
     model, x, y = problem.model, problem.x, problem.y
     runs = [torchattacks.PGD(model, eps=0.15, alpha=0.04, steps=3, random_start=True) for _ in range(4)]
@@ -307,7 +307,7 @@ class _ApgdTargeted(_StartRemembered, APGDAttack_targeted):  # type: ignore[misc
 
 @NORMS
 @pytest.mark.parametrize("targeted", [False, True], ids=["cross-entropy", "targeted-dlr"])
-def test_apgd_walks_as_its_authors_does_from_the_same_start(
+def test_apgd_has_its_authors_iterates_from_the_same_start(
     defended: Problem, ball: Ball, norm: str, targeted: bool
 ) -> None:
     problem, steps = defended.first(80).precise(), 30

@@ -139,6 +139,6 @@ def test_ctrl_c_is_status_130_and_writes_nothing(folder: Path, capsys: pytest.Ca
     assert not Path("results").exists()
 
 
-def test_a_data_set_that_cannot_be_had_is_status_1(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unavailable_data_set_is_status_1(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert _evaluate("--preset=cifar10") == 1
     assert capsys.readouterr().err.splitlines()[-1].startswith("failed: CIFAR10 is not in data")

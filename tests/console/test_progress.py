@@ -73,11 +73,11 @@ def test_the_plan_and_the_dashboard_are_lines(tiny: Experiment, experts: list[Jo
     ]
 
 
-def test_stages_that_were_not_asked_for_have_no_line(experts: list[Job]) -> None:
+def test_stages_that_were_not_selected_have_no_line(experts: list[Job]) -> None:
     assert _lines([Planned((EXPERTS,), tuple(experts))]) == [f"experts: {len(experts)} to do"]
 
 
-def test_elsewhere_each_epoch_and_each_end_is_a_plain_line(tiny: Experiment, experts: list[Job]) -> None:
+def test_without_a_terminal_each_epoch_and_each_end_is_a_plain_line(tiny: Experiment, experts: list[Job]) -> None:
     pgd, fgsm, benign = experts
     events: list[Event] = [
         Queued(tuple(experts)),
@@ -123,7 +123,7 @@ def test_replayed_epochs_are_not_printed(experts: list[Job]) -> None:
     assert [line.split(",")[0] for line in lines] == ["expert pgd-1: epoch 2/3", "expert pgd-1: done (1 of 3)"]
 
 
-def test_of_several_seeds_each_line_says_which(tiny: Experiment) -> None:
+def test_with_several_seeds_each_line_names_its_seed(tiny: Experiment) -> None:
     other = tiny.model_copy(update={"seed": 7})
     listed = jobs(other, EXPERTS, SIZES)
     names = {experiment.folder: f"seed {experiment.seed}" for experiment in (tiny, other)}
@@ -197,7 +197,7 @@ def test_replayed_epochs_are_work_that_no_longer_remains_and_took_no_time(equal:
     assert estimate.seconds == pytest.approx(10 * 600 / 100)
 
 
-def test_the_table_says_how_long_the_run_takes_and_that_it_is_an_estimate(equal: list[Job], clock: _Clock) -> None:
+def test_the_table_shows_the_time_left_and_marks_it_as_an_estimate(equal: list[Job], clock: _Clock) -> None:
     console = Console(file=io.StringIO(), width=120, record=True)
     show = Progress({}, console)
     show(Queued(tuple(equal)))

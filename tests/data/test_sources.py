@@ -38,7 +38,7 @@ def _registered_sizes(name: str) -> tuple[int, int, tuple[int, int, int], int]:
     return dataset.train, dataset.test, dataset.shape, dataset.classes
 
 
-def test_digits_are_scikit_learns_split_once_and_for_all() -> None:
+def test_digits_are_scikit_learns_with_a_fixed_split() -> None:
     images = sources.load(Data(source="digits"), Path())
     assert _sizes(images) == _registered_sizes("digits")
     assert images.x_train.dtype == np.uint8
@@ -126,7 +126,7 @@ def _cifar10(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return base
 
 
-def test_cifar10_comes_through_torchvision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cifar10_is_read_with_torchvision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _cifar10(tmp_path, monkeypatch)
     assert sources.is_here(Data(source="cifar10"), tmp_path)
     images = sources.load(Data(source="cifar10"), tmp_path)
@@ -146,7 +146,7 @@ def test_a_pickle_with_another_checksum_is_never_loaded(tmp_path: Path, monkeypa
     assert not (tmp_path / "executed").exists()
 
 
-def test_svhn_comes_through_torchvision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_svhn_is_read_with_torchvision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from torchvision.datasets import SVHN
 
     splits = {}

@@ -243,7 +243,7 @@ def test_shards_of_the_test_set_give_the_same_rows_as_the_whole(
             assert [p["margin"] for p in ours] == pytest.approx([p["margin"] for p in theirs], abs=1e-5)
 
 
-def test_a_merge_waits_for_every_shard_and_its_intervals_are_wilsons(
+def test_a_merge_waits_for_every_shard_and_computes_wilson_intervals(
     tiny: Experiment, images: Images, store: Store
 ) -> None:
     rows, _ = _evaluated(tiny, images, "benign", "paper")

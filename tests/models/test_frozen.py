@@ -32,7 +32,7 @@ def test_logits_and_gradients_are_those_of_the_model_in_evaluation_mode() -> Non
     torch.testing.assert_close(differentiate(frozen_model, x, y), differentiate(slow, x, y))
 
 
-def test_no_parameter_of_the_view_asks_for_a_gradient_and_no_batchnorm_is_left() -> None:
+def test_no_parameter_of_the_frozen_model_requires_a_gradient_and_no_batchnorm_remains() -> None:
     frozen_model = frozen(_mixture())
     assert not any(parameter.requires_grad for parameter in frozen_model.parameters())
     assert not any(module.training for module in frozen_model.modules())
@@ -40,7 +40,7 @@ def test_no_parameter_of_the_view_asks_for_a_gradient_and_no_batchnorm_is_left()
 
 
 @pytest.mark.parametrize(("count", "passes"), [(128, 0), (129, 3)])
-def test_few_images_go_through_all_experts_in_one_pass_with_the_same_numbers(count: int, passes: int) -> None:
+def test_few_images_pass_all_experts_at_once_with_the_same_logits(count: int, passes: int) -> None:
     mixture = _mixture()
     frozen_model = frozen(mixture)
     calls = []
@@ -52,7 +52,7 @@ def test_few_images_go_through_all_experts_in_one_pass_with_the_same_numbers(cou
     torch.testing.assert_close(found, differentiate(copy.deepcopy(mixture).eval(), x, y))
 
 
-def test_experts_of_different_shapes_go_one_by_one() -> None:
+def test_experts_of_different_shapes_run_one_by_one() -> None:
     experts = [ResNet18(10, (0.5,), (0.25,), width=width).double() for width in (2, 4)]
     mixture = Mixture(experts, Gate(2, (1, 8, 8), (0.5,), (0.25,), hidden=8).double())
     x = torch.rand(4, 1, 8, 8, dtype=torch.float64)

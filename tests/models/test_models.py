@@ -53,7 +53,7 @@ def test_gate_is_equation_2_a_softmax_over_experts() -> None:
     torch.testing.assert_close(weights.sum(1), torch.ones(6))
 
 
-def test_the_plans_operation_count_is_that_of_the_network() -> None:
+def test_the_operation_count_of_the_plan_is_that_of_the_network() -> None:
     from torch.utils.flop_counter import FlopCounterMode
 
     for width, shape in ((64, (3, 32, 32)), (8, (1, 9, 9))):

@@ -109,7 +109,7 @@ def test_a_slow_store_does_not_hold_up_the_run(
     assert reads <= looks + 2  # at the job's end: its metrics and its row
 
 
-def test_an_unreadable_store_is_one_warning_and_every_end_is_still_told(store: Store, experts: list[Job]) -> None:
+def test_an_unreadable_store_is_one_warning_and_every_end_is_still_reported(store: Store, experts: list[Job]) -> None:
     store.write("results/metrics/pgd-1.parquet", b"damaged")
     store.write("results/metrics/fgsm-1.parquet", b"damaged")
     events: list[Event] = []
@@ -126,7 +126,7 @@ def test_an_unreadable_store_is_one_warning_and_every_end_is_still_told(store: S
     assert [event for event in events if isinstance(event, Ended)] == [Ended(job, "done") for job in experts]
 
 
-def test_a_run_that_fails_still_tells_that_its_jobs_are_over(store: Store, experts: list[Job]) -> None:
+def test_a_run_that_fails_still_reports_the_end_of_its_jobs(store: Store, experts: list[Job]) -> None:
     events: list[Event] = []
     with pytest.raises(KeyboardInterrupt), _following(store, experts, events):
         raise KeyboardInterrupt

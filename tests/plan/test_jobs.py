@@ -46,7 +46,7 @@ def test_a_joint_step_runs_every_expert_on_three_parts_and_shares_the_first_grad
 
 
 @pytest.mark.parametrize("stage", ["experts", "evaluate"])
-def test_the_longest_come_first(stage: str) -> None:
+def test_the_longest_jobs_come_first(stage: str) -> None:
     costs = [job.cost for job in jobs(build("cifar10"), stage, CIFAR10)]
     assert costs == sorted(costs, reverse=True)
     assert len(set(costs)) > 2
@@ -72,7 +72,7 @@ def test_shards_are_whole_batches_cover_the_test_set_and_take_minutes() -> None:
         assert flop < 1e13 + batch
 
 
-def test_the_estimate_of_storage_knows_the_size_of_the_networks() -> None:
+def test_the_storage_estimate_follows_the_size_of_the_networks() -> None:
     experiment = build("cifar10", 0, ["model.width=16"])
     state = ResNet18(10, (0.5,) * 3, (0.5,) * 3, 16).state_dict()
     backbone = sum(tensor.numel() for tensor in state.values())
@@ -86,7 +86,7 @@ def test_the_estimate_of_storage_knows_the_size_of_the_networks() -> None:
     assert gates < 2 * one  # the experts are stored once
 
 
-def test_a_shard_can_be_chosen() -> None:
+def test_the_shard_size_can_be_chosen() -> None:
     experiment = build("digits", 0, ["evaluation.shard_examples=100", "evaluation.batch_size=64"])
     shards = [j for j in jobs(experiment, "evaluate", Sizes(1, 360, (1, 8, 8))) if j.suite == "paper"]
     assert {(job.first, job.stop) for job in shards} == {(0, 128), (128, 256), (256, 360)}
@@ -114,7 +114,7 @@ def _job(experiment: Experiment, name: str) -> Job:
 
 
 @pytest.mark.parametrize("name", ["expert pgd-1", "evaluate benign paper 0-23", "evaluate benign checks 0-7"])
-def test_a_job_is_done_when_all_of_its_files_are_there(store: Store, tiny: Experiment, name: str) -> None:
+def test_a_job_is_done_when_all_of_its_files_exist(store: Store, tiny: Experiment, name: str) -> None:
     job, before = _job(tiny, name), _pending(tiny, store)
     _finish(store, job)
     assert _pending(tiny, store) == before - {name}
@@ -125,7 +125,7 @@ def test_a_job_is_done_when_all_of_its_files_are_there(store: Store, tiny: Exper
         assert name not in _pending(tiny, store)
 
 
-def test_rows_that_another_writer_lost_are_restored_from_the_checkpoint(store: Store, tiny: Experiment) -> None:
+def test_missing_rows_are_restored_from_the_checkpoint(store: Store, tiny: Experiment) -> None:
     job = _job(tiny, "expert pgd-1")
     _finish(store, job)
     whole = tables.read(store, "metrics")
@@ -137,7 +137,7 @@ def test_rows_that_another_writer_lost_are_restored_from_the_checkpoint(store: S
         assert job.name not in _pending(tiny, store)
 
 
-def test_rows_that_no_checkpoint_has_are_trained_again(store: Store, tiny: Experiment) -> None:
+def test_rows_that_are_in_no_checkpoint_are_trained_again(store: Store, tiny: Experiment) -> None:
     job = _job(tiny, "expert pgd-1")
     _finish(store, job, metrics=False)
     assert prepare_training(job, store) == []  # the table of an earlier version is enough
@@ -161,7 +161,7 @@ def test_a_damaged_checkpoint_is_named_before_training_resumes(store: Store, tin
     assert prepare_training(job, store) == [f"damaged checkpoint {folder}3 removed; resuming from {folder}2"]
 
 
-def test_what_is_done_is_seen_without_a_look_at_tensors(
+def test_finished_jobs_are_recognised_without_reading_tensors(
     store: Store, tiny: Experiment, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for job in jobs(tiny, "experts", TINY_SIZES):
@@ -176,7 +176,7 @@ def test_what_is_done_is_seen_without_a_look_at_tensors(
     assert pending(tiny, store, TINY_SIZES)["experts"] == []
 
 
-def test_a_stage_whose_forerunner_is_missing_is_refused_with_the_way_out(store: Store, tiny: Experiment) -> None:
+def test_a_stage_whose_inputs_are_missing_is_refused_with_the_stages_to_run(store: Store, tiny: Experiment) -> None:
     with pytest.raises(InvalidInput, match=r"evaluate cannot be run: experts is not done .*experts,joint,evaluate"):
         select(pending(tiny, store, TINY_SIZES), ["evaluate"])
     assert {job.stage for job in select(pending(tiny, store, TINY_SIZES), ["experts"])} == {"experts"}

@@ -32,7 +32,7 @@ def test_on_cpus_a_task_does_the_work_itself() -> None:
     assert allocations["evaluate mixture paper 0-9"] == Allocation(workers=0, cpus=1, gpus=0)
 
 
-def test_on_gpus_ray_train_starts_the_workers_that_hold_them() -> None:
+def test_on_gpus_ray_train_starts_workers_with_the_gpus() -> None:
     allocations = _allocations(Resources(cpus=8, gpus=4))
     assert allocations["expert pgd-1"] == Allocation(workers=1, cpus=1, gpus=1)
     assert allocations["joint"] == Allocation(workers=2, cpus=2, gpus=1)
@@ -48,7 +48,7 @@ def test_each_worker_of_the_joint_stage_has_32_images_of_a_batch(
     assert max(1, joint.workers) == workers
 
 
-def test_the_joint_stage_has_a_worker_for_each_gpu_or_each_node_that_there_is() -> None:
+def test_the_joint_stage_has_a_worker_for_each_gpu_or_without_gpus_for_each_node() -> None:
     batch = "joint.batch_size=512"
     assert _allocations(Resources(cpus=8, gpus=4, nodes=2), batch)["joint"] == Allocation(workers=8, cpus=2, gpus=1)
     assert _allocations(Resources(cpus=8, gpus=0, nodes=2), batch)["joint"] == Allocation(workers=2, cpus=8, gpus=0)
@@ -70,7 +70,7 @@ def test_no_worker_of_the_joint_stage_needs_more_cpus_than_a_node_has_for_it(wor
     ("limits", "workers"),
     [(Limits(), 1), (Limits(expert_workers=3), 3), (Limits(expert_workers=3, gpus_per_expert=0.5), 1)],
 )
-def test_an_expert_has_one_gpu_unless_more_are_asked_for(limits: Limits, workers: int) -> None:
+def test_an_expert_has_one_gpu_unless_more_are_requested(limits: Limits, workers: int) -> None:
     allocations = _allocations(Resources(cpus=64, gpus=32, limits=limits))
     assert {given.workers for name, given in allocations.items() if name.startswith("expert ")} == {workers}
 
@@ -84,7 +84,7 @@ def test_workers_without_images_are_refused(stage: str, option: str) -> None:
         _allocations(Resources(cpus=64, gpus=32, limits=limits), f"{stage}.batch_size=32")
 
 
-def test_what_a_job_gets_does_not_depend_on_what_else_runs() -> None:
+def test_an_allocation_does_not_depend_on_other_jobs() -> None:
     """Otherwise BatchNorm would see other parts of a batch, and several seeds would give other numbers than one."""
     size = Sizes(50_000, 10_000, (3, 32, 32))
     seeds = [[job for stage in STAGES for job in jobs(build("cifar10", seed), stage, size)] for seed in range(5)]
@@ -129,7 +129,7 @@ def test_unused_gpus_are_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     assert built_without == (0, "warning: 8 GPU of this machine not used: this PyTorch is built without CUDA")
 
 
-def test_what_pytorch_is_built_for_is_known_without_importing_it() -> None:
+def test_gpu_support_of_pytorch_is_detected_without_importing_it() -> None:
     assert resources._torch_uses_gpus() == (torch.version.cuda is not None)
 
 

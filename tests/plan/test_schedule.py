@@ -124,7 +124,7 @@ def test_the_lower_bound_is_all_work_shared_or_the_longest_chain() -> None:
     assert lower_bound(every, allocate(every, many), 100) == costs["expert pgd-1"] + costs["joint"] / 100
 
 
-def test_the_lower_bound_counts_the_rounds_of_equal_jobs_and_what_follows_the_last() -> None:
+def test_the_lower_bound_counts_the_rounds_of_equal_jobs_and_the_chain_after_the_last() -> None:
     """Three seeds' longest experts on two CPUs: one of them waits, and its joint stage follows."""
     every = [job for job in _jobs(3, ("experts", "joint")) if job.name in ("expert pgd-1", "joint")]
     expert, joint = (next(job for job in every if job.name == name) for name in ("expert pgd-1", "joint"))

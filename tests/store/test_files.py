@@ -273,7 +273,7 @@ def _create(store: Store, number: int, links: bool, go: object, won: object) -> 
 
 
 @pytest.mark.parametrize("links", [True, False])
-def test_of_four_processes_that_create_a_file_exactly_one_succeeds(store: Store, links: bool) -> None:
+def test_exactly_one_of_four_processes_creates_a_file(store: Store, links: bool) -> None:
     context = multiprocessing.get_context("spawn")
     go, won = context.Event(), context.Queue()
     processes = [context.Process(target=_create, args=(store, i, links, go, won)) for i in range(4)]

@@ -61,7 +61,7 @@ def test_a_new_experiment_is_not_locked_until_a_run_acquires_it(store: Store) ->
     assert lock.is_locked(store)
 
 
-def test_a_second_run_is_told_the_owners_host_process_job_and_start(store: Store) -> None:
+def test_the_error_of_a_second_run_names_the_owners_host_process_job_and_start(store: Store) -> None:
     _write_lock(store, 1, **ELSEWHERE, job="4711", since="2026-11-23T12:00:00+00:00", pid=99)
     _write_heartbeat(store, 1, seconds_ago=7)
     for acquire in (lock.fail_if_locked, lock.acquire):
@@ -118,7 +118,7 @@ def test_a_requeued_slurm_job_replaces_its_earlier_run_at_once(store: Store, mon
 
 
 @pytest.mark.parametrize("alive", [True, False])
-def test_a_silent_owner_on_another_machine_is_replaced_unless_a_heartbeat_comes(store: Store, alive: bool) -> None:
+def test_an_owner_without_heartbeats_on_another_machine_is_replaced_unless_one_comes(store: Store, alive: bool) -> None:
     _write_lock(store, 1, **ELSEWHERE, since="2026-01-01T00:00:00+00:00")
     _write_heartbeat(store, 1, seconds_ago=300)
     waited: list[float] = []
@@ -194,7 +194,7 @@ def test_a_lock_of_any_higher_number_means_that_the_lock_is_lost(store: Store, h
     assert acquired.is_lost()
 
 
-def test_no_number_is_used_twice_after_a_pause_before_the_lock_is_created(
+def test_no_number_is_used_twice_if_a_process_pauses_before_it_creates_the_lock(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Four other runs come and go after it has read the locks and before it creates the next one."""
@@ -348,7 +348,7 @@ class _Gate:
         self.open, self.close = self._go.set, self._end.set
 
 
-def test_of_four_processes_at_once_exactly_one_acquires_the_lock(store: Store) -> None:
+def test_exactly_one_of_four_simultaneous_processes_acquires_the_lock(store: Store) -> None:
     context = multiprocessing.get_context("spawn")
     gate, answers = _Gate(), context.Queue()
     processes = [context.Process(target=_acquire, args=(store, gate, answers)) for _ in range(4)]

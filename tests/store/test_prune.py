@@ -50,7 +50,9 @@ def test_prune_keeps_only_the_newest_weights_of_trained_models(
     assert _prune(tmp_path, capsys, "--yes") == ["nothing to remove"]
 
 
-def test_prune_keeps_what_another_experiment_refers_to(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_prune_keeps_checkpoints_that_another_experiment_refers_to(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     first, second = Store(str(tmp_path), FIRST), Store(str(tmp_path), SECOND)
     _train(first, "pgd-1", 3, planned=3)
     checkpoints.refer(first, second, "pgd-1")
