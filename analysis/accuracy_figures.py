@@ -60,10 +60,10 @@ def experts_and_mixture(data: FigureData) -> Figure | None:
     columns = [column for column in group.paper_columns if column.attack in measured]
     if not columns:
         return None
-    places = {column_key(column): i for i, column in enumerate(columns)}
+    positions = {column_key(column): i for i, column in enumerate(columns)}
     figure, axes = new_figure(3.2)
     for model, cells in data.by_model(rows):
-        points = [(places[key], 100 * row.mean) for row in each(cells) if (key := key_of_row(row)) in places]
+        points = [(positions[key], 100 * row.mean) for row in each(cells) if (key := key_of_row(row)) in positions]
         if points:
             x, y = zip(*points, strict=True)
             style = data.styles[model] | {"linestyle": "none"}

@@ -87,11 +87,11 @@ def attack(run: ExperimentFolder, data_folder: Path) -> Attacked:
     x, y = to_float(torch.tensor(images.x_test[:IMAGES])), torch.tensor(images.y_test[:IMAGES])
     ball, steps = Ball("linf", experiment.pgd.epsilon), max(experiment.evaluation.pgd_steps)
     *_, last = pgd(model, x, y, ball, step_size=experiment.pgd.step_size, steps=steps)
-    both = (x, last.x.contiguous())
+    pair = (x, last.x.contiguous())
     with torch.no_grad():
-        gate = [model.gate(part).numpy() for part in both]
-    prediction = [predict(model, part).argmax(1).numpy() for part in both]
-    return Attacked(y.numpy(), np.stack([part.numpy() for part in both]), np.stack(prediction), np.stack(gate), steps)
+        gate = [model.gate(part).numpy() for part in pair]
+    prediction = [predict(model, part).argmax(1).numpy() for part in pair]
+    return Attacked(y.numpy(), np.stack([part.numpy() for part in pair]), np.stack(prediction), np.stack(gate), steps)
 
 
 @styled()

@@ -93,11 +93,11 @@ def validate(rows: pa.Table, table: str, experiment: Experiment, allow_other_mod
         if name in ranges:
             _within(rows, name, ranges[name])
     if {"correct", "examples"} <= names:
-        _none(rows, "correct", pc.greater(rows["correct"], rows["examples"]), "at most examples")
+        _refuse_if(rows, "correct", pc.greater(rows["correct"], rows["examples"]), "at most examples")
     if "gate" in names:
         _gates(rows, experiment)
     if table == "evaluations" and names.issuperset(CELL_FIELDS):
-        _once(rows, CELL_FIELDS)
+        _refuse_duplicates(rows, CELL_FIELDS)
 
 
 def _max_examples(experiment: Experiment) -> int:
@@ -108,17 +108,17 @@ def _max_examples(experiment: Experiment) -> int:
 def _among(rows: pa.Table, name: str, allowed: Sequence[object]) -> None:
     values = pa.array(allowed, rows.schema.field(name).type)
     shown = ", ".join(str(value) for value in allowed if value is not None)
-    _none(rows, name, pc.invert(pc.is_in(rows[name], values)), shown)
+    _refuse_if(rows, name, pc.invert(pc.is_in(rows[name], values)), shown)
 
 
 def _within(rows: pa.Table, name: str, allowed: Range) -> None:
     low, high = allowed
     values = rows[name].cast(pa.float64(), safe=False)
     inside = pc.and_(pc.greater_equal(values, low), pc.less_equal(values, high))  # NaN is neither
-    _none(rows, name, pc.invert(inside), f"{low:.15g} to {high:.15g}")
+    _refuse_if(rows, name, pc.invert(inside), f"{low:.15g} to {high:.15g}")
 
 
-def _none(rows: pa.Table, name: str, wrong: pa.ChunkedArray, allowed: str) -> None:
+def _refuse_if(rows: pa.Table, name: str, wrong: pa.ChunkedArray, allowed: str) -> None:
     """Refuse the column if any of its values is wrong."""
     row = pc.index(wrong, True).as_py()
     if row >= 0:
@@ -145,7 +145,7 @@ def _gates(rows: pa.Table, experiment: Experiment) -> None:
         raise InvalidInput("gate: weights outside 0 to 1 cannot be used")
 
 
-def _once(rows: pa.Table, keys: Sequence[str]) -> None:
+def _refuse_duplicates(rows: pa.Table, keys: Sequence[str]) -> None:
     counts = rows.select(keys).group_by(keys, use_threads=False).aggregate([([], "count_all")])
     row = pc.index(pc.greater(counts["count_all"], 1), True).as_py()
     if row >= 0:

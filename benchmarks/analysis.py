@@ -43,11 +43,11 @@ import sys
 from analysis import figures, formats, load, predictions, tables
 
 for group in load(sys.argv[1]).groups:
-    found = predictions.read_predictions(group)
-    measured, _, shown, _ = tables.of_group(group, found)
+    predicted = predictions.read_predictions(group)
+    measured, _, shown, _ = tables.of_group(group, predicted)
     for table in shown:
         print(formats.text(table))
-    data = figures.FigureData(group, measured, found)
+    data = figures.FigureData(group, measured, predicted)
     figures.save({name: figures.draw(name, data) for name in ("fgsm", "pgd")}, sys.argv[2])
 """
 

@@ -110,8 +110,10 @@ def ours(pool: ProcessPoolExecutor, experiment: Experiment, model: nn.Module) ->
 
     def run(x: torch.Tensor, y: torch.Tensor) -> tuple[Columns, int]:
         parts = zip(x.tensor_split(CORES), y.tensor_split(CORES), strict=True)
-        found = [future.result() for future in [pool.submit(_ours, experiment, model, *part) for part in parts]]
-        return {name: torch.cat([part[name] for part, _ in found]) for name in found[0][0]}, sum(n for _, n in found)
+        results = [future.result() for future in [pool.submit(_ours, experiment, model, *part) for part in parts]]
+        return {name: torch.cat([part[name] for part, _ in results]) for name in results[0][0]}, sum(
+            n for _, n in results
+        )
 
     return run
 
@@ -127,13 +129,13 @@ def torchattacks_columns(model: nn.Module, which: str) -> Callable[[torch.Tensor
     import torchattacks
 
     def fifteen(x: torch.Tensor, y: torch.Tensor) -> Columns:
-        found = {"clean": _right(model, x, y)}
+        columns = {"clean": _right(model, x, y)}
         for epsilon in FGSM:
-            found[f"fgsm {epsilon:.2f}"] = _right(model, torchattacks.FGSM(model, eps=epsilon)(x, y), y)
+            columns[f"fgsm {epsilon:.2f}"] = _right(model, torchattacks.FGSM(model, eps=epsilon)(x, y), y)
         for steps in PGD:
             attack = torchattacks.PGD(model, eps=EPSILON, alpha=STEP_SIZE, steps=steps, random_start=False)
-            found[f"pgd {steps}"] = _right(model, attack(x, y), y)
-        return found
+            columns[f"pgd {steps}"] = _right(model, attack(x, y), y)
+        return columns
 
     def two(x: torch.Tensor, y: torch.Tensor) -> Columns:
         starts = [
@@ -153,14 +155,14 @@ def foolbox_columns(model: nn.Module) -> Callable[[torch.Tensor, torch.Tensor], 
     target = foolbox.PyTorchModel(model, bounds=(0, 1))
 
     def run(x: torch.Tensor, y: torch.Tensor) -> Columns:
-        found = {"clean": _right(model, x, y)}
+        columns = {"clean": _right(model, x, y)}
         fgsm = foolbox.attacks.LinfFastGradientAttack(random_start=False)
         for epsilon in FGSM:
-            found[f"fgsm {epsilon:.2f}"] = _right(model, fgsm(target, x, y, epsilons=epsilon)[1], y)
+            columns[f"fgsm {epsilon:.2f}"] = _right(model, fgsm(target, x, y, epsilons=epsilon)[1], y)
         for steps in PGD:
             pgd = foolbox.attacks.LinfPGD(abs_stepsize=STEP_SIZE, steps=steps, random_start=False)
-            found[f"pgd {steps}"] = _right(model, pgd(target, x, y, epsilons=EPSILON)[1], y)
-        return found
+            columns[f"pgd {steps}"] = _right(model, pgd(target, x, y, epsilons=EPSILON)[1], y)
+        return columns
 
     return run
 
@@ -173,7 +175,7 @@ def art_columns(model: nn.Module, batch: int) -> Callable[[torch.Tensor, torch.T
     target = PyTorchClassifier(model, nn.CrossEntropyLoss(), (3, 32, 32), 10, clip_values=(0.0, 1.0), device_type="cpu")
 
     def run(x: torch.Tensor, y: torch.Tensor) -> Columns:
-        found, one_hot = {"clean": _right(model, x, y)}, np.eye(10, dtype=np.float32)[y]
+        columns, one_hot = {"clean": _right(model, x, y)}, np.eye(10, dtype=np.float32)[y]
         runs: list[tuple[str, Any]] = [
             (f"fgsm {epsilon:.2f}", FastGradientMethod(target, eps=epsilon, batch_size=batch)) for epsilon in FGSM
         ]
@@ -188,8 +190,8 @@ def art_columns(model: nn.Module, batch: int) -> Callable[[torch.Tensor, torch.T
             )
             runs.append((f"pgd {steps}", pgd))
         for name, attack in runs:
-            found[name] = _right(model, torch.tensor(attack.generate(x.numpy(), one_hot)), y)
-        return found
+            columns[name] = _right(model, torch.tensor(attack.generate(x.numpy(), one_hot)), y)
+        return columns
 
     return run
 
@@ -245,8 +247,8 @@ def in_batches(run: Callable[[torch.Tensor, torch.Tensor], Columns], size: int) 
     """A contestant that takes `size` images at a time."""
 
     def batched(x: torch.Tensor, y: torch.Tensor) -> Columns:
-        found = [run(*part) for part in zip(torch.split(x, size), torch.split(y, size), strict=True)]
-        return {name: torch.cat([part[name] for part in found]) for name in found[0]}
+        results = [run(*part) for part in zip(torch.split(x, size), torch.split(y, size), strict=True)]
+        return {name: torch.cat([part[name] for part in results]) for name in results[0]}
 
     return batched
 
@@ -258,8 +260,8 @@ def turns(contestants: dict[str, Callable[..., Any]], x: torch.Tensor, y: torch.
             if number and name in ONCE:
                 continue
             clock = time.perf_counter()
-            found = run(part, labels)
-            yield name, time.perf_counter() - clock, found
+            result = run(part, labels)
+            yield name, time.perf_counter() - clock, result
 
 
 def compare(
@@ -282,12 +284,12 @@ def compare(
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     right: dict[str, dict[str, list[torch.Tensor]]] = {name: {} for name in contestants}
     gradients = {"ours 15": 0, "ours 17": 0}
-    for name, took, found in turns(contestants, x, y, rounds):
+    for name, took, result in turns(contestants, x, y, rounds):
         seconds[name].append(took)
-        columns = found
+        columns = result
         if name in gradients:
-            columns, spent = found
-            gradients[name] += spent
+            columns, count = result
+            gradients[name] += count
         for column, correct in columns.items():
             right[name].setdefault(column, []).append(correct)
     seconds["torchattacks 17"] = [
@@ -310,7 +312,7 @@ def compare(
         if not name.startswith("ours")
     }
     report["largest_difference_in_points"] = {
-        name: round(_apart(right["ours 15"], right[name]), 2) for name in report["ratio"]
+        name: round(_largest_difference(right["ours 15"], right[name]), 2) for name in report["ratio"]
     }
     torch.set_num_threads(1)
     cost = bare(model, x[:128], y[:128])
@@ -321,15 +323,15 @@ def compare(
     return report
 
 
-def _apart(ours: dict[str, list[torch.Tensor]], theirs: dict[str, list[torch.Tensor]]) -> float:
+def _largest_difference(ours: dict[str, list[torch.Tensor]], peers: dict[str, list[torch.Tensor]]) -> float:
     """Largest difference of accuracy in the 15 columns, in points, on the images that both have attacked."""
-    found = []
-    for column, parts in theirs.items():
+    differences = []
+    for column, parts in peers.items():
         if column not in ("pgd_restarts", "pgd_adaptive"):
             pairs = zip(ours[column], parts, strict=False)
             difference = torch.cat([a.double() - b.double() for a, b in pairs])
-            found.append(abs(100 * float(difference.mean())))
-    return max(found)
+            differences.append(abs(100 * float(difference.mean())))
+    return max(differences)
 
 
 def _as(columns: list[str], adaptive: int) -> list[str]:

@@ -48,8 +48,8 @@ def simulate() -> None:
         for gpus in GPUS:
             cells = []
             for stages in (("experts",), STAGES):
-                when, bound = planned(experiments, stages, Resources(8, gpus))
-                makespan = max(planned.end for planned in when.values())
+                timed, bound = planned(experiments, stages, Resources(8, gpus))
+                makespan = max(planned.end for planned in timed.values())
                 cells += [f"{makespan / hour:.1f}", f"{100 * (makespan / bound - 1):.1f} %"]
             print(f"| {gpus} | {seeds} | {' | '.join(cells)} |")
 
@@ -66,17 +66,17 @@ def run() -> None:
         speeds = measured_speeds(every, allocate(every, resources), storage)
         rows = pd.DataFrame(tables.read(second.store(storage), "jobs").to_pylist()).set_index("task")
     every = [job for stage in STAGES for job in jobs(second, stage, sizes(second.data))]
-    when = timeline(every, allocate(every, resources), resources.slots, speeds)
+    timed = timeline(every, allocate(every, resources), resources.slots, speeds)
     began = rows.started.min()
     print("| task | planned start | end | real start | end |\n|---|---:|---:|---:|---:|")
-    for job, plan in when.items():
+    for job, plan in timed.items():
         real = [(rows.loc[job.name, column] - began).total_seconds() for column in ("started", "finished")]
         cells = [f"{seconds:.1f}" for seconds in (plan.start, plan.end, *real)]
         if job.stage != "evaluate":
             print(f"| {job.name} | {' | '.join(cells)} |")
-    makespan = max(plan.end for plan in when.values())
+    makespan = max(plan.end for plan in timed.values())
     real_makespan = (rows.finished.max() - began).total_seconds()
-    print(f"| all of {len(when)} tasks | 0.0 | {makespan:.1f} | 0.0 | {real_makespan:.1f} |")
+    print(f"| all of {len(timed)} tasks | 0.0 | {makespan:.1f} | 0.0 | {real_makespan:.1f} |")
 
 
 def main() -> None:

@@ -38,7 +38,7 @@ def to_first_step(slurm: Slurm, folder: Path) -> dict[str, float]:
     began = time.time()
     job, _ = submit(slurm, folder, ["--nodes=2"], ONE_STEP)
 
-    def born(command: str) -> float:
+    def started(command: str) -> float:
         times: list[float] = []
 
         def has_begun() -> bool:
@@ -49,9 +49,9 @@ def to_first_step(slurm: Slurm, folder: Path) -> dict[str, float]:
         return min(times)
 
     times = {
-        "batch script": born("cluster.allocation"),
-        "srun": born("cluster.node"),
-        "Ray begins": born("ray.scripts"),
+        "batch script": started("cluster.allocation"),
+        "srun": started("cluster.node"),
+        "Ray begins": started("ray.scripts"),
     }
     joined = folder / f"slurm-{job}.status"
     slurm.wait_for(joined.exists, "status file")
@@ -61,7 +61,7 @@ def to_first_step(slurm: Slurm, folder: Path) -> dict[str, float]:
     slurm.wait(job)
     rows = pd.read_parquet(next(folder.glob("runs/*/results/jobs")))
     times["first task"] = rows.started.min().timestamp()
-    return {name: round(when - began, 1) for name, when in sorted(times.items(), key=lambda item: item[1])}
+    return {name: round(moment - began, 1) for name, moment in sorted(times.items(), key=lambda item: item[1])}
 
 
 def lost(slurm: Slurm, folder: Path) -> dict[str, dict[str, float]]:

@@ -36,11 +36,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Args:
         arguments: None: those of this process.
     """
-    words = list(sys.argv[1:] if arguments is None else arguments)
-    if not words or words[0] in ("-h", "--help"):
+    command_line = list(sys.argv[1:] if arguments is None else arguments)
+    if not command_line or command_line[0] in ("-h", "--help"):
         print(_USAGE)
         return 0
-    return exit_status(lambda: _command(words[0])(words[1:]))
+    return exit_status(lambda: _command(command_line[0])(command_line[1:]))
 
 
 def _command(name: str) -> Callable[[Sequence[str]], int]:

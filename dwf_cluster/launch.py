@@ -42,9 +42,9 @@ def main(arguments: Sequence[str] | None = None, resume_command: str | None = No
         resume_command: the command that resumes the run; None: that of the SLURM job that this is the driver of, or
             this one.
     """
-    words = list(sys.argv[1:] if arguments is None else arguments)
-    command = resume_command or os.environ.get(RESUME_COMMAND) or shlex.join([*_COMMAND, *words])
-    return exit_status(lambda: _run(parse(words), command), command)
+    command_line = list(sys.argv[1:] if arguments is None else arguments)
+    command = resume_command or os.environ.get(RESUME_COMMAND) or shlex.join([*_COMMAND, *command_line])
+    return exit_status(lambda: _run(parse(command_line), command), command)
 
 
 def job(name: str, *options: str) -> int:
@@ -55,8 +55,8 @@ def job(name: str, *options: str) -> int:
     in_job = _RAY_JOB in os.environ
     submit = "ray job submit --working-dir . -- " if in_job else ""
     resume_command = f"{submit}python jobs/{name}.py {shlex.join(sys.argv[1:])}".rstrip()
-    where = ("--address", "auto") if in_job else ("--local",)
-    return main([*where, *options, *sys.argv[1:]], resume_command)
+    connection = ("--address", "auto") if in_job else ("--local",)
+    return main([*connection, *options, *sys.argv[1:]], resume_command)
 
 
 def _run(options: argparse.Namespace, resume_command: str) -> int:

@@ -255,8 +255,8 @@ def _backward(
     while True:
         share, ended = torch.zeros((), device=indices.device), 0
         for number, (part, generator) in enumerate(zip(parts, generators, strict=True), start=1):
-            waits = isinstance(parallel, DistributedDataParallel) and number < len(parts)
-            with parallel.no_sync() if waits else nullcontext():  # type: ignore[operator]
+            is_not_last = isinstance(parallel, DistributedDataParallel) and number < len(parts)
+            with parallel.no_sync() if is_not_last else nullcontext():  # type: ignore[operator]
                 loss = next(generator, None)
                 if loss is None:
                     ended += 1

@@ -108,8 +108,8 @@ def write_npz(path: Path, **changed: np.ndarray | None) -> Path:
         "x_test": (random.integers(0, 120, (16, 8, 8, 3)) + y_test[:, None, None, None] * 60).astype(np.uint8),
         "y_test": y_test,
     } | changed
-    kept: dict[str, Any] = {name: array for name, array in arrays.items() if array is not None}
-    np.savez(path, **kept)
+    present: dict[str, Any] = {name: array for name, array in arrays.items() if array is not None}
+    np.savez(path, **present)
     return path
 
 
@@ -192,8 +192,10 @@ def assert_same(
         for name, tensor in first.tensors.items():
             assert torch.equal(tensor, second.tensors[name]), (model, name)
     for table in tables:
-        left, right = (frame[frame.model.isin(models)] for frame in (_frame(store, table) for store in stores))
-        pd.testing.assert_frame_equal(left.reset_index(drop=True), right.reset_index(drop=True))
+        first_rows, second_rows = (
+            frame[frame.model.isin(models)] for frame in (_frame(store, table) for store in stores)
+        )
+        pd.testing.assert_frame_equal(first_rows.reset_index(drop=True), second_rows.reset_index(drop=True))
 
 
 @pytest.fixture(scope="session")

@@ -120,7 +120,7 @@ DAMAGED: dict[str, tuple[Callable[[Path], bytes], str]] = {
 
 
 @pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -139,11 +139,11 @@ def _refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 
 
 @pytest.mark.parametrize("case", DAMAGED)
-def test_a_damaged_archive_is_one_line(here: Path, capsys: pytest.CaptureFixture[str], case: str) -> None:
+def test_a_damaged_archive_is_one_line(working_folder: Path, capsys: pytest.CaptureFixture[str], case: str) -> None:
     make, message = DAMAGED[case]
-    content = make(here)
-    (here / "good.npz").unlink()
-    (here / "a.npz").write_bytes(content)
+    content = make(working_folder)
+    (working_folder / "good.npz").unlink()
+    (working_folder / "a.npz").write_bytes(content)
     error = _refused(capsys, "--preset", "a.npz")
     assert error.startswith(message)
     assert "None" not in error
@@ -167,22 +167,22 @@ SPECIAL: dict[str, tuple[Callable[[Path], object], str]] = {
 @pytest.mark.parametrize("case", SPECIAL)
 @pytest.mark.parametrize(("name", "field"), [("a.npz", "data.source"), ("a.json", "preset")])
 def test_a_path_that_is_not_a_regular_file_is_refused_before_it_is_read(
-    here: Path, capsys: pytest.CaptureFixture[str], case: str, name: str, field: str
+    working_folder: Path, capsys: pytest.CaptureFixture[str], case: str, name: str, field: str
 ) -> None:
     make, message = SPECIAL[case]
-    make(here / name)
+    make(working_folder / name)
     assert _refused(capsys, "--preset", name).startswith(f"{field}: '{name}' cannot be read: {message}")
 
 
 def test_an_archive_that_does_not_fit_into_memory_is_refused_before_it_is_decompressed(
-    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    working_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bomb = np.zeros((1 << 16, 8, 8, 3), np.uint8)
     np.savez_compressed(
-        here / "bomb.npz", x_train=bomb, y_train=np.arange(1 << 16), x_test=bomb, y_test=bomb[:, 0, 0, 0]
+        working_folder / "bomb.npz", x_train=bomb, y_train=np.arange(1 << 16), x_test=bomb, y_test=bomb[:, 0, 0, 0]
     )
-    size = sum(member.file_size for member in zipfile.ZipFile(here / "bomb.npz").infolist())
-    assert size > 20 * (here / "bomb.npz").stat().st_size
+    size = sum(member.file_size for member in zipfile.ZipFile(working_folder / "bomb.npz").infolist())
+    assert size > 20 * (working_folder / "bomb.npz").stat().st_size
     monkeypatch.setattr(sources, "_available_memory", lambda: 2 * size - 1)
     monkeypatch.setattr(own_images, "_array", lambda *_: pytest.fail("it was decompressed"))
     error = _refused(capsys, "--preset", "bomb.npz")
@@ -200,11 +200,11 @@ def _idx(*sizes: int, values: int, dimensions: int | None = None) -> bytes:
 
 
 @pytest.fixture
-def fashion(here: Path) -> Path:
+def fashion(working_folder: Path) -> Path:
     for split, count in (("train", 20), ("t10k", 10)):
-        (here / f"{split}-images-idx3-ubyte.gz").write_bytes(_idx(count, 28, 28, values=count * 784))
-        (here / f"{split}-labels-idx1-ubyte.gz").write_bytes(_idx(count, values=count))
-    return here
+        (working_folder / f"{split}-images-idx3-ubyte.gz").write_bytes(_idx(count, 28, 28, values=count * 784))
+        (working_folder / f"{split}-labels-idx1-ubyte.gz").write_bytes(_idx(count, values=count))
+    return working_folder
 
 
 NO_IDX = "not an IDX file of unsigned bytes, or cut short"
@@ -244,13 +244,13 @@ def test_an_idx_file_is_decompressed_only_up_to_the_size_in_its_header(
     with gzip.open(fashion / IMAGES, "wb", compresslevel=1) as file:
         file.write(b"\0\0\x08\x03" + struct.pack(">3I", 20, 28, 28))
         file.write(bytes(1 << 24))
-    asked, read = list[int](), gzip.GzipFile.read
+    sizes, read = list[int](), gzip.GzipFile.read
 
     def recorded(self: gzip.GzipFile, size: int = -1) -> bytes:
-        asked.append(size)
+        sizes.append(size)
         return read(self, size)
 
     monkeypatch.setattr(gzip.GzipFile, "read", recorded)
     with pytest.raises(InvalidInput, match=NO_IDX):
         sources.load(Data(source="fashion-mnist"), fashion)
-    assert asked == [4, 12, 20 * 28 * 28 + 1]
+    assert sizes == [4, 12, 20 * 28 * 28 + 1]

@@ -85,9 +85,9 @@ def _assert_no_secret(server: S3, processes: list[psutil.Process]) -> None:
     """Assert that the secret is neither in a command line nor in a file of Ray (logs, dashboard, environments)."""
     folders = set()
     for process in processes:
-        words = process.cmdline()
-        assert server.secret not in " ".join(words)
-        folders |= {match[0] for word in words if (match := re.search(r"/tmp/dwf-\w+", word))}
+        arguments = process.cmdline()
+        assert server.secret not in " ".join(arguments)
+        folders |= {match[0] for argument in arguments if (match := re.search(r"/tmp/dwf-\w+", argument))}
     (folder,) = folders
     for path in Path(folder).rglob("*"):
         if path.is_file():

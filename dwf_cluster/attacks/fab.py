@@ -71,13 +71,13 @@ def project_to_hyperplane(x: torch.Tensor, normal: torch.Tensor, height: torch.T
     moved = torch.cumsum(sorted_weight * sorted_room, 1)
     free = (sorted_weight.sum(1, keepdim=True) - torch.cumsum(sorted_weight, 1)).clamp(min=0)
     reached = moved + sorted_room * free  # what a move by each room adds up to; rises along the row
-    wanted = height.abs()[:, None]
-    first = torch.searchsorted(reached, wanted).clamp(max=room.shape[1] - 1)
+    target = height.abs()[:, None]
+    first = torch.searchsorted(reached, target).clamp(max=room.shape[1] - 1)
     before = (first - 1).clamp(min=0)
     has_before = first > 0
-    gained = torch.where(has_before, moved.gather(1, before), torch.zeros_like(wanted))
+    gained = torch.where(has_before, moved.gather(1, before), torch.zeros_like(target))
     slope = torch.where(has_before, free.gather(1, before), sorted_weight.sum(1, keepdim=True))
-    amount = ((wanted - gained) / slope.clamp(min=1e-12)).clamp(min=0)
+    amount = ((target - gained) / slope.clamp(min=1e-12)).clamp(min=0)
     return (towards * torch.minimum(room, amount)).view_as(x)
 
 

@@ -46,11 +46,11 @@ class Cluster:
             _run_job
         )
         # On this node: the run must not lose the actor together with another node.
-        here = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(
+        on_this_node = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(
             ray.get_runtime_context().get_node_id(), soft=True
         )
         # Without task events: several calls a second would bury the jobs in the dashboard.
-        quiet = {"enable_task_events": False, "num_cpus": 0, "scheduling_strategy": here}
+        quiet = {"enable_task_events": False, "num_cpus": 0, "scheduling_strategy": on_this_node}
         # Ray may kill the actor at low memory. It restarts, and `_new_claims` restores its state.
         lasting = {"max_restarts": -1, "max_task_retries": -1}
         self.control = control or ray.remote(Control).options(**quiet, **lasting).remote()
@@ -258,8 +258,8 @@ class _RunningJobs:
             reason = f"{failures.NODE_LOST.name}: no nodes are left that can hold {self._allocations[job]}"
             if reference not in self._stranded_since:
                 self._stranded_since[reference] = time.monotonic()
-                waits = f"it waits for them for {failures.NODE_PATIENCE:g} s"
-                events.append(Note(f"{self._title(job)}: {reason}; {waits}"))
+                wait = f"it waits for them for {failures.NODE_PATIENCE:g} s"
+                events.append(Note(f"{self._title(job)}: {reason}; {wait}"))
             if time.monotonic() >= self._stranded_since[reference] + failures.NODE_PATIENCE:
                 del self.jobs[reference], self._stranded_since[reference]
                 self._ray.cancel(reference, force=True)

@@ -29,14 +29,14 @@ class Memory:
         """
         self._limit = limit
         self._measured: dict[_Group, int] = {}
-        self._alone: set[Job] = set()
+        self._run_alone: set[Job] = set()
 
     def need(self, job: Job, allocation: Allocation) -> int:
         """Bytes to reserve for the process of a job, at most those of every node; 0: none.
 
         Nothing is reserved for workers that Ray Train starts.
         """
-        if job in self._alone:
+        if job in self._run_alone:
             return self._limit
         if allocation.workers or job.copy_of:
             return 0
@@ -45,7 +45,7 @@ class Memory:
     def failed(self, job: Job, kind: Kind) -> None:
         """Let a job that was killed because memory ran out run alone on its node when it is retried."""
         if kind is OUT_OF_MEMORY:
-            self._alone.add(job)
+            self._run_alone.add(job)
 
     def learn(self, job: Job, done: bool, store: Store) -> None:
         """Record the memory of a job that has ended, if it is done and the first of its group."""

@@ -122,7 +122,7 @@ class SlurmJob:
             RuntimeError: if the run failed.
             SystemExit: if the job was requeued.
         """
-        status = self._here() if submitit.JobEnvironment().cluster == "local" else self._in_allocation()
+        status = self._on_this_machine() if submitit.JobEnvironment().cluster == "local" else self._in_allocation()
         if status:
             raise RuntimeError(f"exit status {status}; resume: {self.resume_command}")
 
@@ -138,7 +138,7 @@ class SlurmJob:
             sys.exit(status)  # without a result file: with one, submitit would take the job for ended
         return status
 
-    def _here(self) -> int:
+    def _on_this_machine(self) -> int:
         requeue = signal.getsignal(signal.SIGUSR2)  # submitit's own
         driver = subprocess.Popen([sys.executable, "-m", "dwf_cluster.launch", "--local", *self.arguments])
         status, is_requeued = environment.wait_for_driver(driver)

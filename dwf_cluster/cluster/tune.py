@@ -151,5 +151,5 @@ def _asha(epochs: int) -> ASHAScheduler:
 def _resources() -> dict[str, float]:
     """Keep the processes of trials on this node, where Tune's own files are; the store has ours."""
     (node,) = (node for node in ray.nodes() if node["NodeID"] == ray.get_runtime_context().get_node_id())
-    here = next(name for name in node["Resources"] if name.startswith("node:") and name != "node:__internal_head__")
-    return {"cpu": 0, here: 0.001}
+    names = (name for name in node["Resources"] if name.startswith("node:") and name != "node:__internal_head__")
+    return {"cpu": 0, next(names): 0.001}

@@ -134,10 +134,10 @@ def _parser() -> Parser:
         metavar="PART",
         help="print the fields for --set, all or those of one part",
     )
-    where = parser.add_mutually_exclusive_group()
-    where.add_argument("--local", action="store_true", help="run on this machine")
-    where.add_argument("--address", help="run on an existing Ray cluster: auto, HOST:PORT or ray://HOST:PORT")
-    where.add_argument("--slurm", action="store_true", help="submit to SLURM, then follow the job")
+    location = parser.add_mutually_exclusive_group()
+    location.add_argument("--local", action="store_true", help="run on this machine")
+    location.add_argument("--address", help="run on an existing Ray cluster: auto, HOST:PORT or ray://HOST:PORT")
+    location.add_argument("--slurm", action="store_true", help="submit to SLURM, then follow the job")
     _add_experiment(parser)
     _add_run(parser)
     only_with = {"local": _add_local(parser), "sweep": _add_sweep(parser), "slurm": _add_slurm(parser)}

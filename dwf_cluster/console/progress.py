@@ -113,8 +113,8 @@ class Progress:
         return sum(state in _ENDED for state in self._states.values())
 
     def _table(self) -> Table:
-        left = self._time_left.seconds
-        about = "" if left is None else f", about {_duration(left)} left (estimated from the work done so far)"
+        seconds = self._time_left.seconds
+        about = "" if seconds is None else f", about {_duration(seconds)} left (estimated from the work done so far)"
         title = f"{self._ended_count} of {len(self._states)} done{about}"
         table = Table(title=title, title_justify="left", box=None, pad_edge=False)
         for heading in ("job", "state"):
@@ -171,8 +171,8 @@ class TimeLeft:
 
 def epoch_line(row: Mapping[str, Any], epochs: int) -> str:
     """A row of `metrics` as one line of text."""
-    epoch, loss, clean, robust, speed, left = _cells(row, epochs)
-    return f"epoch {epoch}, loss {loss}, clean {clean}, PGD probe {robust}, {speed} images/s, {left} left"
+    epoch, loss, clean, robust, speed, time_left = _cells(row, epochs)
+    return f"epoch {epoch}, loss {loss}, clean {clean}, PGD probe {robust}, {speed} images/s, {time_left} left"
 
 
 def _cells(row: Mapping[str, Any], epochs: int) -> tuple[str, ...]:

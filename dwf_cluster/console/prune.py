@@ -21,8 +21,8 @@ def command(storage: str, yes: bool) -> int:
     for store in running:
         print(f"{store.root}  is being run: nothing of it is removed")
     for item in removable:
-        what = "momentum" if item.is_momentum else "older checkpoint"
-        print(f"{item.store.path(item.checkpoint)}  {format_bytes(item.bytes)}  {what} of a trained model")
+        kind = "momentum" if item.is_momentum else "older checkpoint"
+        print(f"{item.store.path(item.checkpoint)}  {format_bytes(item.bytes)}  {kind} of a trained model")
     total = format_bytes(sum(item.bytes for item in removable))
     if not removable:
         print("nothing to remove")

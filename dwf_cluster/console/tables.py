@@ -216,8 +216,8 @@ def sweep_tables(rows: Sequence[Mapping[str, Any]], fields: Sequence[str]) -> li
     per_trial = _table("Accuracy of the defended model in percent, each trial")
     per_setting = _table("Mean ± standard deviation over seeds")
     settings = [field for field in fields if field != "seed"]
-    for table, left in ((per_trial, (*fields, "state")), (per_setting, (*settings, "seeds"))):
-        for heading in left:
+    for table, headings in ((per_trial, (*fields, "state")), (per_setting, (*settings, "seeds"))):
+        for heading in headings:
             table.add_column(heading, no_wrap=True)
         for title in titles:
             table.add_column(title, justify="right", no_wrap=True)

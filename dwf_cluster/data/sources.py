@@ -166,9 +166,9 @@ def _checked(x: NDArray[np.generic], y: NDArray[np.generic], split: str) -> tupl
     return x.astype(np.uint8, copy=False), y.astype(np.int64)
 
 
-def _count(wanted: int | None, available: int, split: str) -> int:
+def _count(requested: int | None, available: int, split: str) -> int:
     least = 2 if split == "train" else 1  # BatchNorm needs two images
-    count = available if wanted is None else wanted
+    count = available if requested is None else requested
     if not least <= count <= available:
         raise InvalidInput(f"data.{split}_examples: {count} cannot be used: allowed are {least} to {available}")
     return count

@@ -227,10 +227,10 @@ def single(name: str, method: str, settings: DefenceSettings, **options: Any) ->
         settings: give backbone, training, and the method's options.
         options: of the method, where they differ from the settings.
     """
-    taken = {**METHODS[method].options(settings), **options}
+    all_options = {**METHODS[method].options(settings), **options}
     backbone = settings.model
     return ModelSpec(
-        name, backbone.backbone, backbone.width, method, settings.experts.of_a_model, tuple(sorted(taken.items()))
+        name, backbone.backbone, backbone.width, method, settings.experts.of_a_model, tuple(sorted(all_options.items()))
     )
 
 
@@ -256,5 +256,5 @@ def recipe(name: str, settings: DefenceSettings) -> tuple[ModelSpec, ...]:
 
 def recipe_names() -> tuple[str, ...]:
     """Names that `recipe` takes: every defence, and every method that can train a model without parents."""
-    alone = (name for name, method in METHODS.items() if not method.needs_parents and name not in DEFENCES)
-    return (*DEFENCES, *alone)
+    trainable = (name for name, method in METHODS.items() if not method.needs_parents and name not in DEFENCES)
+    return (*DEFENCES, *trainable)

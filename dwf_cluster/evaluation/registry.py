@@ -167,8 +167,8 @@ def _paper_columns(evaluation: Evaluation, threat: Threat) -> list[Column]:
 
 def _paper_cost(e: Evaluation, networks: int) -> float:
     run = 2 * max(longest_pgd(e), e.restart_steps, e.adaptive_steps if e.eot == 1 else 0)
-    alone = 2 * e.eot * e.adaptive_steps if e.eot > 1 else 0
-    return run + len(e.fgsm_epsilons) + 2 * (e.restarts - 1) * e.restart_steps + alone + 1
+    eot_run = 2 * e.eot * e.adaptive_steps if e.eot > 1 else 0
+    return run + len(e.fgsm_epsilons) + 2 * (e.restarts - 1) * e.restart_steps + eot_run + 1
 
 
 _SUITES = "dwf_cluster.evaluation.suites"

@@ -173,7 +173,7 @@ def acquired(
     # All at once: for each, it may take twenty seconds to see that its former owner is dead.
     with ThreadPoolExecutor(max(1, len(stores))) as threads:
         locks = dict(zip(stores, threads.map(acquire, stores), strict=True))
-    fenced = {experiment: held.store for experiment, held in locks.items()}
+    fenced = {experiment: acquired_lock.store for experiment, acquired_lock in locks.items()}
     tally = Tally(fenced, sizes)
     heartbeats = Heartbeats(locks, tally, resume_command)
     with heartbeats.reporting():

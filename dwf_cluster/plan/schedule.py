@@ -132,7 +132,7 @@ def timeline(
             allocation = allocations[job]
             share = min(1.0, allocation.gpus or 1.0)
             # Shares of GPUs fill one GPU after the other.
-            candidates = sorted((left, n) for n, left in enumerate(free) if left >= share - _ROUNDING)
+            candidates = sorted((remaining, n) for n, remaining in enumerate(free) if remaining >= share - _ROUNDING)
             devices = tuple(n for _, n in candidates[: round(allocation.slots / share)])
             for n in devices:
                 free[n] -= share

@@ -84,16 +84,16 @@ def test_fgsm_is_equation_3() -> None:
     leaf = x.clone().requires_grad_()
     (gradient,) = torch.autograd.grad(F.cross_entropy(model.eval()(leaf), y), leaf)
     expected = (x + 0.07 * gradient.sign()).clamp(0, 1)
-    found, _, _ = differentiate(model, x, y)
-    assert torch.equal(fgsm(x, found, 0.07), expected)
+    computed, _, _ = differentiate(model, x, y)
+    assert torch.equal(fgsm(x, computed, 0.07), expected)
 
 
 @pytest.mark.parametrize("ball", [LINF, L2])
 def test_pgd_is_equations_4_and_5_image_by_image(ball: Ball) -> None:
     model, x, y = _problem()
     model.eval()
-    found = _last(pgd(model, x, y, ball, step_size=0.03 if ball is LINF else 0.3, steps=7))
-    torch.testing.assert_close(found, _slow_pgd(model, x, y, ball, 0.03 if ball is LINF else 0.3, 7))
+    last = _last(pgd(model, x, y, ball, step_size=0.03 if ball is LINF else 0.3, steps=7))
+    torch.testing.assert_close(last, _slow_pgd(model, x, y, ball, 0.03 if ball is LINF else 0.3, 7))
 
 
 def test_a_run_contains_every_shorter_run_and_its_logits_equal_those_of_a_separate_pass() -> None:
@@ -169,7 +169,7 @@ def test_the_worst_case_equals_the_slow_one_over_all_iterates_of_all_starts() ->
     for seed in range(4):
         starts.append(ball.random_point(x, _generators(len(x), seed)))
     worst = WorstCase(frozen_model, x, y, predict(frozen_model, x))
-    stood = torch.ones(len(x), dtype=torch.bool)
+    robust = torch.ones(len(x), dtype=torch.bool)
     for start in starts:
         worst.attack(
             lambda rest, z=start: pgd(
@@ -177,13 +177,13 @@ def test_the_worst_case_equals_the_slow_one_over_all_iterates_of_all_starts() ->
             )
         )
         for iterate in pgd(frozen_model, x, y, ball, start=start, **arguments):
-            stood &= predict(frozen_model, iterate.x).argmax(1) == y
-    assert torch.equal(worst.robust, stood)
-    assert torch.equal(predict(frozen_model, worst.x).argmax(1) == y, stood)
+            robust &= predict(frozen_model, iterate.x).argmax(1) == y
+    assert torch.equal(worst.robust, robust)
+    assert torch.equal(predict(frozen_model, worst.x).argmax(1) == y, robust)
     torch.testing.assert_close(worst.logits, predict(frozen_model, worst.x))
     single = predict(frozen_model, _last(pgd(frozen_model, x, y, ball, start=starts[-1], **arguments))).argmax(1) == y
-    assert int(stood.sum()) < int(single.sum()) < 200  # an earlier start fooled what the last did not
-    assert worst.gradient_count < 4 * 2 * len(x)  # what was fooled was let be
+    assert int(robust.sum()) < int(single.sum()) < 200  # an earlier start fooled images that the last did not
+    assert worst.gradient_count < 4 * 2 * len(x)  # fooled images are not attacked again
 
 
 def test_momentum_adds_up_gradients_of_equal_weight() -> None:
@@ -194,9 +194,9 @@ def test_momentum_adds_up_gradients_of_equal_weight() -> None:
         gradient, _, _ = differentiate(frozen_model, iterate, y)
         velocity = 0.7 * velocity + gradient / gradient.abs().mean((1, 2, 3), keepdim=True)
         iterate = LINF.project(x, iterate + 0.03 * velocity.sign())
-    found = _last(pgd(frozen_model, x, y, LINF, step_size=0.03, steps=5, momentum=0.7))
-    torch.testing.assert_close(found, iterate)
-    assert not torch.equal(found, _last(pgd(frozen_model, x, y, LINF, step_size=0.03, steps=5)))
+    last = _last(pgd(frozen_model, x, y, LINF, step_size=0.03, steps=5, momentum=0.7))
+    torch.testing.assert_close(last, iterate)
+    assert not torch.equal(last, _last(pgd(frozen_model, x, y, LINF, step_size=0.03, steps=5)))
 
 
 def test_the_gate_aimed_loss_is_the_mixtures_and_that_of_a_drawn_expert() -> None:
@@ -246,15 +246,18 @@ def test_every_adversarial_image_is_in_the_ball_and_in_unit_range(
     logits = predict(frozen_model, x)
     y, ball = logits.argmax(1), Ball(norm, epsilon)  # type: ignore[arg-type]
     start, target = ball.random_point(x, generators), (y + 1) % 5
-    found = [
+    images = [
         start,
         ball.random_surface_point(x, generators),
-        *(it.x for it in pgd(frozen_model, x, y, ball, step_size=step_size, steps=steps, start=start, momentum=0.9)),
-        *(it.x for it in apgd(frozen_model, x, y, ball, generators, steps=steps)),
+        *(
+            iterate.x
+            for iterate in pgd(frozen_model, x, y, ball, step_size=step_size, steps=steps, start=start, momentum=0.9)
+        ),
+        *(iterate.x for iterate in apgd(frozen_model, x, y, ball, generators, steps=steps)),
     ]
     if norm == "linf":
         gradient, _, _ = differentiate(frozen_model, x, y)
-        found.append(fgsm(x, gradient, epsilon))
+        images.append(fgsm(x, gradient, epsilon))
         for run in (
             square(frozen_model, x, y, epsilon, generators, queries=3 * steps),
             fab_targeted(frozen_model, x, y, epsilon, target, steps=steps),
@@ -262,8 +265,8 @@ def test_every_adversarial_image_is_in_the_ball_and_in_unit_range(
             worst = WorstCase(frozen_model, x, y, logits)
             for iterate in run:
                 worst.see(iterate)
-            found.append(worst.x)
-    for attacked in found:
+            images.append(worst.x)
+    for attacked in images:
         assert float(attacked.min()) >= 0
         assert float(attacked.max()) <= 1
         if len(attacked) == len(x):

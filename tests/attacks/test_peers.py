@@ -135,8 +135,8 @@ def _assert_same(ours: torch.Tensor, theirs: torch.Tensor) -> None:
 def test_the_problem_is_one_where_attacks_can_differ(defended: Problem, undefended: Problem) -> None:
     for problem, low, high in ((defended, 0.3, 0.8), (undefended, 0.0, 0.1)):
         assert len(problem.y) > 300
-        found = _last(pgd(problem.model, problem.x, problem.y, LINF, step_size=0.0375, steps=20))
-        assert low <= problem.robust(found) / len(problem.y) <= high
+        last = _last(pgd(problem.model, problem.x, problem.y, LINF, step_size=0.0375, steps=20))
+        assert low <= problem.robust(last) / len(problem.y) <= high
 
 
 @pytest.mark.parametrize("epsilon", [0.03, 0.08, 0.15, 0.3])
@@ -245,12 +245,12 @@ def test_restarts_leave_as_many_images_robust_as_torchattacks(defended: Problem)
     theirs = defended.robust(torchattacks.MultiAttack(runs)(defended.x, defended.y))
     worst, frozen_model = defended.begun(), frozen(defended.model)
 
-    def again(rest: Remaining) -> Iterator[Iterate]:
+    def restart(rest: Remaining) -> Iterator[Iterate]:
         start = LINF.random_point(rest.x, rest.generators)
         return pgd(frozen_model, rest.x, rest.y, LINF, step_size=0.0375, steps=3, start=start, drop_fooled=True)
 
     for _ in runs:
-        worst.attack(again)
+        worst.attack(restart)
     assert abs(int(worst.robust.sum()) - theirs) <= 10
 
 
@@ -273,11 +273,11 @@ def test_random_starts_are_distributed_as_the_peers(peer: str) -> None:
         theirs = attack.run(wrapped, x, foolbox.criteria.Misclassification(y), epsilon=0.3)
     else:
         norm = {"linf": "Linf", "l2": "L2"}[ball.norm]
-        attack, seen = APGDAttack(model, n_iter=1, norm=norm, eps=0.3, device="cpu"), []
-        model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach().clone()))
+        attack, starts = APGDAttack(model, n_iter=1, norm=norm, eps=0.3, device="cpu"), []
+        model.register_forward_pre_hook(lambda _, inputs: starts.append(inputs[0].detach().clone()))
         attack.init_hyperparam(x)
         attack.attack_single_run(x, y)
-        ours, theirs = ball.random_surface_point(x, generators), seen[0]
+        ours, theirs = ball.random_surface_point(x, generators), starts[0]
     for measure in (lambda change: change.flatten(), lambda change: ball.distance(torch.zeros_like(change), change)):
         pair = (measure(start - x).round(decimals=5).numpy() for start in (ours, theirs))
         assert ks_2samp(*pair).pvalue > 0.001
@@ -323,15 +323,15 @@ def test_apgd_has_its_authors_iterates_from_the_same_start(
     peer.start_loss, _ = objective(model, ours[0].x, y if target is None else torch.stack([y, target], 1))
     theirs: list[torch.Tensor] = []
     model.register_forward_pre_hook(lambda _, inputs: theirs.append(inputs[0].detach().clone()))
-    _, stands, _, _ = peer.attack_single_run(x, y, x_init=ours[0].x)
+    _, robust, _, _ = peer.attack_single_run(x, y, x_init=ours[0].x)
 
-    parted, fooled = torch.zeros(len(y), dtype=torch.bool), torch.zeros(len(y), dtype=torch.bool)
-    for iterate, walked in zip(ours, theirs, strict=True):  # an image that is fooled walks on there, not here
-        parted[iterate.index] |= LINF.distance(iterate.x, walked[iterate.index]) > 1e-4
+    differs, fooled = torch.zeros(len(y), dtype=torch.bool), torch.zeros(len(y), dtype=torch.bool)
+    for iterate, their_iterate in zip(ours, theirs, strict=True):  # only the peer continues with fooled images
+        differs[iterate.index] |= LINF.distance(iterate.x, their_iterate[iterate.index]) > 1e-4
         fooled[iterate.index] = iterate.logits.argmax(1) != y[iterate.index]
     assert 10 < int(fooled.sum()) < 70
-    assert int(parted.sum()) <= 1  # rounding may decide on a step size
-    assert int((fooled == stands).sum()) <= 1
+    assert int(differs.sum()) <= 1  # rounding may decide on a step size
+    assert int((fooled == robust).sum()) <= 1
 
 
 @NORMS
@@ -371,14 +371,14 @@ def test_targeted_fab_fools_those_whose_smallest_change_by_the_authors_is_inside
     model, x, y = problem.model, problem.x, problem.y
     peer = FABAttack_PT(model, norm="Linf", n_restarts=1, n_iter=steps, eps=0.15, targeted=True, device="cpu")
     peer.target_class = rank + 1
-    found = peer.attack_single_run(x, y, is_targeted=True)
-    distance = LINF.distance(x, found).where(model(found).argmax(1) != y, torch.inf)
+    examples = peer.attack_single_run(x, y, is_targeted=True)
+    distance = LINF.distance(x, examples).where(model(examples).argmax(1) != y, torch.inf)
     sizes = distance[distance.isfinite()].sort().values
     assert len(sizes) > 30
     target = model(x).argsort(1, descending=True)[:, rank]
     for share in (0.25, 0.5, 0.75):  # of these, so the median change is the same
-        place = int(share * len(sizes))
-        epsilon = float(sizes[place - 1 : place + 1].mean())  # between two, that rounding may not decide
+        rank_of_size = int(share * len(sizes))
+        epsilon = float(sizes[rank_of_size - 1 : rank_of_size + 1].mean())  # between two, that rounding may not decide
         fooled = torch.zeros(len(y), dtype=torch.bool)
         for iterate in fab_targeted(model, x, y, epsilon, target, steps=steps):
             fooled[iterate.index] = True

@@ -475,12 +475,12 @@ def test_private_folders_of_earlier_starts_of_this_job_are_removed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", "7")
-    current, old, theirs, other_job = (tmp_path / f"dwf-{name}" for name in ("7-new", "7-old", "7-theirs", "71-x"))
-    for folder in (current, old, theirs, other_job):
+    current, old, foreign, other_job = (tmp_path / f"dwf-{name}" for name in ("7-new", "7-old", "7-foreign", "71-x"))
+    for folder in (current, old, foreign, other_job):
         folder.mkdir()
-    os.chown(theirs, 65534, 65534)
+    os.chown(foreign, 65534, 65534)
     allocation.remove_old_folders(current)
-    assert {folder.name for folder in tmp_path.iterdir()} == {current.name, theirs.name, other_job.name}
+    assert {folder.name for folder in tmp_path.iterdir()} == {current.name, foreign.name, other_job.name}
 
 
 @pytest.mark.parametrize("script", ["full_pipeline.sh", "sweep.sh"])
@@ -503,9 +503,9 @@ def test_a_batch_script_uses_the_environment_beside_it_or_prints_what_to_do(tmp_
 
 
 def test_ports_of_neighbouring_jobs_are_disjoint_and_free() -> None:
-    with socket.socket() as taken:
+    with socket.socket() as occupied:
         mine = Ports.free(7)
-        taken.bind(("", mine.head))
+        occupied.bind(("", mine.head))
         others = [Ports.free(7), Ports.free(8), Ports.free(7 + 6000)]
     used = [port for ports in others for port in (ports.head, ports.dashboard)]
     assert mine.head not in used

@@ -181,7 +181,7 @@ def test_squeue_is_called_once_for_all_jobs_with_growing_pauses_and_at_once_afte
     jobs = {SlurmJob(f"seed{i}", (), ""): submitit.SlurmJob[None](tmp_path / "%j", f"7_{i}") for i in range(50)}
     states = dict.fromkeys(range(50), "RUNNING|None") | {1: "PENDING|Priority"}
     lines: list[str] = []
-    asked: list[int] = []
+    call_times: list[int] = []
     second, logged, begins, ends = 0, 300, 350, 400
 
     def write_queue() -> None:
@@ -195,7 +195,7 @@ def test_squeue_is_called_once_for_all_jobs_with_growing_pauses_and_at_once_afte
     def wait(seconds: float) -> None:
         nonlocal second
         assert seconds == 1
-        asked.extend([second] * (len(calls.read_text().splitlines()) - len(asked)))
+        call_times.extend([second] * (len(calls.read_text().splitlines()) - len(call_times)))
         if second == logged:
             assert lines[-1] != "seed0: epoch 1"
             log(0).write_text("epoch 1\nepo")
@@ -221,25 +221,31 @@ def test_squeue_is_called_once_for_all_jobs_with_growing_pauses_and_at_once_afte
     assert len([line for line in lines if line.endswith(": RUNNING")]) == 50
     assert "seed1: job 7_1: PENDING (Priority)" in lines
     assert lines[-1] == "seed0: epo"
-    before = [first for first in asked if first <= begins]
+    before = [first for first in call_times if first <= begins]
     pauses = [later - earlier for earlier, later in itertools.pairwise(before)]
     assert pauses == sorted(pauses)
     assert (pauses[0], pauses[-1]) == (10, 60)
-    after = [first for first in asked if first > begins]
+    after = [first for first in call_times if first > begins]
     assert after[:2] == [begins + 1, begins + 11]
 
 
 def test_ray_job_submit_uploads_no_results_logs_or_scripts_of_jobs(tmp_path: Path) -> None:
     folder = tmp_path / "copy"
-    kept = ["slurm/full_pipeline.sh", "dwf_cluster/launch.py"]
-    left = ["slurm-7.out", "slurm-7-n1.log", "slurm-7.status", "slurm-jobs/7/7_submitted.pkl", "runs/x/experiment.json"]
-    for name in (*kept, *left, "report.html"):
+    uploaded = ["slurm/full_pipeline.sh", "dwf_cluster/launch.py"]
+    excluded = [
+        "slurm-7.out",
+        "slurm-7-n1.log",
+        "slurm-7.status",
+        "slurm-jobs/7/7_submitted.pkl",
+        "runs/x/experiment.json",
+    ]
+    for name in (*uploaded, *excluded, "report.html"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).touch()
     (folder / ".gitignore").write_text((Path(__file__).parents[2] / ".gitignore").read_text())
     create_package(str(folder), tmp_path / "package.zip", include_gitignore=True)
     with zipfile.ZipFile(tmp_path / "package.zip") as package:
-        assert {name for name in package.namelist() if not name.endswith("/")} == {*kept, ".gitignore"}
+        assert {name for name in package.namelist() if not name.endswith("/")} == {*uploaded, ".gitignore"}
 
 
 def test_without_slurm_the_error_names_the_missing_commands(launch: Launch, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -189,11 +189,11 @@ def test_gradients_are_counted_where_they_are_spent(
         assert sum(row["gradients"] for row in rows) == sum(counted), suite
         spent = [row["gradients"] for row in rows if row["attack"] != "transfer"]
         if suite == "paper":
-            # One gradient serves nine strengths and PGD-1; PGD-3 goes on from there; the adaptive run from PGD-3.
+            # One gradient serves nine strengths and PGD-1; PGD-3 continues from it; the adaptive run from PGD-3.
             assert spent[:12] == [0, 40, *[0] * 8, 0, 80]
             *_, restarts, adaptive = spent
             assert adaptive == 40
-            assert restarts < 40 * 4  # another start of four steps, less what was fooled already
+            assert restarts < 40 * 4  # another start of four steps, less the images that were fooled already
 
 
 def test_more_eot_samples_are_a_run_of_their_own(images: Images) -> None:

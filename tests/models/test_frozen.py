@@ -47,9 +47,9 @@ def test_few_images_pass_all_experts_at_once_with_the_same_logits(count: int, pa
     for expert in frozen_model.experts:
         expert.register_forward_pre_hook(lambda *_: calls.append(1))
     x, y = torch.rand(count, 1, 8, 8, dtype=torch.float64), torch.arange(count) % 10
-    found = differentiate(frozen_model, x, y)
+    stacked = differentiate(frozen_model, x, y)
     assert len(calls) in (passes, 1)  # stacked, the first expert stands for all
-    torch.testing.assert_close(found, differentiate(copy.deepcopy(mixture).eval(), x, y))
+    torch.testing.assert_close(stacked, differentiate(copy.deepcopy(mixture).eval(), x, y))
 
 
 def test_experts_of_different_shapes_run_one_by_one() -> None:

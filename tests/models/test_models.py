@@ -88,6 +88,6 @@ def test_a_hard_gate_trusts_one_expert_and_has_the_soft_gates_gradient() -> None
     assert torch.equal(chosen, torch.eye(5)[weights.argmax(1)])
     along = torch.randn(6, 5)
     (expected,) = torch.autograd.grad((weights * along).sum(), x)
-    (found,) = torch.autograd.grad((chosen * along).sum(), x)
-    assert torch.equal(found, expected)
+    (gradient_of_hard,) = torch.autograd.grad((chosen * along).sum(), x)
+    assert torch.equal(gradient_of_hard, expected)
     assert float(expected.abs().max()) > 0

@@ -103,7 +103,7 @@ def test_a_thousand_experiments_have_heartbeats_in_time_until_each_final_state_i
 ) -> None:
     monkeypatch.setattr(heartbeat, "HEARTBEAT", 0.01)
     locks = {e: Lock(Store(URL, e.folder, run=1), 1, Owner.current()) for e in experiments}
-    tally = Tally({e: held.store for e, held in locks.items()}, SIZES)
+    tally = Tally({e: owned.store for e, owned in locks.items()}, SIZES)
 
     def fewest_heartbeats() -> int:
         return min(len(Counted.beats[e.folder]) for e in experiments)
@@ -127,7 +127,7 @@ def test_a_thousand_experiments_have_heartbeats_in_time_until_each_final_state_i
             operations[thread].append(after - before)
     assert len(operations) <= files._CONNECTIONS
     assert HEARTBEAT + LATENCY * max(map(max, operations.values())) <= LIMIT
-    for store in (held.store for held in locks.values()):
+    for store in (owned.store for owned in locks.values()):
         status = Status.read(store)
         assert status is not None
         assert (status.state, status.rows, status.stages["experts"]) == ("stopped", {"metrics": 7}, (0, 3))
@@ -138,7 +138,7 @@ def test_a_run_that_loses_an_experiment_names_the_new_owner_and_ends_the_others_
 ) -> None:
     lost, other = experiments[:2]
     locks = {e: lock.acquire(e.store(URL)) for e in (lost, other)}
-    tally = Tally({e: held.store for e, held in locks.items()}, SIZES)
+    tally = Tally({e: owned.store for e, owned in locks.items()}, SIZES)
     successor = Owner.current().model_copy(update={"host": "n7", "pid": 4711, "since": "2026-11-23T12:00:00+00:00"})
 
     def run() -> None:

@@ -103,8 +103,8 @@ def test_a_run_prints_progress_the_table_and_how_to_read_the_results(
         assert row[1] == f"{100 * evaluations.loc[(row[0], 'clean')].accuracy.item():.1f}"
         assert row[14] == f"{100 * evaluations.loc[(row[0], 'pgd_adaptive')].accuracy.item():.1f}"
         assert row[-1] == f"{100 * evaluations.loc[(row[0], 'noise')].accuracy.item():.1f}"
-    (how,) = (line for line in lines if line.startswith("read them: "))
-    program = f"{how.removeprefix('read them: import pandas; ')}"
+    (line,) = (line for line in lines if line.startswith("read them: "))
+    program = f"{line.removeprefix('read them: import pandas; ')}"
     assert len(eval(program, {"pandas": pd})) == len(evaluations)
 
 
@@ -113,11 +113,11 @@ def test_the_same_command_again_skips_jobs_that_are_done(
 ) -> None:
     folder, first = reference_run
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
-    again = Launch(folder.parent.parent)(*ARGUMENTS)
-    assert again.returncode == 0
-    assert again.stdout.splitlines()[:3] == [f"{s}: done already, skipped" for s in ("experts", "joint", "evaluate")]
+    second = Launch(folder.parent.parent)(*ARGUMENTS)
+    assert second.returncode == 0
+    assert second.stdout.splitlines()[:3] == [f"{s}: done already, skipped" for s in ("experts", "joint", "evaluate")]
     table = first.stdout.index("Accuracy in percent")
-    assert first.stdout[table:] in again.stdout
+    assert first.stdout[table:] in second.stdout
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
 
 
@@ -277,14 +277,14 @@ def test_one_cpu_or_two_and_a_repeated_shard_give_the_same_rows(
                     process.kill()
                     killed.append(name.removeprefix("ray::"))
 
-    alone = ["--local", "--cpus", "1", "--gpus", "0", "--set", *TINY, *LONG_EPOCHS]
+    on_one_cpu = ["--local", "--cpus", "1", "--gpus", "0", "--set", *TINY, *LONG_EPOCHS]
     last = Path(store_of(copy).path("checkpoints/joint/epoch-00003"))
     (last / "tensors.safetensors").write_bytes(b"not what was saved")
     again = rf"^warning: damaged checkpoint {last} removed; resuming from {last.with_name('epoch-00002')}$"
     code, stderr = launch.run_and_act_at(again, lambda _, __: None, "--stages", "joint", *ARGUMENTS)
     assert code == 0, stderr
     assert_same(copy, reference_run[0], tables=["metrics"])
-    code, stderr = launch.run_and_act_at(r"evaluate .* done", kill_worker, *alone)
+    code, stderr = launch.run_and_act_at(r"evaluate .* done", kill_worker, *on_one_cpu)
     assert code == 0, stderr
     assert_same(copy, reference_run[0])
     jobs = pd.read_parquet(copy / "results" / "jobs").set_index("task").attempts
@@ -331,17 +331,17 @@ def test_everything_listens_on_loopback_and_the_dashboard_needs_the_token(launch
             if connection.status == psutil.CONN_LISTEN
         }
         assert addresses == {"127.0.0.1", "::ffff:127.0.0.1"}
-        found = re.match(r"Ray dashboard: (\S+) .* `cat (\S+)`", line)
-        assert found is not None
-        token_file = Path(found[2])
+        match = re.match(r"Ray dashboard: (\S+) .* `cat (\S+)`", line)
+        assert match is not None
+        token_file = Path(match[2])
         files.append(token_file)
         assert token_file.stat().st_mode & 0o777 == 0o600
         assert token_file.parent.stat().st_mode & 0o777 == 0o700
         with pytest.raises(urllib.error.HTTPError) as refused:
-            wait_for_answer(f"{found[1]}/api/jobs/")
+            wait_for_answer(f"{match[1]}/api/jobs/")
         assert refused.value.code in (401, 403)
         headers = {"Authorization": f"Bearer {token_file.read_text()}"}
-        request = urllib.request.Request(f"{found[1]}/api/jobs/", headers=headers)
+        request = urllib.request.Request(f"{match[1]}/api/jobs/", headers=headers)
         assert [job["type"] for job in json.loads(wait_for_answer(request))] == ["DRIVER"]
         driver.send_signal(signal.SIGINT)
 

@@ -36,14 +36,14 @@ def _sweep(*varied: str, seeds: tuple[int | None, ...] = (None,), samples: int |
 
 
 def test_each_combination_of_values_is_a_trial_with_each_seed() -> None:
-    found = _sweep("pgd.steps=1,2", "gate.kind=soft", "pgd.steps=3", "gate.kind=hard", seeds=(0, 7))
-    assert [trial.name for trial in found.trials] == [
+    sweep = _sweep("pgd.steps=1,2", "gate.kind=soft", "pgd.steps=3", "gate.kind=hard", seeds=(0, 7))
+    assert [trial.name for trial in sweep.trials] == [
         f"pgd.steps={steps} gate.kind={kind} seed={seed}"
         for steps in ("1,2", "3")
         for kind in ("soft", "hard")
         for seed in (0, 7)
     ]
-    last = found.trials[-1]
+    last = sweep.trials[-1]
     assert last.experiment == build("digits", 7, [*TINY, "pgd.steps=3", "gate.kind=hard"])
     assert last.varied == {"pgd.steps": (3,), "gate.kind": "hard", "seed": 7}
 
@@ -87,12 +87,12 @@ NOISE = "evaluation.beyond=noise"
 
 
 def test_experiments_that_differ_in_the_joint_stage_share_experts_and_their_evaluations() -> None:
-    found = _shared([NOISE], ["joint.epochs=5", NOISE], ["gate.kind=hard", NOISE])
-    assert {name for (n, name), origin in found.items() if n == 0 and origin} == set()
+    origins = _shared([NOISE], ["joint.epochs=5", NOISE], ["gate.kind=hard", NOISE])
+    assert {name for (n, name), origin in origins.items() if n == 0 and origin} == set()
     for number in (1, 2):
-        alone = {name for (n, name), origin in found.items() if n == number and origin is None}
-        assert alone == {name for n, name in found if n == 0 and (name == "joint" or "mixture" in name)}
-        assert {origin for (n, _), origin in found.items() if n == number} == {None, "0"}
+        alone = {name for (n, name), origin in origins.items() if n == number and origin is None}
+        assert alone == {name for n, name in origins if n == 0 and (name == "joint" or "mixture" in name)}
+        assert {origin for (n, _), origin in origins.items() if n == number} == {None, "0"}
 
 
 def test_only_equal_jobs_are_shared() -> None:
@@ -115,15 +115,15 @@ def test_only_equal_jobs_are_shared() -> None:
 
 
 def test_jobs_that_are_done_are_copied() -> None:
-    found = _shared([NOISE], ["joint.epochs=5", NOISE], done=(1,))
-    assert found[0, "expert pgd-1"] == "1"
+    origins = _shared([NOISE], ["joint.epochs=5", NOISE], done=(1,))
+    assert origins[0, "expert pgd-1"] == "1"
 
 
 def test_evaluations_of_transfer_are_not_shared() -> None:
     beyond = "evaluation.beyond=transfer"
-    found = _shared([beyond], ["joint.epochs=5", beyond])
-    assert {name for (n, name), origin in found.items() if n == 1 and "paper" in name and origin} == set()
-    assert found[1, "evaluate pgd-1 checks 0-7"] == "0"
+    origins = _shared([beyond], ["joint.epochs=5", beyond])
+    assert {name for (n, name), origin in origins.items() if n == 1 and "paper" in name and origin} == set()
+    assert origins[1, "evaluate pgd-1 checks 0-7"] == "0"
 
 
 def test_a_copy_waits_for_its_original() -> None:
@@ -196,21 +196,21 @@ class RayMetrics:
 
 @pytest.fixture(scope="module")
 def swept(tmp_path_factory: pytest.TempPathFactory) -> Swept:
-    """The folder of a sweep over two kinds of gates, what it printed, and what Ray's dashboard said of it."""
+    """The folder of a sweep over two kinds of gates, its output, and the data of Ray's dashboard."""
     launch = Launch(tmp_path_factory.mktemp("sweep"))
-    seen: dict[str, Any] = {}
+    dashboard_data: dict[str, Any] = {}
     dashboard: list[str] = []
 
     def look(driver: psutil.Process, line: str) -> None:
-        for what in ("tasks", "actors"):
-            request = urllib.request.Request(f"{dashboard[0]}/api/v0/{what}?detail=true&limit=10000")
+        for resource in ("tasks", "actors"):
+            request = urllib.request.Request(f"{dashboard[0]}/api/v0/{resource}?detail=true&limit=10000")
             request.add_header("Authorization", f"Bearer {Path(dashboard[1]).read_text()}")
-            seen[what] = json.loads(wait_for_answer(request))["data"]["result"]["result"]
+            dashboard_data[resource] = json.loads(wait_for_answer(request))["data"]["result"]["result"]
 
     def remember(driver: psutil.Process, line: str) -> None:
-        found = re.match(r"Ray dashboard: (\S+) .* `cat (\S+)`", line)
-        assert found is not None
-        dashboard.extend(found.groups())
+        match = re.match(r"Ray dashboard: (\S+) .* `cat (\S+)`", line)
+        assert match is not None
+        dashboard.extend(match.groups())
         metrics.watch(Path(dashboard[1]).with_name("ray"))
 
     steps = [("^Ray dashboard", remember), (r"^gate\.kind=hard joint: epoch 1/3", look)]
@@ -218,8 +218,8 @@ def swept(tmp_path_factory: pytest.TempPathFactory) -> Swept:
         environment.setenv("RAY_metrics_report_interval_ms", "250")  # epochs take a second, Ray reports every ten
         code, errors, lines = launch.run_with_steps(steps, "--tensorboard", "tensorboard", *SWEEP)
     assert code == 0, errors
-    seen["metrics"] = metrics.samples
-    return launch.folder, subprocess.CompletedProcess([], code, "\n".join(lines), errors), seen
+    dashboard_data["metrics"] = metrics.samples
+    return launch.folder, subprocess.CompletedProcess([], code, "\n".join(lines), errors), dashboard_data
 
 
 def test_a_trial_equals_the_same_experiment_run_alone_bit_for_bit(
@@ -269,21 +269,21 @@ def test_the_trial_table_has_the_varied_fields_and_the_results_of_each_trial(
 def test_the_dashboard_names_trials_and_tasks_by_the_varied_fields(
     swept: Swept,
 ) -> None:
-    seen = swept[2]
+    dashboard_data = swept[2]
     assert {"gate.kind=soft expert pgd-1", "gate.kind=soft joint", "gate.kind=hard joint"} <= {
-        task["name"] for task in seen["tasks"]
+        task["name"] for task in dashboard_data["tasks"]
     }
-    assert set(KINDS) <= {actor["repr_name"] for actor in seen["actors"]}
+    assert set(KINDS) <= {actor["repr_name"] for actor in dashboard_data["actors"]}
 
 
 def test_rays_metrics_have_the_last_epoch_of_each_model(swept: Swept) -> None:
-    folder, _, seen = swept
+    folder, _, dashboard_data = swept
     trial = _trial(folder, "gate.kind=soft")
     metrics = pd.read_parquet(trial / "results" / "metrics").set_index("model")
     for model in ("fgsm-1", "pgd-1"):
         for column in ("epoch", "probe_pgd_accuracy"):
             name = rf'ray_dwf_{column}\{{[^}}]*experiment="{trial.name}"[^}}]*model="{model}"[^}}]*\}}'
-            (values,) = (values for sample, values in seen["metrics"].items() if re.fullmatch(name, sample))
+            (values,) = (values for sample, values in dashboard_data["metrics"].items() if re.fullmatch(name, sample))
             assert values <= set(metrics.loc[model, column])
 
 

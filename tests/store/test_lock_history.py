@@ -135,8 +135,8 @@ def _process(store: Store, log: Path, seed: int, finished: Any) -> None:
     chance = random.Random(seed)
     with open(log, "ab", buffering=0) as file:
 
-        def note(what: str, **more: Any) -> None:
-            file.write((json.dumps({"what": what, "time": time.monotonic(), **more}) + "\n").encode())
+        def note(event: str, **details: Any) -> None:
+            file.write((json.dumps({"what": event, "time": time.monotonic(), **details}) + "\n").encode())
 
         _patch(store, chance, note)
         while not finished.is_set():
