@@ -25,7 +25,7 @@ from analysis.results import load
 from analysis.tables import accuracies
 from dwf_cluster.settings import InvalidInput
 
-__all__ = ["FIGURES", "FigureData", "draw", "of_group", "save", "write"]
+__all__ = ["FIGURES", "FigureData", "draw", "draw_all", "save", "write"]
 
 
 @dataclass(frozen=True)
@@ -92,8 +92,8 @@ def draw(name: str, data: FigureData) -> Figure | None:
     return figure
 
 
-def of_group(data: FigureData) -> dict[str, Figure]:
-    """Every figure for which there are results, by name."""
+def draw_all(data: FigureData) -> dict[str, Figure]:
+    """Draw every figure for which there are results; returns them by name."""
     figures = {name: draw(name, data) for name in FIGURES}
     return {name: figure for name, figure in figures.items() if figure}
 
@@ -134,7 +134,7 @@ def main(arguments: Sequence[str]) -> None:
     options = parser.parse_args(arguments)
     for group in load(*options.storage).groups:
         data = FigureData(group, accuracies(group), read_predictions(group))
-        for path in save(of_group(data), Path(options.out) / group.name):
+        for path in save(draw_all(data), Path(options.out) / group.name):
             print(path)
 
 

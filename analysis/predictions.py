@@ -20,7 +20,7 @@ _ROWS = 1 << 17
 
 @dataclass(frozen=True)
 class Predictions:
-    """What the models of a group predict for the test images.
+    """The predictions of a group's models for the test images.
 
     Attributes:
         correct: for each model and column an array of shape (seeds, examples): 1 correct, 0 wrong, -1 not tested.

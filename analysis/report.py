@@ -44,7 +44,7 @@ class Section:
     Attributes:
         group: the experiments.
         predictions: result of `read_predictions`.
-        measured, tests, tables, remarks: result of `tables.of_group`.
+        measured, tests, tables, remarks: result of `tables.make_tables`.
     """
 
     group: Group
@@ -55,10 +55,10 @@ class Section:
     remarks: Sequence[str]
 
     @staticmethod
-    def of(group: Group) -> Section:
+    def read(group: Group) -> Section:
         """Read a group's results."""
         predictions = read_predictions(group)
-        return Section(group, predictions, *tables.of_group(group, predictions))
+        return Section(group, predictions, *tables.make_tables(group, predictions))
 
     @property
     def headline(self) -> list[str]:
@@ -180,7 +180,7 @@ class Section:
     @cached_property
     def figures(self) -> list[tuple[str, str, str]]:
         """Name, caption and data URI of each figure."""
-        drawn = figures.of_group(figures.FigureData(self.group, self.measured, self.predictions))
+        drawn = figures.draw_all(figures.FigureData(self.group, self.measured, self.predictions))
         return [(name, figures.FIGURES[name].caption, _data_uri(figure)) for name, figure in drawn.items()]
 
 
@@ -200,7 +200,7 @@ def page(storages: Sequence[str]) -> str:
         InvalidInput: as `load`, and if no group has evaluations yet.
     """
     results = load(*storages)
-    sections = [Section.of(group) for group in results.evaluated]
+    sections = [Section.read(group) for group in results.evaluated]
     environment = Environment(
         loader=PackageLoader("analysis", "."),
         autoescape=True,

@@ -1,4 +1,4 @@
-"""What experiments have measured: their folders, grouped over seeds, with their Parquet tables as frames."""
+"""The results of experiments: their folders, grouped over seeds, with their Parquet tables as frames."""
 
 from __future__ import annotations
 

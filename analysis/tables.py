@@ -4,7 +4,7 @@
     python -m analysis.tables ./runs --format latex > table3.tex
 
 Tables for each group of experiments that differ only in their seed. To add a table: a function that returns a `Table`,
-and its place in `of_group`.
+and its place in `make_tables`.
 """
 
 from __future__ import annotations
@@ -233,7 +233,7 @@ def against_defended(group: Group, tests: pd.DataFrame) -> Table | None:
     )
 
 
-def of_group(group: Group, predictions: Predictions) -> tuple[pd.DataFrame, pd.DataFrame, list[Table], list[str]]:
+def make_tables(group: Group, predictions: Predictions) -> tuple[pd.DataFrame, pd.DataFrame, list[Table], list[str]]:
     """Accuracies, tests, the tables made of them, and remarks on tables that could not be made."""
     measured, tests = accuracies(group), comparisons(group, predictions)
     beside = beside_paper(group, measured)
@@ -251,7 +251,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("storage", nargs="+", help="storage or experiment's folder, a path or an fsspec URL")
     parser.add_argument("--format", choices=(*FORMATS, "csv"), default="text", help="default: text")
     options = parser.parse_args(arguments)
-    results = [(group, of_group(group, read_predictions(group))) for group in load(*options.storage).evaluated]
+    results = [(group, make_tables(group, read_predictions(group))) for group in load(*options.storage).evaluated]
     if options.format == "csv":
         frames = [measured.assign(group=group.title) for group, (measured, *_) in results]
         pd.concat(frames).to_csv(sys.stdout, index=False)

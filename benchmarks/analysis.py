@@ -30,13 +30,13 @@ from dwf_cluster.plan.jobs import EXPERTS, JOINT
 from dwf_cluster.store import tables
 
 SHARD = 8192
-"""Images of a file, as evaluation tasks have them."""
+"""Images of a file, as in evaluation tasks."""
 
 ACCURACY = {"standard": (0.95, 0.95), "fgsm": (0.90, 0.55), "pgd": (0.88, 0.45), "dwf": (0.93, 0.40)}
-"""Of each method: accuracy on clean images, and what is lost under the strongest attack."""
+"""By method: accuracy on clean images, and the loss of accuracy under the strongest attack."""
 
 SECONDS = {"standard": 3.0, "fgsm": 5.0, "pgd": 40.0, "dwf": 90.0}
-"""Of each method: seconds of an epoch."""
+"""By method: seconds of an epoch."""
 
 WORK = """
 import sys
@@ -44,7 +44,7 @@ from analysis import figures, formats, load, predictions, tables
 
 for group in load(sys.argv[1]).groups:
     predicted = predictions.read_predictions(group)
-    measured, _, shown, _ = tables.of_group(group, predicted)
+    measured, _, shown, _ = tables.make_tables(group, predicted)
     for table in shown:
         print(formats.text(table))
     data = figures.FigureData(group, measured, predicted)

@@ -35,7 +35,7 @@ MODEL = "model"
 
 @dataclass(frozen=True)
 class Result:
-    """What `evaluate` measured: pandas frames with the columns of docs/results.md, without those of an experiment.
+    """The result of `evaluate`: pandas frames with the columns of docs/results.md, without those of an experiment.
 
     Attributes:
         evaluations: a row for each column of the suites: accuracy, its 95 % Wilson interval, gradients, seconds.

@@ -19,7 +19,7 @@ from pydantic_core import CoreSchema
 from pydantic_core.core_schema import no_info_after_validator_function
 
 MAX_JSON_BYTES = 64 << 20
-"""Of one file. The largest is a checkpoint's `state.json`, with a row of metrics for each epoch: 100,000 epochs fit."""
+"""Limit of one file. The largest is a checkpoint's `state.json`, with a row for each epoch: 100,000 epochs fit."""
 
 
 def printable(text: object, limit: int | None = None) -> str:

@@ -105,12 +105,12 @@ def pause_after_first_epoch(folder: Path, job: str) -> psutil.Process:
             process.suspend()
             return process
         assert time.monotonic() < deadline, f"no process of {job} has saved its first epoch"
-        time.sleep(0.01)  # no event tells that another process has written a file
+        time.sleep(0.01)  # there is no event for files of another process
 
 
 def resume_and_stop(training: psutil.Process) -> None:
     """Resume a suspended training after its run has been asked to stop, so that it stops at its next step."""
-    time.sleep(2)  # no event tells that the request has reached the training; it takes less than half a second
+    time.sleep(2)  # there is no event for its arrival at the training, which takes less than half a second
     training.resume()
 
 
@@ -128,7 +128,7 @@ def wait_for_answer(request: urllib.request.Request | str) -> str:
         except OSError:  # connection refused or reset, or timed out
             if time.monotonic() > deadline:
                 raise
-        time.sleep(0.2)  # no event tells that a service is ready
+        time.sleep(0.2)  # there is no event for a service that is ready
 
 
 def launch_on_machine(name: str, arguments: Sequence[str], impatient: bool = False) -> list[str]:

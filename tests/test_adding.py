@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[1]
 
 @dataclass(frozen=True)
 class Addition:
-    """What is added.
+    """A new file, and its entry in a registry.
 
     Attributes:
         file: path of the new file.

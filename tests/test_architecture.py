@@ -1,4 +1,4 @@
-"""The layout: who may import whom, read from the imports of every module; and the size of files and functions."""
+"""The layout: which modules may import which; and the size of files and functions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Image files that are damaged, hostile or no files at all: one line, exit status 2, and nothing is written."""
+"""Image files that are damaged, hostile or not regular files: one line, exit status 2, and nothing is written."""
 
 from __future__ import annotations
 

@@ -95,7 +95,7 @@ class Chaos:
                 launch_on_machine("second", self.arguments, impatient=True), cwd=self.folder, stdout=log, stderr=log
             )
             while second.poll() is None and len(self._locks()) == before:
-                time.sleep(0.01)  # no event tells that another process has created a file
+                time.sleep(0.01)  # there is no event for files of another process
             _send(suspended, signal.SIGCONT)
             assert second.wait() == 0, (self.folder / "second").read_text()
         return before > 0 and self._driver.wait() == 1
@@ -108,7 +108,7 @@ class Chaos:
         pattern = {"checkpoint": ".run-*/checkpoints-*.unfinished", "table": ".run-*/results-*.unfinished"}[kind]
         skipped = self.random.randrange(6)
         while self._driver.poll() is None:
-            time.sleep(0.001)  # no event tells that another process has created a file
+            time.sleep(0.001)  # there is no event for files of another process
             for name in glob(
                 f"{self.folder}/runs/*/{pattern}"
             ):  # pathlib's glob fails if a folder is removed meanwhile

@@ -45,7 +45,7 @@ ASSIGNMENTS = [
     "evaluation.probe_steps=2",
     "baselines=pgd-at",
 ]
-"""What the experiment was launched with."""
+"""Settings of the experiment."""
 
 
 @pytest.fixture

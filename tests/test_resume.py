@@ -46,7 +46,7 @@ def _interrupt_after_the_first_epoch(row: dict[str, Any]) -> None:
 
 
 def _train_three_times(folder: Path, name: str) -> None:
-    """Train a model without an interruption, and with one at each of two instants; one worker asks for the second."""
+    """Train a model without an interruption, and with one at each of two instants; one worker requests the second."""
     experiment = build("digits", 0, TINY)
     images = load(experiment.data, folder)
     experts = {

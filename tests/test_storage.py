@@ -228,7 +228,7 @@ def test_the_preflight_refuses_a_server_that_ignores_if_none_match(s3: str, monk
 
 
 class _Answers(BaseHTTPRequestHandler):
-    """Answers every request with one status and error code of S3."""
+    """Responds to every request with one status and error code of S3."""
 
     protocol_version = "HTTP/1.1"  # clients wait for "100 Continue"
     status, code = 503, "SlowDown"

@@ -305,7 +305,7 @@ def test_strengths_are_drawn_for_each_batch_from_the_whole_set() -> None:
 
 
 def _two_workers(folder: Path, norm: bool) -> None:
-    """Train to the end, with an interruption that only the second worker asks for."""
+    """Train to the end, with an interruption that only the second worker requests."""
     experiment = build("digits", 0, TINY)
     calls = itertools.count(1)
     with pytest.raises(Stopped):  # on both

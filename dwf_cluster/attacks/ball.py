@@ -69,7 +69,7 @@ def uniform(x: torch.Tensor, generators: Sequence[torch.Generator]) -> torch.Ten
 
 
 def draw(x: torch.Tensor, generators: Sequence[torch.Generator], kind: object) -> torch.Tensor:
-    """What `torch.rand` or `torch.randn` draws for each image from its own generator, in x's shape."""
+    """Draws of `torch.rand` or `torch.randn` for each image from its own generator, in x's shape."""
     draws = [kind(x.shape[1:], generator=generator) for generator in generators]  # type: ignore[operator]
     return torch.stack(draws).to(x.device, x.dtype)
 

@@ -320,7 +320,7 @@ def _number_file(job: SlurmJob) -> Path:
 
 
 def _queued(jobs: Sequence[SlurmJob], executor: str, folder: Path) -> dict[SlurmJob, submitit.Job[None]]:
-    """Of these jobs, those that were submitted earlier and are still in the queue, with their handles."""
+    """The jobs that were submitted earlier and are still in the queue, with their handles."""
     handles: dict[SlurmJob, submitit.Job[None]] = {}
     for job in jobs if executor == "slurm" else ():
         try:

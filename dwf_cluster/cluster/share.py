@@ -1,4 +1,4 @@
-"""What a SLURM job has on the node that this process runs on: GPUs and memory."""
+"""The resources of a SLURM job on the node of this process: GPUs and memory."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from dwf_cluster.store import tables
 from dwf_cluster.store.files import Store
 
 CONFIDENCE = 0.95
-"""Of the interval of every accuracy."""
+"""Confidence level of the interval of every accuracy."""
 
 
 def wilson(correct: int, examples: int) -> tuple[float, float]:

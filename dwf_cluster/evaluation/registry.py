@@ -261,7 +261,7 @@ CHECK_FUNCTIONS: Mapping[str, str] = {
 
 
 def extra_names() -> tuple[str, ...]:
-    """What `evaluation.beyond` may name: every suite that is not measured anyway, and `TRANSFER`."""
+    """Names that `evaluation.beyond` accepts: every suite that is not always measured, and `TRANSFER`."""
     return (*(name for name in SUITES if name not in (PAPER, CHECKS)), TRANSFER)
 
 

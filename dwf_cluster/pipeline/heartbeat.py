@@ -57,7 +57,7 @@ class Tally:
         return experiment in self._pending and not any(self._pending[experiment].values())
 
     def stages(self, experiment: Experiment) -> dict[str, tuple[int, int]] | None:
-        """Of each stage, the number of jobs that are done and of all jobs; None before `count`."""
+        """For each stage, the number of finished jobs and of all jobs; None before `count`."""
         if experiment not in self._pending:
             return None
         pending = self._pending[experiment]

@@ -15,7 +15,7 @@ from dwf_cluster.experiment import Experiment, build
 from dwf_cluster.settings import InvalidInput, to_text
 
 MAX_TRIALS = 1000
-"""Of one sweep."""
+"""Limit of one sweep."""
 
 _NOT_VARIED = ("data.", "preset", "seed", "checkpoint_minutes")
 """Fields that cannot be varied: all trials share one data set, seeds are given as `seeds=0..4`, and the last changes no

@@ -16,7 +16,7 @@ from dwf_cluster.plan.schedule import Allocation
 from dwf_cluster.settings import InvalidInput
 
 MIN_IMAGES_PER_WORKER = 32
-"""Of a batch, unless the user asks for more workers: BatchNorm sees only the images of its worker."""
+"""Images of a batch, unless the user requests more workers: BatchNorm sees only the images of its worker."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def alike_nodes(nodes: Iterable[Mapping[str, Any]], limits: Limits) -> tuple[Res
         The resources, and a line that names used and unused nodes; empty if all are used.
 
     Raises:
-        InvalidInput: if no node has a CPU, or there are too few slots for the workers that `limits` ask for.
+        InvalidInput: if no node has a CPU, or there are too few slots for the workers that `limits` request.
     """
     alive = sorted((n for n in nodes if n["Alive"]), key=lambda node: (node["NodeManagerHostname"], node["NodeID"]))
     kinds: dict[tuple[int, str], list[Mapping[str, Any]]] = {}
@@ -190,7 +190,7 @@ def allocate(jobs: Iterable[Job], resources: Resources) -> dict[Job, Allocation]
     other parts of each batch, and a run of several seeds would give other numbers than a run of one.
 
     Raises:
-        InvalidInput: if the user asks for more workers than a batch has images for.
+        InvalidInput: if the user requests more workers than a batch has images for.
     """
     return {job: replace(_allocation(job, resources), excluded_nodes=resources.excluded_nodes) for job in jobs}
 
@@ -214,7 +214,7 @@ def _allocation(job: Job, resources: Resources) -> Allocation:
 
 
 def _checked_workers(option: str, workers: int | None, batch: int) -> int | None:
-    """The number of workers that an option asks for, of which each needs two images of a batch."""
+    """The number of workers that an option requests; each needs two images of a batch."""
     largest = max(1, batch // 2)
     if workers and workers > largest:
         raise InvalidInput(

@@ -37,7 +37,7 @@ def digits_data(digits: Group) -> FigureData:
 
 
 def test_every_figure_is_drawn_and_has_a_caption(data: FigureData) -> None:
-    assert list(figures.of_group(data)) == list(figures.FIGURES)
+    assert list(figures.draw_all(data)) == list(figures.FIGURES)
     assert all(entry.caption.endswith(".") for entry in figures.FIGURES.values())
 
 
@@ -111,7 +111,7 @@ def test_hours_of_the_mixture_include_those_of_its_experts(cifar10: Group) -> No
 
 
 def test_figures_without_results_are_not_drawn(cifar10: Group, measured: pd.DataFrame) -> None:
-    drawn = figures.of_group(FigureData(cifar10, measured[measured.attack == "clean"], NOTHING))
+    drawn = figures.draw_all(FigureData(cifar10, measured[measured.attack == "clean"], NOTHING))
     assert set(drawn) == {"fgsm", "experts_and_mixture", "training"}
 
 
@@ -155,7 +155,7 @@ def test_more_kinds_than_colours_differ_in_dashes(tmp_path: Path, monkeypatch: p
     data = FigureData(group, accuracies(group), read_predictions(group))
     looks = [(style["color"], style["linestyle"], style["marker"]) for style in data.styles.values()]
     assert len(set(looks)) == len(group.models) == 2 + 9 + 1
-    assert "training" in figures.of_group(data)
+    assert "training" in figures.draw_all(data)
 
 
 def test_models_of_another_version_are_drawn_in_grey_and_have_rows(tmp_path: Path, call: Call) -> None:
@@ -175,7 +175,7 @@ def test_models_of_another_version_are_drawn_in_grey_and_have_rows(tmp_path: Pat
     assert group.models == ("benign", "fgsm-1", "fgsm-at", "later", "mixture")
     data = FigureData(group, accuracies(group), read_predictions(group))
     assert data.styles["later"]["color"] == drawing.UNDESCRIBED
-    assert list(figures.of_group(data)) == list(figures.FIGURES)
+    assert list(figures.draw_all(data)) == list(figures.FIGURES)
     figure = draw("fgsm", data)
     assert figure is not None
     assert "later" in {line.get_label() for line in figure.axes[0].lines}
@@ -190,18 +190,18 @@ def test_a_defended_model_without_a_gate_has_every_other_figure(tmp_path: Path, 
     make_up(tmp_path, build("digits", 0, ["defence=pgd-at", "baselines=dwf", "experts.fgsm=1", "experts.pgd=0"]), 50)
     (group,) = load(str(tmp_path)).groups
     assert (group.defended, group.experts) == ("pgd-at", ())
-    drawn = figures.of_group(FigureData(group, accuracies(group), read_predictions(group)))
+    drawn = figures.draw_all(FigureData(group, accuracies(group), read_predictions(group)))
     assert set(drawn) == {"fgsm", "pgd", "clean_and_robust", "training", "cost"}
     assert call(report.main, tmp_path, "--out", tmp_path / "report.html")[0] == 0
 
 
 def test_a_users_own_model_has_a_report(tmp_path: Path, call: Call) -> None:
-    """What `dwf evaluate` writes: one model that was not trained, so that there are no metrics and no jobs."""
+    """The tables of `dwf evaluate`: one model that was not trained, so that there are no metrics and no jobs."""
     folder = make_up(tmp_path, build("digits", 0, ["defence=given", "evaluation.beyond="]), 50)
     for table in ("metrics", "jobs"):
         shutil.rmtree(folder / "results" / table)
     (group,) = load(str(tmp_path)).groups
-    drawn = figures.of_group(FigureData(group, accuracies(group), read_predictions(group)))
+    drawn = figures.draw_all(FigureData(group, accuracies(group), read_predictions(group)))
     assert set(drawn) == {"fgsm", "pgd", "clean_and_robust"}
     assert call(tables.main, tmp_path)[0] == 0
     assert call(report.main, tmp_path, "--out", tmp_path / "report.html")[0] == 0

@@ -23,7 +23,7 @@ from selenium.webdriver.remote.webelement import WebElement
 from analysis import Group, load
 from analysis.predictions import Predictions
 from analysis.report import Section, page
-from analysis.tables import of_group
+from analysis.tables import make_tables
 from benchmarks.analysis import make_up
 from dwf_cluster.experiment import build
 from dwf_cluster.store.tables import SCHEMAS
@@ -71,7 +71,7 @@ def browser(html: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[web
 
 @pytest.fixture(scope="module")
 def section(cifar10: Group, predictions: Predictions) -> Section:
-    return Section(cifar10, predictions, *of_group(cifar10, predictions))
+    return Section(cifar10, predictions, *make_tables(cifar10, predictions))
 
 
 def _heading(table: WebElement, text: str) -> WebElement:
@@ -205,7 +205,7 @@ def test_the_command_for_own_images_names_their_file(tmp_path: Path) -> None:
     experiment = build(str(tmp_path / "mine.npz"), 3, ["model.width=4"])
     make_up(tmp_path / "runs", experiment, 50)
     (group,) = load(str(tmp_path / "runs")).groups
-    command = Section.of(group).command
+    command = Section.read(group).command
     preset, assignments = re.fullmatch(r".*--preset (\S+) --seed 3 \\\n    --set (.*)", command, re.S).groups()  # type: ignore[union-attr]
     assert build(preset, 3, assignments.split()) == experiment
 
@@ -218,7 +218,7 @@ def test_evaluations_that_differ_from_their_predictions_are_reported(storage: Pa
     pq.write_table(pa.Table.from_pandas(rows, SCHEMAS["evaluations"], preserve_index=False), file)
     (group,) = load(str(folder)).groups
     assert (
-        Section.of(group).recount
+        Section.read(group).recount
         == "Warning: counted again from the predictions, 1 cells differ: mixture clean (seed 0)."
     )
 

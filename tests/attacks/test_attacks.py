@@ -130,7 +130,7 @@ def test_a_run_counts_its_gradients_and_computes_none_at_its_end() -> None:
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 def test_a_batch_in_any_order_and_any_parts_gives_the_same_images(norm: str) -> None:
-    """In double precision; a sign that hangs on the last bit is not met here."""
+    """In double precision, where no sign of a gradient depends on the last bit."""
     frozen_model, x, y = _correct(12)
     ball = Ball(norm, 0.1)  # type: ignore[arg-type]
 
@@ -295,7 +295,7 @@ def test_steps_and_restarts_never_help_the_defender_in_the_worst_case(
 
 def test_nothing_of_the_model_and_no_random_state_changes() -> None:
     model, x, y = _problem()
-    model.blocks[3].eval()  # a mixed state must come back too
+    model.blocks[3].eval()  # a mixed state must be restored too
     next(model.parameters()).grad = torch.ones_like(next(model.parameters()))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     flags = [module.training for module in model.modules()]

@@ -1,9 +1,9 @@
-"""The attacks find what other people's find: torchattacks, foolbox and pyautoattack, the code of AutoAttack's authors.
+"""The attacks agree with other implementations: torchattacks, foolbox and pyautoattack, by AutoAttack's authors.
 
 On an adversarially trained and an undefended model. Where an attack draws nothing, or can be given the peer's draws,
-the examples are the same; in double precision, for rounding decides the sign of a small gradient. Where it draws its
-own, as many images resist both, but for the noise of the draws: how far that goes was measured on ten seeds of
-each side, and a tolerance is three to four standard deviations of the difference of two runs.
+the examples are the same; in double precision, because rounding decides the sign of a small gradient. Where it draws
+its own, as many images resist both, up to the noise of the draws: its size was measured on ten seeds of each side,
+and a tolerance is three to four standard deviations of the difference of two runs.
 """
 
 from __future__ import annotations

@@ -86,7 +86,7 @@ class Slurm:
 
     def __init__(self) -> None:
         folder = Path(tempfile.mkdtemp(prefix="slurm-", dir="/tmp"))
-        folder.chmod(0o755)  # munge wants its socket to be within everyone's reach
+        folder.chmod(0o755)  # munge requires that every user can reach its socket
         self.folder = folder
         self.environment = {**os.environ, "SLURM_CONF": str(folder / "slurm.conf")}
         for name in ("state", "spool", "dev", *(f"spool/{name}" for name in _NAMES)):
@@ -202,7 +202,7 @@ class Slurm:
 
 
 def _free_ports(count: int) -> int:
-    """The first of `count` ports in a row that nobody listens on."""
+    """The first of `count` consecutive unused ports."""
     for port in range(17000, 32000, count):
         sockets = [socket.socket() for _ in range(count)]
         try:

@@ -183,7 +183,7 @@ class OnAnotherGpu:
 
 
 class NumberAndDevice:
-    """The number of the training images and their device, which the epoch loop asks for."""
+    """The number of the training images and their device, as the epoch loop uses them."""
 
     def __init__(self, count: int, device: torch.device) -> None:
         self.count, self.device = count, device

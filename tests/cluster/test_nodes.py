@@ -23,7 +23,7 @@ nodes = json.loads(sys.argv[1])
 cluster = Cluster()
 ids = {name: cluster.add_node(dashboard_port=0, **options).node_id for name, options in nodes.items()}
 print(json.dumps({"address": cluster.address, "ids": ids}), flush=True)
-for _ in sys.stdin:  # each line asks where workers ran
+for _ in sys.stdin:  # each line requests the nodes of the workers
     actors = cluster.global_state.actor_table(None, None, None).values()
     ids = [actor["Address"]["NodeID"] for actor in actors if actor["ActorClassName"] == "RayTrainWorker"]
     print(json.dumps(ids), flush=True)

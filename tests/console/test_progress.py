@@ -44,7 +44,7 @@ def experts(tiny: Experiment) -> list[Job]:
 
 
 def _lines(events: Iterable[Event], names: dict[str, str] | None = None) -> list[str]:
-    """What is printed on something that is no terminal."""
+    """The lines that are printed without a terminal."""
     printed = io.StringIO()
     emit = Listeners({"progress": Progress(names or {}, Console(file=printed))})
     for event in events:
@@ -53,7 +53,7 @@ def _lines(events: Iterable[Event], names: dict[str, str] | None = None) -> list
 
 
 def _on_terminal(events: Iterable[Event]) -> str:
-    """What is printed on a terminal, up to the end of the jobs."""
+    """The text on a terminal, up to the end of the jobs."""
     console = Console(file=io.StringIO(), force_terminal=True, width=120, record=True)
     emit = Listeners({"progress": Progress({}, console)})
     for event in (*events, Finished()):

@@ -1,4 +1,4 @@
-"""What the training loop promises a method: one optimiser step for each loss, however a batch is cut."""
+"""The contract of the training loop with a method: one optimiser step for each loss, however a batch is cut."""
 
 from __future__ import annotations
 

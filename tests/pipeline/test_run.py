@@ -29,7 +29,7 @@ from ..conftest import ARGUMENTS, LOCAL, LONG_EPOCHS, MODELS, TINY, assert_same,
 from ..process import Launch, command_line, pause_after_first_epoch, resume_and_stop, wait_for_answer
 
 SHARDS = 2
-"""Of the 40 test images, each of 24 at most."""
+"""Shards of the 40 test images, of 24 images at most."""
 
 
 def _suites(experiment: Experiment) -> list[str]:

@@ -1,4 +1,4 @@
-"""What each job gets on given resources."""
+"""The allocation of each job on given resources."""
 
 from __future__ import annotations
 
