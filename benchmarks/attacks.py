@@ -254,7 +254,7 @@ def in_batches(run: Callable[[torch.Tensor, torch.Tensor], Columns], size: int) 
 
 
 def turns(contestants: dict[str, Callable[..., Any]], x: torch.Tensor, y: torch.Tensor, rounds: int) -> Iterator[Any]:
-    """Each contestant on each round's share of the images, by turns: (name, seconds, what it returned)."""
+    """Each contestant on each round's share of the images, in turn: (name, seconds, result)."""
     for number, (part, labels) in enumerate(zip(x.tensor_split(rounds), y.tensor_split(rounds), strict=True)):
         for name, run in contestants.items():
             if number and name in ONCE:

@@ -3,7 +3,7 @@
     python benchmarks/training.py [--steps 5] [--joint-steps 3]
 
 A PGD expert (10 iterations, batch 128, width 16, 32x32) and a joint step of nine experts, both on one thread, as
-an expert's training runs; the two ways alternate. Images are random: a step costs the same whatever they show. The
+an expert's training runs; the two ways alternate. Images are random: the cost of a step does not depend on them. The
 last line is JSON.
 """
 

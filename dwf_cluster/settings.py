@@ -118,7 +118,7 @@ class OneOf:
 
 
 def to_text(value: Any) -> str:
-    """A field's value as an assignment `FIELD=VALUE` has it."""
+    """A field's value as text, as in an assignment `FIELD=VALUE`."""
     if isinstance(value, list | tuple):
         return ",".join(map(str, value))
     return value if isinstance(value, str) else json.dumps(value)

@@ -239,7 +239,7 @@ def _backward(
     """Add up the gradients of a batch, cut into its parts, for one loss of the method after the other.
 
     Yields:
-        For each loss, when all its gradients are there: this worker's share of the mean over the batch, shape ().
+        For each loss, when all its gradients are computed: this worker's share of the mean over the batch, shape ().
     """
     rank, workers = _workers()
     start, stop = len(indices) * rank // workers, len(indices) * (rank + 1) // workers

@@ -33,7 +33,7 @@ class Ball:
         return gradient.sign() if self.norm == "linf" else gradient / _length(gradient)
 
     def random_point(self, x: torch.Tensor, generators: Sequence[torch.Generator]) -> torch.Tensor:
-        """A point drawn uniformly from the ball around each image, then brought into [0, 1].
+        """A point drawn uniformly from the ball around each image, then clipped to [0, 1].
 
         Args:
             x: shape (n, channels, height, width), in [0, 1].

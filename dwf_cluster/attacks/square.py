@@ -37,10 +37,10 @@ def square(
         epsilon: radius of the L-infinity ball, pixels in [0, 1].
         generators: one an image; no draw depends on the batch.
         queries: number of forward passes.
-        planned: forward passes that the squares' sizes are scheduled over; by default those that there are.
+        planned: forward passes that the squares' sizes are scheduled over; by default `queries`.
 
     Yields:
-        What each query tried, for the images not yet fooled.
+        The candidates of each query, for the images not yet fooled.
 
     Raises:
         NotLogits: if the model returns NaN or probabilities.

@@ -82,7 +82,7 @@ def attached(address: str, limits: Limits) -> Iterator[Cluster]:
 
     Args:
         address: `auto`, `HOST:PORT` or `ray://HOST:PORT`.
-        limits: to what jobs get.
+        limits: of the resources of jobs.
 
     Raises:
         InvalidInput: if there is no Ray at that address, or its nodes cannot hold the workers.

@@ -72,7 +72,7 @@ class Ended:
         job: which.
         state: `done`, `stopped` (at the run's request; it resumes from there) or `failed`.
         reason: one line that says why it failed.
-        seconds: how long it ran; None if its row of `jobs` does not say so.
+        seconds: how long it ran; None if its row of `jobs` has no seconds.
         notes: lines for the user from its row of `jobs`, such as that a damaged checkpoint was removed.
     """
 

@@ -63,7 +63,7 @@ RESERVED = {
     "tasks-per-node": _ONE_TASK,
     "test-only": "use --dry-run",
     "time": "use --time",
-    "wait": "jobs are followed anyway",
+    "wait": "jobs are always followed",
     "wrap": "the command of a job is fixed",
 }
 """Options of sbatch that `--sbatch` cannot set, because jobs rely on them; and what to use instead, or the reason."""

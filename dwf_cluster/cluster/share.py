@@ -26,7 +26,7 @@ def claim_gpus(cpus: int) -> int:
     name, setting = environment.node_name(), os.environ.get("DWF_GPUS")
     listed = os.environ.get("CUDA_VISIBLE_DEVICES")
     visible = [str(i) for i in range(gpus_here())] if listed is None else re.findall(r"[^,\s]+", listed)
-    if visible == ["NoDevFiles"]:  # SLURM's word for none
+    if visible == ["NoDevFiles"]:  # SLURM's value for none
         visible = []
     declined = environment.declines_gpus()
     if setting is not None:

@@ -76,7 +76,7 @@ def minutes(text: str) -> int:
     return -(-seconds // 60)
 
 
-def word(text: str) -> str:
+def safe_text(text: str) -> str:
     """A value that is safe in a batch script."""
     if not re.fullmatch(r"[\w.,:@%+=/\[\]-]+", text, re.ASCII):
         _refuse(text, "are letters, digits and .,:@%+=/[]_-")
@@ -88,7 +88,7 @@ def sbatch_option(text: str) -> tuple[str, str]:
     name, separator, value = text.partition("=")
     if not (separator and re.fullmatch("[a-z][a-z-]*", name)):
         _refuse(text, "is option=value, such as qos=high")
-    return name, word(value)
+    return name, safe_text(value)
 
 
 # -------------------------------------------------------------------------------------------------- options
@@ -233,8 +233,8 @@ def _add_slurm(parser: argparse.ArgumentParser) -> list[argparse.Action]:
         group.add_argument(
             "--time", type=minutes, help="time limit; a job that reaches it is requeued (default: 24:00:00)"
         ),
-        group.add_argument("--partition", type=word, metavar="NAME", help="partition"),
-        group.add_argument("--account", type=word, metavar="NAME", help="account"),
+        group.add_argument("--partition", type=safe_text, metavar="NAME", help="partition"),
+        group.add_argument("--account", type=safe_text, metavar="NAME", help="account"),
         group.add_argument(
             "--sbatch",
             type=sbatch_option,

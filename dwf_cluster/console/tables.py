@@ -89,7 +89,7 @@ def _add_plan(
     flops: float,
 ) -> None:
     """Add a row for each job, and their total."""
-    for heading in (*(("experiment",) if names else ()), "stage", "task", "gets", device):
+    for heading in (*(("experiment",) if names else ()), "stage", "task", "resources", device):
         table.add_column(heading, no_wrap=True)
     for heading in ("start", "end", "million passes", "TFLOP"):
         table.add_column(heading, justify="right", no_wrap=True)

@@ -1,4 +1,4 @@
-"""TensorBoard event files, made from the rows of `metrics` as they come: `<folder>/<experiment>/<model>/`."""
+"""TensorBoard event files, made from the rows of `metrics` during training: `<folder>/<experiment>/<model>/`."""
 
 from __future__ import annotations
 

@@ -193,7 +193,7 @@ def random(inspection: Inspection) -> Iterator[Check]:
 
 
 def train_mode(inspection: Inspection) -> Iterator[Check]:
-    """Outputs that depend on the rest of the batch; not measurable where they are random anyway."""
+    """Outputs that depend on the rest of the batch; not measurable if they are random."""
     if inspection.randomness > RANDOM:
         return
     in_parts = inspection.outputs(max(2, len(inspection.x) // 3))

@@ -133,8 +133,8 @@ def evaluate(
         on_batch: called after each batch with its number of images.
 
     Returns:
-        Rows of `shards` and rows of `predictions`. `gradients` counts gradient evaluations of single images, each
-        where it was spent: what a column shares with the one before is counted there.
+        Rows of `shards` and rows of `predictions`. `gradients` counts gradient evaluations of single images, each in
+        the first column that uses it.
 
     Raises:
         NotLogits: if a model returns NaN or probabilities.

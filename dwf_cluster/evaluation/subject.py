@@ -1,4 +1,4 @@
-"""A user's own model and test images: checked before any attack, copied, brought into one form."""
+"""A user's own model and test images: checked before any attack, copied, converted to one form."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def prepare(
     device: torch.device | str | None,
     batch_size: int,
 ) -> Subject:
-    """Copy a model, bring images and labels into one form, and look at the model's outputs for all of them.
+    """Copy a model, convert images and labels to one form, and check the model's outputs for all of them.
 
     Raises:
         InvalidInput: if something cannot be used: one line with name, value and what is allowed.

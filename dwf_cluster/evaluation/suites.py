@@ -20,7 +20,7 @@ from dwf_cluster.evaluation.registry import TRANSFER, longest_pgd, transfer_colu
 from dwf_cluster.evaluation.run import Attacked, Batch
 
 MOMENTUM = 1.0
-"""Decay of `pgd_momentum`'s gradients, as its authors have it."""
+"""Decay of `pgd_momentum`'s gradients, as in its paper."""
 
 
 def paper(batch: Batch) -> Iterator[Attacked]:

@@ -154,7 +154,7 @@ class Heartbeats:
             pause = max(0.0, began + HEARTBEAT - time.monotonic())
 
     def _end(self, experiment: Experiment, error: BaseException | None) -> None:
-        has_failures = bool(self._tally.failures)  # they are the reason, not the error that says so
+        has_failures = bool(self._tally.failures)  # the failed jobs are the reason, not the exception that lists them
         fault = "" if has_failures or not isinstance(error, Exception) else one_line(error)
         state: State = "stopped"
         if self._tally.is_complete(experiment):

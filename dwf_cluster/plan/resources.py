@@ -42,7 +42,7 @@ class Resources:
     Attributes:
         cpus, gpus: of each node, that Ray may use.
         nodes: number of machines.
-        limits: what the user wants jobs to get.
+        limits: the resources that the user requests for jobs.
         excluded_nodes: Ray's ids of other machines of the same Ray cluster, which jobs must not run on.
     """
 
@@ -74,7 +74,7 @@ def alike_nodes(nodes: Iterable[Mapping[str, Any]], limits: Limits) -> tuple[Res
 
     Args:
         nodes: what `ray.nodes()` returns.
-        limits: what the user wants jobs to get.
+        limits: the resources that the user requests for jobs.
 
     Returns:
         The resources, and a line that names used and unused nodes; empty if all are used.
