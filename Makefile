@@ -1,4 +1,4 @@
-# Two commands do all the set-up: `make demo` and `make test`.
+# `make demo` and `make test` do all the set-up.
 PYTHON ?= python3
 BIN := .venv/bin
 LOWEST := .venv-lowest/bin
@@ -32,7 +32,7 @@ lint: .venv/lint
 audit: .venv/audit
 	$(BIN)/pip-audit --local --skip-editable
 
-# A stamp for each set of extras that is installed. pip is upgraded first: the one of Debian 12 needs most of an hour
+# A stamp for each set of extras that is installed. pip is upgraded first, because Debian 12's needs most of an hour
 # to choose the versions.
 .venv/test: EXTRA := [test]
 .venv/lint: EXTRA := [lint]

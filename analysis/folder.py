@@ -70,7 +70,7 @@ class ExperimentFolder:
         return paths
 
     def dataset(self, table: str) -> ds.Dataset:
-        """A table, of which only the footers of its files have been read; a column that a file lacks is null.
+        """A table, lazily: only the footers of its files are read. A column that a file lacks is null.
 
         Raises:
             InvalidInput: if a file is not Parquet, or larger than a table's file may be.

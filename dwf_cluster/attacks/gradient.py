@@ -55,7 +55,7 @@ def differentiate(
         objective: what to make large.
         samples: forward-backward passes to average: expectation over transformation (Athalye et al. 2018) for
             a model that is random in itself; 1 for a deterministic one.
-        check: look at the logits first.
+        check: validate the logits first.
 
     Returns:
         Gradient, shape of x: of the sum over images, so each image's does not depend on the batch. Loss of each

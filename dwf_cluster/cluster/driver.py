@@ -173,7 +173,7 @@ class Cluster:
         return list(claims)
 
     def _call(self, method: str, *arguments: Any) -> Any:
-        # Without Ray's retries, each of which would be printed: a later call sends again what was lost.
+        # Without Ray's retries, each of which would be printed: a later call repeats a lost one.
         return getattr(self.control, method).options(max_task_retries=0).remote(*arguments)
 
     def _answer(self, reference: Any, seconds: float) -> Any:

@@ -190,7 +190,7 @@ def _moments(x: Bytes) -> tuple[tuple[float, ...], tuple[float, ...]]:
 
 
 def fail_if_too_large(name: str, size: int) -> None:
-    """For readers: refuse data of which two copies, as read and as prepared, do not fit into memory.
+    """For readers: refuse data that does not fit into memory twice, as read and as prepared.
 
     Raises:
         InvalidInput: if so.

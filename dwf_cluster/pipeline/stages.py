@@ -187,7 +187,7 @@ def acquired(
 
 
 def _merge(stores: Mapping[Experiment, Store], sizes: Sizes) -> None:
-    """Merge the shards of each model and suite of which all are done."""
+    """Merge the shards of each model and suite whose shards are all done."""
     for experiment, store in stores.items():
         merge.merge(store, _shards(experiment, sizes))
 

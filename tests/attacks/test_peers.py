@@ -228,7 +228,7 @@ def test_restarts_from_torchattacks_random_starts_give_the_same_adversarial_imag
     def from_their_start(rest: Remaining) -> Iterator[Iterate]:
         start = (rest.x + torch.empty_like(rest.x).uniform_(-0.15, 0.15)).clamp(0, 1)
         *_, end = pgd(model, rest.x, rest.y, LINF, step_size=0.04, steps=3, start=start)
-        yield end  # the peer looks at no other iterate
+        yield end  # the peer evaluates no other iterate
 
     torch.manual_seed(0)
     for _ in runs:

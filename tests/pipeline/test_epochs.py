@@ -105,7 +105,7 @@ def test_a_slow_store_does_not_hold_up_the_run(
         assert not [event for event in events if isinstance(event, Epoch | Ended)]
         answers.set()
     assert [type(event) for event in events] == [Queued, Started, Epoch, Ended, Finished]
-    looks = 2  # the one that had begun, and the one that was asked for meanwhile
+    looks = 2  # the one that had begun, and the one that was requested meanwhile
     assert reads <= looks + 2  # at the job's end: its metrics and its row
 
 

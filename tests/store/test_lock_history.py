@@ -42,7 +42,7 @@ HEARTBEAT_TIMEOUT = 0.4
 """Seconds, instead of ten and sixty."""
 
 MIN_ACQUIRED, MIN_LOST, MIN_REPEATED = 14, 3, 3
-"""The history ends after so many acquired locks, locks lost to another process, and lost answers."""
+"""Numbers of acquired locks, of locks lost to another process, and of lost answers that end the history."""
 
 DATA = "data"
 
