@@ -182,8 +182,8 @@ def _run_pipeline(
     else:
         connect = functools.partial(local, _resources(options))
     console, stop = Console(), Stop()
-    emit = _listeners(options, names, console)
-    run = Run(options.storage, options.data_folder, stop.with_signals(connect), emit, stop.is_set, resume_command)
+    listeners = _listeners(options, names, console)
+    run = Run(options.storage, options.data_folder, stop.with_signals(connect), listeners, stop.is_set, resume_command)
     try:
         if sweep:
             tables.sweep_results(console, sweep, run.sweep(sweep))
