@@ -138,7 +138,7 @@ def test_the_frames_have_the_columns_of_the_tables_and_equal_each_other(network:
     assert len(result.checks) == 11
 
 
-@pytest.mark.parametrize("form", ["uint8 NHW", "uint8 NHWC", "numpy", "double", "list of labels"])
+@pytest.mark.parametrize("form", ["uint8 NHW", "uint8 NHWC", "numpy", "double", "list of labels", "views", "uint8 views"])
 def test_every_form_of_images_and_labels_gives_the_same_rows(network: nn.Module, form: str) -> None:
     x, y = _digits(24)
     pixels = (x * 255).round().to(torch.uint8)
@@ -148,6 +148,8 @@ def test_every_form_of_images_and_labels_gives_the_same_rows(network: nn.Module,
         "numpy": (x.numpy(), y.numpy().astype(np.int32)),
         "double": (x.double(), y),
         "list of labels": (x, y.tolist()),
+        "views": (x.numpy()[::-1].copy()[::-1], y.numpy()[::-1].copy()[::-1]),  # with negative strides
+        "uint8 views": (pixels[:, 0].numpy()[:, ::-1].copy()[:, ::-1], y),
     }
     images, labels = forms[form]
     _assert_equal(_measured(network, x=images, y=labels), _measured(network))

@@ -143,7 +143,7 @@ def _images(x: Any) -> np.ndarray[Any, Any]:
         raise InvalidInput(f"x: shape {images.shape} cannot be used: at least one image is needed")
     if images.dtype == np.uint8:
         if images.ndim == 3:
-            return images[:, None]
+            return np.ascontiguousarray(images[:, None])
         if images.ndim != 4 or not 1 <= images.shape[3] <= 4:
             raise InvalidInput(
                 f"x: shape {images.shape} cannot be used: uint8 images are NHWC with 1 to 4 channels, or NHW"
@@ -156,7 +156,8 @@ def _images(x: Any) -> np.ndarray[Any, Any]:
     low, high = images.min(), images.max()
     if not (low >= 0 and high <= 1):  # NaN too
         raise InvalidInput(f"x: values from {low:.6g} to {high:.6g} cannot be used: float images are in [0, 1]")
-    return images.astype(np.float32, copy=False)
+    # Contiguous: torch takes no array with a negative stride, such as a flipped one.
+    return np.ascontiguousarray(images, np.float32)
 
 
 def _tensor(pixels: np.ndarray[Any, Any], device: torch.device) -> torch.Tensor:
