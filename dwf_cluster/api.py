@@ -236,8 +236,9 @@ def _number(name: str, value: float, norm: str) -> float:
 
 
 def _count(name: str, value: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise InvalidInput(f"{name}: {value!r} cannot be used: allowed is an integer from 1")
+    largest = 1_000_000_000  # as of a Count in the settings
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= largest:
+        raise InvalidInput(f"{name}: {value!r} cannot be used: allowed is an integer from 1 to {largest}")
     return value
 
 

@@ -86,12 +86,16 @@ def prepare(
 
 def _classes(model: nn.Module, x: torch.Tensor) -> int:
     """Number of logits that a model returns for images."""
-    shape = (len(x), *x.shape[1:])
+    shape, version = (len(x), *x.shape[1:]), x._version
     try:
         with torch.no_grad():
             outputs = model(x)
     except Exception as error:  # of any class: the model is the user's code
         raise InvalidInput(f"model: it cannot be called with images of shape {shape}: {one_line(error)}") from error
+    if x._version != version:
+        raise InvalidInput(
+            "model: it changes the images in place, which no gradient passes: allowed are other operations"
+        )
     if not isinstance(outputs, torch.Tensor):
         raise InvalidInput(
             f"model: outputs of type {type(outputs).__name__} cannot be used: allowed is a tensor of logits"
