@@ -116,7 +116,8 @@ def evaluate(
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Attack one model on a shard of the test images, which is read a batch at a time.
 
-    It has more than seven parameters because the Python API and the pipeline's tasks both call it.
+    It has more than seven parameters because the Python API and the pipeline's tasks both call it; it is long because
+    each of them is explained.
 
     Args:
         models: on the device: the one to attack and, if its images are tested on others, those.
