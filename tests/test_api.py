@@ -218,6 +218,16 @@ def test_a_model_with_plain_containers_in_either_mode_is_measured_as_in_evaluati
     assert not rows["checks"].fired.any()
 
 
+def test_a_model_whose_forward_was_replaced_by_a_closure_keeps_its_buffers(network: nn.Module) -> None:
+    model = copy.deepcopy(network).train()
+    forward = model.forward
+    model.forward = lambda x: forward(1.0 * x)  # type: ignore[method-assign]
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(InvalidInput, match="rest of its batch"):
+        _measured(model, "noise")
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
 def test_evaluate_works_inside_no_grad_and_inference_mode(network: nn.Module) -> None:
     expected = _measured(network, "pgd_momentum")
     with torch.no_grad():

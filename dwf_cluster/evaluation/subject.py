@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from dwf_cluster.attacks.gradient import predict
 from dwf_cluster.data.device import to_float
@@ -180,3 +181,20 @@ def isolated(seed: int) -> Iterator[None]:
         finally:
             random.setstate(own)
             np.random.set_state(numpys)
+
+
+@contextmanager
+def kept(model: nn.Module) -> Iterator[None]:
+    """Give a model its buffers back after the body: a closure in it may call the model itself, which no copy replaces.
+
+    A `forward` that was replaced by a lambda, for example, runs the original in whichever mode it is.
+    """
+    buffers = [b for b in model.buffers() if not is_lazy(b)] if isinstance(model, nn.Module) else []
+    before = [buffer.detach().clone() for buffer in buffers]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in zip(buffers, before, strict=True):
+                if not torch.equal(buffer, value):
+                    buffer.copy_(value)
