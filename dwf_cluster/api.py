@@ -23,7 +23,7 @@ from dwf_cluster.defences.build import trained
 from dwf_cluster.evaluation import run
 from dwf_cluster.evaluation.merge import merged_rows
 from dwf_cluster.evaluation.registry import CHECKS, SUITES, Evaluation, Norm, Threat
-from dwf_cluster.evaluation.subject import Subject, isolated, prepare
+from dwf_cluster.evaluation.subject import Subject, isolated, kept, prepare
 from dwf_cluster.experiment import Experiment
 from dwf_cluster.models.mixture import Mixture
 from dwf_cluster.settings import InvalidInput, one_line
@@ -94,7 +94,7 @@ def evaluate(
         threat = Threat(8 / 255, 2 / 255)  # of L-infinity suites, which are not run
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**31:
         raise InvalidInput(f"seed: {seed!r} cannot be used: allowed is an integer from 0 to {2**31 - 1}")
-    with isolated(seed):
+    with isolated(seed), kept(model):
         subject = prepare(model, x, y, device, evaluation.batch_size)
         rows = measure(subject, names, evaluation, threat, seed, progress)
     evaluations = _frame("evaluations", merged_rows(rows.shards))
@@ -236,8 +236,9 @@ def _number(name: str, value: float, norm: str) -> float:
 
 
 def _count(name: str, value: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise InvalidInput(f"{name}: {value!r} cannot be used: allowed is an integer from 1")
+    largest = 1_000_000_000  # as of a Count in the settings
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= largest:
+        raise InvalidInput(f"{name}: {value!r} cannot be used: allowed is an integer from 1 to {largest}")
     return value
 
 

@@ -138,7 +138,9 @@ def test_the_frames_have_the_columns_of_the_tables_and_equal_each_other(network:
     assert len(result.checks) == 11
 
 
-@pytest.mark.parametrize("form", ["uint8 NHW", "uint8 NHWC", "numpy", "double", "list of labels"])
+@pytest.mark.parametrize(
+    "form", ["uint8 NHW", "uint8 NHWC", "numpy", "double", "list of labels", "views", "uint8 views"]
+)
 def test_every_form_of_images_and_labels_gives_the_same_rows(network: nn.Module, form: str) -> None:
     x, y = _digits(24)
     pixels = (x * 255).round().to(torch.uint8)
@@ -148,6 +150,8 @@ def test_every_form_of_images_and_labels_gives_the_same_rows(network: nn.Module,
         "numpy": (x.numpy(), y.numpy().astype(np.int32)),
         "double": (x.double(), y),
         "list of labels": (x, y.tolist()),
+        "views": (x.numpy()[::-1].copy()[::-1], y.numpy()[::-1].copy()[::-1]),  # with negative strides
+        "uint8 views": (pixels[:, 0].numpy()[:, ::-1].copy()[:, ::-1], y),
     }
     images, labels = forms[form]
     _assert_equal(_measured(network, x=images, y=labels), _measured(network))
@@ -214,6 +218,16 @@ def test_a_model_with_plain_containers_in_either_mode_is_measured_as_in_evaluati
     assert not rows["checks"].fired.any()
 
 
+def test_a_model_whose_forward_was_replaced_by_a_closure_keeps_its_buffers(network: nn.Module) -> None:
+    model = copy.deepcopy(network).train()
+    forward = model.forward
+    model.forward = lambda x: forward(1.0 * x)  # type: ignore[method-assign]
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(InvalidInput, match="rest of its batch"):
+        _measured(model, "noise")
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
 def test_evaluate_works_inside_no_grad_and_inference_mode(network: nn.Module) -> None:
     expected = _measured(network, "pgd_momentum")
     with torch.no_grad():
@@ -261,6 +275,7 @@ REFUSALS: list[tuple[str, dict[str, Any]]] = [
     ("seed: -1 ", {"seed": -1}),
     ("seed: 0.5 ", {"seed": 0.5}),
     ("batch_size: 0 ", {"batch_size": 0}),
+    ("batch_size: 2000000000 ", {"batch_size": 2_000_000_000}),
     ("device: 'gpu' ", {"device": "gpu"}),
     ("model: str ", {"model": "resnet18"}),
     ("x: dtype int64 ", {"x": (X * 255).long()}),
@@ -316,6 +331,14 @@ def test_a_model_that_cannot_be_attacked_is_refused_before_any_attack(
 ) -> None:
     arguments = {"x": X, "y": Y % 3, "suites": ("autoattack", "checks")}
     _refused(monkeypatch, kind, message, model=Changed(network, change), **arguments)
+
+
+def test_a_model_that_changes_its_images_in_place_is_refused(
+    network: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for layer in (nn.Hardtanh(inplace=True), nn.ReLU(inplace=True)):  # which changes no value of these images
+        model = nn.Sequential(layer, network)
+        _refused(monkeypatch, InvalidInput, "changes the images in place", model=model, x=X, y=Y)
 
 
 def test_hidden_layers_in_train_mode_are_refused_and_keep_their_statistics(

@@ -29,7 +29,7 @@ def apgd(
     objective: Objective = cross_entropy,
     target: torch.Tensor | None = None,
 ) -> Iterator[Iterate]:
-    """Attack each image until an iterate is misclassified.
+    """Attack each image until an iterate is misclassified; long because it is the authors' algorithm in one loop.
 
     It is long because it is the authors' algorithm as one loop, whose state is a dozen tensors.
 

@@ -15,7 +15,7 @@ from dwf_cluster.data.registry import DATASETS, NPZ_READER, Data, ImageFormat, S
 from dwf_cluster.settings import InvalidInput, regular_file
 
 Bytes = NDArray[np.uint8]
-RowLabels = NDArray[np.int64]
+Labels = NDArray[np.int64]
 
 
 class DataUnavailable(RuntimeError):
@@ -34,9 +34,9 @@ class Images:
     """
 
     x_train: Bytes
-    y_train: RowLabels
+    y_train: Labels
     x_test: Bytes
-    y_test: RowLabels
+    y_test: Labels
     classes: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -152,7 +152,7 @@ def _prepare(raw: Raw, data: Data) -> Images:
     return Images(x_train, y_train, x_test, y_test, classes, mean, std)
 
 
-def _checked(x: NDArray[np.generic], y: NDArray[np.generic], split: str) -> tuple[Bytes, RowLabels]:
+def _checked(x: NDArray[np.generic], y: NDArray[np.generic], split: str) -> tuple[Bytes, Labels]:
     if x.dtype != np.uint8:
         raise InvalidInput(f"x_{split}: dtype {x.dtype} cannot be used: images are uint8, 0..255")
     if x.ndim not in (3, 4) or (x.ndim == 4 and not 1 <= x.shape[3] <= 4) or 0 in x.shape:

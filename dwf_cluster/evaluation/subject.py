@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from dwf_cluster.attacks.gradient import predict
 from dwf_cluster.data.device import to_float
@@ -86,12 +87,16 @@ def prepare(
 
 def _classes(model: nn.Module, x: torch.Tensor) -> int:
     """Number of logits that a model returns for images."""
-    shape = (len(x), *x.shape[1:])
+    shape, version = (len(x), *x.shape[1:]), x._version
     try:
         with torch.no_grad():
             outputs = model(x)
     except Exception as error:  # of any class: the model is the user's code
         raise InvalidInput(f"model: it cannot be called with images of shape {shape}: {one_line(error)}") from error
+    if x._version != version:
+        raise InvalidInput(
+            "model: it changes the images in place, which no gradient passes: allowed are other operations"
+        )
     if not isinstance(outputs, torch.Tensor):
         raise InvalidInput(
             f"model: outputs of type {type(outputs).__name__} cannot be used: allowed is a tensor of logits"
@@ -143,7 +148,7 @@ def _images(x: Any) -> np.ndarray[Any, Any]:
         raise InvalidInput(f"x: shape {images.shape} cannot be used: at least one image is needed")
     if images.dtype == np.uint8:
         if images.ndim == 3:
-            return images[:, None]
+            return np.ascontiguousarray(images[:, None])
         if images.ndim != 4 or not 1 <= images.shape[3] <= 4:
             raise InvalidInput(
                 f"x: shape {images.shape} cannot be used: uint8 images are NHWC with 1 to 4 channels, or NHW"
@@ -156,7 +161,8 @@ def _images(x: Any) -> np.ndarray[Any, Any]:
     low, high = images.min(), images.max()
     if not (low >= 0 and high <= 1):  # NaN too
         raise InvalidInput(f"x: values from {low:.6g} to {high:.6g} cannot be used: float images are in [0, 1]")
-    return images.astype(np.float32, copy=False)
+    # Contiguous: torch takes no array with a negative stride, such as a flipped one.
+    return np.ascontiguousarray(images, np.float32)
 
 
 def _tensor(pixels: np.ndarray[Any, Any], device: torch.device) -> torch.Tensor:
@@ -175,3 +181,20 @@ def isolated(seed: int) -> Iterator[None]:
         finally:
             random.setstate(own)
             np.random.set_state(numpys)
+
+
+@contextmanager
+def kept(model: nn.Module) -> Iterator[None]:
+    """Give a model its buffers back after the body: a closure in it may call the model itself, which no copy replaces.
+
+    A `forward` that was replaced by a lambda, for example, runs the original in whichever mode it is.
+    """
+    buffers = [b for b in model.buffers() if not is_lazy(b)] if isinstance(model, nn.Module) else []
+    before = [buffer.detach().clone() for buffer in buffers]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in zip(buffers, before, strict=True):
+                if not torch.equal(buffer, value):
+                    buffer.copy_(value)

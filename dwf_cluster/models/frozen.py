@@ -53,16 +53,28 @@ def _frozen(model: nn.Module, done: dict[int, nn.Module]) -> nn.Module:
     if isinstance(model, torch.jit.ScriptModule):
         done[id(model)] = scripted = copy.deepcopy(model).eval()
         return scripted
+    if isinstance(compiled := model._modules.get("_orig_mod"), nn.Module):
+        # torch.compile's wrapper calls the module that it was made with, whatever is in that module's place.
+        done[id(model)] = plain = _frozen(compiled, done)
+        return plain
     if _is_foldable(model):
         done[id(model)] = folded = _folded(model)  # type: ignore[arg-type]
         return folded
-    done[id(model)] = copied = copy.copy(model)
+    done[id(model)] = copied = _shallow_copy(model)
     attributes = {name: _frozen_value(value, done) for name, value in vars(model).items() if name not in _OWN}
     copied.__dict__.update(attributes)
     copied.__dict__["_modules"] = {name: child and _frozen(child, done) for name, child in model._modules.items()}
     copied.__dict__["_parameters"] = {n: p if p is None else p.detach() for n, p in model._parameters.items()}
     copied.__dict__["_buffers"] = dict(model._buffers)
     copied.training = False
+    return copied
+
+
+def _shallow_copy(model: nn.Module) -> nn.Module:
+    if "parametrizations" not in model._modules:
+        return copy.copy(model)
+    copied: nn.Module = object.__new__(type(model))  # `copy.copy` refuses torch.nn.utils.parametrizations
+    copied.__dict__.update(vars(model))
     return copied
 
 

@@ -115,9 +115,9 @@ class Trials:
         )
 
     def _joint(self, experiment: Experiment) -> Job:
-        """The training of an experiment's defended model."""
-        model = experiment.defended.name
-        return next(job for job in jobs.jobs(experiment, JOINT, self._connection.sizes) if job.model == model)
+        """The training of an experiment's defended model; without parents, it is one of the experts' stage."""
+        model, stage = experiment.defended.name, JOINT if experiment.defended.parents else EXPERTS
+        return next(job for job in jobs.jobs(experiment, stage, self._connection.sizes) if job.model == model)
 
     def _on_report(self, trial: str, report: Mapping[str, Any]) -> None:
         self._emit(Epoch(self._running[trial], report, is_replayed=report["replayed"]))

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
+from torch.nn.utils import parametrizations
 
 from dwf_cluster.attacks.gradient import differentiate
 from dwf_cluster.models.frozen import frozen
@@ -105,6 +107,29 @@ def test_a_scripted_model_is_frozen_as_a_copy() -> None:
     torch.testing.assert_close(frozen_model(x)[:1], frozen_model(x[:1]))
     assert model.training
     assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("parametrization", [parametrizations.spectral_norm, parametrizations.weight_norm])
+def test_a_parametrized_layer_is_frozen(parametrization: Callable[[torch.nn.Module], torch.nn.Module]) -> None:
+    layers = (parametrization(torch.nn.Conv2d(1, 4, 3)), torch.nn.BatchNorm2d(4), torch.nn.Flatten())
+    model = torch.nn.Sequential(*layers, torch.nn.Linear(144, 10))
+    x, y = torch.rand(8, 1, 8, 8), torch.arange(8)
+    model(x)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    found, frozen_model = differentiate(frozen(model), x, y), frozen(model)
+    assert not any(parameter.requires_grad for parameter in frozen_model.parameters())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    torch.testing.assert_close(found, differentiate(copy.deepcopy(model).eval(), x, y))
+
+
+def test_a_part_that_was_compiled_in_train_mode_is_frozen() -> None:
+    part = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.Dropout(0.5))
+    model = torch.nn.Sequential(torch.compile(part, backend="eager"), torch.nn.Flatten())
+    x = torch.rand(8, 1, 8, 8)
+    logits = frozen(model)(x)
+    assert part.training
+    assert int(part[1].num_batches_tracked) == 0
+    torch.testing.assert_close(logits, torch.nn.Sequential(part, torch.nn.Flatten()).eval()(x))
 
 
 def test_a_pair_that_is_called_layer_by_layer_gives_the_same_logits() -> None:

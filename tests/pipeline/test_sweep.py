@@ -11,6 +11,7 @@ import subprocess
 import threading
 import urllib.request
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pandas as pd
@@ -21,8 +22,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from dwf_cluster.data.registry import Sizes
 from dwf_cluster.experiment import build
 from dwf_cluster.pipeline import sweep as sweeps
+from dwf_cluster.pipeline import trials
+from dwf_cluster.pipeline.stages import Connection
 from dwf_cluster.pipeline.trial_table import TrialTable
 from dwf_cluster.plan.jobs import Job, deduplicate, jobs
+from dwf_cluster.plan.resources import Resources
 from dwf_cluster.store import StorageFailed, Store, checkpoints
 
 from ..conftest import ARGUMENTS, LOCAL, MODELS, TINY, assert_same, store_of
@@ -132,6 +136,21 @@ def test_a_copy_waits_for_its_original() -> None:
     copy: Job = deduplicate(every, ())[-1]
     assert copy.inputs == {(first.folder, copy.model)}
     assert copy.cost == 0
+
+
+def test_a_defence_without_parents_is_swept_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sweep = sweeps.sweep("digits", [*TINY, "defence=pgd-at"], ["pgd.steps=1", "pgd.steps=2"], [None], None, asha=False)
+    names = [trial.name for trial in sweep.trials]
+    started: list[str] = []
+    monkeypatch.setattr(trials, "run_trials", lambda names, work, **options: started.extend(names))
+    cluster: Any = SimpleNamespace(resources=Resources(2, 0))
+    connection = Connection(str(tmp_path), cluster, SIZES, None, {}, "", 0)
+    running = trials.Trials(
+        False, sweep.trials, TrialTable(sweep, str(tmp_path)), connection, lambda event: None, lambda: False
+    )
+    running._run_trials(sweep.trials)
+    assert started == names
+    assert {job.name for job in running._running.values()} == {"expert pgd-at"}
 
 
 def test_a_damaged_trial_table_is_one_line(tmp_path: Path) -> None:
