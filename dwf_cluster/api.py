@@ -85,15 +85,13 @@ def evaluate(
     """
     names = check_suites(suites, norm)
     sizes = {"epsilon": _number("epsilon", epsilon, norm), "step_size": _number("step_size", step_size, norm)}
+    batch_size = _integer("batch_size", batch_size, 1, 1_000_000_000)
     if norm == "linf":
-        evaluation, threat = Evaluation(batch_size=_count("batch_size", batch_size)), Threat(**sizes)
+        evaluation, threat = Evaluation(batch_size=batch_size), Threat(**sizes)
     else:
-        evaluation = Evaluation(
-            l2_epsilon=sizes["epsilon"], l2_step_size=sizes["step_size"], batch_size=_count("batch_size", batch_size)
-        )
+        evaluation = Evaluation(l2_epsilon=sizes["epsilon"], l2_step_size=sizes["step_size"], batch_size=batch_size)
         threat = Threat(8 / 255, 2 / 255)  # of L-infinity suites, which are not run
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**31:
-        raise InvalidInput(f"seed: {seed!r} cannot be used: allowed is an integer from 0 to {2**31 - 1}")
+    seed = _integer("seed", seed, 0, 2**31 - 1)
     with isolated(seed), kept(model):
         subject = prepare(model, x, y, device, evaluation.batch_size)
         rows = measure(subject, names, evaluation, threat, seed, progress)
@@ -228,18 +226,21 @@ def check_suites(suites: Sequence[str], norm: str) -> tuple[str, ...]:
 
 def _number(name: str, value: float, norm: str) -> float:
     largest = 1 if norm == "linf" else 1000
-    if isinstance(value, bool) or not isinstance(value, float | int) or not 0 < value <= largest:
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, float | int | np.floating | np.integer)
+        or not 0 < value <= largest
+    ):
         raise InvalidInput(
             f"{name}: {value!r} cannot be used: allowed with norm {norm} are numbers above 0, up to {largest}"
         )
     return float(value)
 
 
-def _count(name: str, value: int) -> int:
-    largest = 1_000_000_000  # as of a Count in the settings
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= largest:
-        raise InvalidInput(f"{name}: {value!r} cannot be used: allowed is an integer from 1 to {largest}")
-    return value
+def _integer(name: str, value: int, smallest: int, largest: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or not smallest <= value <= largest:
+        raise InvalidInput(f"{name}: {value!r} cannot be used: allowed is an integer from {smallest} to {largest}")
+    return int(value)
 
 
 def _frame(table: str, rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:

@@ -157,6 +157,11 @@ def test_every_form_of_images_and_labels_gives_the_same_rows(network: nn.Module,
     _assert_equal(_measured(network, x=images, y=labels), _measured(network))
 
 
+def test_numbers_of_numpy_are_numbers(network: nn.Module) -> None:
+    given = _measured(network, epsilon=np.float64(0.1), seed=np.int64(3), batch_size=np.int32(8))
+    _assert_equal(given, _measured(network, epsilon=0.1, seed=3, batch_size=8))
+
+
 class Plain(nn.Module):
     """A network whose layers stand in plain lists, dicts and tuples, and which changes what it can in every pass."""
 

@@ -31,8 +31,6 @@ def apgd(
 ) -> Iterator[Iterate]:
     """Attack each image until an iterate is misclassified; long because it is the authors' algorithm in one loop.
 
-    It is long because it is the authors' algorithm as one loop, whose state is a dozen tensors.
-
     Args:
         model, x, y, ball: as for `pgd`.
         generators: one an image, for the random start.

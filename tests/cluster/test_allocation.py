@@ -416,7 +416,10 @@ def test_a_defect_of_the_driver_is_not_a_lost_cluster(
     status, ray = first_node(tmp_path, monkeypatch, DEFECT)
     assert status == 0
     assert environment.status_file().read_text() == "1"
-    assert capfd.readouterr().err.endswith("ZeroDivisionError\nresume: sbatch it\n")
+    *_, error, failed, resume = capfd.readouterr().err.splitlines()
+    assert error == "ZeroDivisionError"
+    assert failed.startswith("failed: a defect of the program")
+    assert resume == "resume: sbatch it"
     assert ray.poll() is not None
 
 
