@@ -52,8 +52,9 @@ TINY = [
 
 @pytest.fixture(autouse=True, scope="session")
 def _default_interrupt_handler() -> None:
-    """A shell may start background jobs with SIGINT ignored, and child processes inherit that; undo it."""
+    """A shell starts background jobs with SIGINT ignored, nohup with SIGHUP; child processes inherit that; undo it."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(autouse=True)
