@@ -135,7 +135,7 @@ def _accuracy_table(
         [(model, [percent(cells.get((model, key))) for key in keys]) for model in models],
         frozenset(bold),
         notes,
-        frozenset({len(models) - 1}),
+        frozenset({len(models) - 1} - {0}),
     )
 
 
