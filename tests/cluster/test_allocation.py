@@ -247,6 +247,7 @@ def strangers(cluster: Slurm, tmp_path: Path) -> Iterator[list[Path]]:
     cluster("scancel", number)
     folders = [Path(f"/tmp/dwf-{int(number) + following}") for following in (1, 2)]
     for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)  # of a killed test run
         folder.mkdir()
         (folder / "token").write_text("theirs")
         os.chown(folder, 65534, 65534)
