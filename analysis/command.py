@@ -2,25 +2,15 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import functools
 import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
 
 from dwf_cluster.settings import InvalidInput, one_line
 from dwf_cluster.store import StorageFailed
-
-
-class Parser(argparse.ArgumentParser):
-    """Raises `InvalidInput` where argparse would print its usage."""
-
-    def error(self, message: str) -> NoReturn:
-        """Called by argparse."""
-        raise InvalidInput(message.removeprefix("argument "))
 
 
 def command(function: Callable[[Sequence[str]], None]) -> Callable[[Sequence[str]], int]:

@@ -18,11 +18,12 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from analysis.command import Parser, command, write_whole
+from analysis.command import command, write_whole
 from analysis.drawing import FigureData, styled
 from analysis.predictions import read_predictions
 from analysis.results import load
 from analysis.tables import accuracies
+from dwf_cluster.console.command import Parser
 from dwf_cluster.settings import InvalidInput
 
 __all__ = ["FIGURES", "FigureData", "draw", "draw_all", "save", "write"]

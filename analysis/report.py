@@ -24,12 +24,13 @@ from matplotlib.figure import Figure
 import dwf_cluster
 from analysis import figures, tables
 from analysis.columns import CELL_FIELDS, each, key_of_row
-from analysis.command import Parser, command, write_whole
+from analysis.command import command, write_whole
 from analysis.folder import ExperimentFolder
 from analysis.formats import Table
 from analysis.predictions import Predictions, read_predictions
 from analysis.results import Group, load
 from analysis.statistics import ALPHA
+from dwf_cluster.console.command import Parser
 from dwf_cluster.experiment import invocation
 from dwf_cluster.settings import to_text
 from dwf_cluster.store.tables import SCHEMAS

@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from analysis.command import Parser, command, write_whole
+from analysis.command import command, write_whole
 from analysis.drawing import DEFENDED, PALETTE, styled
 from analysis.folder import ExperimentFolder
 from analysis.results import load
+from dwf_cluster.console.command import Parser
 from dwf_cluster.defences.registry import METHODS
 from dwf_cluster.plan.jobs import is_trained
 from dwf_cluster.settings import InvalidInput

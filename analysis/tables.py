@@ -19,11 +19,12 @@ import pandas as pd
 
 from analysis import paper
 from analysis.columns import CELL_FIELDS, COLUMN_FIELDS, ColumnKey, column_key, column_name, each, key_of_row
-from analysis.command import Parser, command
+from analysis.command import command
 from analysis.formats import FORMATS, Table
 from analysis.predictions import Predictions, read_predictions
 from analysis.results import Group, load
 from analysis.statistics import ALPHA, comparisons
+from dwf_cluster.console.command import Parser
 from dwf_cluster.evaluation.merge import wilson
 from dwf_cluster.evaluation.registry import Column
 from dwf_cluster.settings import printable, to_text

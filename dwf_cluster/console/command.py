@@ -37,12 +37,15 @@ def require_utf8(arguments: Sequence[str]) -> None:
             raise InvalidInput(f"{argument!r} cannot be used: allowed is text in UTF-8")
 
 
-def exit_status(command: Callable[[], int], resume_command: str = "") -> int:
+def exit_status(
+    command: Callable[[], int], resume_command: str = "", after_interrupt: str = "what is done is kept"
+) -> int:
     """Run a command; print its error, if it raises one, on stderr.
 
     Args:
         command: returns its exit status.
         resume_command: the command that resumes it; empty if there is nothing to resume.
+        after_interrupt: what an interrupted command leaves.
 
     Returns:
         The exit status: the command's own; 1 if it failed; 2 for bad input; 130 if it was interrupted.
@@ -58,7 +61,7 @@ def exit_status(command: Callable[[], int], resume_command: str = "") -> int:
             print(f"failed: {printable_lines(error)}{resume}", file=sys.stderr)
             return 1
         except KeyboardInterrupt:
-            print(f"interrupted; what is done is kept{resume}", file=sys.stderr)
+            print(f"interrupted; {after_interrupt}{resume}", file=sys.stderr)
             return 130
         except Exception:  # a defect of the program
             traceback.print_exc()

@@ -9,12 +9,13 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
+from dwf_cluster.console.command import CommandFailed, Parser, exit_status
 from dwf_cluster.evaluation.registry import CHECKS, PAPER, SUITES
 from dwf_cluster.experiment import Experiment, build
 from dwf_cluster.settings import InvalidInput, one_line, printable, regular_file
-from dwf_cluster.store import StorageFailed, Store, check_url, tables
+from dwf_cluster.store import Store, check_url, tables
 
 if TYPE_CHECKING:
     from torch import nn
@@ -25,32 +26,17 @@ DEFENCE = "given"
 """The defence of an experiment whose only model is the user's own."""
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise InvalidInput(message.removeprefix("argument "))
-
-
 def evaluate_command(arguments: Sequence[str]) -> int:
     """Run the command; returns the exit status.
 
     Args:
         arguments: those after `evaluate`.
     """
-    try:
-        return _run(_parser().parse_args(list(arguments)))
-    except InvalidInput as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except StorageFailed as error:
-        print(f"failed: {printable(error)}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted; nothing was written", file=sys.stderr)
-        return 130
+    return exit_status(lambda: _run(_parser().parse_args(list(arguments))), after_interrupt="nothing was written")
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="dwf evaluate",
         description="Attack a model of your own on test images, and print its accuracy under each attack. Iterations "
         "and strengths are those of the preset.",
@@ -98,8 +84,7 @@ def _run(options: argparse.Namespace) -> int:
     try:
         images = load(experiment.data, options.data_folder)
     except DataUnavailable as error:
-        print(f"failed: {printable(error)}", file=sys.stderr)
-        return 1
+        raise CommandFailed(str(error)) from None
     model = _model(Path(file), function, options.weights)
     pixels = images.x_test.transpose(0, 2, 3, 1)
     evaluation, threat, seed = experiment.evaluation, experiment.threat, experiment.seed
