@@ -151,7 +151,7 @@ def failure(error: BaseException, job: Job, title: str, hosts: Mapping[str, str]
     if kind is OUT_OF_MEMORY:
         return _out_of_memory(cause, job, title, hosts, text)
     message = last_line(clean(str(cause)))
-    reason = one_line(cause)
+    reason = error_summary(cause)
     if kind is OUT_OF_GPU_MEMORY:
         reason = f"{kind.name}: {_sentences(message)}; set {_fields(job)}"
     elif kind is WORKER_DIED:
@@ -176,7 +176,7 @@ def kind_of(error: BaseException) -> Kind:
     return next((_BY_CLASS[name] for name in names if name in _BY_CLASS), CODE)
 
 
-def one_line(error: BaseException) -> str:
+def error_summary(error: BaseException) -> str:
     """Class and last useful line of an exception, without credentials."""
     return f"{type(error).__name__}: {last_line(clean(str(error)))}"
 

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 
 from dwf_cluster.cluster.control import Claim
 from dwf_cluster.cluster.events import Ended, Note, Started
-from dwf_cluster.cluster.failures import one_line
+from dwf_cluster.cluster.failures import error_summary
 from dwf_cluster.data.registry import Sizes
 from dwf_cluster.experiment import Experiment
 from dwf_cluster.plan import jobs
@@ -155,7 +155,7 @@ class Heartbeats:
 
     def _end(self, experiment: Experiment, error: BaseException | None) -> None:
         has_failures = bool(self._tally.failures)  # the failed jobs are the reason, not the exception that lists them
-        fault = "" if has_failures or not isinstance(error, Exception) else one_line(error)
+        fault = "" if has_failures or not isinstance(error, Exception) else error_summary(error)
         state: State = "stopped"
         if self._tally.is_complete(experiment):
             state = "done"

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dwf_cluster.cluster.events import Epoch, Event, Listener, Note
-from dwf_cluster.cluster.failures import one_line
+from dwf_cluster.cluster.failures import error_summary
 from dwf_cluster.cluster.tune import run_trials
 from dwf_cluster.experiment import Experiment
 from dwf_cluster.pipeline.stages import Connection, Interrupted, StageFailed, pending_jobs
@@ -177,7 +177,7 @@ class _Work:
         except (StageFailed, StorageFailed, ExperimentLocked) as error:
             return {**epochs.last, "state": "failed", "reason": str(error)}
         except Exception as error:  # of any class: Tune would run it again, and again
-            return {**epochs.last, "state": "failed", "reason": one_line(error)}
+            return {**epochs.last, "state": "failed", "reason": error_summary(error)}
         return {**epochs.last, "state": "done", "results": results(experiment, store)}
 
 
