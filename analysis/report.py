@@ -31,7 +31,7 @@ from analysis.predictions import Predictions, read_predictions
 from analysis.results import Group, load
 from analysis.statistics import ALPHA
 from dwf_cluster.console.command import Parser
-from dwf_cluster.experiment import invocation
+from dwf_cluster.presets import invocation
 from dwf_cluster.settings import to_text
 from dwf_cluster.store.tables import SCHEMAS
 

@@ -16,7 +16,8 @@ import pyarrow.dataset as ds
 from analysis.folder import ExperimentFolder, find
 from dwf_cluster.defences.registry import METHODS, ModelSpec
 from dwf_cluster.evaluation.registry import PAPER, Column, all_columns, columns
-from dwf_cluster.experiment import Experiment, invocation
+from dwf_cluster.experiment import Experiment
+from dwf_cluster.presets import invocation
 from dwf_cluster.settings import InvalidInput, flat, printable, to_text
 from dwf_cluster.store import tables
 

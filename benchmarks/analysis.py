@@ -25,8 +25,9 @@ from scipy import stats
 
 from dwf_cluster.defences.registry import METHODS, ModelSpec
 from dwf_cluster.evaluation.registry import CHECKS, PAPER, TRANSFER, Column, columns, transfer_column
-from dwf_cluster.experiment import Experiment, build
+from dwf_cluster.experiment import Experiment
 from dwf_cluster.plan.jobs import EXPERTS, JOINT
+from dwf_cluster.presets import build
 from dwf_cluster.store import tables
 
 SHARD = 8192

@@ -30,10 +30,11 @@ from torch import nn
 from dwf_cluster.attacks.ball import Ball
 from dwf_cluster.attacks.pgd import pgd
 from dwf_cluster.evaluation.run import evaluate
-from dwf_cluster.experiment import Experiment, build
+from dwf_cluster.experiment import Experiment
 from dwf_cluster.models.frozen import frozen
 from dwf_cluster.models.mixture import Gate, Mixture
 from dwf_cluster.models.resnet import ResNet18
+from dwf_cluster.presets import build
 
 EPSILON, STEP_SIZE = 0.15, 0.03
 COLUMNS = [f"evaluation.fgsm_epsilons={','.join(f'{0.03 * i:.2f}' for i in range(1, 10))}"]

@@ -28,10 +28,11 @@ from dwf_cluster.data.device import DeviceImages
 from dwf_cluster.data.sources import Images
 from dwf_cluster.defences.build import untrained
 from dwf_cluster.determinism import make_deterministic
-from dwf_cluster.experiment import build
+from dwf_cluster.presets import build
 from dwf_cluster.store import Store, checkpoints, tables
 from dwf_cluster.store.status import HEARTBEAT, Status, now
-from dwf_cluster.training import Probe, Task, train
+from dwf_cluster.training.loop import Task, train
+from dwf_cluster.training.probe import Probe
 
 EPOCH = 50_000
 """Images of CIFAR-10's training set; a checkpoint's time is compared with an epoch of them."""

@@ -19,10 +19,11 @@ import pandas as pd
 
 from dwf_cluster.console.tables import GPU_FLOPS, measured_speeds
 from dwf_cluster.data.sources import sizes
-from dwf_cluster.experiment import Experiment, build
+from dwf_cluster.experiment import Experiment
 from dwf_cluster.plan.jobs import STAGES, Job, forward_flops, jobs
 from dwf_cluster.plan.resources import Resources, allocate, cpus_here
 from dwf_cluster.plan.schedule import Planned, lower_bound, timeline
+from dwf_cluster.presets import build
 from dwf_cluster.store import tables
 
 GPUS = (1, 2, 4, 8, 9, 16, 32, 64)

@@ -27,10 +27,12 @@ from dwf_cluster.data.device import DeviceImages
 from dwf_cluster.data.sources import Images
 from dwf_cluster.defences.build import untrained
 from dwf_cluster.determinism import make_deterministic
-from dwf_cluster.experiment import Experiment, build
+from dwf_cluster.experiment import Experiment
 from dwf_cluster.models.frozen import frozen
+from dwf_cluster.presets import build
 from dwf_cluster.store import Store
-from dwf_cluster.training import Probe, Task, train
+from dwf_cluster.training.loop import Task, train
+from dwf_cluster.training.probe import Probe
 
 ITERATIONS, BATCH = 10, 128
 

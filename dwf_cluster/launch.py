@@ -14,8 +14,9 @@ from dwf_cluster.cluster.environment import RESUME_COMMAND
 from dwf_cluster.console.command import CommandFailed, exit_status
 from dwf_cluster.console.options import help_fields, parse, seeds
 from dwf_cluster.console.terminal import Stop
-from dwf_cluster.experiment import Experiment, build
+from dwf_cluster.experiment import Experiment
 from dwf_cluster.plan.jobs import STAGES
+from dwf_cluster.presets import build
 from dwf_cluster.settings import InvalidInput, printable
 from dwf_cluster.store import check_url
 

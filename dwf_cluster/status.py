@@ -12,8 +12,9 @@ import sys
 from collections.abc import Iterable, Sequence
 
 from dwf_cluster.console.command import Parser, exit_status
-from dwf_cluster.experiment import Experiment, assemble, invocation
+from dwf_cluster.experiment import Experiment
 from dwf_cluster.plan.jobs import STAGES
+from dwf_cluster.presets import assemble, invocation
 from dwf_cluster.settings import InvalidInput, printable, to_text
 from dwf_cluster.store import StorageFailed, Store
 from dwf_cluster.store.lock import HEARTBEAT_TIMEOUT

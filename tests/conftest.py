@@ -17,10 +17,12 @@ import torch
 from torch import nn
 
 from dwf_cluster.data import sources
-from dwf_cluster.experiment import Experiment, build
+from dwf_cluster.experiment import Experiment
 from dwf_cluster.plan.jobs import EXPERTS, JOINT
+from dwf_cluster.presets import build
 from dwf_cluster.store import Store, checkpoints, retry
-from dwf_cluster.training import Probe, Task
+from dwf_cluster.training.loop import Task
+from dwf_cluster.training.probe import Probe
 
 from .process import Launch
 

@@ -28,8 +28,9 @@ from dwf_cluster.data.sources import Images
 from dwf_cluster.defences.build import untrained
 from dwf_cluster.evaluation import run
 from dwf_cluster.evaluation.merge import wilson
-from dwf_cluster.experiment import Experiment, build
+from dwf_cluster.experiment import Experiment
 from dwf_cluster.models.mixture import Gate, Mixture
+from dwf_cluster.presets import build
 from dwf_cluster.settings import InvalidInput
 from dwf_cluster.store import RowLabels, Store, checkpoints, tables
 

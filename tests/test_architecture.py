@@ -20,7 +20,7 @@ LEVELS = (
     {"models", "data", "store"},
     {"attacks"},
     {"evaluation", "defences"},
-    {"experiment", "training"},
+    {"experiment", "presets", "training"},
     {"plan", "api"},
     {"cluster"},
     {"pipeline"},

@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 
 from dwf_cluster import status
-from dwf_cluster.experiment import build
 from dwf_cluster.launch import main
+from dwf_cluster.presets import build
 from dwf_cluster.settings import MAX_JSON_BYTES
 
 from .conftest import TINY, write_npz

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from dwf_cluster import status
-from dwf_cluster.experiment import build
 from dwf_cluster.launch import main
+from dwf_cluster.presets import build
 from dwf_cluster.store.lock import Owner
 
 from .conftest import ARGUMENTS, LONG_EPOCHS, TINY

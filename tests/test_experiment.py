@@ -10,7 +10,8 @@ import pytest
 from pydantic import ValidationError
 
 from dwf_cluster.defences.registry import METHODS, recipe_names
-from dwf_cluster.experiment import PRESETS, Experiment, build, fields_of_an_experiment
+from dwf_cluster.experiment import Experiment
+from dwf_cluster.presets import PRESETS, build, fields_of_an_experiment
 from dwf_cluster.settings import InvalidInput
 
 from .conftest import TINY, write_npz

@@ -15,8 +15,9 @@ from dwf_cluster.attacks.gradient import margin, predict
 from dwf_cluster.data import sources
 from dwf_cluster.data.device import to_float
 from dwf_cluster.defences.build import trained
-from dwf_cluster.experiment import Experiment, build
+from dwf_cluster.experiment import Experiment
 from dwf_cluster.launch import main
+from dwf_cluster.presets import build
 from dwf_cluster.store import tables
 
 ARCHIVE = Path(__file__).with_name("finished") / "version-0.1.zip"

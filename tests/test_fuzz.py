@@ -9,7 +9,8 @@ from typing import Any
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dwf_cluster.experiment import Experiment, build, fields_of_an_experiment
+from dwf_cluster.experiment import Experiment
+from dwf_cluster.presets import build, fields_of_an_experiment
 from dwf_cluster.settings import InvalidInput
 
 JSON = st.recursive(

@@ -23,9 +23,9 @@ from dwf_cluster.data.device import DeviceImages
 from dwf_cluster.data.sources import load
 from dwf_cluster.defences.build import untrained
 from dwf_cluster.determinism import make_deterministic
-from dwf_cluster.experiment import build
+from dwf_cluster.presets import build
 from dwf_cluster.store import Store, checkpoints
-from dwf_cluster.training import Stopped, train
+from dwf_cluster.training.loop import Stopped, train
 
 from . import PATIENCE
 from .conftest import ARGUMENTS, TINY, assert_same, task_for

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from dwf_cluster import status
-from dwf_cluster.experiment import build
+from dwf_cluster.presets import build
 from dwf_cluster.settings import MAX_JSON_BYTES
 from dwf_cluster.store import Store
 

@@ -16,7 +16,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-from dwf_cluster import training
 from dwf_cluster.attacks.ball import Ball
 from dwf_cluster.attacks.gradient import differentiate
 from dwf_cluster.attacks.pgd import fgsm, pgd
@@ -26,10 +25,12 @@ from dwf_cluster.defences.build import to_train
 from dwf_cluster.defences.loss import Frozen, Loss, cross_entropy
 from dwf_cluster.defences.registry import METHODS, ModelSpec
 from dwf_cluster.determinism import Draws
-from dwf_cluster.experiment import Experiment, build
+from dwf_cluster.experiment import Experiment
 from dwf_cluster.models.frozen import frozen
+from dwf_cluster.presets import build
 from dwf_cluster.store import Store, checkpoints, tables
-from dwf_cluster.training import NonFiniteLoss, Stopped, train
+from dwf_cluster.training import probe, step
+from dwf_cluster.training.loop import NonFiniteLoss, Stopped, train
 
 from .conftest import TINY, InDouble, task_for
 from .gloo import run_workers
@@ -221,7 +222,8 @@ def test_training_without_an_attack_builds_no_frozen_model(
         built.append(model)
         return frozen(model)
 
-    monkeypatch.setattr(training, "frozen", counted)
+    for module in (step, probe):
+        monkeypatch.setattr(module, "frozen", counted)
     _train(tiny, images, store, "benign")
     epochs, steps = 3, 9
     assert len(built) == epochs  # for the probe after each epoch

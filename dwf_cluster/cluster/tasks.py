@@ -35,7 +35,8 @@ from dwf_cluster.plan.jobs import Job, is_trained, prepare_training
 from dwf_cluster.plan.schedule import Allocation
 from dwf_cluster.store import Store, checkpoints, tables
 from dwf_cluster.store.job_log import recorded
-from dwf_cluster.training import Probe, Stopped, Task, train
+from dwf_cluster.training.loop import Stopped, Task, train
+from dwf_cluster.training.probe import Probe
 
 CLAIM_SECONDS = 60.0
 """How long a process waits for its device, if a job that no longer computes on it has not ended yet."""

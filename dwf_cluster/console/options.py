@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import NoReturn
 
 from dwf_cluster.console.command import Parser, require_utf8
-from dwf_cluster.experiment import PRESETS, fields_of_an_experiment
 from dwf_cluster.plan.jobs import STAGES
+from dwf_cluster.presets import PRESETS, fields_of_an_experiment
 from dwf_cluster.settings import InvalidInput
 
 # ------------------------------------------------------------------------------------------- types of values

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from dwf_cluster.console.command import CommandFailed, Parser, exit_status
 from dwf_cluster.evaluation.registry import CHECKS, PAPER, SUITES
-from dwf_cluster.experiment import Experiment, build
+from dwf_cluster.experiment import Experiment
+from dwf_cluster.presets import build
 from dwf_cluster.settings import InvalidInput, one_line, printable, regular_file
 from dwf_cluster.store import Store, check_url, tables
 

@@ -11,7 +11,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dwf_cluster.experiment import Experiment, build
+from dwf_cluster.experiment import Experiment
+from dwf_cluster.presets import build
 from dwf_cluster.settings import InvalidInput, to_text
 
 MAX_TRIALS = 1000

@@ -16,7 +16,7 @@ from analysis.predictions import Predictions, read_predictions
 from analysis.statistics import comparisons
 from analysis.tables import accuracies
 from benchmarks.analysis import make_up
-from dwf_cluster.experiment import build
+from dwf_cluster.presets import build
 
 from .. import PATIENCE
 

@@ -25,7 +25,7 @@ from analysis.training_figures import hours_of_training
 from benchmarks.analysis import make_up
 from dwf_cluster.defences import registry
 from dwf_cluster.defences.registry import DefenceSettings, ModelSpec
-from dwf_cluster.experiment import build
+from dwf_cluster.presets import build
 from tests.analysis.conftest import Call
 
 NOTHING = Predictions({}, {})

@@ -18,7 +18,7 @@ import pytest
 
 from analysis import Group, figures, load, report, tables
 from analysis.predictions import read_predictions
-from dwf_cluster.experiment import build
+from dwf_cluster.presets import build
 from dwf_cluster.settings import MAX_JSON_BYTES, InvalidInput
 from dwf_cluster.store import tables as stored
 from tests.analysis.conftest import Call

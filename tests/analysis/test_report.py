@@ -25,7 +25,7 @@ from analysis.predictions import Predictions
 from analysis.report import Section, page
 from analysis.tables import make_tables
 from benchmarks.analysis import make_up
-from dwf_cluster.experiment import build
+from dwf_cluster.presets import build
 from dwf_cluster.store.tables import SCHEMAS
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")

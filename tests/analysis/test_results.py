@@ -14,7 +14,7 @@ import pyarrow.dataset as ds
 import pytest
 
 from analysis import Group, figures, load, report, tables
-from dwf_cluster.experiment import build
+from dwf_cluster.presets import build
 from dwf_cluster.settings import InvalidInput
 from dwf_cluster.store.tables import SCHEMAS
 from tests.analysis.conftest import EXAMPLES, ROOT, Call, Run

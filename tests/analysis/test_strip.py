@@ -9,7 +9,8 @@ import pytest
 from matplotlib.image import imread
 
 from analysis import load, strip
-from dwf_cluster.experiment import Experiment, build
+from dwf_cluster.experiment import Experiment
+from dwf_cluster.presets import build
 from tests.analysis.conftest import Call
 
 torch = pytest.importorskip("torch")

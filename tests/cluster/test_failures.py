@@ -354,7 +354,7 @@ from dwf_cluster.cluster import driver, failures
 from dwf_cluster.cluster.connect import local
 from dwf_cluster.cluster.events import Ended, Note
 from dwf_cluster.data.registry import Sizes
-from dwf_cluster.experiment import build
+from dwf_cluster.presets import build
 from dwf_cluster.plan.jobs import jobs
 from dwf_cluster.plan.resources import Resources
 from dwf_cluster.plan.schedule import Allocation

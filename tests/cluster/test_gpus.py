@@ -27,7 +27,8 @@ from dwf_cluster.experiment import Experiment
 from dwf_cluster.plan.jobs import Job, jobs
 from dwf_cluster.plan.schedule import Allocation
 from dwf_cluster.store import Store, tables
-from dwf_cluster.training import Probe, Task, train
+from dwf_cluster.training.loop import Task, train
+from dwf_cluster.training.probe import Probe
 
 from ..conftest import TINY
 from ..process import Launch

@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-from dwf_cluster.experiment import PRESETS, fields_of_an_experiment
 from dwf_cluster.launch import main
+from dwf_cluster.presets import PRESETS, fields_of_an_experiment
 from dwf_cluster.settings import FieldDescription
 
 SCREEN = 43

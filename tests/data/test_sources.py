@@ -23,7 +23,7 @@ import scipy.io
 from dwf_cluster.data import sources
 from dwf_cluster.data.registry import DATASETS, Data
 from dwf_cluster.data.sources import DataUnavailable
-from dwf_cluster.experiment import build
+from dwf_cluster.presets import build
 from dwf_cluster.settings import InvalidInput, describe
 
 from ..conftest import write_npz

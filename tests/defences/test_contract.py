@@ -22,10 +22,10 @@ from dwf_cluster.defences.build import untrained
 from dwf_cluster.defences.loss import Frozen, Loss, cross_entropy
 from dwf_cluster.defences.registry import METHODS, Method, ModelSpec
 from dwf_cluster.determinism import Draws
-from dwf_cluster.experiment import build
 from dwf_cluster.models.frozen import frozen
+from dwf_cluster.presets import build
 from dwf_cluster.store import Store, checkpoints
-from dwf_cluster.training import Stopped, train
+from dwf_cluster.training.loop import Stopped, train
 
 from ..conftest import TINY, task_for
 from ..gloo import run_workers

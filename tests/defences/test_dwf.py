@@ -16,11 +16,12 @@ from dwf_cluster.data.sources import Images, load
 from dwf_cluster.defences import adversarial, dwf
 from dwf_cluster.defences.build import to_train, trained, untrained
 from dwf_cluster.determinism import Draws
-from dwf_cluster.experiment import Experiment, build
+from dwf_cluster.experiment import Experiment
 from dwf_cluster.models.frozen import frozen
 from dwf_cluster.models.mixture import Mixture
+from dwf_cluster.presets import build
 from dwf_cluster.store import Store, checkpoints, tables
-from dwf_cluster.training import _optimizer, train
+from dwf_cluster.training.loop import _optimizer, train
 
 from ..conftest import TINY, task_for
 

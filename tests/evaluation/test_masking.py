@@ -15,9 +15,9 @@ from dwf_cluster.data.device import to_float
 from dwf_cluster.data.sources import Images, load
 from dwf_cluster.evaluation.masking import Check, Inspection, masking
 from dwf_cluster.evaluation.registry import Threat
-from dwf_cluster.experiment import build
 from dwf_cluster.models.frozen import frozen
 from dwf_cluster.models.resnet import ResNet18
+from dwf_cluster.presets import build
 
 COUNT, EPSILON, STEP_SIZE, STEPS = 32, 0.1, 0.025, 6
 

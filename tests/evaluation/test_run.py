@@ -21,9 +21,10 @@ from dwf_cluster.determinism import Draws
 from dwf_cluster.evaluation import merge
 from dwf_cluster.evaluation.registry import Column, columns, suite_names
 from dwf_cluster.evaluation.run import check, evaluate
-from dwf_cluster.experiment import Experiment, build
+from dwf_cluster.experiment import Experiment
 from dwf_cluster.models.frozen import frozen
 from dwf_cluster.models.mixture import Mixture
+from dwf_cluster.presets import build
 from dwf_cluster.store import Store, tables
 
 from ..conftest import TINY, InDouble

@@ -8,10 +8,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dwf_cluster.experiment import build
 from dwf_cluster.models.mixture import Gate, Mixture
 from dwf_cluster.models.resnet import ResNet18
 from dwf_cluster.plan.jobs import forward_flops
+from dwf_cluster.presets import build
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
 

@@ -17,9 +17,10 @@ import pytest
 from fsspec import AbstractFileSystem
 
 from dwf_cluster.data.registry import Sizes
-from dwf_cluster.experiment import Experiment, build
+from dwf_cluster.experiment import Experiment
 from dwf_cluster.pipeline import heartbeat, stages
 from dwf_cluster.pipeline.heartbeat import Heartbeats, Tally
+from dwf_cluster.presets import build
 from dwf_cluster.store import Store, files, lock, tables
 from dwf_cluster.store.lock import ExperimentLocked, Lock, Owner
 from dwf_cluster.store.status import HEARTBEAT, Status

@@ -21,8 +21,9 @@ from safetensors.torch import load_file
 from dwf_cluster import status
 from dwf_cluster.data import sources
 from dwf_cluster.evaluation.registry import CHECKS, columns
-from dwf_cluster.experiment import Experiment, build
+from dwf_cluster.experiment import Experiment
 from dwf_cluster.plan.jobs import stored_bytes
+from dwf_cluster.presets import build
 from dwf_cluster.store import checkpoints, tables
 
 from ..conftest import ARGUMENTS, LOCAL, LONG_EPOCHS, MODELS, TINY, assert_same, store_of

@@ -20,13 +20,13 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dwf_cluster.data.registry import Sizes
-from dwf_cluster.experiment import build
 from dwf_cluster.pipeline import sweep as sweeps
 from dwf_cluster.pipeline import trials
 from dwf_cluster.pipeline.stages import Connection
 from dwf_cluster.pipeline.trial_table import TrialTable
 from dwf_cluster.plan.jobs import Job, deduplicate, jobs
 from dwf_cluster.plan.resources import Resources
+from dwf_cluster.presets import build
 from dwf_cluster.store import StorageFailed, Store, checkpoints
 
 from ..conftest import ARGUMENTS, LOCAL, MODELS, TINY, assert_same, store_of

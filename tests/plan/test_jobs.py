@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dwf_cluster.data.registry import Sizes
-from dwf_cluster.experiment import Experiment, build
+from dwf_cluster.experiment import Experiment
 from dwf_cluster.models.resnet import ResNet18
 from dwf_cluster.plan.jobs import (
     STAGES,
@@ -19,6 +19,7 @@ from dwf_cluster.plan.jobs import (
     select,
     stored_bytes,
 )
+from dwf_cluster.presets import build
 from dwf_cluster.settings import InvalidInput
 from dwf_cluster.store import Store, checkpoints, tables
 

@@ -11,11 +11,11 @@ import torch
 
 from dwf_cluster.cluster.control import Claim, Control
 from dwf_cluster.data.registry import Sizes
-from dwf_cluster.experiment import build
 from dwf_cluster.plan import resources
 from dwf_cluster.plan.jobs import STAGES, Job, jobs
 from dwf_cluster.plan.resources import Limits, Resources, alike_nodes, allocate, cpus_here, gpus_here, unused_gpus
 from dwf_cluster.plan.schedule import Allocation
+from dwf_cluster.presets import build
 from dwf_cluster.settings import InvalidInput
 
 

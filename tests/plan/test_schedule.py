@@ -8,10 +8,10 @@ import pytest
 
 from dwf_cluster.data.registry import Sizes
 from dwf_cluster.data.sources import sizes
-from dwf_cluster.experiment import build
 from dwf_cluster.plan.jobs import STAGES, Job, jobs
 from dwf_cluster.plan.resources import Limits, Resources, allocate
 from dwf_cluster.plan.schedule import Planned, Schedule, lower_bound, timeline
+from dwf_cluster.presets import build
 
 from ..conftest import TINY
 

@@ -12,7 +12,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from dwf_cluster.experiment import Experiment, build
+from dwf_cluster.experiment import Experiment
+from dwf_cluster.presets import build
 from dwf_cluster.store import StorageFailed, Store, tables
 
 from ..conftest import TINY

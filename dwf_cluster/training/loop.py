@@ -2,30 +2,22 @@
 
 from __future__ import annotations
 
-import functools
 import math
-import pkgutil
 import time
-from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
-from dwf_cluster.attacks.ball import Ball
-from dwf_cluster.attacks.gradient import NotLogits, predict
-from dwf_cluster.attacks.pgd import pgd
-from dwf_cluster.data.device import DeviceImages, to_float
-from dwf_cluster.defences.loss import Loss
-from dwf_cluster.defences.registry import METHODS, ModelSpec
+from dwf_cluster.attacks.gradient import NotLogits
+from dwf_cluster.data.device import DeviceImages
+from dwf_cluster.defences.registry import ModelSpec
 from dwf_cluster.determinism import Draws
-from dwf_cluster.evaluation.registry import Threat
-from dwf_cluster.models.frozen import frozen
 from dwf_cluster.store import Store, checkpoints, tables
+from dwf_cluster.training.probe import Probe, run_probe
+from dwf_cluster.training.step import distributed, train_batch, workers
 
 
 class NonFiniteLoss(RuntimeError):
@@ -34,21 +26,6 @@ class NonFiniteLoss(RuntimeError):
 
 class Stopped(Exception):
     """Training stopped at the run's request; a checkpoint of its last step is saved."""
-
-
-@dataclass(frozen=True)
-class Probe:
-    """The short PGD that follows every epoch and shows catastrophic overfitting.
-
-    Attributes:
-        threat: epsilon and step size.
-        steps: iterations.
-        examples: number of test images, the first ones.
-    """
-
-    threat: Threat
-    steps: int
-    examples: int
 
 
 @dataclass(frozen=True)
@@ -103,11 +80,11 @@ def train(task: Task, model: nn.Module, images: DeviceImages) -> nn.Module:
         NonFiniteLoss: if the loss becomes NaN or infinite.
         Stopped: if `task.stopping` became true on one of the workers.
     """
-    rank, workers = _workers()
+    rank, count = workers()
     model.to(memory_format=torch.channels_last)
     optimizer = _optimizer(model, task.spec)
     progress = _restore(task, model, optimizer)
-    parallel = _distributed(model) if workers > 1 else model
+    parallel = distributed(model) if count > 1 else model
     while progress.epoch < task.spec.training.epochs:
         row = _epoch(task, progress, model, parallel, optimizer, images)
         if row is None:
@@ -143,7 +120,10 @@ def _epoch(
             factor = (1 + math.cos(math.pi * step / last)) / 2
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * factor
-            loss, is_stopping = _step(task, model, parallel, optimizer, images, indices, Draws((*key, step - first)))
+            draws = Draws((*key, step - first))
+            loss, is_stopping = train_batch(
+                task.spec, parallel, optimizer, images, indices, draws, is_stopping=task.stopping()
+            )
             progress.loss += loss * len(indices)
             progress.steps += 1
             now = time.perf_counter()
@@ -177,119 +157,6 @@ def _epoch(
     }
 
 
-def run_probe(model: nn.Module, images: DeviceImages, probe: Probe) -> tuple[float, float]:
-    """Accuracy (0..1) on the first test images, clean and under the probe's PGD."""
-    frozen_model = frozen(model)
-    x, y = to_float(images.x_test[: probe.examples]), images.y_test[: probe.examples]
-    ball = Ball("linf", probe.threat.epsilon)
-    first, *_, last = pgd(frozen_model, x, y, ball, step_size=probe.threat.step_size, steps=probe.steps)
-    assert first.logits is not None
-    clean, robust = (float((z.argmax(1) == y).double().mean()) for z in (first.logits, predict(frozen_model, last.x)))
-    return clean, robust
-
-
-def _step(
-    task: Task,
-    model: nn.Module,
-    parallel: nn.Module,
-    optimizer: torch.optim.SGD,
-    images: DeviceImages,
-    indices: torch.Tensor,
-    draws: Draws,
-) -> tuple[float, bool]:
-    """Train on one batch, one optimiser step for each loss of the method.
-
-    Returns:
-        The batch's mean loss, averaged over its optimiser steps, and whether to stop.
-
-    Raises:
-        NotLogits: if the loss is not finite.
-        ValueError: if the method breaks its contract (`defences.registry.Method.losses`).
-    """
-    # Kept until the optimiser's step, so all parts of a batch attack the model as it is before that step.
-    frozen_model = functools.cache(functools.partial(frozen, model))
-    is_stopping, means = task.stopping(), list[float]()
-    for share in _backward(task.spec, parallel, frozen_model, images, indices, draws):
-        # The request to stop is reduced with the loss, so all workers see it after the same step.
-        reduced = torch.stack([share, torch.full_like(share, is_stopping)])
-        if dist.is_initialized():
-            dist.all_reduce(reduced)
-        mean, stops = reduced.tolist()
-        if not math.isfinite(mean):
-            raise NotLogits(f"the loss became {mean}")
-        means.append(mean)
-        is_stopping = stops > 0
-        optimizer.step()
-        optimizer.zero_grad()
-        frozen_model.cache_clear()
-        _average_statistics(model)
-    if not means:
-        raise ValueError(f"method {task.spec.method}: no loss for a batch; a method yields one at least")
-    return sum(means) / len(means), is_stopping
-
-
-def _backward(
-    spec: ModelSpec,
-    parallel: nn.Module,
-    frozen_model: Callable[[], nn.Module],
-    images: DeviceImages,
-    indices: torch.Tensor,
-    draws: Draws,
-) -> Iterator[torch.Tensor]:
-    """Add up the gradients of a batch, cut into its parts, for one loss of the method after the other.
-
-    Yields:
-        For each loss, when all its gradients are computed: this worker's share of the mean over the batch, shape ().
-    """
-    rank, workers = _workers()
-    start, stop = len(indices) * rank // workers, len(indices) * (rank + 1) // workers
-    cuts = torch.arange(start, stop).tensor_split(spec.training.accumulation)
-    parts = [slice(int(cut[0]), int(cut[-1]) + 1) for cut in cuts if len(cut)]
-    method = pkgutil.resolve_name(METHODS[spec.method].losses)
-
-    def losses(part: slice) -> Iterator[Loss]:
-        x, y = images.train_batch(indices, draws, part)
-        yield from method(spec, parallel, frozen_model, x, y, draws)
-
-    generators = [losses(part) for part in parts]
-    while True:
-        share, ended = torch.zeros((), device=indices.device), 0
-        for number, (part, generator) in enumerate(zip(parts, generators, strict=True), start=1):
-            is_not_last = isinstance(parallel, DistributedDataParallel) and number < len(parts)
-            with parallel.no_sync() if is_not_last else nullcontext():  # type: ignore[operator]
-                loss = next(generator, None)
-                if loss is None:
-                    ended += 1
-                    continue
-                # DDP averages over workers, so the factor `workers` makes the sum of parts the whole batch's mean.
-                versions = loss.rows / (part.stop - part.start)
-                mean = loss.total * (workers / (versions * len(indices)))
-                mean.backward()  # type: ignore[no-untyped-call]
-            share += mean.detach() / workers
-        if ended == len(parts):
-            return
-        if ended:
-            raise ValueError(f"method {spec.method}: more losses for one part of a batch than for another")
-        yield share
-
-
-def _workers() -> tuple[int, int]:
-    """(rank, number of workers) of this process."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def _distributed(model: nn.Module) -> DistributedDataParallel:
-    """The model with gradients that are averaged over workers, always in the same order.
-
-    By default DDP rebuilds its buckets after its first step, in the order in which gradients became ready. After a
-    restart the first step would then add the workers' gradients in another order than the uninterrupted run. With
-    `find_unused_parameters` the buckets stay as they are.
-
-    Buffers need no broadcast: every worker holds the same ones after each step (`_average_statistics`).
-    """
-    return DistributedDataParallel(model, find_unused_parameters=True, broadcast_buffers=False)
-
-
 def _optimizer(model: nn.Module, spec: ModelSpec) -> torch.optim.SGD:
     """SGD; parameters of the submodules in `spec.own_rates` have their own learning rate and weight decay."""
     training = spec.training
@@ -304,22 +171,9 @@ def _optimizer(model: nn.Module, spec: ModelSpec) -> torch.optim.SGD:
     )
 
 
-def _average_statistics(model: nn.Module) -> None:
-    """Average BatchNorm's running statistics over workers, so that all workers hold the same model."""
-    _, workers = _workers()
-    statistics = [b for b in model.buffers() if b.is_floating_point()]
-    if workers == 1 or not statistics:
-        return
-    flat = torch.cat([b.flatten() for b in statistics])
-    dist.all_reduce(flat)
-    parts = (flat / workers).split([b.numel() for b in statistics])  # type: ignore[no-untyped-call]
-    for buffer, part in zip(statistics, parts, strict=True):
-        buffer.copy_(part.view_as(buffer))
-
-
 def _save(task: Task, model: nn.Module, optimizer: torch.optim.SGD, progress: _Progress) -> None:
     """Save a checkpoint on the first worker; all workers hold the same model."""
-    if _workers()[0] > 0:
+    if workers()[0] > 0:
         return
     tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     trained = progress.epoch == task.spec.training.epochs  # its optimizer takes no further step

@@ -1,0 +1,147 @@
+"""One batch of training: gradients of its parts, averaged over workers, and an optimiser step for each loss."""
+
+from __future__ import annotations
+
+import functools
+import math
+import pkgutil
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from dwf_cluster.attacks.gradient import NotLogits
+from dwf_cluster.data.device import DeviceImages
+from dwf_cluster.defences.loss import Loss
+from dwf_cluster.defences.registry import METHODS, ModelSpec
+from dwf_cluster.determinism import Draws
+from dwf_cluster.models.frozen import frozen
+
+
+def train_batch(
+    spec: ModelSpec,
+    parallel: nn.Module,
+    optimizer: torch.optim.SGD,
+    images: DeviceImages,
+    indices: torch.Tensor,
+    draws: Draws,
+    *,
+    is_stopping: bool,
+) -> tuple[float, bool]:
+    """Train on one batch, one optimiser step for each loss of the method.
+
+    Args:
+        spec: of the model.
+        parallel: the model, wrapped by DDP if there are several workers.
+        optimizer: of the model.
+        images: the data set.
+        indices: the batch's training images, over all workers.
+        draws: random draws of the batch.
+        is_stopping: whether this worker was asked to stop.
+
+    Returns:
+        The batch's mean loss, averaged over its optimiser steps, and whether any worker was asked to stop.
+
+    Raises:
+        NotLogits: if the loss is not finite.
+        ValueError: if the method breaks its contract (`defences.registry.Method.losses`).
+    """
+    model = parallel.module if isinstance(parallel, DistributedDataParallel) else parallel
+    # Kept until the optimiser's step, so all parts of a batch attack the model as it is before that step.
+    frozen_model = functools.cache(functools.partial(frozen, model))
+    means = list[float]()
+    for share in _backward(spec, parallel, frozen_model, images, indices, draws):
+        # The request to stop is reduced with the loss, so all workers see it after the same step.
+        reduced = torch.stack([share, torch.full_like(share, is_stopping)])
+        if dist.is_initialized():
+            dist.all_reduce(reduced)
+        mean, stops = reduced.tolist()
+        if not math.isfinite(mean):
+            raise NotLogits(f"the loss became {mean}")
+        means.append(mean)
+        is_stopping = stops > 0
+        optimizer.step()
+        optimizer.zero_grad()
+        frozen_model.cache_clear()
+        _average_statistics(model)
+    if not means:
+        raise ValueError(f"method {spec.method}: no loss for a batch; a method yields one at least")
+    return sum(means) / len(means), is_stopping
+
+
+def _backward(
+    spec: ModelSpec,
+    parallel: nn.Module,
+    frozen_model: Callable[[], nn.Module],
+    images: DeviceImages,
+    indices: torch.Tensor,
+    draws: Draws,
+) -> Iterator[torch.Tensor]:
+    """Add up the gradients of a batch, cut into its parts, for one loss of the method after the other.
+
+    Yields:
+        For each loss, when all its gradients are computed: this worker's share of the mean over the batch, shape ().
+    """
+    rank, count = workers()
+    start, stop = len(indices) * rank // count, len(indices) * (rank + 1) // count
+    cuts = torch.arange(start, stop).tensor_split(spec.training.accumulation)
+    parts = [slice(int(cut[0]), int(cut[-1]) + 1) for cut in cuts if len(cut)]
+    method = pkgutil.resolve_name(METHODS[spec.method].losses)
+
+    def losses(part: slice) -> Iterator[Loss]:
+        x, y = images.train_batch(indices, draws, part)
+        yield from method(spec, parallel, frozen_model, x, y, draws)
+
+    generators = [losses(part) for part in parts]
+    while True:
+        share, ended = torch.zeros((), device=indices.device), 0
+        for number, (part, generator) in enumerate(zip(parts, generators, strict=True), start=1):
+            is_not_last = isinstance(parallel, DistributedDataParallel) and number < len(parts)
+            with parallel.no_sync() if is_not_last else nullcontext():  # type: ignore[operator]
+                loss = next(generator, None)
+                if loss is None:
+                    ended += 1
+                    continue
+                # DDP averages over workers, so the factor `count` makes the sum of parts the whole batch's mean.
+                versions = loss.rows / (part.stop - part.start)
+                mean = loss.total * (count / (versions * len(indices)))
+                mean.backward()  # type: ignore[no-untyped-call]
+            share += mean.detach() / count
+        if ended == len(parts):
+            return
+        if ended:
+            raise ValueError(f"method {spec.method}: more losses for one part of a batch than for another")
+        yield share
+
+
+def workers() -> tuple[int, int]:
+    """(rank, number of workers) of this process."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def distributed(model: nn.Module) -> DistributedDataParallel:
+    """The model with gradients that are averaged over workers, always in the same order.
+
+    By default DDP rebuilds its buckets after its first step, in the order in which gradients became ready. After a
+    restart the first step would then add the workers' gradients in another order than the uninterrupted run. With
+    `find_unused_parameters` the buckets stay as they are.
+
+    Buffers need no broadcast: every worker holds the same ones after each step (`_average_statistics`).
+    """
+    return DistributedDataParallel(model, find_unused_parameters=True, broadcast_buffers=False)
+
+
+def _average_statistics(model: nn.Module) -> None:
+    """Average BatchNorm's running statistics over workers, so that all workers hold the same model."""
+    _, count = workers()
+    statistics = [b for b in model.buffers() if b.is_floating_point()]
+    if count == 1 or not statistics:
+        return
+    flat = torch.cat([b.flatten() for b in statistics])
+    dist.all_reduce(flat)
+    parts = (flat / count).split([b.numel() for b in statistics])  # type: ignore[no-untyped-call]
+    for buffer, part in zip(statistics, parts, strict=True):
+        buffer.copy_(part.view_as(buffer))
