@@ -15,6 +15,7 @@ class ColumnKey(NamedTuple):
 
     attack: str
     source: str | None
+    norm: str | None
     epsilon: float | None
     steps: int | None
 
@@ -28,13 +29,14 @@ CELL_FIELDS = ["model", *COLUMN_FIELDS]
 
 def column_key(column: Column) -> ColumnKey:
     """The key of a column."""
-    return ColumnKey(column.attack, column.source, column.epsilon, column.steps)
+    return ColumnKey(column.attack, column.source, column.norm, column.epsilon, column.steps)
 
 
 def key_of_row(row: Any) -> ColumnKey:
     """The key of a frame's row, in which a field without meaning is NaN."""
-    source, epsilon, steps = (None if pd.isna(value) else value for value in (row.source, row.epsilon, row.steps))
-    return ColumnKey(row.attack, source, epsilon, None if steps is None else int(steps))
+    fields = (row.source, row.norm, row.epsilon, row.steps)
+    source, norm, epsilon, steps = (None if pd.isna(value) else value for value in fields)
+    return ColumnKey(row.attack, source, norm, epsilon, None if steps is None else int(steps))
 
 
 def column_name(column: Column) -> str:

@@ -92,7 +92,7 @@ class ExperimentFolder:
         """
         dataset = self.dataset(table)
         with self._reading(table):
-            rows = dataset.to_table(columns=list(columns) if columns else None, filter=where)
+            rows = tables.with_norm(dataset.to_table(columns=list(columns) if columns else None, filter=where))
         self.validate(table, rows)
         return rows
 
@@ -102,7 +102,7 @@ class ExperimentFolder:
         with self._reading(table):
             for batch in dataset.to_batches(columns=columns, batch_size=size, batch_readahead=2, fragment_readahead=2):
                 if len(batch):
-                    rows = pa.Table.from_batches([batch])
+                    rows = tables.with_norm(pa.Table.from_batches([batch]))
                     self.validate(table, rows)
                     yield rows
 

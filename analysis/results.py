@@ -89,12 +89,12 @@ class Group:
         """The paper's columns, then those of other suites; `transfer` has tables of its own."""
         experiment = self.experiment
         has_gate = any(METHODS[spec.method].has_gate for spec in experiment.models)
-        return tuple(all_columns(experiment.evaluation, experiment.threat, has_gate))
+        return tuple(all_columns(experiment.evaluation, experiment.threats, has_gate))
 
     @property
     def paper_columns(self) -> tuple[Column, ...]:
         """The columns of the paper's table 3."""
-        return tuple(columns(self.experiment.evaluation, self.experiment.threat, PAPER))
+        return tuple(columns(self.experiment.evaluation, self.experiment.threats, PAPER))
 
     def frame(
         self, table: str, columns: Sequence[str] | None = None, where: ds.Expression | None = None

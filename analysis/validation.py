@@ -52,6 +52,7 @@ _RANGES: Mapping[str, Range] = {
     "probe_pgd_accuracy": _SHARE,
     "label": (0, 9999),
     "prediction": (0, 9999),
+    "confidence": _SHARE,
     "epoch": (1, 1e9),
     "loss": (-_FINITE, _FINITE),
     "seconds": (0, _FINITE),

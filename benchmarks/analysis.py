@@ -76,7 +76,7 @@ def make_up(storage: Path, experiment: Experiment, examples: int, classes: int =
         for suite in experiment.suites(spec):
             if suite == CHECKS:
                 continue
-            cells = [(spec, column) for column in columns(experiment.evaluation, experiment.threat, suite)]
+            cells = [(spec, column) for column in columns(experiment.evaluation, experiment.threats, suite)]
             if suite == PAPER and TRANSFER in experiment.evaluation.beyond:
                 transferred = transfer_column(experiment.evaluation, experiment.threat, spec.name)
                 cells += [(other, transferred) for other in experiment.models if other != spec]

@@ -89,7 +89,7 @@ def _ours(experiment: Experiment, model: nn.Module, x: torch.Tensor, y: torch.Te
     torch.set_num_threads(1)
     name = experiment.defended.name if isinstance(model, Mixture) else "model"
     pixels = (x * 255).round().to(torch.uint8).numpy()
-    settings, cpu = (experiment.evaluation, experiment.threat), torch.device("cpu")
+    settings, cpu = (experiment.evaluation, experiment.threats), torch.device("cpu")
     rows, predictions = evaluate(
         {name: model}, name, "paper", pixels, y.numpy(), *settings, seed=experiment.seed, device=cpu
     )

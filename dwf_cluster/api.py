@@ -22,7 +22,8 @@ from dwf_cluster.data.sources import load as load_images
 from dwf_cluster.defences.build import trained
 from dwf_cluster.evaluation import run
 from dwf_cluster.evaluation.merge import merged_rows
-from dwf_cluster.evaluation.registry import CHECKS, SUITES, Evaluation, Norm, Threat
+from dwf_cluster.evaluation.registry import CHECKS, SUITES
+from dwf_cluster.evaluation.settings import Evaluation, Norm, Threat
 from dwf_cluster.evaluation.subject import Subject, isolated, kept, prepare
 from dwf_cluster.experiment import Experiment
 from dwf_cluster.models.mixture import Mixture
@@ -87,14 +88,13 @@ def evaluate(
     sizes = {"epsilon": _number("epsilon", epsilon, norm), "step_size": _number("step_size", step_size, norm)}
     batch_size = _integer("batch_size", batch_size, 1, 1_000_000_000)
     if norm == "linf":
-        evaluation, threat = Evaluation(batch_size=batch_size), Threat(**sizes)
+        evaluation = Evaluation(batch_size=batch_size)
     else:
         evaluation = Evaluation(l2_epsilon=sizes["epsilon"], l2_step_size=sizes["step_size"], batch_size=batch_size)
-        threat = Threat(8 / 255, 2 / 255)  # of L-infinity suites, which are not run
     seed = _integer("seed", seed, 0, 2**31 - 1)
     with isolated(seed), kept(model):
         subject = prepare(model, x, y, device, evaluation.batch_size)
-        rows = measure(subject, names, evaluation, threat, seed, progress)
+        rows = measure(subject, names, evaluation, (Threat(**sizes, norm=norm),), seed, progress)
     evaluations = _frame("evaluations", merged_rows(rows.shards))
     return Result(evaluations, _frame("predictions", rows.predictions), _frame("checks", rows.checks))
 
@@ -158,7 +158,12 @@ class Rows:
 
 
 def measure(
-    subject: Subject, suites: Sequence[str], evaluation: Evaluation, threat: Threat, seed: int, progress: bool
+    subject: Subject,
+    suites: Sequence[str],
+    evaluation: Evaluation,
+    threats: Sequence[Threat],
+    seed: int,
+    progress: bool,
 ) -> Rows:
     """Run suites on a model.
 
@@ -176,7 +181,6 @@ def measure(
                 f"allowed are {SUITES[suite].classes} or more"
             )
     rows, name = Rows(), MODEL
-    settings: tuple[Any, ...] = (evaluation, threat)
     options: dict[str, Any] = {"seed": seed, "device": subject.device}
     networks = len(subject.model.experts) if isinstance(subject.model, Mixture) else 1
     checked = min(len(subject.y), evaluation.check_examples)
@@ -187,7 +191,9 @@ def measure(
             advance(suite, 0)
             if suite == CHECKS:
                 rows.checks.extend(
-                    run.check(subject.model, name, subject.x[:checked], subject.y[:checked], *settings, **options)
+                    run.check(
+                        subject.model, name, subject.x[:checked], subject.y[:checked], evaluation, threats[0], **options
+                    )
                 )
                 advance(suite, costs[suite] * checked)
                 continue
@@ -197,7 +203,8 @@ def measure(
                 suite,
                 subject.x,
                 subject.y,
-                *settings,
+                evaluation,
+                threats,
                 **options,
                 on_batch=lambda images, suite=suite: advance(suite, costs[suite] * images),  # type: ignore[misc]
             )
@@ -215,11 +222,11 @@ def check_suites(suites: Sequence[str], norm: str) -> tuple[str, ...]:
     if norm not in ("linf", "l2"):
         raise InvalidInput(f"norm: {norm!r} cannot be used: allowed are linf, l2")
     names = (suites,) if isinstance(suites, str) else tuple(suites)
-    allowed = ", ".join(name for name, suite in SUITES.items() if suite.norm == norm)
+    allowed = ", ".join(name for name, suite in SUITES.items() if norm in suite.norms)
     if not names:
         raise InvalidInput(f"suites: none were given: allowed with norm {norm} are {allowed}")
     for name in names:
-        if name not in SUITES or SUITES[name].norm != norm:
+        if name not in SUITES or norm not in SUITES[name].norms:
             raise InvalidInput(f"suites: {name!r} cannot be used: allowed with norm {norm} are {allowed}")
     return tuple(dict.fromkeys(names))
 

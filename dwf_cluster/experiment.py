@@ -17,7 +17,8 @@ from pydantic import BeforeValidator, Field, ValidationError, model_validator
 from dwf_cluster.attacks.settings import Fgsm, Pgd
 from dwf_cluster.data.registry import Data
 from dwf_cluster.defences.registry import METHODS, Experts, Gate, Joint, ModelSpec, recipe, recipe_names
-from dwf_cluster.evaluation.registry import Column, Evaluation, Threat, all_columns, suite_names
+from dwf_cluster.evaluation.registry import Column, all_columns, suite_names
+from dwf_cluster.evaluation.settings import Evaluation, Threat, threats
 from dwf_cluster.models.registry import Model
 from dwf_cluster.settings import (
     InvalidInput,
@@ -28,7 +29,21 @@ from dwf_cluster.settings import (
 )
 from dwf_cluster.store import RowLabels, Store
 
-ADDED_LATER = frozenset({"defence", "model.backbone", "gate.kind", "joint.freeze_experts"})
+ADDED_LATER = frozenset(
+    {
+        "defence",
+        "model.backbone",
+        "gate.kind",
+        "joint.freeze_experts",
+        "evaluation.norm",
+        "evaluation.epsilon",
+        "evaluation.step_size",
+        "evaluation.random_start",
+        "evaluation.l1_epsilon",
+        "evaluation.l1_step_size",
+        "evaluation.autoattack_examples",
+    }
+)
 """Fields that were added after results were published: at their defaults they are no part of the signature."""
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
@@ -85,9 +100,14 @@ class Experiment(Settings):
         return next(spec for spec in self.models if spec.name == name)
 
     @property
+    def threats(self) -> tuple[Threat, ...]:
+        """The threat models of the evaluation, the primary one first."""
+        return threats(self.evaluation, Threat(self.pgd.epsilon, self.pgd.step_size))
+
+    @property
     def threat(self) -> Threat:
-        """The threat model of the evaluation."""
-        return Threat(self.pgd.epsilon, self.pgd.step_size)
+        """The primary threat model: of the probe and the checks."""
+        return self.threats[0]
 
     def suites(self, spec: ModelSpec) -> tuple[str, ...]:
         """Names of the suites that a model is measured by."""
@@ -96,7 +116,7 @@ class Experiment(Settings):
     @property
     def columns(self) -> list[Column]:
         """Every column that the defended model is measured in, in the order of the result table."""
-        return all_columns(self.evaluation, self.threat, METHODS[self.defended.method].has_gate)
+        return all_columns(self.evaluation, self.threats, METHODS[self.defended.method].has_gate)
 
     @property
     def signature(self) -> str:

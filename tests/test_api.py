@@ -390,7 +390,7 @@ def _stored(experiment: Experiment, images: Images, storage: Path) -> Store:
         models[spec.name] = model = untrained(spec, images.format, experiment.seed, parents)
         weights = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
         checkpoints.save(store, spec.name, spec.training.epochs, 0, weights, {})
-    settings = (images.x_test, images.y_test, experiment.evaluation, experiment.threat)
+    settings = (images.x_test, images.y_test, experiment.evaluation, experiment.threats)
     name = experiment.defended.name
     _, rows = run.evaluate(
         {name: models[name]}, name, "pgd_gate", *settings, seed=experiment.seed, device=torch.device("cpu")
@@ -404,7 +404,7 @@ def test_a_loaded_model_gives_the_stored_predictions(tiny: Experiment, images: I
     model = load(f"{tmp_path}/{tiny.folder}/")
     assert isinstance(model, Mixture)
     assert not model.training
-    settings = (images.x_test, images.y_test, tiny.evaluation, tiny.threat)
+    settings = (images.x_test, images.y_test, tiny.evaluation, tiny.threats)
     device = torch.device("cpu")
     _, rows = run.evaluate({"mixture": model}, "mixture", "pgd_gate", *settings, seed=tiny.seed, device=device)
     stored = tables.read(store, "predictions").to_pylist()

@@ -18,7 +18,7 @@ class Ball:
         epsilon: radius, pixels in [0, 1].
     """
 
-    norm: Literal["linf", "l2"]
+    norm: Literal["linf", "l2", "l1"]
     epsilon: float
 
     def project(self, x: torch.Tensor, moved: torch.Tensor) -> torch.Tensor:

@@ -154,14 +154,24 @@ def _evaluate(job: Job, store: Store, images: ray.ObjectRef, allocation: Allocat
     shard = slice(job.first, job.stop)
     x, y = arrays.x_test[shard], arrays.y_test[shard]
     names = experiment.names if job.tests_transfer else (job.model,)
-    seed, specs = experiment.seed, experiment.models
+    seed, specs, evaluation = experiment.seed, experiment.models, experiment.evaluation
     models = {name: trained(specs, name, arrays.format, seed, store).to(device) for name in names}
-    settings = (x, y, experiment.evaluation, experiment.threat)
     if job.suite == CHECKS:
-        checks = check(models[job.model], job.model, *settings, seed=seed, device=device)
+        checks = check(models[job.model], job.model, x, y, evaluation, experiment.threat, seed=seed, device=device)
         tables.write(store, CHECKS, job.file, checks)
         return
-    rows, predictions = evaluate(models, job.model, job.suite, *settings, seed=seed, device=device, first=job.first)
+    rows, predictions = evaluate(
+        models,
+        job.model,
+        job.suite,
+        x,
+        y,
+        evaluation,
+        experiment.threats,
+        seed=seed,
+        device=device,
+        first=job.first,
+    )
     tables.write(store, "predictions", job.file, predictions)
     tables.write(store, "shards", job.file, rows)
 

@@ -88,11 +88,11 @@ def _run(options: argparse.Namespace) -> int:
         raise CommandFailed(str(error)) from None
     model = _model(Path(file), function, options.weights)
     pixels = images.x_test.transpose(0, 2, 3, 1)
-    evaluation, threat, seed = experiment.evaluation, experiment.threat, experiment.seed
+    evaluation, threats, seed = experiment.evaluation, experiment.threats, experiment.seed
     try:
         with isolated(seed):
             subject = prepare(model, pixels, images.y_test, options.device, evaluation.batch_size)
-            rows = measure(subject, suites, evaluation, threat, seed, progress=sys.stderr.isatty())
+            rows = measure(subject, suites, evaluation, threats, seed, progress=sys.stderr.isatty())
     except NotLogits as error:
         raise InvalidInput(f"--model: {options.model!r} cannot be used: {error}") from None
     with tempfile.TemporaryDirectory() as temporary:

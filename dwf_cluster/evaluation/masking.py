@@ -18,7 +18,8 @@ from dwf_cluster.attacks.ball import Ball
 from dwf_cluster.attacks.gradient import NotLogits, look_like_probabilities, predict
 from dwf_cluster.attacks.pgd import WorstCase, fgsm, pgd
 from dwf_cluster.attacks.square import square as square_attack
-from dwf_cluster.evaluation.registry import CHECK_FUNCTIONS, CHECK_QUERIES, Threat
+from dwf_cluster.evaluation.registry import CHECK_FUNCTIONS, CHECK_QUERIES
+from dwf_cluster.evaluation.settings import Threat
 
 HUGE = 1.0
 """An L-infinity radius at which an attack can paint any image."""

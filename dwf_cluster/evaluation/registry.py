@@ -1,4 +1,4 @@
-"""Suites of attacks by name: their columns, cost and runner; and the settings that choose them. Imports no torch.
+"""Suites of attacks by name: their columns, cost and runner. Imports no torch.
 
 A *column* is one attack at one strength. A *suite* is columns that are computed together, because they share gradients.
 To add a suite: a function in a file of this folder, and an entry in `SUITES`. A *check* looks for one sign of gradient
@@ -7,15 +7,11 @@ masking. To add a check: a function in a file of this folder, and an entry in `C
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Any
 
-from pydantic import BeforeValidator, Field
-
-from dwf_cluster.settings import Count, Counts, OneOf, Settings, Strengths, as_tuple
-
-Norm = Literal["linf", "l2"]
+from dwf_cluster.evaluation.settings import Evaluation, Norm, Threat
 
 CHECKS = "checks"
 """The suite that looks for gradient masking; its rows are those of the `checks` table."""
@@ -30,64 +26,6 @@ CHECK_QUERIES = 300
 """Forward passes of the checks' black-box attack, for one image."""
 
 
-class Evaluation(Settings):
-    """The columns of the result table."""
-
-    fgsm_epsilons: Strengths = (0.01, 0.02, 0.03, 0.04, 0.05, 0.06, 0.07, 0.08, 0.09)
-    """FGSM columns, pixels in [0, 1]."""
-    pgd_steps: Counts = (10, 20, 30, 40, 50)
-    """PGD columns, iterations, at the bound and step size of `pgd`."""
-    restarts: Count = 3
-    """Starts of the `pgd_restarts` column, the image itself and then random points of the ball; an image counts as
-    correct if it resists every iterate of each."""
-    restart_steps: Count = 100
-    """Iterations from each start."""
-    adaptive_steps: Count = 100
-    """Iterations of `pgd_adaptive`, through experts, gate and routing weights; of `pgd_gate` and `pgd_expert`."""
-    eot: Count = 1
-    """Gradients averaged in each adaptive iteration (expectation over transformation)."""
-    beyond: Annotated[
-        tuple[Annotated[str, OneOf(lambda: extra_names())], ...],  # noqa: PLW0108, declared below
-        BeforeValidator(as_tuple),
-    ] = ("pgd_gate", "pgd_expert")
-    """Columns beside the paper's: `pgd_gate` aims at the mixture's gate, `pgd_expert` at its experts one by one;
-    `pgd_momentum`; `pgd_cw` (Carlini-Wagner loss); `pgd_l2`; `apgd`, `apgd_l2`; `square` (black box);
-    `autoattack` (its authors' standard set); `transfer` (made on one model, tested on each other); `noise` (random
-    signs, the floor of every attack)."""
-    l2_epsilon: Annotated[float, Field(gt=0, le=1000)] = 0.5
-    """Radius of the L2 ball, Euclidean length over an image's pixels in [0, 1]."""
-    l2_step_size: Annotated[float, Field(gt=0, le=1000)] = 0.1
-    """Length of one step of `pgd_l2`."""
-    apgd_steps: Count = 100
-    """Iterations of `apgd` and `apgd_l2`."""
-    square_queries: Count = 5000
-    """Forward passes of `square`."""
-    check_examples: Count = 128
-    """First test images that each model is checked for gradient masking on."""
-    shard_examples: Count | None = None
-    """Test images of one evaluation task, rounded up to whole batches; null takes as many as keep a CPU core busy
-    for minutes."""
-    batch_size: Count = 512
-    """Images attacked at once."""
-    probe_examples: Count = 256
-    """Test images of the small PGD probe that follows every epoch of training."""
-    probe_steps: Count = 10
-    """Iterations of the probe."""
-
-
-@dataclass(frozen=True)
-class Threat:
-    """The L-infinity threat model that a model is evaluated under.
-
-    Attributes:
-        epsilon: radius of the ball, pixels in [0, 1].
-        step_size: length of one step of PGD, pixels in [0, 1].
-    """
-
-    epsilon: float
-    step_size: float
-
-
 @dataclass(frozen=True)
 class Column:
     """One attack at one strength; null where a setting has no meaning.
@@ -98,7 +36,7 @@ class Column:
         epsilon, step_size: radius of the ball and length of one step, in `norm`, pixels in [0, 1].
         steps: iterations; queries for `square`.
         restarts, eot: counts.
-        norm: of the ball: the largest change of a value, or the Euclidean length.
+        norm: of the ball; None for clean images.
     """
 
     attack: str
@@ -108,12 +46,12 @@ class Column:
     steps: int | None = None
     restarts: int | None = None
     eot: int | None = None
-    norm: Norm = "linf"
+    norm: Norm | None = "linf"
 
     @property
     def settings(self) -> dict[str, Any]:
         """As columns of the tables."""
-        names = ("attack", "source", "epsilon", "step_size", "steps", "restarts", "eot")
+        names = ("attack", "source", "norm", "epsilon", "step_size", "steps", "restarts", "eot")
         return {name: getattr(self, name) for name in names}
 
     @property
@@ -138,7 +76,7 @@ class Suite:
             attack fools; a gradient counts as 2.
         needs_gate: whether it attacks `experts` and `gate` of a model, so that only models with a gate are measured.
         classes: the fewest classes that it is defined for.
-        norm: of all its columns.
+        norms: that its columns can have; the first one if they do not follow the threat model.
     """
 
     run: str
@@ -146,22 +84,22 @@ class Suite:
     cost: Callable[[Evaluation, int], float]
     needs_gate: bool = False
     classes: int = 2
-    norm: Norm = "linf"
+    norms: tuple[Norm, ...] = ("linf",)
 
 
-def _linf(
+def _in_ball(
     attack: str, threat: Threat, steps: int | None, restarts: int | None = None, eot: int | None = None
 ) -> Column:
-    return Column(attack, None, threat.epsilon, threat.step_size, steps, restarts, eot)
+    return Column(attack, None, threat.epsilon, threat.step_size, steps, restarts, eot, threat.norm)
 
 
 def _paper_columns(evaluation: Evaluation, threat: Threat) -> list[Column]:
     return [
-        Column("clean"),
+        Column("clean", norm=None),
         *(Column("fgsm", epsilon=e) for e in sorted(set(evaluation.fgsm_epsilons))),
-        *(_linf("pgd", threat, steps) for steps in sorted(set(evaluation.pgd_steps))),
-        _linf("pgd_restarts", threat, evaluation.restart_steps, restarts=evaluation.restarts),
-        _linf("pgd_adaptive", threat, evaluation.adaptive_steps, eot=evaluation.eot),
+        *(_in_ball("pgd", threat, steps) for steps in sorted(set(evaluation.pgd_steps))),
+        _in_ball("pgd_restarts", threat, evaluation.restart_steps, restarts=evaluation.restarts),
+        _in_ball("pgd_adaptive", threat, evaluation.adaptive_steps, eot=evaluation.eot),
     ]
 
 
@@ -172,47 +110,53 @@ def _paper_cost(e: Evaluation, networks: int) -> float:
 
 
 _SUITES = "dwf_cluster.evaluation.suites"
+_ANY: tuple[Norm, ...] = ("linf", "l2")
 
 SUITES: Mapping[str, Suite] = {
-    PAPER: Suite(f"{_SUITES}:paper", _paper_columns, _paper_cost),
+    PAPER: Suite(f"{_SUITES}:paper", _paper_columns, _paper_cost, norms=_ANY),
     "pgd_gate": Suite(
         f"{_SUITES}:pgd_gate",
-        lambda e, threat: [_linf("pgd_gate", threat, e.adaptive_steps)],
+        lambda e, threat: [_in_ball("pgd_gate", threat, e.adaptive_steps)],
         lambda e, networks: 2 * e.adaptive_steps + 1,
         needs_gate=True,
+        norms=_ANY,
     ),
     "pgd_expert": Suite(
         f"{_SUITES}:pgd_expert",
-        lambda e, threat: [_linf("pgd_expert", threat, e.adaptive_steps)],
+        lambda e, threat: [_in_ball("pgd_expert", threat, e.adaptive_steps)],
         lambda e, networks: 2 * e.adaptive_steps + networks,
         needs_gate=True,
+        norms=_ANY,
     ),
     "pgd_momentum": Suite(
         f"{_SUITES}:pgd_variant",
-        lambda e, threat: [_linf("pgd_momentum", threat, longest_pgd(e))],
+        lambda e, threat: [_in_ball("pgd_momentum", threat, longest_pgd(e))],
         lambda e, networks: 2 * longest_pgd(e) + 1,
+        norms=_ANY,
     ),
     "pgd_cw": Suite(
         f"{_SUITES}:pgd_variant",
-        lambda e, threat: [_linf("pgd_cw", threat, longest_pgd(e))],
+        lambda e, threat: [_in_ball("pgd_cw", threat, longest_pgd(e))],
         lambda e, networks: 2 * longest_pgd(e) + 1,
+        norms=_ANY,
     ),
     "pgd_l2": Suite(
         f"{_SUITES}:pgd_variant",
         lambda e, threat: [Column("pgd_l2", None, e.l2_epsilon, e.l2_step_size, longest_pgd(e), norm="l2")],
         lambda e, networks: 2 * longest_pgd(e) + 1,
-        norm="l2",
+        norms=("l2",),
     ),
     "apgd": Suite(
         f"{_SUITES}:auto_pgd",
-        lambda e, threat: [Column("apgd", epsilon=threat.epsilon, steps=e.apgd_steps)],
+        lambda e, threat: [Column("apgd", epsilon=threat.epsilon, steps=e.apgd_steps, norm=threat.norm)],
         lambda e, networks: 2 * e.apgd_steps + 1,
+        norms=_ANY,
     ),
     "apgd_l2": Suite(
         f"{_SUITES}:auto_pgd",
         lambda e, threat: [Column("apgd_l2", epsilon=e.l2_epsilon, steps=e.apgd_steps, norm="l2")],
         lambda e, networks: 2 * e.apgd_steps + 1,
-        norm="l2",
+        norms=("l2",),
     ),
     "square": Suite(
         f"{_SUITES}:square",
@@ -235,6 +179,7 @@ SUITES: Mapping[str, Suite] = {
         "dwf_cluster.evaluation.run:check",
         lambda e, threat: [],
         lambda e, networks: 2 * 7 * e.probe_steps + CHECK_QUERIES,
+        norms=_ANY,
     ),
 }
 """Suites by name, in the order of the result table."""
@@ -281,17 +226,18 @@ def suite_names(evaluation: Evaluation, has_gate: bool) -> tuple[str, ...]:
     return (PAPER, *(name for name in extra if has_gate or not SUITES[name].needs_gate), CHECKS)
 
 
-def columns(evaluation: Evaluation, threat: Threat, suite: str) -> list[Column]:
-    """The columns of a suite; `transfer` has a table of its own."""
-    return SUITES[suite].columns(evaluation, threat)
+def columns(evaluation: Evaluation, threats: Sequence[Threat], suite: str) -> list[Column]:
+    """The columns of a suite under each threat model, every column once; `transfer` has a table of its own."""
+    listed = (column for threat in threats for column in SUITES[suite].columns(evaluation, threat))
+    return list(dict.fromkeys(listed))
 
 
-def all_columns(evaluation: Evaluation, threat: Threat, has_gate: bool = True) -> list[Column]:
+def all_columns(evaluation: Evaluation, threats: Sequence[Threat], has_gate: bool = True) -> list[Column]:
     """The columns of every suite that a model is measured by, in the order of the result table."""
     names = suite_names(evaluation, has_gate)
-    return [column for name in names for column in columns(evaluation, threat, name)]
+    return [column for name in names for column in columns(evaluation, threats, name)]
 
 
 def transfer_column(evaluation: Evaluation, threat: Threat, source: str) -> Column:
     """The column of PGD images, of the longest run, that were made on another model."""
-    return Column(TRANSFER, source, threat.epsilon, threat.step_size, longest_pgd(evaluation))
+    return Column(TRANSFER, source, threat.epsilon, threat.step_size, longest_pgd(evaluation), norm=threat.norm)

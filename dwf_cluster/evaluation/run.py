@@ -17,7 +17,8 @@ from dwf_cluster.attacks.gradient import margin, predict
 from dwf_cluster.data.device import to_float
 from dwf_cluster.determinism import Draws
 from dwf_cluster.evaluation.masking import Inspection, masking
-from dwf_cluster.evaluation.registry import CHECKS, SUITES, Column, Evaluation, Threat, columns
+from dwf_cluster.evaluation.registry import CHECKS, SUITES, Column, columns
+from dwf_cluster.evaluation.settings import Evaluation, Threat
 from dwf_cluster.models.frozen import frozen
 from dwf_cluster.models.mixture import Mixture
 
@@ -29,7 +30,7 @@ class Batch:
     Attributes:
         evaluation: iterations, restarts and so on.
         threat: the threat model.
-        columns: of the suite.
+        columns: of the suite under this threat model; without those that do not depend on it, if another came before.
         models: frozen models by name: the one to attack and, if its images are tested on others, those.
         name: of the model to attack.
         x: float in [0, 1], shape (n, channels, height, width).
@@ -77,6 +78,7 @@ class ColumnResult:
 
     prediction: list[torch.Tensor] = field(default_factory=list)
     margin: list[torch.Tensor] = field(default_factory=list)
+    confidence: list[torch.Tensor] = field(default_factory=list)
     gate: list[torch.Tensor | None] = field(default_factory=list)
     perturbation: float = 0.0
     gradient_count: int = 0
@@ -95,7 +97,8 @@ class ColumnResult:
             self.gate.append(model.gate(attacked.x).cpu() if isinstance(model, Mixture) else None)
         self.prediction.append(logits.argmax(1).cpu())
         self.margin.append(margin(logits, y).cpu())
-        ball = Ball(attacked.column.norm, attacked.column.epsilon or 0)
+        self.confidence.append(logits.softmax(1).amax(1).cpu())
+        ball = Ball(attacked.column.norm or "linf", attacked.column.epsilon or 0)
         self.perturbation = max(self.perturbation, float(ball.distance(x, attacked.x).max()))
         self.gradient_count += attacked.gradient_count
 
@@ -107,7 +110,7 @@ def evaluate(
     x_test: np.ndarray[Any, Any],
     y_test: np.ndarray[Any, Any],
     evaluation: Evaluation,
-    threat: Threat,
+    threats: Sequence[Threat],
     *,
     seed: int,
     device: torch.device,
@@ -126,7 +129,7 @@ def evaluate(
         x_test, y_test: the shard's images, uint8 or float32 in [0, 1], shape (n, channels, height, width), and
             integer labels.
         evaluation: strengths and iterations.
-        threat: the threat model.
+        threats: the threat models; the random starts of each are the same, whether there are others or not.
         seed: of the random starts.
         device: that computes.
         first: index of the shard's first image in the test set.
@@ -140,20 +143,25 @@ def evaluate(
         NotLogits: if a model returns NaN or probabilities.
     """
     frozen_models = {other: frozen(model) for other, model in models.items()}
-    listed = columns(evaluation, threat, suite)
+    listed = columns(evaluation, threats, suite)
     results = {(name, column): ColumnResult() for column in listed}
     run: Callable[[Batch], Iterator[Attacked]] = pkgutil.resolve_name(SUITES[suite].run)
     for start in range(0, len(y_test), evaluation.batch_size):
         x, y = _on_device(x_test, y_test, slice(start, start + evaluation.batch_size), device)
         examples = range(first + start, first + start + len(y))
-        batch = Batch(evaluation, threat, listed, frozen_models, name, x, y, _generators(seed, name, suite, examples))
-        clock = time.perf_counter()
-        for attacked in run(batch):
-            model = attacked.model or name
-            result = results.setdefault((model, attacked.column), ColumnResult())
-            result.record(frozen_models[model], attacked, x, y)
-            result.seconds += time.perf_counter() - clock
+        pending = listed
+        for threat in threats:
+            own = [column for column in SUITES[suite].columns(evaluation, threat) if column in pending]
+            pending = [column for column in pending if column not in own]
+            generators = _generators(seed, name, suite, examples)
+            batch = Batch(evaluation, threat, own, frozen_models, name, x, y, generators)
             clock = time.perf_counter()
+            for attacked in run(batch) if own else ():
+                model = attacked.model or name
+                result = results.setdefault((model, attacked.column), ColumnResult())
+                result.record(frozen_models[model], attacked, x, y)
+                result.seconds += time.perf_counter() - clock
+                clock = time.perf_counter()
         on_batch(len(y))
     rows: list[dict[str, Any]] = []
     predictions: list[dict[str, Any]] = []
@@ -219,12 +227,13 @@ def _predictions(
     row: Mapping[str, Any], result: ColumnResult, y_test: np.ndarray[Any, Any], first: int
 ) -> Iterator[dict[str, Any]]:
     """A row of `predictions` for each image."""
-    keys = {key: row[key] for key in ("model", "attack", "source", "epsilon", "steps")}
+    keys = {key: row[key] for key in ("model", "attack", "source", "norm", "epsilon", "steps")}
     gates = [
         gate
         for part, batch in zip(result.gate, result.prediction, strict=True)
         for gate in (part.tolist() if part is not None else [None] * len(batch))
     ]
-    predicted, margins = torch.cat(result.prediction).tolist(), torch.cat(result.margin).tolist()
-    for i, (label, prediction, value, gate) in enumerate(zip(y_test.tolist(), predicted, margins, gates, strict=True)):
-        yield {**keys, "example": first + i, "label": label, "prediction": prediction, "margin": value, "gate": gate}
+    values = (torch.cat(parts).tolist() for parts in (result.prediction, result.margin, result.confidence))
+    names = ("example", "label", "prediction", "margin", "confidence", "gate")
+    for entry in zip(range(first, first + len(y_test)), y_test.tolist(), *values, gates, strict=True):
+        yield keys | dict(zip(names, entry, strict=True))

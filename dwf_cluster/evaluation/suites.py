@@ -30,9 +30,8 @@ def paper(batch: Batch) -> Iterator[Attacked]:
     sample and a deterministic model, the adaptive column; their logits come with the gradients.
     """
     model, evaluation, x, y = batch.model, batch.evaluation, batch.x, batch.y
-    clean, *others = batch.columns
-    *_, restarted, adaptive = others
-    ball, step_size = Ball("linf", batch.threat.epsilon), batch.threat.step_size
+    *others, restarted, adaptive = batch.columns
+    ball, step_size = Ball(batch.threat.norm, batch.threat.epsilon), batch.threat.step_size
     by_steps = {column.steps: column for column in others if column.attack == "pgd"}
     is_one_run = evaluation.eot == 1
     steps = max(longest_pgd(evaluation), evaluation.restart_steps, evaluation.adaptive_steps if is_one_run else 0)
@@ -41,9 +40,10 @@ def paper(batch: Batch) -> Iterator[Attacked]:
     first = next(run)
     assert first.logits is not None
     assert first.gradient is not None
-    yield Attacked(clean, x, first.logits)
     count, worst = first.gradient_count, WorstCase(model, x, y, first.logits, batch.generators)
     for column in others:
+        if column.attack == "clean":
+            yield Attacked(column, x, first.logits)
         if column.attack == "fgsm":
             assert column.epsilon is not None
             yield Attacked(column, fgsm(x, first.gradient, column.epsilon), None, count)
@@ -94,7 +94,7 @@ def pgd_variant(batch: Batch) -> Iterator[Attacked]:
             batch.model,
             batch.x,
             batch.y,
-            Ball(column.norm, column.epsilon),
+            Ball(column.norm or "linf", column.epsilon),
             step_size=column.step_size,
             steps=column.steps,
             objective=carlini_wagner if column.attack == "pgd_cw" else cross_entropy,
@@ -107,7 +107,7 @@ def pgd_variant(batch: Batch) -> Iterator[Attacked]:
 def auto_pgd(batch: Batch) -> Iterator[Attacked]:
     """APGD on cross-entropy, in the ball of its column."""
     (column,) = batch.columns
-    ball, steps, model = Ball(column.norm, column.epsilon or 0), batch.evaluation.apgd_steps, batch.model
+    ball, steps, model = Ball(column.norm or "linf", column.epsilon or 0), batch.evaluation.apgd_steps, batch.model
     worst = _worst_case(batch)
     worst.attack(lambda rest: apgd_attack(model, rest.x, rest.y, ball, rest.generators, steps=steps))
     yield Attacked(column, worst.x, worst.logits, worst.gradient_count)
@@ -133,7 +133,7 @@ def autoattack(batch: Batch) -> Iterator[Attacked]:
 def pgd_gate(batch: Batch) -> Iterator[Attacked]:
     """PGD that aims at the gate of a mixture too."""
     (column,) = batch.columns
-    model, ball, steps = batch.model, Ball("linf", batch.threat.epsilon), batch.evaluation.adaptive_steps
+    model, ball, steps = batch.model, Ball(batch.threat.norm, batch.threat.epsilon), batch.evaluation.adaptive_steps
     aimed = functools.partial(
         pgd, step_size=batch.threat.step_size, steps=steps, objective=gate_aimed, drop_fooled=True
     )
@@ -145,7 +145,7 @@ def pgd_gate(batch: Batch) -> Iterator[Attacked]:
 def pgd_expert(batch: Batch) -> Iterator[Attacked]:
     """PGD on each expert of a mixture; what fools the expert is tried on the mixture."""
     (column,) = batch.columns
-    ball, steps = Ball("linf", batch.threat.epsilon), batch.evaluation.adaptive_steps
+    ball, steps = Ball(batch.threat.norm, batch.threat.epsilon), batch.evaluation.adaptive_steps
     run = functools.partial(pgd, step_size=batch.threat.step_size, steps=steps)
     worst = _worst_case(batch)
     for expert in batch.model.experts:  # type: ignore[union-attr]

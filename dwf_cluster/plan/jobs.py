@@ -283,7 +283,7 @@ def stored_bytes(experiments: Sequence[Experiment], sizes: Sizes) -> tuple[float
         in_tables += _FILE_BYTES * (1 + len(job.tables))
         if job.suite is not None:
             others = len(experiment.models) - 1 if job.tests_transfer else 0
-            listed = columns(experiment.evaluation, experiment.threat, job.suite)
+            listed = columns(experiment.evaluation, experiment.threats, job.suite)
             rows = (len(listed) + others) * (job.stop - job.first)
             in_tables += rows * (_ROW_BYTES + (4 * spec.networks if has_gate else 0))
         elif not job.copy_of:

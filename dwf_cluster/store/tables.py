@@ -13,6 +13,7 @@ from dataclasses import asdict
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from dwf_cluster.store.files import Store
@@ -33,6 +34,7 @@ COLUMN = [
     ("model", pa.string()),
     ("attack", pa.string()),
     ("source", pa.string()),
+    ("norm", pa.string()),
     ("epsilon", pa.float64()),
     ("step_size", pa.float64()),
     ("steps", pa.int64()),
@@ -82,12 +84,14 @@ SCHEMAS: Mapping[str, pa.Schema] = {
         ("model", pa.string()),
         ("attack", pa.string()),
         ("source", pa.string()),
+        ("norm", pa.string()),
         ("epsilon", pa.float64()),
         ("steps", pa.int64()),
         ("example", pa.int64()),
         ("label", pa.int64()),
         ("prediction", pa.int64()),
         ("margin", pa.float32()),
+        ("confidence", pa.float32()),
         ("gate", pa.list_(pa.float32())),
     ),
     "checks": _schema(
@@ -250,9 +254,19 @@ def _read_file(store: Store, table: str, file: str) -> pa.Table:
         rows = parquet.read(use_threads=False)
         # Columns that the file lacks, because an older version wrote it, become null.
         merged = pa.concat_tables([schema.empty_table(), rows], promote_options="permissive")
-        return merged.select(schema.names).cast(schema)
+        return with_norm(merged.select(schema.names).cast(schema))
     except pa.ArrowException as error:
         raise _damaged(store, table, file, str(error).strip().splitlines()[0]) from None
+
+
+def with_norm(rows: pa.Table) -> pa.Table:
+    """Rows that an earlier version wrote have no norm: it follows from the attack."""
+    if not {"attack", "norm"} <= set(rows.column_names) or not rows["norm"].null_count:
+        return rows
+    was_l2 = pc.is_in(rows["attack"], pa.array(["pgd_l2", "apgd_l2"]))
+    was_linf = pc.and_not(pc.not_equal(rows["attack"], "clean"), was_l2)
+    norm = pc.coalesce(rows["norm"], pc.case_when(pc.make_struct(was_l2, was_linf), "l2", "linf"))
+    return rows.set_column(rows.schema.get_field_index("norm"), "norm", norm)
 
 
 def _damaged(store: Store, table: str, file: str, reason: str) -> StorageFailed:

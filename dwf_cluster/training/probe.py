@@ -10,7 +10,7 @@ from dwf_cluster.attacks.ball import Ball
 from dwf_cluster.attacks.gradient import predict
 from dwf_cluster.attacks.pgd import pgd
 from dwf_cluster.data.device import DeviceImages, to_float
-from dwf_cluster.evaluation.registry import Threat
+from dwf_cluster.evaluation.settings import Threat
 from dwf_cluster.models.frozen import frozen
 
 
@@ -33,7 +33,7 @@ def run_probe(model: nn.Module, images: DeviceImages, probe: Probe) -> tuple[flo
     """Accuracy (0..1) on the first test images, clean and under the probe's PGD."""
     frozen_model = frozen(model)
     x, y = to_float(images.x_test[: probe.examples]), images.y_test[: probe.examples]
-    ball = Ball("linf", probe.threat.epsilon)
+    ball = Ball(probe.threat.norm, probe.threat.epsilon)
     first, *_, last = pgd(frozen_model, x, y, ball, step_size=probe.threat.step_size, steps=probe.steps)
     assert first.logits is not None
     clean, robust = (float((z.argmax(1) == y).double().mean()) for z in (first.logits, predict(frozen_model, last.x)))

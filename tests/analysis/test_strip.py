@@ -56,7 +56,7 @@ def test_the_strip_shows_what_the_evaluation_measures(folder: Path, experiment: 
         images.x_test,
         images.y_test,
         experiment.evaluation,
-        experiment.threat,
+        experiment.threats,
         seed=experiment.seed,
         device=torch.device("cpu"),
     )

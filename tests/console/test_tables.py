@@ -29,7 +29,7 @@ def _write_evaluations(store: Store, experiment: Experiment) -> None:
     for number, spec in enumerate(experiment.models, 1):
         accuracy = 0.1 * number
         for suite in experiment.suites(spec):
-            listed = columns(evaluation, threat, suite) if suite != CHECKS else []
+            listed = columns(evaluation, experiment.threats, suite) if suite != CHECKS else []
             rows += [{"model": spec.name, **c.settings, "examples": 40, "accuracy": accuracy} for c in listed]
         made_on = transfer_column(evaluation, threat, spec.name)
         others = [name for name in experiment.names if name != spec.name]

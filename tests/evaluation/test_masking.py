@@ -14,7 +14,7 @@ from torch import nn
 from dwf_cluster.data.device import to_float
 from dwf_cluster.data.sources import Images, load
 from dwf_cluster.evaluation.masking import Check, Inspection, masking
-from dwf_cluster.evaluation.registry import Threat
+from dwf_cluster.evaluation.settings import Threat
 from dwf_cluster.models.frozen import frozen
 from dwf_cluster.models.resnet import ResNet18
 from dwf_cluster.presets import build

@@ -87,7 +87,7 @@ def _evaluate(
     y: np.ndarray[Any, Any],
     first: int = 0,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    settings = (experiment.evaluation, experiment.threat)
+    settings = (experiment.evaluation, experiment.threats)
     return evaluate(models, name, suite, x, y, *settings, seed=experiment.seed, device=CPU, first=first)
 
 
@@ -112,7 +112,7 @@ def test_every_column_of_every_suite_counts_its_correct_predictions(
         rows, predictions = _evaluated(everything, images, name, suite)
         attacked = [row for row in rows if row["attack"] != "transfer"]
         assert [{key: row[key] for key in Column("clean").settings} for row in attacked] == [
-            column.settings for column in columns(everything.evaluation, everything.threat, suite)
+            column.settings for column in columns(everything.evaluation, everything.threats, suite)
         ]
         for row in rows:
             own = _own(predictions, row)

@@ -52,7 +52,7 @@ def test_a_run_stores_checkpoints_tables_and_the_experiment(
     metrics = pd.read_parquet(folder / "results" / "metrics")
     assert metrics.groupby("model").epoch.apply(list).to_dict() == {model: [1, 2, 3] for model in MODELS}
     evaluations = pd.read_parquet(folder / "results" / "evaluations")
-    own = sum(len(columns(experiment.evaluation, experiment.threat, suite)) for suite in _suites(experiment))
+    own = sum(len(columns(experiment.evaluation, experiment.threats, suite)) for suite in _suites(experiment))
     transferred = len(MODELS) * (len(MODELS) - 1)
     assert len(evaluations) == own + transferred
     assert set(evaluations.examples) == {40}
