@@ -26,7 +26,7 @@ from dwf_cluster.experiment import Experiment
 from dwf_cluster.pipeline import sweep as sweeps
 from dwf_cluster.pipeline import trials
 from dwf_cluster.pipeline.stages import Connection, StageFailed
-from dwf_cluster.pipeline.trial_table import TrialTable
+from dwf_cluster.pipeline.trial_table import TrialTable, column_names, headline
 from dwf_cluster.plan.jobs import Job, deduplicate, jobs
 from dwf_cluster.plan.resources import Resources
 from dwf_cluster.presets import build
@@ -155,6 +155,24 @@ def test_a_defence_without_parents_is_swept_too(tmp_path: Path, monkeypatch: pyt
     running._run_trials(sweep.trials)
     assert started == names
     assert {job.name for job in running._running.values()} == {"expert pgd-at"}
+
+
+@pytest.mark.parametrize(
+    ("varied", "names"),
+    [
+        ("pgd.epsilon=0.05 pgd.epsilon=0.15", ["pgd 2 @0.05", "pgd 2 @0.15"]),
+        ("pgd.step_size=0.03 pgd.step_size=0.04", ["pgd 2 step_size=0.03", "pgd 2 step_size=0.04"]),
+        ("pgd.epsilon=0.05 pgd.epsilon=0.15 evaluation.epsilon=0.1 evaluation.step_size=0.02", ["pgd 2"]),
+        ("gate.kind=soft gate.kind=hard", ["pgd 2"]),
+    ],
+)
+def test_accuracies_under_different_attacks_are_in_different_columns(varied: str, names: list[str]) -> None:
+    experiments = [trial.experiment for trial in _sweep(*varied.split()).trials]
+    columns = column_names(experiments)
+    assert len(set(columns.values())) == len(columns)
+    assert [name for column, name in columns.items() if (column.attack, column.steps) == ("pgd", 2)] == names
+    assert [name for name in headline(dict.fromkeys(columns.values(), 0.0)) if name.startswith("pgd ")] == names
+    assert columns[experiments[0].columns[0]] == "clean"
 
 
 # ------------------------------------------------------------------------------------------ ASHA and seeds
