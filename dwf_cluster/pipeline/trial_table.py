@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dwf_cluster.evaluation.column import Column, titles
+from dwf_cluster.evaluation.registry import WORST_CASE
 from dwf_cluster.experiment import Experiment
 from dwf_cluster.pipeline.sweep import Sweep, Trial
 from dwf_cluster.settings import to_text
@@ -106,21 +107,25 @@ def column_names(experiments: Iterable[Experiment]) -> dict[Column, str]:
 
 
 def results(experiment: Experiment, store: Store) -> dict[Column, float]:
-    """Accuracy (0..1) of the defended model in each column; empty before all of them exist."""
+    """Accuracy (0..1) of the defended model in each column; empty before all of them exist.
+
+    The worst case may still be missing: it counts images that are made on models that are evaluated later.
+    """
     columns = {tuple(column.settings.values()): column for column in experiment.columns}
     keys, defended = list(experiment.columns[0].settings), experiment.defended.name
     rows = tables.read(store, "evaluations").to_pylist()
     accuracies = {tuple(row[key] for key in keys): row["accuracy"] for row in rows if row["model"] == defended}
-    if not accuracies.keys() >= columns.keys():
+    if not accuracies.keys() >= {values for values, column in columns.items() if column.attack != WORST_CASE}:
         return {}
-    return {column: accuracies[values] for values, column in columns.items()}
+    return {column: accuracies[values] for values, column in columns.items() if values in accuracies}
 
 
 def headline(accuracies: Mapping[str, float]) -> dict[str, float]:
-    """The results of a trial that fit on a line: clean, the longest PGD, with restarts, adaptive."""
-    *_, longest = ["", *(_attack(title) for title in accuracies if title.startswith("pgd "))]
-    chosen = ("clean", longest)
-    return {t: a for t, a in accuracies.items() if _attack(t) in chosen or t.startswith(("restarts ", "adaptive "))}
+    """The results of a trial that fit on a line: clean, the worst case, the longest PGD, with restarts, adaptive."""
+    *_, longest = ["", *(_attack(name) for name in accuracies if name.startswith("pgd "))]
+    first = [name for name in accuracies if _attack(name) in ("clean", WORST_CASE)]
+    others = [n for n in accuracies if _attack(n) == longest or n.startswith(("restarts ", "adaptive "))]
+    return {name: accuracies[name] for name in (*first, *others)}
 
 
 def _attack(name: str) -> str:
