@@ -1,6 +1,6 @@
 """The settings of a sweep beside each other: accuracies of their defended models, and paired tests between them.
 
-A *setting* is a group of experiments that differ only in their seed; those of a sweep, or any others of one storage.
+A *setting* is a group of experiments that differ only in their seed, of a sweep or not.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Setting:
 
     Attributes:
         group: the experiments.
-        measured: its rows of `tables.accuracies`.
+        measured: result of `tables.accuracies`.
         correct: by `clean` and the name of the worst case (`statistics.primary_columns`): 1 correct, 0 wrong, -1 not
             tested, shape (seeds, examples). Without those that were not measured.
     """
@@ -57,7 +57,7 @@ class Setting:
         correct = {
             key.attack: predictions.correct[model, key] for model, key in cells if (model, key) in predictions.correct
         }
-        return Setting(group, measured[measured.model == group.defended], correct)
+        return Setting(group, measured, correct)
 
     @property
     def threat(self) -> Threat:
@@ -117,7 +117,7 @@ def _headline(setting: Setting) -> dict[tuple[str, tuple[str, float] | None], An
     threat = setting.threat
     ball = threat.norm, threat.epsilon
     rows: dict[tuple[str, tuple[str, float] | None], Any] = {}
-    for row in each(setting.measured):
+    for row in each(setting.measured[setting.measured.model == setting.group.defended]):
         key = key_of_row(row)
         if key.attack == CLEAN:
             rows[CLEAN, None] = row
@@ -203,7 +203,7 @@ def _notes(
     ]
     if INCOMPLETE in cells:
         notes.append(
-            "Incomplete: the two settings are not measured with the same seeds on the same images; they are not compared."
+            "Incomplete: the two settings are not measured with the same seeds on the same images, and not compared."
         )
     if OTHER_ATTACK in cells:
         notes.append(

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dwf_cluster.evaluation.column import Column, titles
+from dwf_cluster.evaluation.column import Column, titled
 from dwf_cluster.evaluation.registry import WORST_CASE
 from dwf_cluster.experiment import Experiment
 from dwf_cluster.pipeline.sweep import Sweep, Trial
@@ -92,8 +93,8 @@ def column_names(experiments: Iterable[Experiment]) -> dict[Column, str]:
     Trials may be attacked in different balls or with different steps, as those of a sweep over `pgd.epsilon` without
     `evaluation.epsilon`: `pgd 40 @0.05` and `pgd 40 @0.15`.
     """
-    columns = dict.fromkeys(column for experiment in experiments for column in experiment.columns)
-    names = {column: " ".join(title.split()) for column, title in titles(columns).items()}
+    columns = titled(column for experiment in experiments for column in experiment.columns)
+    names = {column: " ".join(column.title.split()) for column in columns}
     same: dict[str, list[Column]] = {}
     for column, name in names.items():
         same.setdefault(name, []).append(column)
@@ -130,4 +131,4 @@ def headline(accuracies: Mapping[str, float]) -> dict[str, float]:
 
 def _attack(name: str) -> str:
     """The name of a column without what `column_names` adds to tell columns of one attack apart."""
-    return " ".join(part for part in name.split() if not part.startswith("@") and "=" not in part)
+    return re.split(r" (?=@|\w+=)", name)[0]
