@@ -183,26 +183,23 @@ def measure(
     rows, name = Rows(), MODEL
     options: dict[str, Any] = {"seed": seed, "device": subject.device}
     networks = len(subject.model.experts) if isinstance(subject.model, Mixture) else 1
-    checked = min(len(subject.y), evaluation.check_examples)
     costs = {suite: SUITES[suite].cost(evaluation, networks) for suite in suites}
-    total = sum(cost * (checked if suite == CHECKS else len(subject.y)) for suite, cost in costs.items())
+    examples = {suite: min(len(subject.y), SUITES[suite].examples(evaluation) or len(subject.y)) for suite in suites}
+    total = sum(cost * examples[suite] for suite, cost in costs.items())
     with _bar(progress, total) as advance:
         for suite in suites:
             advance(suite, 0)
+            x, y = subject.x[: examples[suite]], subject.y[: examples[suite]]
             if suite == CHECKS:
-                rows.checks.extend(
-                    run.check(
-                        subject.model, name, subject.x[:checked], subject.y[:checked], evaluation, threats[0], **options
-                    )
-                )
-                advance(suite, costs[suite] * checked)
+                rows.checks.extend(run.check(subject.model, name, x, y, evaluation, threats[0], **options))
+                advance(suite, costs[suite] * len(y))
                 continue
             shards, predictions = run.evaluate(
                 {name: subject.model},
                 name,
                 suite,
-                subject.x,
-                subject.y,
+                x,
+                y,
                 evaluation,
                 threats,
                 **options,

@@ -77,6 +77,7 @@ class Suite:
         needs_gate: whether it attacks `experts` and `gate` of a model, so that only models with a gate are measured.
         classes: the fewest classes that it is defined for.
         norms: that its columns can have; the first one if they do not follow the threat model.
+        examples: of the settings, how many test images it is measured on, the first ones; None: all.
     """
 
     run: str
@@ -85,6 +86,7 @@ class Suite:
     needs_gate: bool = False
     classes: int = 2
     norms: tuple[Norm, ...] = ("linf",)
+    examples: Callable[[Evaluation], int | None] = lambda evaluation: None
 
 
 def _in_ball(
@@ -180,6 +182,7 @@ SUITES: Mapping[str, Suite] = {
         lambda e, threat: [],
         lambda e, networks: 2 * 7 * e.probe_steps + CHECK_QUERIES,
         norms=_ANY,
+        examples=lambda e: e.check_examples,
     ),
 }
 """Suites by name, in the order of the result table."""

@@ -139,7 +139,7 @@ def jobs(experiment: Experiment, stage: str, sizes: Sizes) -> list[Job]:
 def _evaluations(job: Callable[..., Job], experiment: Experiment, spec: ModelSpec, sizes: Sizes) -> Iterator[Job]:
     for suite in experiment.suites(spec):
         cost = _passes(experiment, suite, spec) * spec.networks
-        test = min(sizes.test, experiment.evaluation.check_examples) if suite == CHECKS else sizes.test
+        test = min(sizes.test, SUITES[suite].examples(experiment.evaluation) or sizes.test)
         size = test if suite == CHECKS else _shard_size(experiment, spec, cost, sizes)
         for first in range(0, test, size):
             stop = min(first + size, test)
