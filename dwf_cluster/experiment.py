@@ -42,6 +42,11 @@ ADDED_LATER = frozenset(
         "evaluation.l1_epsilon",
         "evaluation.l1_step_size",
         "evaluation.autoattack_examples",
+        "evaluation.targets",
+        "evaluation.curve_examples",
+        "evaluation.curve_multiples",
+        "evaluation.curve_steps",
+        "evaluation.curve_restarts",
     }
 )
 """Fields that were added after results were published: at their defaults they are no part of the signature."""
@@ -131,7 +136,8 @@ class Experiment(Settings):
             values = fields
             for parent in parents:
                 settings, values = settings.model_fields[parent].annotation, values[parent]
-            if values[leaf] == settings.model_fields[leaf].default:
+            default = settings.model_fields[leaf].default
+            if values[leaf] == (list(default) if isinstance(default, tuple) else default):  # as in JSON
                 del values[leaf]
         return _digest(fields)[:10]
 
@@ -146,7 +152,12 @@ class Experiment(Settings):
                 "seed": fields["seed"],
                 "data": fields["data"],
                 "model": {**asdict(self.spec(name)), "training": self.spec(name).training.model_dump(mode="json")},
-                "probe": (asdict(self.threat), evaluation.probe_examples, evaluation.probe_steps),
+                "probe": (
+                    asdict(self.threat),
+                    evaluation.probe_examples,
+                    evaluation.probe_steps,
+                    evaluation.random_start,
+                ),
             }
         )
 

@@ -267,7 +267,7 @@ def test_a_random_model_has_equal_results_with_equal_seeds(network: nn.Module) -
 
 X, Y = torch.rand(4, 1, 8, 8), torch.arange(4)
 REFUSALS: list[tuple[str, dict[str, Any]]] = [
-    ("norm: 'l1' .* linf, l2", {"norm": "l1"}),
+    ("norm: 'l3' .* linf, l2, l1", {"norm": "l3"}),
     ("epsilon: 0 ", {"epsilon": 0}),
     ("epsilon: nan ", {"epsilon": float("nan")}),
     ("epsilon: 8 .* up to 1", {"epsilon": 8}),
@@ -275,7 +275,7 @@ REFUSALS: list[tuple[str, dict[str, Any]]] = [
     ("suites: 'papr' .* paper", {"suites": ("papr",)}),
     ("suites: 'transfer' ", {"suites": ("transfer",)}),
     ("suites: none", {"suites": ()}),
-    ("suites: 'paper' .* norm l2 are pgd_l2, apgd_l2", {"norm": "l2"}),
+    ("suites: 'square' .* norm l2 are paper, .* apgd_l2", {"norm": "l2", "suites": ("square",)}),
     ("suites: 'pgd_l2' .* norm linf", {"suites": ("pgd_l2",)}),
     ("suites: 'pgd_gate' .* no experts and gate", {"suites": ("pgd_gate",)}),
     ("seed: -1 ", {"seed": -1}),

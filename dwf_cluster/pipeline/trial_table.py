@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from dwf_cluster.evaluation.column import Column, titled
 from dwf_cluster.experiment import Experiment
 from dwf_cluster.pipeline.sweep import Sweep, Trial
 from dwf_cluster.settings import to_text
@@ -27,6 +29,7 @@ class TrialTable:
         """Read the table in the store, if there is one."""
         self._store = Store(storage, sweep.folder)
         self._rows = {trial.name: self._row(trial) for trial in sweep.trials}
+        self._titles = _titles(sweep.trials)
         for row in self._stored_rows():
             if row.get("state") == STOPPED_EARLY and row.get("trial") in self._rows:
                 self.record(row["trial"], STOPPED_EARLY)
@@ -35,8 +38,9 @@ class TrialTable:
                 self.record(trial.name, "done", accuracies)
 
     def record(self, trial: str, state: str, accuracies: Mapping[str, float] | None = None) -> None:
-        """Set the state of a trial, and add its results."""
-        self._rows[trial] |= {"state": state, **(accuracies or {})}
+        """Set the state of a trial, and add its results, the return value of `results`."""
+        titles = self._titles[trial]
+        self._rows[trial] |= {"state": state, **{titles[title]: value for title, value in (accuracies or {}).items()}}
 
     def is_stopped_early(self, trial: Trial) -> bool:
         """Whether ASHA has stopped it, in this run or before."""
@@ -81,13 +85,27 @@ class TrialTable:
         }
 
 
+def _titles(trials: Sequence[Trial]) -> dict[str, dict[str, str]]:
+    """For each trial, the titles of its columns, and their titles in a table of all trials.
+
+    Trials that are evaluated at different epsilons have columns of their own.
+    """
+    listed = {trial.name: trial.experiment.columns for trial in trials}
+    together = {column: column for column in titled(chain.from_iterable(listed.values()))}
+    return {name: {_one_line(c): _one_line(together[c]) for c in columns} for name, columns in listed.items()}
+
+
+def _one_line(column: Column) -> str:
+    return column.title.replace("\n", " ").strip()
+
+
 def results(experiment: Experiment, store: Store) -> dict[str, float]:
     """Accuracy (0..1) of the defended model in each column, by the column's title; empty before all of them exist."""
     columns = experiment.columns
     keys, defended = list(columns[0].settings), experiment.defended.name
     rows = tables.read(store, "evaluations").to_pylist()
     accuracies = {tuple(row[key] for key in keys): row["accuracy"] for row in rows if row["model"] == defended}
-    settings = {column.title.replace("\n", " ").strip(): tuple(column.settings.values()) for column in columns}
+    settings = {_one_line(column): tuple(column.settings.values()) for column in columns}
     if not accuracies.keys() >= set(settings.values()):
         return {}
     return {title: accuracies[values] for title, values in settings.items()}
@@ -95,5 +113,6 @@ def results(experiment: Experiment, store: Store) -> dict[str, float]:
 
 def headline(accuracies: Mapping[str, float]) -> dict[str, float]:
     """The results of a trial that fit on a line: clean, the longest PGD, with restarts, adaptive."""
-    *_, longest = ["", *(title for title in accuracies if title.startswith("pgd "))]
-    return {t: a for t, a in accuracies.items() if t in ("clean", longest) or t.startswith(("restarts ", "adaptive "))}
+    longest = max((int(title.split()[1]) for title in accuracies if title.startswith("pgd ")), default=0)
+    shown = (f"pgd {longest} ", "restarts ", "adaptive ")  # at each epsilon
+    return {t: a for t, a in accuracies.items() if t == "clean" or f"{t} ".startswith(shown)}
