@@ -113,6 +113,7 @@ def _experiment(options: argparse.Namespace) -> Experiment:
     fields = {
         f"{prefix}epsilon": options.epsilon,
         f"{prefix}step_size": options.step_size,
+        "evaluation.norm": options.norm,
         "evaluation.batch_size": options.batch_size,
         "data.test_examples": options.examples,
         "evaluation.beyond": ",".join(name for name in suites if name not in (PAPER, CHECKS)),
