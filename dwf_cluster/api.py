@@ -21,8 +21,8 @@ from dwf_cluster.data.registry import DATASETS, Data, ImageFormat
 from dwf_cluster.data.sources import load as load_images
 from dwf_cluster.defences.build import trained
 from dwf_cluster.evaluation import run
-from dwf_cluster.evaluation.merge import merged_rows
-from dwf_cluster.evaluation.registry import CHECKS, SUITES
+from dwf_cluster.evaluation.merge import merged_rows, worst_case_rows
+from dwf_cluster.evaluation.registry import CHECKS, PAPER, SUITES
 from dwf_cluster.evaluation.settings import Evaluation, Norm, Threat
 from dwf_cluster.evaluation.subject import Subject, isolated, kept, prepare
 from dwf_cluster.experiment import Experiment
@@ -43,8 +43,10 @@ class Result:
     """The result of `evaluate`: pandas frames with the columns of docs/results.md, without those of an experiment.
 
     Attributes:
-        evaluations: a row for each column of the suites: accuracy, its 95 % Wilson interval, gradients, seconds.
-        predictions: a row for each column and image: label, prediction, margin.
+        evaluations: a row for each column of the suites: accuracy, its 95 % Wilson interval, gradients, seconds. The
+            last row is `worst_case`: an image counts as correct if it resists every one of these attacks whose norm is
+            `norm` and whose epsilon is at most `epsilon`, and is classified correctly where clean images were tested.
+        predictions: a row for each column and image: label, prediction, margin, confidence.
         checks: a row for each check for gradient masking; `fired` marks a sign.
     """
 
@@ -95,13 +97,17 @@ def evaluate(
     own: dict[str, Any] = (
         {} if norm == "linf" else {f"{norm}_epsilon": threat.epsilon, f"{norm}_step_size": threat.step_size}
     )
-    evaluation = Evaluation(**own, batch_size=batch_size)
+    beyond = tuple(name for name in names if name not in (PAPER, CHECKS))
+    evaluation = Evaluation(**own, beyond=beyond, batch_size=batch_size)
     seed = _integer("seed", seed, 0, 2**31 - 1)
     with isolated(seed), kept(model):
         subject = prepare(model, x, y, device, evaluation.batch_size)
         rows = measure(subject, names, evaluation, (threat,), seed, progress)
-    evaluations = _frame("evaluations", merged_rows(rows.shards))
-    return Result(evaluations, _frame("predictions", rows.predictions), _frame("checks", rows.checks))
+    shards, predicted = _table("shards", rows.shards), _table("predictions", rows.predictions)
+    worst, worst_predictions = worst_case_rows(shards, predicted, MODEL, (threat,))
+    evaluations = _table("evaluations", [*merged_rows(rows.shards), *worst])
+    predictions = _table("predictions", [*rows.predictions, *worst_predictions])
+    return Result(evaluations.to_pandas(), predictions.to_pandas(), _table("checks", rows.checks).to_pandas())
 
 
 def load(folder: str | Path, name: str | None = None) -> nn.Module:
@@ -264,11 +270,11 @@ def _integer(name: str, value: int, smallest: int, largest: int) -> int:
     return int(value)
 
 
-def _frame(table: str, rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+def _table(table: str, rows: Sequence[Mapping[str, Any]]) -> pa.Table:
+    """Rows of a table, without the columns that say which experiment they belong to."""
     labels = {label.name for label in fields(RowLabels)}
     schema = pa.schema([column for column in tables.SCHEMAS[table] if column.name not in labels])
-    frame: pd.DataFrame = pa.Table.from_pylist(list(rows), schema=schema).to_pandas()
-    return frame
+    return pa.Table.from_pylist(list(rows), schema=schema)
 
 
 @contextmanager

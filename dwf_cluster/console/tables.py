@@ -159,9 +159,15 @@ def results(console: Console, experiment: Experiment, store: Store) -> None:
 
 
 def result_table(experiment: Experiment, store: Store) -> Table:
-    """Accuracy in percent of each model (down) in each column (across), from the table `evaluations`."""
+    """Accuracy in percent of each model (down) in each column (across), from the table `evaluations`.
+
+    Columns that no model was measured in, such as those that a later version has added, are left out.
+    """
     headings = {column: column.title for column in experiment.columns}
-    return _accuracies(experiment, store, "Accuracy in percent", headings)
+    table = _accuracies(experiment, store, "Accuracy in percent", headings)
+    table.columns[1:] = [column for column in table.columns[1:] if any(column.cells)]
+    table.caption, table.caption_justify = "\n".join(experiment.column_notes) or None, "left"
+    return table
 
 
 def transfer_table(experiment: Experiment, store: Store, threat: Threat) -> Table:
@@ -176,7 +182,7 @@ def _accuracies(experiment: Experiment, store: Store, title: str, headings: Mapp
     rows = tables.read(store, "evaluations").to_pylist()
     keys = list(next(iter(headings)).settings)
     accuracy = {(row["model"], *(row[key] for key in keys)): row["accuracy"] for row in rows}
-    table = _table(f"{title}, {rows[0]['examples'] if rows else 0} test images")
+    table = _table(f"{title}, {max((row['examples'] for row in rows), default=0)} test images")
     table.add_column("model", no_wrap=True)
     for heading in headings.values():
         table.add_column(heading, justify="right", no_wrap=True)

@@ -20,8 +20,8 @@ class Column:
     """One attack at one strength; null where a setting has no meaning.
 
     Attributes:
-        attack: `clean`, `fgsm`, `pgd`, `pgd_restarts`, `pgd_adaptive`, one of `evaluation.beyond`, or one of the curves
-            `curve_epsilon`, `curve_apgd`, `curve_steps`, `curve_restarts`.
+        attack: `clean`, `fgsm`, `pgd`, `pgd_restarts`, `pgd_adaptive`, one of `evaluation.beyond`, `worst_case`, or one of
+            the curves `curve_epsilon`, `curve_apgd`, `curve_steps`, `curve_restarts`.
         source: for `transfer`, the model that the images were made on.
         epsilon, step_size: radius of the ball and length of one step, in `norm`, pixels in [0, 1].
         steps: iterations; queries for `square`; for `curve_restarts`, the iterations of all starts together.

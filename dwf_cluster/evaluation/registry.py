@@ -7,7 +7,7 @@ masking. To add a check: a function in a file of this folder, and an entry in `C
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from dwf_cluster.evaluation.column import CURVES, curve_columns, curve_cost, in_ball, paper_columns, titled
@@ -22,6 +22,18 @@ PAPER = "paper"
 
 TRANSFER = "transfer"
 """Not a suite: the `paper` suite tests its longest PGD's images on all other models too."""
+
+ROUTE = "pgd_route"
+"""The suite of the attack on expert and routing, which every model that selects one expert is measured by."""
+
+AUTOATTACK = "autoattack"
+"""The suite of AutoAttack, which models of the paper's width are measured by."""
+
+AUTOATTACK_EXAMPLES = 1000
+"""Test images of `autoattack` where neither `evaluation.beyond` nor `evaluation.autoattack_examples` asks for it."""
+
+WORST_CASE = "worst_case"
+"""Not a suite: for each image, the worst case over the model's attacks (`evaluation.worst_case`)."""
 
 CHECK_QUERIES = 300
 """Forward passes of the checks' black-box attack, for one image."""
@@ -60,6 +72,15 @@ def _paper_cost(e: Evaluation, networks: int) -> float:
     return run + len(e.fgsm_epsilons) + 2 * (e.restarts - 1) * e.restart_steps + eot_run + 1
 
 
+def _autoattack_examples(e: Evaluation) -> int | None:
+    return e.autoattack_examples or (None if AUTOATTACK in e.beyond else AUTOATTACK_EXAMPLES)
+
+
+def _over_experts_cost(e: Evaluation, networks: int) -> float:
+    """A run for each expert: each iterate has a gradient of that expert and a pass of the whole model."""
+    return e.adaptive_steps * (2 + networks) + 1
+
+
 _SUITES = "dwf_cluster.evaluation.suites"
 _ANY: tuple[Norm, ...] = ("linf", "l2", "l1")
 
@@ -75,7 +96,14 @@ SUITES: Mapping[str, Suite] = {
     "pgd_expert": Suite(
         f"{_SUITES}:pgd_expert",
         lambda e, threat: [in_ball("pgd_expert", threat, e.adaptive_steps)],
-        lambda e, networks: 2 * e.adaptive_steps + networks,
+        _over_experts_cost,
+        needs_gate=True,
+        norms=_ANY,
+    ),
+    ROUTE: Suite(
+        f"{_SUITES}:pgd_route",
+        lambda e, threat: [in_ball(ROUTE, threat, e.adaptive_steps)],
+        _over_experts_cost,
         needs_gate=True,
         norms=_ANY,
     ),
@@ -129,12 +157,13 @@ SUITES: Mapping[str, Suite] = {
         lambda e, threat: [Column("square", epsilon=threat.epsilon, steps=e.square_queries)],
         lambda e, networks: e.square_queries,
     ),
-    "autoattack": Suite(
+    AUTOATTACK: Suite(
         f"{_SUITES}:autoattack",
-        lambda e, threat: [Column("autoattack", epsilon=threat.epsilon)],
+        lambda e, threat: [Column(AUTOATTACK, epsilon=threat.epsilon)],
         # APGD on one loss and nine targets, FAB on nine, Square.
         lambda e, networks: 2 * 1900 + 900 + 5000,
         classes=4,  # that its targeted difference of logits ratio is defined for
+        examples=_autoattack_examples,
     ),
     "noise": Suite(
         f"{_SUITES}:noise",
@@ -195,14 +224,15 @@ def longest_pgd(evaluation: Evaluation) -> int:
     return max(evaluation.pgd_steps)
 
 
-def suite_names(evaluation: Evaluation, has_gate: bool) -> tuple[str, ...]:
+def suite_names(evaluation: Evaluation, has_gate: bool, default: Iterable[str] = ()) -> tuple[str, ...]:
     """Names of the suites that a model is measured by: the paper's, those of `evaluation.beyond`, the checks.
 
     Args:
         evaluation: the settings.
         has_gate: whether the model has a gate; others are not measured by suites that need one.
+        default: suites that the model is measured by even if `evaluation.beyond` does not name them.
     """
-    extra = dict.fromkeys(name for name in evaluation.beyond if name != TRANSFER)
+    extra = dict.fromkeys(name for name in (*evaluation.beyond, *default) if name != TRANSFER)
     return (PAPER, *(name for name in extra if has_gate or not SUITES[name].needs_gate), CHECKS)
 
 
@@ -211,10 +241,15 @@ def columns(evaluation: Evaluation, threats: Sequence[Threat], suite: str) -> li
     return titled(column for threat in threats for column in SUITES[suite].columns(evaluation, threat))
 
 
-def all_columns(evaluation: Evaluation, threats: Sequence[Threat], has_gate: bool = True) -> list[Column]:
-    """The columns of every suite that a model is measured by, in the order of the result table; without the curves."""
-    names = (name for name in suite_names(evaluation, has_gate) if name != CURVES)
-    return titled(column for name in names for column in columns(evaluation, threats, name))
+def all_columns(evaluation: Evaluation, threats: Sequence[Threat], suites: Iterable[str]) -> list[Column]:
+    """The columns of these suites, in the order of the result table, without the curves; `worst_case` is the last."""
+    listed = [c for suite in suites if suite != CURVES for c in columns(evaluation, threats, suite)]
+    return titled([*listed, *map(worst_case_column, threats)])
+
+
+def worst_case_column(threat: Threat) -> Column:
+    """The column of the worst case over all attacks of a model that stay within a threat model."""
+    return Column(WORST_CASE, epsilon=threat.epsilon, norm=threat.norm)
 
 
 def threat_count(evaluation: Evaluation, threats: Sequence[Threat], suite: str) -> int:

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dwf_cluster.evaluation.column import Column, titled
+from dwf_cluster.evaluation.registry import WORST_CASE
 from dwf_cluster.experiment import Experiment
 from dwf_cluster.pipeline.sweep import Sweep, Trial
 from dwf_cluster.settings import to_text
@@ -100,19 +101,25 @@ def _one_line(column: Column) -> str:
 
 
 def results(experiment: Experiment, store: Store) -> dict[str, float]:
-    """Accuracy (0..1) of the defended model in each column, by the column's title; empty before all of them exist."""
+    """Accuracy (0..1) of the defended model in each column, by the column's title; empty before all of them exist.
+
+    The worst case may still be missing: it counts images that are made on models that are evaluated later.
+    """
     columns = experiment.columns
     keys, defended = list(columns[0].settings), experiment.defended.name
     rows = tables.read(store, "evaluations").to_pylist()
     accuracies = {tuple(row[key] for key in keys): row["accuracy"] for row in rows if row["model"] == defended}
     settings = {_one_line(column): tuple(column.settings.values()) for column in columns}
-    if not accuracies.keys() >= set(settings.values()):
+    attacks = {tuple(column.settings.values()) for column in columns if column.attack != WORST_CASE}
+    if not accuracies.keys() >= attacks:
         return {}
-    return {title: accuracies[values] for title, values in settings.items()}
+    return {title: accuracies[values] for title, values in settings.items() if values in accuracies}
 
 
 def headline(accuracies: Mapping[str, float]) -> dict[str, float]:
-    """The results of a trial that fit on a line: clean, the longest PGD, with restarts, adaptive."""
+    """The results of a trial that fit on a line: clean, worst case, the longest PGD, with restarts, adaptive."""
     longest = max((int(title.split()[1]) for title in accuracies if title.startswith("pgd ")), default=0)
-    shown = (f"pgd {longest} ", "restarts ", "adaptive ")  # at each epsilon
-    return {t: a for t, a in accuracies.items() if t == "clean" or f"{t} ".startswith(shown)}
+    first = [title for title in accuracies if title == "clean" or title.startswith(WORST_CASE)]
+    starts = (f"pgd {longest} ", "restarts ", "adaptive ")  # at each epsilon
+    others = [title for title in accuracies if f"{title} ".startswith(starts)]
+    return {title: accuracies[title] for title in (*first, *others)}
