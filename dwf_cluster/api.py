@@ -19,6 +19,7 @@ from torch import nn
 
 from dwf_cluster.data.registry import DATASETS, Data, ImageFormat
 from dwf_cluster.data.sources import load as load_images
+from dwf_cluster.data.subsets import balanced
 from dwf_cluster.defences.build import trained
 from dwf_cluster.evaluation import run
 from dwf_cluster.evaluation.merge import merged_rows, worst_case_rows
@@ -175,8 +176,13 @@ def measure(
     threats: Sequence[Threat],
     seed: int,
     progress: bool,
+    checked: np.ndarray[Any, Any] | None = None,
 ) -> Rows:
     """Run suites on a model.
+
+    Args:
+        subject, suites, evaluation, threats, seed, progress: as of `evaluate`.
+        checked: indices of the images that are checked for gradient masking; by default a class-balanced draw.
 
     Raises:
         InvalidInput: before any attack, if the model lacks the gate or the classes that a suite needs.
@@ -194,6 +200,7 @@ def measure(
     rows, name = Rows(), MODEL
     options: dict[str, Any] = {"seed": seed, "device": subject.device}
     networks = len(subject.model.experts) if isinstance(subject.model, Mixture) else 1
+    checked = balanced(subject.y, evaluation.check_examples, "checks") if checked is None else checked
     costs = {suite: SUITES[suite].cost(evaluation, networks) for suite in suites}
     examples = {suite: min(len(subject.y), SUITES[suite].examples(evaluation) or len(subject.y)) for suite in suites}
     total = sum(cost * examples[suite] for suite, cost in costs.items())
@@ -202,6 +209,7 @@ def measure(
             advance(suite, 0)
             x, y = subject.x[: examples[suite]], subject.y[: examples[suite]]
             if suite == CHECKS:
+                x, y = subject.x[checked], subject.y[checked]
                 rows.checks.extend(run.check(subject.model, name, x, y, evaluation, threats[0], **options))
                 advance(suite, costs[suite] * len(y))
                 continue

@@ -35,6 +35,9 @@ ADDED_LATER = frozenset(
         "model.backbone",
         "gate.kind",
         "joint.freeze_experts",
+        "data.validation_examples",
+        "experts.keep",
+        "joint.keep",
         "evaluation.norm",
         "evaluation.epsilon",
         "evaluation.step_size",
@@ -85,6 +88,15 @@ class Experiment(Settings):
         names = self.names
         if repeated := next((name for name in names if names.count(name) > 1), None):
             raise ValueError(f"defence and baselines give two models the name {repeated!r}: allowed is one")
+        return self
+
+    @model_validator(mode="after")
+    def _best_needs_validation(self) -> Experiment:
+        for name, training in (("experts", self.experts), ("joint", self.joint)):
+            if training.keep == "best" and self.data.validation_examples is None:
+                raise ValueError(
+                    f"{name}.keep: 'best' cannot be used: it needs data.validation_examples; allowed is last"
+                )
         return self
 
     @property

@@ -27,6 +27,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from dwf_cluster.cluster import failures
 from dwf_cluster.cluster.control import Claim
 from dwf_cluster.data.device import DeviceImages
+from dwf_cluster.data.subsets import checked
 from dwf_cluster.defences.build import to_train, trained
 from dwf_cluster.determinism import make_deterministic
 from dwf_cluster.evaluation.registry import CHECKS
@@ -129,7 +130,7 @@ def _train(job: Job, store: Store, images: ray.ObjectRef, allocation: Allocation
         job.spec,
         job.stage,
         experiment.seed,
-        Probe(experiment.threat, evaluation.probe_steps, evaluation.probe_examples),
+        Probe(experiment.threat, evaluation.probe_steps, evaluation.probe_examples, evaluation.random_start),
         experiment.checkpoint_minutes,
         store,
         ray.train.report,
@@ -151,7 +152,9 @@ def _evaluate(job: Job, store: Store, images: ray.ObjectRef, allocation: Allocat
     device = _claim(control, job, 0, allocation)
     experiment, arrays = job.experiment, _get(images)
     assert job.suite is not None
-    shard = slice(job.first, job.stop)
+    shard: Any = slice(job.first, job.stop)
+    if job.suite == CHECKS:
+        shard = checked(experiment.data.source, arrays.y_test, job.stop)
     x, y = arrays.x_test[shard], arrays.y_test[shard]
     names = experiment.names if job.tests_transfer else (job.model,)
     seed, specs, evaluation = experiment.seed, experiment.models, experiment.evaluation

@@ -59,7 +59,12 @@ def _parser() -> Parser:
     parser.add_argument("--seed", type=int, help="seed of the random starts (default: 0)")
     parser.add_argument("--batch-size", type=int, help="images attacked at once (default: 512)")
     parser.add_argument("--device", help="such as cpu or cuda (default: the model's own)")
-    parser.add_argument("--examples", type=int, metavar="N", help="attack the first N test images (default: all)")
+    parser.add_argument(
+        "--examples",
+        type=int,
+        metavar="N",
+        help="attack N test images: the first ones, of an .npz file a class-balanced draw (default: all)",
+    )
     parser.add_argument(
         "--data-folder", type=Path, default=Path("data"), metavar="FOLDER", help="where data sets are (default: ./data)"
     )
@@ -78,6 +83,7 @@ def _run(options: argparse.Namespace) -> int:
     # Not before the input is known to be good: a typing mistake must not wait for torch.
     from dwf_cluster.api import check_suites, measure
     from dwf_cluster.attacks.gradient import NotLogits
+    from dwf_cluster.data import subsets
     from dwf_cluster.data.sources import DataUnavailable, load
     from dwf_cluster.evaluation.subject import isolated, prepare
 
@@ -92,7 +98,8 @@ def _run(options: argparse.Namespace) -> int:
     try:
         with isolated(seed):
             subject = prepare(model, pixels, images.y_test, options.device, evaluation.batch_size)
-            rows = measure(subject, suites, evaluation, threats, seed, progress=sys.stderr.isatty())
+            checked = subsets.checked(experiment.data.source, images.y_test, evaluation.check_examples)
+            rows = measure(subject, suites, evaluation, threats, seed, sys.stderr.isatty(), checked)
     except NotLogits as error:
         raise InvalidInput(f"--model: {options.model!r} cannot be used: {error}") from None
     with tempfile.TemporaryDirectory() as temporary:
@@ -116,7 +123,6 @@ def _experiment(options: argparse.Namespace) -> Experiment:
         "evaluation.step_size": None if options.step_size is None else "null",
         f"{prefix}epsilon": options.epsilon,
         f"{prefix}step_size": options.step_size,
-        "evaluation.norm": options.norm,
         "evaluation.batch_size": options.batch_size,
         "data.test_examples": options.examples,
         "evaluation.beyond": ",".join(name for name in suites if name not in (PAPER, CHECKS)),

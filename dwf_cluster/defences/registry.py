@@ -54,6 +54,10 @@ class Training(Settings):
     accumulation: Count = 1
     """Cut each batch into n parts whose gradients are added up before the step: less memory, the same
     gradient, but BatchNorm then normalises with the statistics of a part."""
+    keep: Literal["last", "best"] = "last"
+    """Weights that are kept: of the last epoch, or of the one with the highest robust accuracy of the probe on the
+    validation images (of equal ones the first), as Rice et al. (2020) do against robust overfitting; `best` needs
+    `data.validation_examples`. Our assumption: the paper keeps the last."""
 
     @property
     def of_a_model(self) -> Training:

@@ -88,14 +88,16 @@ class Evaluation(Settings):
     """Starts of the curve over restarts, of `restart_steps` iterations each: the worst case over 1, 2, 3, ... of
     them."""
     check_examples: Count = 128
-    """First test images that each model is checked for gradient masking on."""
+    """Test images that each model is checked for gradient masking on: the first ones of a named data set, a
+    class-balanced draw from those of an `.npz` file."""
     shard_examples: Count | None = None
     """Test images of one evaluation task, rounded up to whole batches; null takes as many as keep a CPU core busy
     for minutes."""
     batch_size: Count = 512
     """Images attacked at once."""
     probe_examples: Count = 256
-    """Test images of the small PGD probe that follows every epoch of training."""
+    """Images of the small PGD probe that follows every epoch of training: a fixed, class-balanced draw of validation
+    images or, without `data.validation_examples`, of training images without augmentation; never of test images."""
     probe_steps: Count = 10
     """Iterations of the probe."""
 

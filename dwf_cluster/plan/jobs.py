@@ -272,8 +272,8 @@ def stored_bytes(experiments: Sequence[Experiment], sizes: Sizes) -> tuple[float
     """Estimate what experiments store when they are done.
 
     Returns:
-        Bytes of checkpoints (for each trained model the newest, and the one before with its momentum; models that
-        experiments share count once), and bytes of tables.
+        Bytes of checkpoints (for each trained model the newest, and the one before with its momentum and best
+        weights; models that experiments share count once), and bytes of tables.
     """
     every = [job for experiment in experiments for stage in STAGES for job in jobs(experiment, stage, sizes)]
     in_checkpoints = in_tables = 0.0
@@ -290,7 +290,8 @@ def stored_bytes(experiments: Sequence[Experiment], sizes: Sizes) -> tuple[float
             gate = experiment.gate.hidden * (math.prod(sizes.shape) + spec.networks) if has_gate else 0
             backbone = BACKBONES[spec.backbone]
             numbers = spec.networks * backbone.parameters(spec.width, sizes.shape[0]) + gate
-            in_checkpoints += 4 * numbers * (1 + 2 * (checkpoints.KEPT - 1))
+            copies = 3 if spec.training.keep == "best" else 2  # of all numbers, in a checkpoint before the last epoch
+            in_checkpoints += 4 * numbers * (1 + copies * (checkpoints.KEPT - 1))
     return in_checkpoints, in_tables
 
 

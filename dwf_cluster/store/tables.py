@@ -62,6 +62,8 @@ SCHEMAS: Mapping[str, pa.Schema] = {
         ("images_per_second", pa.float64()),
         ("seconds", pa.float64()),
         ("device", pa.string()),
+        ("probe_split", pa.string()),
+        ("kept", pa.bool_()),
     ),
     "evaluations": _schema(
         *COLUMN,

@@ -116,7 +116,7 @@ def test_an_l2_suite_takes_its_ball_from_the_options(folder: Path) -> None:
         ("--weights: 'own_network.py' cannot be used", ["--weights=own_network.py"]),
         ("preset: 'none' is none of digits", ["--preset=none"]),
         ("data.source: 'none.npz' cannot be read", ["--preset=none.npz"]),
-        ("data.test_examples: 17 cannot be used: allowed are 1 to 16", ["--examples=17"]),
+        ("data.test_examples: 17 cannot be used: allowed are 3 to 16", ["--examples=17"]),
         ("it cannot be called with images of shape", ["--preset=digits"]),
         ("--suites: 'pdg' cannot be used: allowed are paper", ["--suites=pdg"]),
         ("suites: 'pgd_l2' cannot be used: allowed with norm linf are", ["--suites=pgd_l2"]),
