@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pandas as pd
@@ -35,6 +35,10 @@ MODEL = "model"
 """Name of the user's model in every table; random starts depend on it, so it is the same for every class."""
 
 
+LINF = Threat(8 / 255, 2 / 255)
+"""Default threat model of `evaluate`."""
+
+
 @dataclass(frozen=True)
 class Result:
     """The result of `evaluate`: pandas frames with the columns of docs/results.md, without those of an experiment.
@@ -57,8 +61,8 @@ def evaluate(
     x: torch.Tensor | np.ndarray[Any, Any],
     y: torch.Tensor | np.ndarray[Any, Any],
     norm: Norm = "linf",
-    epsilon: float = 8 / 255,
-    step_size: float = 2 / 255,
+    epsilon: float | None = None,
+    step_size: float | None = None,
     suites: Sequence[str] = ("paper", "checks"),
     seed: int = 0,
     device: torch.device | str | None = None,
@@ -75,8 +79,9 @@ def evaluate(
         x: test images: float in [0, 1], shape (n, channels, height, width); or uint8, shape (n, height, width,
             channels) or (n, height, width).
         y: integer labels, shape (n,), from 0.
-        norm: `linf` or `l2`; every suite has one, and only suites of this norm can be asked for.
-        epsilon, step_size: radius of the ball and length of a step, in `norm`, pixels in [0, 1].
+        norm: `linf`, `l2` or `l1`; only suites of this norm can be asked for.
+        epsilon, step_size: radius of the ball and length of a step, in `norm`, pixels in [0, 1]. By default 8/255 and
+            2/255 for `linf`, 0.5 and 0.1 for `l2`, 12 and 1 for `l1`: customary ones for 32x32 colour images.
         suites: keys of `evaluation.registry.SUITES`, with its default iterations; FGSM's epsilons are 0.01 to 0.09.
         seed: of the random starts.
         device: that computes; the model's own by default.
@@ -88,20 +93,19 @@ def evaluate(
         NotLogits: before any attack, if the model returns NaN or probabilities.
     """
     names = check_suites(suites, norm)
-    sizes = {"epsilon": _number("epsilon", epsilon, norm), "step_size": _number("step_size", step_size, norm)}
+    threat = _threat(norm, epsilon, step_size)
     batch_size = _integer("batch_size", batch_size, 1, 1_000_000_000)
-    settings: dict[str, Any] = {"batch_size": batch_size, "beyond": [n for n in names if n not in (PAPER, CHECKS)]}
-    if norm == "linf":
-        evaluation = Evaluation(**settings)
-    else:
-        evaluation = Evaluation(**settings, l2_epsilon=sizes["epsilon"], l2_step_size=sizes["step_size"])
-    threats = (Threat(**sizes, norm=norm),)
+    own: dict[str, Any] = (
+        {} if norm == "linf" else {f"{norm}_epsilon": threat.epsilon, f"{norm}_step_size": threat.step_size}
+    )
+    beyond = tuple(name for name in names if name not in (PAPER, CHECKS))
+    evaluation = Evaluation(**own, beyond=beyond, batch_size=batch_size)
     seed = _integer("seed", seed, 0, 2**31 - 1)
     with isolated(seed), kept(model):
         subject = prepare(model, x, y, device, evaluation.batch_size)
-        rows = measure(subject, names, evaluation, threats, seed, progress)
+        rows = measure(subject, names, evaluation, (threat,), seed, progress)
     shards, predicted = _table("shards", rows.shards), _table("predictions", rows.predictions)
-    worst, worst_predictions = worst_case_rows(shards, predicted, MODEL, threats)
+    worst, worst_predictions = worst_case_rows(shards, predicted, MODEL, (threat,))
     evaluations = _table("evaluations", [*merged_rows(rows.shards), *worst])
     predictions = _table("predictions", [*rows.predictions, *worst_predictions])
     return Result(evaluations.to_pandas(), predictions.to_pandas(), _table("checks", rows.checks).to_pandas())
@@ -232,8 +236,8 @@ def check_suites(suites: Sequence[str], norm: str) -> tuple[str, ...]:
     Raises:
         InvalidInput: if there is no such norm or suite, or a suite is of another norm.
     """
-    if norm not in ("linf", "l2"):
-        raise InvalidInput(f"norm: {norm!r} cannot be used: allowed are linf, l2")
+    if norm not in get_args(Norm):
+        raise InvalidInput(f"norm: {norm!r} cannot be used: allowed are {', '.join(get_args(Norm))}")
     names = (suites,) if isinstance(suites, str) else tuple(suites)
     allowed = ", ".join(name for name, suite in SUITES.items() if norm in suite.norms)
     if not names:
@@ -242,6 +246,18 @@ def check_suites(suites: Sequence[str], norm: str) -> tuple[str, ...]:
         if name not in SUITES or norm not in SUITES[name].norms:
             raise InvalidInput(f"suites: {name!r} cannot be used: allowed with norm {norm} are {allowed}")
     return tuple(dict.fromkeys(names))
+
+
+def _threat(norm: Norm, epsilon: float | None, step_size: float | None) -> Threat:
+    """The threat model of `evaluate`'s arguments."""
+    defaults = Evaluation()
+    default = {
+        "linf": LINF,
+        "l2": Threat(defaults.l2_epsilon, defaults.l2_step_size, "l2"),
+        "l1": Threat(defaults.l1_epsilon, defaults.l1_step_size, "l1"),
+    }[norm]
+    radius = default.epsilon if epsilon is None else _number("epsilon", epsilon, norm)
+    return Threat(radius, default.step_size if step_size is None else _number("step_size", step_size, norm), norm)
 
 
 def _number(name: str, value: float, norm: str) -> float:

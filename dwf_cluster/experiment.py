@@ -45,6 +45,11 @@ ADDED_LATER = frozenset(
         "evaluation.l1_epsilon",
         "evaluation.l1_step_size",
         "evaluation.autoattack_examples",
+        "evaluation.targets",
+        "evaluation.curve_examples",
+        "evaluation.curve_multiples",
+        "evaluation.curve_steps",
+        "evaluation.curve_restarts",
     }
 )
 """Fields that were added after results were published: at their defaults they are no part of the signature."""
@@ -178,7 +183,8 @@ class Experiment(Settings):
             values = fields
             for parent in parents:
                 settings, values = settings.model_fields[parent].annotation, values[parent]
-            if values[leaf] == settings.model_fields[leaf].default:
+            default = settings.model_fields[leaf].default
+            if values[leaf] == (list(default) if isinstance(default, tuple) else default):  # as in JSON
                 del values[leaf]
         return _digest(fields)[:10]
 

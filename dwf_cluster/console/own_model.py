@@ -53,7 +53,7 @@ def _parser() -> Parser:
     )
     parser.add_argument("--preset", required=True, help="a preset, an .npz or a .json file: the test images")
     parser.add_argument("--suites", default=f"{PAPER},{CHECKS}", help=f"of {','.join(SUITES)} (default: %(default)s)")
-    parser.add_argument("--norm", default="linf", help="norm of the suites: linf or l2 (default: linf)")
+    parser.add_argument("--norm", default="linf", help="norm of the threat model: linf, l2 or l1 (default: linf)")
     parser.add_argument("--epsilon", type=float, help="radius of the ball, pixels in [0, 1] (default: the preset's)")
     parser.add_argument("--step-size", type=float, help="length of a step, pixels in [0, 1] (default: the preset's)")
     parser.add_argument("--seed", type=int, help="seed of the random starts (default: 0)")
@@ -116,8 +116,11 @@ def _experiment(options: argparse.Namespace) -> Experiment:
     suites = options.suites.split(",")
     if unknown := next((name for name in suites if name not in SUITES), None):
         raise InvalidInput(f"--suites: {unknown!r} cannot be used: allowed are {', '.join(SUITES)}")
-    prefix = "evaluation.l2_" if options.norm == "l2" else "pgd."
+    prefix = "pgd." if options.norm == "linf" else f"evaluation.{options.norm}_"
     fields = {
+        "evaluation.norm": options.norm,
+        "evaluation.epsilon": None if options.epsilon is None else "null",  # of a .json file
+        "evaluation.step_size": None if options.step_size is None else "null",
         f"{prefix}epsilon": options.epsilon,
         f"{prefix}step_size": options.step_size,
         "evaluation.batch_size": options.batch_size,

@@ -13,6 +13,7 @@ from rich.table import Table
 from dwf_cluster.console.prune import format_bytes
 from dwf_cluster.data.registry import Sizes
 from dwf_cluster.evaluation.registry import Column, transfer_column
+from dwf_cluster.evaluation.settings import Threat
 from dwf_cluster.experiment import Experiment
 from dwf_cluster.pipeline.sweep import Sweep
 from dwf_cluster.pipeline.trial_table import TrialTable, headline
@@ -145,8 +146,8 @@ def _cost(passes: float, flops: float) -> tuple[str, str]:
 def results(console: Console, experiment: Experiment, store: Store) -> None:
     """Print the results of an experiment: its tables, signs of gradient masking, and how to read the rest."""
     show(console, result_table(experiment, store))
-    if "transfer" in experiment.evaluation.beyond:
-        show(console, transfer_table(experiment, store))
+    for threat in experiment.threats if "transfer" in experiment.evaluation.beyond else ():
+        show(console, transfer_table(experiment, store, threat))
     evaluations, predictions = (store.path(tables.folder(table)) for table in ("evaluations", "predictions"))
     for line in (
         *warnings(experiment, store),
@@ -169,11 +170,12 @@ def result_table(experiment: Experiment, store: Store) -> Table:
     return table
 
 
-def transfer_table(experiment: Experiment, store: Store) -> Table:
+def transfer_table(experiment: Experiment, store: Store, threat: Threat) -> Table:
     """Accuracy in percent of each model (down) on the PGD images that were made on each other model (across)."""
-    headings = {transfer_column(experiment.evaluation, experiment.threat, name): name for name in experiment.names}
+    headings = {transfer_column(experiment.evaluation, threat, name): name for name in experiment.names}
     steps = next(iter(headings)).steps
-    return _accuracies(experiment, store, f"On PGD-{steps} made on", headings)
+    epsilon = f", {threat.norm} epsilon {threat.epsilon:.4g}," if len(experiment.threats) > 1 else ""
+    return _accuracies(experiment, store, f"On PGD-{steps}{epsilon} made on", headings)
 
 
 def _accuracies(experiment: Experiment, store: Store, title: str, headings: Mapping[Column, str]) -> Table:

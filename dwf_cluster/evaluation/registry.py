@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
+from dwf_cluster.evaluation.column import CURVES, curve_columns, curve_cost, in_ball, paper_columns, titled
+from dwf_cluster.evaluation.column import Column as Column  # noqa: PLC0414 - part of this registry for its users
 from dwf_cluster.evaluation.settings import Evaluation, Norm, Threat
 
 CHECKS = "checks"
@@ -39,44 +40,6 @@ CHECK_QUERIES = 300
 
 
 @dataclass(frozen=True)
-class Column:
-    """One attack at one strength; null where a setting has no meaning.
-
-    Attributes:
-        attack: `clean`, `fgsm`, `pgd`, `pgd_restarts`, `pgd_adaptive`, one of `evaluation.beyond`, or `worst_case`.
-        source: for `transfer`, the model that the images were made on.
-        epsilon, step_size: radius of the ball and length of one step, in `norm`, pixels in [0, 1].
-        steps: iterations; queries for `square`.
-        restarts, eot: counts.
-        norm: of the ball; None for clean images.
-    """
-
-    attack: str
-    source: str | None = None
-    epsilon: float | None = None
-    step_size: float | None = None
-    steps: int | None = None
-    restarts: int | None = None
-    eot: int | None = None
-    norm: Norm | None = "linf"
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """As columns of the tables."""
-        names = ("attack", "source", "norm", "epsilon", "step_size", "steps", "restarts", "eot")
-        return {name: getattr(self, name) for name in names}
-
-    @property
-    def title(self) -> str:
-        """Two short lines for a table's head."""
-        below = {
-            "fgsm": f"{self.epsilon:.3g}" if self.epsilon else "",
-            "pgd_restarts": f"{self.steps}x{self.restarts}",
-        }.get(self.attack, str(self.steps or ""))
-        return f"{self.attack.removeprefix('pgd_')}\n{below}"
-
-
-@dataclass(frozen=True)
 class Suite:
     """Columns that are computed together.
 
@@ -88,7 +51,8 @@ class Suite:
             attack fools; a gradient counts as 2.
         needs_gate: whether it attacks `experts` and `gate` of a model, so that only models with a gate are measured.
         classes: the fewest classes that it is defined for.
-        norms: that its columns can have; the first one if they do not follow the threat model.
+        norms: that its columns can have.
+        own_threat: whether it is measured in a ball of its own (`l2_epsilon`), whatever the threat model.
         examples: of the settings, how many test images it is measured on, the first ones; None: all.
     """
 
@@ -98,23 +62,8 @@ class Suite:
     needs_gate: bool = False
     classes: int = 2
     norms: tuple[Norm, ...] = ("linf",)
+    own_threat: bool = False
     examples: Callable[[Evaluation], int | None] = lambda evaluation: None
-
-
-def _in_ball(
-    attack: str, threat: Threat, steps: int | None, restarts: int | None = None, eot: int | None = None
-) -> Column:
-    return Column(attack, None, threat.epsilon, threat.step_size, steps, restarts, eot, threat.norm)
-
-
-def _paper_columns(evaluation: Evaluation, threat: Threat) -> list[Column]:
-    return [
-        Column("clean", norm=None),
-        *(Column("fgsm", epsilon=e) for e in sorted(set(evaluation.fgsm_epsilons))),
-        *(_in_ball("pgd", threat, steps) for steps in sorted(set(evaluation.pgd_steps))),
-        _in_ball("pgd_restarts", threat, evaluation.restart_steps, restarts=evaluation.restarts),
-        _in_ball("pgd_adaptive", threat, evaluation.adaptive_steps, eot=evaluation.eot),
-    ]
 
 
 def _paper_cost(e: Evaluation, networks: int) -> float:
@@ -133,40 +82,40 @@ def _over_experts_cost(e: Evaluation, networks: int) -> float:
 
 
 _SUITES = "dwf_cluster.evaluation.suites"
-_ANY: tuple[Norm, ...] = ("linf", "l2")
+_ANY: tuple[Norm, ...] = ("linf", "l2", "l1")
 
 SUITES: Mapping[str, Suite] = {
-    PAPER: Suite(f"{_SUITES}:paper", _paper_columns, _paper_cost, norms=_ANY),
+    PAPER: Suite(f"{_SUITES}:paper", paper_columns, _paper_cost, norms=_ANY),
     "pgd_gate": Suite(
         f"{_SUITES}:pgd_gate",
-        lambda e, threat: [_in_ball("pgd_gate", threat, e.adaptive_steps)],
+        lambda e, threat: [in_ball("pgd_gate", threat, e.adaptive_steps)],
         lambda e, networks: 2 * e.adaptive_steps + 1,
         needs_gate=True,
         norms=_ANY,
     ),
     "pgd_expert": Suite(
         f"{_SUITES}:pgd_expert",
-        lambda e, threat: [_in_ball("pgd_expert", threat, e.adaptive_steps)],
+        lambda e, threat: [in_ball("pgd_expert", threat, e.adaptive_steps)],
         _over_experts_cost,
         needs_gate=True,
         norms=_ANY,
     ),
     ROUTE: Suite(
         f"{_SUITES}:pgd_route",
-        lambda e, threat: [_in_ball(ROUTE, threat, e.adaptive_steps)],
+        lambda e, threat: [in_ball(ROUTE, threat, e.adaptive_steps)],
         _over_experts_cost,
         needs_gate=True,
         norms=_ANY,
     ),
     "pgd_momentum": Suite(
         f"{_SUITES}:pgd_variant",
-        lambda e, threat: [_in_ball("pgd_momentum", threat, longest_pgd(e))],
+        lambda e, threat: [in_ball("pgd_momentum", threat, longest_pgd(e))],
         lambda e, networks: 2 * longest_pgd(e) + 1,
         norms=_ANY,
     ),
     "pgd_cw": Suite(
         f"{_SUITES}:pgd_variant",
-        lambda e, threat: [_in_ball("pgd_cw", threat, longest_pgd(e))],
+        lambda e, threat: [in_ball("pgd_cw", threat, longest_pgd(e))],
         lambda e, networks: 2 * longest_pgd(e) + 1,
         norms=_ANY,
     ),
@@ -175,18 +124,33 @@ SUITES: Mapping[str, Suite] = {
         lambda e, threat: [Column("pgd_l2", None, e.l2_epsilon, e.l2_step_size, longest_pgd(e), norm="l2")],
         lambda e, networks: 2 * longest_pgd(e) + 1,
         norms=("l2",),
+        own_threat=True,
+    ),
+    "pgd_l1": Suite(
+        f"{_SUITES}:pgd_variant",
+        lambda e, threat: [Column("pgd_l1", None, e.l1_epsilon, e.l1_step_size, longest_pgd(e), norm="l1")],
+        lambda e, networks: 2 * longest_pgd(e) + 1,
+        norms=("l1",),
+        own_threat=True,
+    ),
+    "pgd_targeted": Suite(
+        f"{_SUITES}:pgd_targeted",
+        lambda e, threat: [in_ball("pgd_targeted", threat, longest_pgd(e))],
+        lambda e, networks: 2 * longest_pgd(e) * e.targets + 1,
+        norms=_ANY,
     ),
     "apgd": Suite(
         f"{_SUITES}:auto_pgd",
         lambda e, threat: [Column("apgd", epsilon=threat.epsilon, steps=e.apgd_steps, norm=threat.norm)],
         lambda e, networks: 2 * e.apgd_steps + 1,
-        norms=_ANY,
+        norms=("linf", "l2"),  # its algorithm for L1 is another one (Croce and Hein 2021)
     ),
     "apgd_l2": Suite(
         f"{_SUITES}:auto_pgd",
         lambda e, threat: [Column("apgd_l2", epsilon=e.l2_epsilon, steps=e.apgd_steps, norm="l2")],
         lambda e, networks: 2 * e.apgd_steps + 1,
         norms=("l2",),
+        own_threat=True,
     ),
     "square": Suite(
         f"{_SUITES}:square",
@@ -203,8 +167,16 @@ SUITES: Mapping[str, Suite] = {
     ),
     "noise": Suite(
         f"{_SUITES}:noise",
-        lambda e, threat: [Column("noise", epsilon=threat.epsilon)],
+        lambda e, threat: [Column("noise", epsilon=threat.epsilon, norm=threat.norm)],
         lambda e, networks: 1,
+        norms=_ANY,
+    ),
+    CURVES: Suite(
+        "dwf_cluster.evaluation.curves:curves",
+        curve_columns,
+        lambda e, networks: curve_cost(e),
+        norms=_ANY,
+        examples=lambda e: e.curve_examples,
     ),
     CHECKS: Suite(
         "dwf_cluster.evaluation.run:check",
@@ -242,6 +214,11 @@ def extra_names() -> tuple[str, ...]:
     return (*(name for name in SUITES if name not in (PAPER, CHECKS)), TRANSFER)
 
 
+def suites_of_norm(norm: Norm) -> tuple[str, ...]:
+    """Names that `evaluation.beyond` accepts under threat models of a norm."""
+    return tuple(n for n in extra_names() if n == TRANSFER or SUITES[n].own_threat or norm in SUITES[n].norms)
+
+
 def longest_pgd(evaluation: Evaluation) -> int:
     """Iterations of the longest of the PGD columns."""
     return max(evaluation.pgd_steps)
@@ -261,19 +238,24 @@ def suite_names(evaluation: Evaluation, has_gate: bool, default: Iterable[str] =
 
 def columns(evaluation: Evaluation, threats: Sequence[Threat], suite: str) -> list[Column]:
     """The columns of a suite under each threat model, every column once; `transfer` has a table of its own."""
-    listed = (column for threat in threats for column in SUITES[suite].columns(evaluation, threat))
-    return list(dict.fromkeys(listed))
+    return titled(column for threat in threats for column in SUITES[suite].columns(evaluation, threat))
 
 
 def all_columns(evaluation: Evaluation, threats: Sequence[Threat], suites: Iterable[str]) -> list[Column]:
-    """The columns of these suites, in the order of the result table; `worst_case` is the last."""
-    listed = [column for suite in suites for column in columns(evaluation, threats, suite)]
-    return [*listed, *map(worst_case_column, threats)]
+    """The columns of these suites, in the order of the result table, without the curves; `worst_case` is the last."""
+    listed = [c for suite in suites if suite != CURVES for c in columns(evaluation, threats, suite)]
+    return titled([*listed, *map(worst_case_column, threats)])
 
 
 def worst_case_column(threat: Threat) -> Column:
     """The column of the worst case over all attacks of a model that stay within a threat model."""
     return Column(WORST_CASE, epsilon=threat.epsilon, norm=threat.norm)
+
+
+def threat_count(evaluation: Evaluation, threats: Sequence[Threat], suite: str) -> int:
+    """Number of threat models that a suite attacks under: 1 if its columns do not follow the threat model."""
+    listed = (tuple(SUITES[suite].columns(evaluation, threat)) for threat in threats)
+    return max(1, len({columns for columns in listed if columns}))
 
 
 def transfer_column(evaluation: Evaluation, threat: Threat, source: str) -> Column:

@@ -10,7 +10,7 @@ from itertools import chain
 
 from dwf_cluster.data.registry import Shape, Sizes
 from dwf_cluster.defences.registry import METHODS, ModelSpec, Training
-from dwf_cluster.evaluation.registry import CHECKS, PAPER, SUITES, TRANSFER, columns
+from dwf_cluster.evaluation.registry import CHECKS, PAPER, SUITES, TRANSFER, columns, threat_count
 from dwf_cluster.experiment import Experiment
 from dwf_cluster.models.registry import BACKBONES
 from dwf_cluster.settings import InvalidInput
@@ -163,7 +163,7 @@ def _passes(experiment: Experiment, suite: str, spec: ModelSpec) -> float:
     cost = SUITES[suite].cost(evaluation, spec.networks)
     if suite == PAPER and TRANSFER in evaluation.beyond:
         cost += sum(other.networks for other in experiment.models)
-    return float(cost)
+    return float(cost) * threat_count(evaluation, experiment.threats, suite)
 
 
 def pending(experiment: Experiment, store: Store, sizes: Sizes) -> dict[str, list[Job]]:
@@ -284,7 +284,7 @@ def stored_bytes(experiments: Sequence[Experiment], sizes: Sizes) -> tuple[float
         has_gate = METHODS[spec.method].has_gate
         in_tables += _FILE_BYTES * (1 + len(job.tables))
         if job.suite is not None:
-            others = len(experiment.models) - 1 if job.tests_transfer else 0
+            others = (len(experiment.models) - 1) * len(experiment.threats) if job.tests_transfer else 0
             listed = columns(experiment.evaluation, experiment.threats, job.suite)
             rows = (len(listed) + others) * (job.stop - job.first)
             in_tables += rows * (_ROW_BYTES + (4 * spec.networks if has_gate else 0))

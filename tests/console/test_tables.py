@@ -53,7 +53,7 @@ def test_the_result_table_has_models_down_columns_across_and_blanks_for_columns_
 
 def test_the_transfer_table_has_the_model_that_images_were_made_on_across(store: Store, tiny: Experiment) -> None:
     _write_evaluations(store, tiny)
-    lines = [line.split() for line in _printed(transfer_table(tiny, store)) if line.strip()]
+    lines = [line.split() for line in _printed(transfer_table(tiny, store, tiny.threat)) if line.strip()]
     assert lines[1] == ["model", *tiny.names]
     assert lines[-1] == ["mixture", "10.0", "20.0", "30.0"]
 
