@@ -101,9 +101,12 @@ def column_names(experiments: Iterable[Experiment]) -> dict[Column, str]:
         values = {field: [column.settings[field] for column in listed] for field in listed[0].settings}
         different = [field for field in values if len(set(values[field])) > 1]
         for column in listed:
-            parts = (f"{field}={column.settings[field]:.6g}" for field in different)
-            names[column] = " ".join([name, *parts])
+            names[column] = " ".join([name, *(_assigned(field, column.settings[field]) for field in different)])
     return names
+
+
+def _assigned(field: str, value: Any) -> str:
+    return f"{field}={f'{value:.6g}' if isinstance(value, float) else to_text(value)}"
 
 
 def results(experiment: Experiment, store: Store) -> dict[Column, float]:
