@@ -16,7 +16,8 @@ from dwf_cluster.attacks.ball import Ball
 from dwf_cluster.attacks.gradient import margin, predict
 from dwf_cluster.data.device import to_float
 from dwf_cluster.determinism import Draws
-from dwf_cluster.evaluation.masking import Inspection, masking
+from dwf_cluster.evaluation.inspection import Inspection
+from dwf_cluster.evaluation.masking import masking
 from dwf_cluster.evaluation.registry import CHECKS, SUITES, Column, columns
 from dwf_cluster.evaluation.settings import Evaluation, Threat
 from dwf_cluster.models.frozen import frozen
@@ -182,19 +183,22 @@ def check(
     *,
     seed: int,
     device: torch.device,
+    others: Mapping[str, nn.Module] | None = None,
 ) -> list[dict[str, Any]]:
     """Look for signs of gradient masking in one model; it has more than seven parameters as `evaluate` has.
 
     Args:
         model: on the device.
         name, x_test, y_test, evaluation, threat, seed, device: as for `evaluate`; the first test images.
+        others: models by name, on the device, that images are made on; none: the check `transfer` cannot fire.
 
     Returns:
         Rows of the `checks` table.
     """
     x, y = _on_device(x_test, y_test, slice(None), device)
     generators = _generators(seed, name, CHECKS, range(len(y)))
-    inspection = Inspection(frozen(model), x, y, threat, evaluation.probe_steps, generators)
+    sources = {other: frozen(source) for other, source in (others or {}).items()}
+    inspection = Inspection(frozen(model), x, y, threat, evaluation.probe_steps, generators, sources)
     return [
         {"model": name, **asdict(result), "fired": result.fired, "examples": len(y)} for result in masking(inspection)
     ]
