@@ -24,6 +24,7 @@ from analysis.formats import FORMATS, Table
 from analysis.predictions import Predictions, read_predictions
 from analysis.results import Group, load
 from analysis.statistics import ALPHA, comparisons
+from analysis.sweep_tables import Setting, setting_tables
 from dwf_cluster.console.command import Parser
 from dwf_cluster.evaluation.merge import wilson
 from dwf_cluster.evaluation.registry import Column
@@ -97,25 +98,6 @@ def beyond(group: Group, measured: pd.DataFrame, tests: pd.DataFrame) -> Table |
         return None
     title = f"{group.title}: accuracy in percent, beyond the paper"
     return _accuracy_table(title, group, columns, measured, best(tests), [])
-
-
-def overview(groups: Sequence[tuple[Group, pd.DataFrame]]) -> Table | None:
-    """The defended models of all groups, such as those of a sweep; None if there is only one group.
-
-    Args:
-        groups: the groups with their `accuracies`.
-    """
-    heads = {"clean": ("clean", ""), "pgd": ("pgd", "longest"), "pgd_restarts": ("restarts", "")}
-    heads["pgd_adaptive"] = ("adaptive", "")
-    rows = []
-    for group, measured in groups:
-        last = {row.attack: row for row in each(measured[measured.model == group.defended])}  # steps rise
-        cells = [percent(last.get(attack)) for attack in heads]
-        rows.append((group.title, [str(len(group.seeds)), *cells]))
-    note = "Mean ± standard deviation over seeds. Differences between settings are not tested."
-    title = "accuracy of the defended model in percent, all settings"
-    table = Table(title, [("seeds", ""), *heads.values()], rows, notes=[note], corner="settings")
-    return table if len(rows) > 1 else None
 
 
 def _accuracy_table(
@@ -252,14 +234,19 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("storage", nargs="+", help="storage or experiment's folder, a path or an fsspec URL")
     parser.add_argument("--format", choices=(*FORMATS, "csv"), default="text", help="default: text")
     options = parser.parse_args(arguments)
-    results = [(group, make_tables(group, read_predictions(group))) for group in load(*options.storage).evaluated]
+    settings, results = [], []
+    for group in load(*options.storage).evaluated:
+        predictions = read_predictions(group)
+        measured, _, tables, remarks = make_tables(group, predictions)
+        settings.append(Setting.of(group, measured, predictions))
+        results.append((tables, remarks))
     if options.format == "csv":
-        frames = [measured.assign(group=group.title) for group, (measured, *_) in results]
+        frames = [setting.measured.assign(group=setting.group.title) for setting in settings]
         pd.concat(frames).to_csv(sys.stdout, index=False)
         return
-    if table := overview([(group, measured) for group, (measured, *_) in results]):
+    for table in setting_tables(settings):
         print(FORMATS[options.format](table))
-    for _, (_, _, tables, remarks) in results:
+    for tables, remarks in results:
         print("\n".join([*map(FORMATS[options.format], tables), *remarks]))
 
 

@@ -203,6 +203,7 @@ def measure(
     checked = balanced(subject.y, evaluation.check_examples, "checks") if checked is None else checked
     costs = {suite: SUITES[suite].cost(evaluation, networks) for suite in suites}
     examples = {suite: min(len(subject.y), SUITES[suite].examples(evaluation) or len(subject.y)) for suite in suites}
+    examples |= {suite: len(checked) for suite in suites if suite == CHECKS}
     total = sum(cost * examples[suite] for suite, cost in costs.items())
     with _bar(progress, total) as advance:
         for suite in suites:

@@ -125,7 +125,13 @@ def _train(job: Job, store: Store, images: ray.ObjectRef, allocation: Allocation
     device = _claim(control, job, ray.train.get_context().get_world_rank(), allocation)
     experiment, arrays = job.experiment, _get(images)
     evaluation = experiment.evaluation
-    listener = _stop_listener(control)
+    listener, is_paused = _stop_listener(control), False
+
+    def on_epoch(row: dict[str, Any]) -> None:
+        nonlocal is_paused
+        is_paused = job.until is not None and row["epoch"] >= job.until
+        ray.train.report(row)
+
     task = Task(
         job.spec,
         job.stage,
@@ -133,8 +139,8 @@ def _train(job: Job, store: Store, images: ray.ObjectRef, allocation: Allocation
         Probe(experiment.threat, evaluation.probe_steps, evaluation.probe_examples, evaluation.random_start),
         experiment.checkpoint_minutes,
         store,
-        ray.train.report,
-        lambda: job.folder in listener.folders,
+        on_epoch,
+        lambda: is_paused or job.folder in listener.folders,
     )
     try:
         model = to_train(experiment.models, job.model, arrays.format, experiment.seed, store)

@@ -216,6 +216,8 @@ def sweep_results(console: Console, sweep: Sweep, trials: TrialTable) -> None:
 def sweep_tables(rows: Sequence[Mapping[str, Any]], fields: Sequence[str]) -> list[Table]:
     """Accuracy in percent of the defended model of each trial; then mean ± standard deviation over seeds.
 
+    A mean that leaves seeds out is in parentheses: those that are left may be the better ones.
+
     Args:
         rows: of `trials.parquet`.
         fields: the varied fields.
@@ -236,7 +238,10 @@ def sweep_tables(rows: Sequence[Mapping[str, Any]], fields: Sequence[str]) -> li
         groups.setdefault(tuple(to_text(row[field]) for field in settings), []).append(row)
     for setting, group in groups.items():
         done = [row for row in group if row["state"] == "done"]
-        means = (_mean([100 * row[title] for row in done if row[title] is not None]) for title in titles)
+        means = [_mean([100 * row[title] for row in done if row[title] is not None]) for title in titles]
+        if len(done) < len(group):
+            per_setting.caption = "(in parentheses): the mean leaves seeds out; do not compare it with the others"
+            means = [f"({mean})" if mean else "" for mean in means]
         per_setting.add_row(*setting, f"{len(done)} of {len(group)}", *means)
     return [per_trial, per_setting] if "seed" in fields else [per_trial]
 
@@ -255,6 +260,7 @@ def _table(title: str) -> Table:
     return Table(
         title=title,
         title_justify="left",
+        caption_justify="left",
         box=box.SIMPLE_HEAD,
         pad_edge=False,
         padding=(0, 1, 0, 0),

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from dwf_cluster.cluster.driver import Cluster
@@ -71,6 +71,7 @@ class Connection:
         emit: Listener,
         stopping: Callable[[], bool],
         model: str | None = None,
+        until: int | None = None,
     ) -> None:
         """Run the pending jobs of some stages; of jobs with equal results, one runs and the others copy it.
 
@@ -80,6 +81,7 @@ class Connection:
             emit: called with every event, from one thread at a time.
             stopping: whether the run is to stop.
             model: run only the jobs of this one; None: of all.
+            until: trainings pause after this epoch; a later call resumes them. None: they end.
 
         Raises:
             ExperimentLocked: if another run owns one of the experiments, or takes it over; then all jobs have been
@@ -92,7 +94,11 @@ class Connection:
         every = [job for e in experiments for stage in STAGES for job in jobs.jobs(e, stage, self.sizes)]
         allocations = allocate(jobs.deduplicate(every), self.cluster.resources)
         with acquired(stores, self.sizes, self.resume_command, self.pid) as (fenced, tally, heartbeats):
-            pending = [job for job in pending_jobs(stores, stages, self.sizes) if model in (None, job.model)]
+            pending = [
+                replace(job, until=until)
+                for job in pending_jobs(stores, stages, self.sizes)
+                if model in (None, job.model)
+            ]
             for experiment, store in fenced.items():
                 merge.forget(store, _stale_files(job for job in pending if job.experiment == experiment))
             by_folder = {experiment.folder: store for experiment, store in stores.items()}

@@ -41,6 +41,7 @@ class Job:
         cost: forward passes of one image through one backbone, roughly: a gradient counts as 2, a training
             step as 3.
         copy_of: folder of another experiment whose job has the same results: they are copied from there.
+        until: a training stops after this epoch, as if it had been asked to stop; None: after its last.
     """
 
     experiment: Experiment = field(repr=False, compare=False)
@@ -53,6 +54,7 @@ class Job:
     first: int = 0
     stop: int = 0
     copy_of: str | None = field(default=None, compare=False)
+    until: int | None = field(default=None, compare=False)
 
     @property
     def is_training(self) -> bool:
