@@ -22,6 +22,22 @@ PAPER = "paper"
 TRANSFER = "transfer"
 """Not a suite: the `paper` suite tests its longest PGD's images on all other models too."""
 
+EXPERT_SUITE = "experts"
+"""The suite of what a mixture's experts do; its columns are those of `expert_columns`."""
+
+EXPERT = "expert_"
+"""Attacks of the suite `experts` begin so. Their rows are about parts of a mixture, so no worst case of the mixture
+counts them; `source` is an expert."""
+
+EXPERT_CLEAN, EXPERT_PGD = f"{EXPERT}clean", f"{EXPERT}pgd"
+"""The expert `source` alone: on clean images, and on the images of the mixture's PGD."""
+
+EXPERT_TRANSFER = f"{EXPERT}transfer_"
+"""Followed by an expert's name: that expert, on the images of PGD on the expert `source`."""
+
+EXPERT_DROPPED_CLEAN, EXPERT_DROPPED_PGD = f"{EXPERT}dropped_clean", f"{EXPERT}dropped_pgd"
+"""The mixture without the expert `source`: on clean images, and under PGD on what is left of the mixture."""
+
 CHECK_QUERIES = 300
 """Forward passes of the checks' black-box attack, for one image."""
 
@@ -71,7 +87,8 @@ class Suite:
     Attributes:
         run: `module:function` of an `evaluation.run.Batch`; yields an `evaluation.run.Attacked` for each column. That
             of `checks` is a function of its own kind: see `evaluation.run.check`.
-        columns: of (settings, threat model), the columns, strengths and iterations rising.
+        columns: of (settings, threat model), the columns, strengths and iterations rising. Empty, as of `experts`: its
+            columns have names of experts and tables of their own, and are run under the primary threat model.
         cost: of (settings, number of networks of the model), forward passes of one network for one image that no
             attack fools; a gradient counts as 2.
         needs_gate: whether it attacks `experts` and `gate` of a model, so that only models with a gate are measured.
@@ -175,6 +192,14 @@ SUITES: Mapping[str, Suite] = {
         lambda e, threat: [Column("noise", epsilon=threat.epsilon)],
         lambda e, networks: 1,
     ),
+    EXPERT_SUITE: Suite(
+        "dwf_cluster.evaluation.experts:experts",
+        lambda e, threat: [],
+        # PGD on the mixture, on each expert, and on each mixture of all experts but one.
+        lambda e, networks: 2 * longest_pgd(e) * (networks + 1) + 2 * networks + 1,
+        needs_gate=True,
+        norms=_ANY,
+    ),
     CHECKS: Suite(
         "dwf_cluster.evaluation.run:check",
         lambda e, threat: [],
@@ -241,3 +266,24 @@ def all_columns(evaluation: Evaluation, threats: Sequence[Threat], has_gate: boo
 def transfer_column(evaluation: Evaluation, threat: Threat, source: str) -> Column:
     """The column of PGD images, of the longest run, that were made on another model."""
     return Column(TRANSFER, source, threat.epsilon, threat.step_size, longest_pgd(evaluation), norm=threat.norm)
+
+
+def expert_columns(evaluation: Evaluation, threat: Threat, experts: Sequence[str]) -> list[Column]:
+    """The columns of the suite `experts`: of the clean images and of PGD of the longest run.
+
+    Args:
+        evaluation, threat: the settings, and the primary threat model.
+        experts: their names, in the order of the gate's outputs.
+    """
+
+    def under_pgd(attack: str, source: str) -> Column:
+        return Column(attack, source, threat.epsilon, threat.step_size, longest_pgd(evaluation), norm=threat.norm)
+
+    dropped = experts if len(experts) > 1 else ()
+    return [
+        *(Column(EXPERT_CLEAN, source=name, norm=None) for name in experts),
+        *(under_pgd(EXPERT_PGD, name) for name in experts),
+        *(under_pgd(EXPERT_TRANSFER + name, source) for source in experts for name in experts),
+        *(Column(EXPERT_DROPPED_CLEAN, source=name, norm=None) for name in dropped),
+        *(under_pgd(EXPERT_DROPPED_PGD, name) for name in dropped),
+    ]

@@ -55,7 +55,8 @@ class Evaluation(Settings):
     """Columns beside the paper's: `pgd_gate` aims at the mixture's gate, `pgd_expert` at its experts one by one;
     `pgd_momentum`; `pgd_cw` (Carlini-Wagner loss); `pgd_l2`; `apgd`, `apgd_l2`; `square` (black box);
     `autoattack` (its authors' standard set); `transfer` (made on one model, tested on each other); `noise` (random
-    signs, the floor of every attack)."""
+    signs, the floor of every attack); `experts` (the mixture's experts alone, against each other's PGD images, and the
+    mixture without each of them)."""
     l2_epsilon: Radius = 0.5
     """Radius of the L2 ball, Euclidean length over an image's pixels in [0, 1]."""
     l2_step_size: Radius = 0.1
