@@ -194,7 +194,7 @@ def test_the_page_names_its_sources_and_the_commands_that_reproduce_it(html: str
     rows = sum(pq.read_metadata(file).num_rows for file in files)
     assert f"{len(files)} files, {rows:,} rows" in html
     assert "python -m dwf_cluster.launch --local --preset cifar10 --seed 0,1,2" in html
-    assert "--set experts.fgsm=1 experts.pgd=2 evaluation.beyond=pgd_gate,noise,transfer" in html
+    assert "--set experts.fgsm=1 experts.pgd=2 evaluation.beyond=pgd_gate,noise,transfer,experts" in html
     assert "cells of the evaluations agree" in html
     assert "made-up" in html  # the host
 
