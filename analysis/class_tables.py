@@ -59,14 +59,15 @@ def class_accuracies(answers: Answers) -> pd.DataFrame:
     totals = counts.groupby("label").images.sum()
     wrong = counts[counts.label != counts.prediction].groupby(["label", "prediction"]).images.sum()
     rows = []
-    for label, images in by_class.groupby("label").min().items():
+    smallest = by_class.groupby("label").min()
+    for label, images in zip(smallest.index.tolist(), smallest.tolist(), strict=True):
         mean, std = accuracy.loc[label]
-        low, high = wilson(round(mean * images), int(images))
+        low, high = wilson(round(mean * images), images)
         other, share = -1, 0.0
         if label in wrong.index.get_level_values("label"):
             of_class = wrong.loc[label]
             other, share = int(of_class.idxmax()), float(of_class.max() / totals[label])
-        rows.append((int(label), int(images), mean, std, low, high, other, share))
+        rows.append((label, images, mean, std, low, high, other, share))
     return pd.DataFrame(rows, columns=["label", "images", "mean", "std", "low", "high", "other", "share"])
 
 
@@ -77,7 +78,8 @@ def confusion_matrix(answers: Answers) -> NDArray[np.float64]:
     matrix = np.zeros((size, size))
     np.add.at(matrix, (counts.label, counts.prediction), counts.images)
     sums = matrix.sum(1, keepdims=True)
-    return np.divide(100 * matrix, sums, out=np.full_like(matrix, math.nan), where=sums > 0)
+    shares: NDArray[np.float64] = np.divide(100 * matrix, sums, out=np.full_like(matrix, math.nan), where=sums > 0)
+    return shares
 
 
 def calibration(answers: Answers) -> pd.DataFrame | None:

@@ -67,8 +67,7 @@ def dropped_expert(data: FigureData) -> Figure | None:
             axes.axvline(100 * whole[name].mean, color=colour, linewidth=0.8, label=f"whole model, {label}")
     axes.set_yticks(positions, frame.index)
     axes.invert_yaxis()
-    axes.set(
-        xlabel="accuracy (%)", ylabel="without expert", xlim=(-2, 102), title=f"Mixture without an expert (PGD-{steps})"
-    )
+    title = f"Mixture without an expert (PGD-{steps})"
+    axes.set(xlabel="accuracy (%)", ylabel="without expert", xlim=(-2, 102), title=title)
     figure.legend(loc="outside right center")
     return figure

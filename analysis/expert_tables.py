@@ -21,6 +21,8 @@ from dwf_cluster.evaluation.registry import (
     longest_pgd,
 )
 
+_CLEAN = ColumnKey("clean", None, None, None, None)
+
 _ROLES = {
     "clean": EXPERT_CLEAN,
     "pgd": EXPERT_PGD,
@@ -49,7 +51,7 @@ def summary(group: Group, measured: pd.DataFrame, predictions: Predictions) -> p
         return None
     cells = {(row.attack, row.source): row for row in each(own)}
     frame = pd.DataFrame(index=pd.Index(group.experts))
-    for name, key in (("weight_clean", _clean_key(own)), ("weight_pgd", _pgd_key(group))):
+    for name, key in (("weight_clean", _CLEAN), ("weight_pgd", _pgd_key(group))):
         sums = predictions.gates[key].sum() if key in predictions.gates else None
         frame[name] = [math.nan if sums is None else sums[expert] / sums.examples for expert in group.experts]
     for name, attack in _ROLES.items():
@@ -97,7 +99,8 @@ def error_correlation(
         if errors.shape[1] > 1:
             with np.errstate(invalid="ignore", divide="ignore"):
                 matrices.append(np.corrcoef(errors).reshape(count, count))
-    return np.mean(matrices, axis=0) if matrices else np.full((count, count), math.nan)
+    mean: NDArray[np.float64] = np.mean(matrices, axis=0) if matrices else np.full((count, count), math.nan)
+    return mean
 
 
 def expert_tables(group: Group, measured: pd.DataFrame, predictions: Predictions) -> list[Table]:
@@ -127,7 +130,7 @@ def _summary_table(group: Group, measured: pd.DataFrame, frame: pd.DataFrame) ->
         )
         for name, row in frame.iterrows()
     ]
-    complete = [whole.get(key) for key in (_clean_key(own), _pgd_key(group))]
+    complete = [whole.get(key) for key in (_CLEAN, _pgd_key(group))]
     cells = ["" if row is None else _percent(row.mean, row.std) for row in complete]
     rows.append((f"whole {group.defended}", ["", "", *cells, *cells]))
     heads = [
@@ -139,8 +142,8 @@ def _summary_table(group: Group, measured: pd.DataFrame, frame: pd.DataFrame) ->
         ("without it", f"pgd {steps}"),
     ]
     note = (
-        f"Alone, pgd {steps}: the expert's own accuracy on the images of PGD on the whole {group.defended}. Without it: "
-        "the gate's other weights are scaled to a sum of 1; PGD is made on what is left, so it is no transfer attack."
+        f"Alone, pgd {steps}: the expert's own accuracy on the images of PGD on the whole {group.defended}. Without "
+        "it: the gate's other weights are scaled to a sum of 1, and PGD is made on what is left, so it is no transfer."
     )
     title = f"{group.title}: experts of the {group.defended}, percent"
     return Table(title, heads, rows, notes=[note], lines=frozenset({len(frame)}), corner="expert")
@@ -183,10 +186,6 @@ def _correlation_table(group: Group, measured: pd.DataFrame, predictions: Predic
         notes=[note],
         corner="expert",
     )
-
-
-def _clean_key(own: pd.DataFrame) -> ColumnKey | None:
-    return next((key_of_row(row) for row in each(own[own.attack == "clean"])), None)
 
 
 def _pgd_key(group: Group) -> ColumnKey:

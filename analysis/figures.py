@@ -94,8 +94,8 @@ FIGURES: Mapping[str, FigureEntry] = {
     ),
     "dropped_expert": FigureEntry(
         "analysis.expert_figures:dropped_expert",
-        "The mixture without one expert, its other gate weights scaled to a sum of 1: accuracy on clean images and under "
-        "PGD on what is left. Lines: the whole mixture.",
+        "The mixture without one expert, its other gate weights scaled to a sum of 1: accuracy on clean images and "
+        "under PGD on what is left. Lines: the whole mixture.",
     ),
     "class_accuracy": FigureEntry(
         "analysis.class_figures:class_accuracy",
@@ -108,8 +108,8 @@ FIGURES: Mapping[str, FigureEntry] = {
     ),
     "reliability": FigureEntry(
         "analysis.calibration_figures:reliability",
-        "Reliability of the defended model over all seeds: accuracy in 15 bins of the predicted class's probability, and "
-        "the share of images in each. ECE: expected calibration error (Guo et al. 2017), mean over seeds.",
+        "Reliability of the defended model over all seeds: accuracy in 15 bins of the predicted class's probability, "
+        "and the share of images in each. ECE: expected calibration error (Guo et al. 2017), mean over seeds.",
     ),
 }
 """Figures by name, in the order of the report. Files have these names."""

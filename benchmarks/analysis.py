@@ -160,6 +160,7 @@ def _outcome(
 def _predictions(model: str, column: Column, outcome: Outcome, label: NDArray[np.int64], first: int) -> pa.Table:
     prediction, margin, gate = (None if part is None else part[first : first + SHARD] for part in outcome)
     assert prediction is not None
+    assert margin is not None
     rows = len(prediction)
     if gate is None:
         gates = pa.nulls(rows, pa.list_(pa.float32()))
