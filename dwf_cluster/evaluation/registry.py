@@ -10,7 +10,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from dwf_cluster.evaluation.column import CURVES, curve_columns, curve_cost, in_ball, paper_columns, titled
+from dwf_cluster.evaluation.column import (
+    CURVES,
+    EXPERT_SUITE,
+    curve_columns,
+    curve_cost,
+    in_ball,
+    longest_pgd,
+    paper_columns,
+    titled,
+)
 from dwf_cluster.evaluation.column import Column as Column  # noqa: PLC0414 - part of this registry for its users
 from dwf_cluster.evaluation.settings import Evaluation, Norm, Threat
 
@@ -49,7 +58,8 @@ class Suite:
     Attributes:
         run: `module:function` of an `evaluation.run.Batch`; yields an `evaluation.run.Attacked` for each column. That
             of `checks` is a function of its own kind: see `evaluation.run.check`.
-        columns: of (settings, threat model), the columns, strengths and iterations rising.
+        columns: of (settings, threat model), the columns, strengths and iterations rising. Empty, as of `experts`: its
+            columns have names of experts and tables of their own, and are run under the primary threat model.
         cost: of (settings, number of networks of the model), forward passes of one network for one image that no
             attack fools; a gradient counts as 2.
         needs_gate: whether it attacks `experts` and `gate` of a model, so that only models with a gate are measured.
@@ -181,6 +191,14 @@ SUITES: Mapping[str, Suite] = {
         norms=_ANY,
         examples=lambda e: e.curve_examples,
     ),
+    EXPERT_SUITE: Suite(
+        "dwf_cluster.evaluation.experts:experts",
+        lambda e, threat: [],
+        # PGD on the mixture, on each expert, and on each mixture of all experts but one.
+        lambda e, networks: 2 * longest_pgd(e) * (networks + 1) + 2 * networks + 1,
+        needs_gate=True,
+        norms=_ANY,
+    ),
     CHECKS: Suite(
         "dwf_cluster.evaluation.run:check",
         lambda e, threat: [],
@@ -212,7 +230,7 @@ CHECK_FUNCTIONS: Mapping[str, str] = {
 }
 """`module:function` of each check by name, in the order in which they run: the random draws of `restarts` and of
 `black_box` come from the same generators. A function takes an `evaluation.inspection.Inspection` and yields
-`evaluation.significance.Check`. The check `stronger` needs the predictions of all columns: see `evaluation.stronger`."""
+`evaluation.significance.Check`. The check `stronger` needs the predictions of all columns: `evaluation.stronger`."""
 
 
 def check_queries(values: int) -> int:
@@ -252,11 +270,6 @@ def extra_names() -> tuple[str, ...]:
 def suites_of_norm(norm: Norm) -> tuple[str, ...]:
     """Names that `evaluation.beyond` accepts under threat models of a norm."""
     return tuple(n for n in extra_names() if n == TRANSFER or SUITES[n].own_threat or norm in SUITES[n].norms)
-
-
-def longest_pgd(evaluation: Evaluation) -> int:
-    """Iterations of the longest of the PGD columns."""
-    return max(evaluation.pgd_steps)
 
 
 def suite_names(evaluation: Evaluation, has_gate: bool, default: Iterable[str] = ()) -> tuple[str, ...]:
