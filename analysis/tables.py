@@ -18,8 +18,10 @@ from typing import Any
 import pandas as pd
 
 from analysis import paper
+from analysis.class_tables import class_tables
 from analysis.columns import CELL_FIELDS, COLUMN_FIELDS, ColumnKey, column_key, column_name, each, key_of_row
 from analysis.command import command
+from analysis.expert_tables import expert_tables
 from analysis.formats import FORMATS, Table
 from analysis.predictions import Predictions, read_predictions
 from analysis.results import Group, load
@@ -47,7 +49,7 @@ def accuracies(group: Group) -> pd.DataFrame:
     for row in each(group.frame("evaluations", [*CELL_FIELDS, "accuracy", "examples"])):
         measured.setdefault((row.model, key_of_row(row)), []).append((row.accuracy, row.examples))
     titles = {column_key(column): column_name(column) for column in group.columns}
-    transfers = {key: f"transfer {key.source}" for _, key in measured if key not in titles}
+    transfers = {key: f"{key.attack} {key.source}" for _, key in measured if key not in titles}
     published = paper.published(group)
     rows = []
     for model in group.models:
@@ -221,7 +223,9 @@ def make_tables(group: Group, predictions: Predictions) -> tuple[pd.DataFrame, p
     measured, tests = accuracies(group), comparisons(group, predictions)
     beside = beside_paper(group, measured)
     tables = [table3(group, measured, tests), beyond(group, measured, tests), beside, against_defended(group, tests)]
-    remarks = [] if beside else [paper.why_not_compared(group)]
+    by_class, unrated = class_tables(group, predictions)
+    tables += [*expert_tables(group, measured, predictions), *by_class]
+    remarks = [*([] if beside else [paper.why_not_compared(group)]), *unrated]
     return measured, tests, [table for table in tables if table], remarks
 
 

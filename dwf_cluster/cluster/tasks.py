@@ -29,6 +29,7 @@ from dwf_cluster.cluster.control import Claim
 from dwf_cluster.data.device import DeviceImages
 from dwf_cluster.data.subsets import checked
 from dwf_cluster.defences.build import to_train, trained
+from dwf_cluster.defences.registry import METHODS
 from dwf_cluster.determinism import make_deterministic
 from dwf_cluster.evaluation.registry import CHECKS
 from dwf_cluster.evaluation.run import check, evaluate
@@ -180,6 +181,7 @@ def _evaluate(job: Job, store: Store, images: ray.ObjectRef, allocation: Allocat
         seed=seed,
         device=device,
         first=job.first,
+        experts=job.spec.parents if METHODS[job.spec.method].has_gate else (),
     )
     tables.write(store, "predictions", job.file, predictions)
     tables.write(store, "shards", job.file, rows)

@@ -58,6 +58,10 @@ class Training(Settings):
     """Weights that are kept: of the last epoch, or of the one with the highest robust accuracy of the probe on the
     validation images (of equal ones the first), as Rice et al. (2020) do against robust overfitting; `best` needs
     `data.validation_examples`. Our assumption: the paper keeps the last."""
+    attack_batchnorm: Literal["eval", "train"] = "eval"
+    """How BatchNorm normalises while the model is attacked in training: `eval` with its running statistics, `train`
+    with those of the images under attack, as in a training step; the attack changes no statistics. Our assumption:
+    `eval`, the mode in which the model is evaluated."""
 
     @property
     def of_a_model(self) -> Training:
@@ -180,6 +184,20 @@ def _attacked_step(gradients: float, spec: ModelSpec) -> float:
     return 3 + 2 * gradients * float(spec.option("fraction", 1.0))
 
 
+def _fgsm_options(settings: DefenceSettings) -> dict[str, Any]:
+    return {"epsilons": settings.fgsm.epsilons, "epsilon_draw": settings.fgsm.draw}
+
+
+def _pgd_options(settings: DefenceSettings) -> dict[str, Any]:
+    pgd = settings.pgd
+    return {
+        "epsilon": pgd.epsilon,
+        "step_sizes": pgd.step_sizes or (pgd.step_size,),
+        "steps": pgd.steps,
+        "random_start": pgd.random_start,
+    }
+
+
 _ADVERSARIAL = "dwf_cluster.defences.adversarial"
 _DWF = "dwf_cluster.defences.dwf"
 
@@ -189,28 +207,22 @@ METHODS: Mapping[str, Method] = {
         f"{_ADVERSARIAL}:build",
         f"{_ADVERSARIAL}:fgsm",
         lambda spec: _attacked_step(1, spec),
-        lambda settings: {"epsilons": settings.fgsm.epsilons},
+        _fgsm_options,
     ),
     "pgd": Method(
         f"{_ADVERSARIAL}:build",
         f"{_ADVERSARIAL}:pgd",
         lambda spec: _attacked_step(fmean(spec.option("steps")), spec),
-        lambda settings: {
-            "epsilon": settings.pgd.epsilon,
-            "step_size": settings.pgd.step_size,
-            "steps": settings.pgd.steps,
-        },
+        _pgd_options,
     ),
     "dwf": Method(
         f"{_DWF}:build",
         f"{_DWF}:losses",
-        # Three versions of each image; the first of PGD's gradients is FGSM's too.
-        lambda spec: len(spec.parents) * (2 * fmean(spec.option("steps")) + 9),
+        # Three versions of each image; the first of PGD's gradients is FGSM's too, unless PGD starts elsewhere.
+        lambda spec: len(spec.parents) * (2 * (fmean(spec.option("steps")) + spec.option("random_start")) + 9),
         lambda settings: {
-            "epsilons": settings.fgsm.epsilons,
-            "epsilon": settings.pgd.epsilon,
-            "step_size": settings.pgd.step_size,
-            "steps": settings.pgd.steps,
+            **_fgsm_options(settings),
+            **_pgd_options(settings),
             "gate_hidden": settings.gate.hidden,
             "gate_kind": settings.gate.kind,
             "freeze_experts": settings.joint.freeze_experts,

@@ -10,7 +10,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from dwf_cluster.evaluation.column import CURVES, curve_columns, curve_cost, in_ball, paper_columns, titled
+from dwf_cluster.evaluation.column import (
+    CURVES,
+    EXPERT_SUITE,
+    curve_columns,
+    curve_cost,
+    in_ball,
+    longest_pgd,
+    paper_columns,
+    titled,
+)
 from dwf_cluster.evaluation.column import Column as Column  # noqa: PLC0414 - part of this registry for its users
 from dwf_cluster.evaluation.settings import Evaluation, Norm, Threat
 
@@ -35,8 +44,11 @@ AUTOATTACK_EXAMPLES = 1000
 WORST_CASE = "worst_case"
 """Not a suite: for each image, the worst case over the model's attacks (`evaluation.worst_case`)."""
 
-CHECK_QUERIES = 300
-"""Forward passes of the checks' black-box attack, for one image."""
+CHECK_QUERIES = 300, 5000
+"""Smallest and largest number of forward passes of the checks' black-box attack, for one image."""
+
+_VALUES = 3 * 32 * 32
+"""Values of an image of CIFAR-10, which AutoAttack gives 5,000 queries."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +58,8 @@ class Suite:
     Attributes:
         run: `module:function` of an `evaluation.run.Batch`; yields an `evaluation.run.Attacked` for each column. That
             of `checks` is a function of its own kind: see `evaluation.run.check`.
-        columns: of (settings, threat model), the columns, strengths and iterations rising.
+        columns: of (settings, threat model), the columns, strengths and iterations rising. Empty, as of `experts`: its
+            columns have names of experts and tables of their own, and are run under the primary threat model.
         cost: of (settings, number of networks of the model), forward passes of one network for one image that no
             attack fools; a gradient counts as 2.
         needs_gate: whether it attacks `experts` and `gate` of a model, so that only models with a gate are measured.
@@ -178,10 +191,18 @@ SUITES: Mapping[str, Suite] = {
         norms=_ANY,
         examples=lambda e: e.curve_examples,
     ),
+    EXPERT_SUITE: Suite(
+        "dwf_cluster.evaluation.experts:experts",
+        lambda e, threat: [],
+        # PGD on the mixture, on each expert, and on each mixture of all experts but one.
+        lambda e, networks: 2 * longest_pgd(e) * (networks + 1) + 2 * networks + 1,
+        needs_gate=True,
+        norms=_ANY,
+    ),
     CHECKS: Suite(
         "dwf_cluster.evaluation.run:check",
         lambda e, threat: [],
-        lambda e, networks: 2 * 7 * e.probe_steps + CHECK_QUERIES,
+        lambda e, networks: check_cost(e),
         norms=_ANY,
         examples=lambda e: e.check_examples,
     ),
@@ -189,24 +210,56 @@ SUITES: Mapping[str, Suite] = {
 """Suites by name, in the order of the result table."""
 
 
-_MASKING = "dwf_cluster.evaluation.masking"
+_OUTPUTS, _ATTACKS = "dwf_cluster.evaluation.masking", "dwf_cluster.evaluation.attack_checks"
 
 CHECK_FUNCTIONS: Mapping[str, str] = {
-    "nan": f"{_MASKING}:nan",
-    "probabilities": f"{_MASKING}:probabilities",
-    "random": f"{_MASKING}:random",
-    "train_mode": f"{_MASKING}:train_mode",
-    "zero_gradients": f"{_MASKING}:zero_gradients",
-    "one_step": f"{_MASKING}:one_step",
-    "more_steps": f"{_MASKING}:more_steps",
-    "restarts": f"{_MASKING}:restarts",
-    "perturbation": f"{_MASKING}:perturbation",
-    "black_box": f"{_MASKING}:black_box",
-    "huge_epsilon": f"{_MASKING}:huge_epsilon",
+    "nan": f"{_OUTPUTS}:nan",
+    "probabilities": f"{_OUTPUTS}:probabilities",
+    "random": f"{_OUTPUTS}:random",
+    "train_mode": f"{_OUTPUTS}:train_mode",
+    "zero_gradients": f"{_OUTPUTS}:zero_gradients",
+    "one_step": f"{_ATTACKS}:one_step",
+    "more_steps": f"{_ATTACKS}:more_steps",
+    "converged": f"{_ATTACKS}:converged",
+    "restarts": f"{_ATTACKS}:restarts",
+    "scale_free": f"{_ATTACKS}:scale_free",
+    "perturbation": f"{_OUTPUTS}:perturbation",
+    "transfer": f"{_ATTACKS}:transfer",
+    "black_box": f"{_ATTACKS}:black_box",
+    "huge_epsilon": f"{_ATTACKS}:huge_epsilon",
 }
 """`module:function` of each check by name, in the order in which they run: the random draws of `restarts` and of
-`black_box` come from the same generators. A function takes an `evaluation.masking.Inspection` and yields
-`evaluation.masking.Check`."""
+`black_box` come from the same generators. A function takes an `evaluation.inspection.Inspection` and yields
+`evaluation.significance.Check`. The check `stronger` needs the predictions of all columns: `evaluation.stronger`."""
+
+
+def check_queries(values: int) -> int:
+    """Forward passes of the checks' black-box attack for one image: 5,000 for CIFAR-10, in proportion for others.
+
+    Args:
+        values: of an image: channels x height x width.
+
+    Returns:
+        At least 300, at most 5,000: AutoAttack gives images of any size 5,000.
+    """
+    smallest, largest = CHECK_QUERIES
+    return min(largest, max(smallest, largest * values // _VALUES))
+
+
+def check_cost(evaluation: Evaluation, values: int = _VALUES) -> float:
+    """Forward passes of the checks for one image that no attack fools, without those of `transfer`.
+
+    Args:
+        evaluation: the settings.
+        values: of an image: channels x height x width; by default CIFAR-10's.
+    """
+    runs = 4 + 4 + 4 + 2  # the long run, a restart, the margin's run, the huge epsilon; of `probe_steps` each
+    return 2 * runs * evaluation.probe_steps + check_queries(values)
+
+
+def check_transfer_cost(evaluation: Evaluation) -> float:
+    """Forward passes of the check `transfer` for one image and each network that images are made on."""
+    return 2 * evaluation.probe_steps
 
 
 def extra_names() -> tuple[str, ...]:
@@ -217,11 +270,6 @@ def extra_names() -> tuple[str, ...]:
 def suites_of_norm(norm: Norm) -> tuple[str, ...]:
     """Names that `evaluation.beyond` accepts under threat models of a norm."""
     return tuple(n for n in extra_names() if n == TRANSFER or SUITES[n].own_threat or norm in SUITES[n].norms)
-
-
-def longest_pgd(evaluation: Evaluation) -> int:
-    """Iterations of the longest of the PGD columns."""
-    return max(evaluation.pgd_steps)
 
 
 def suite_names(evaluation: Evaluation, has_gate: bool, default: Iterable[str] = ()) -> tuple[str, ...]:

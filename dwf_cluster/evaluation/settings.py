@@ -56,8 +56,9 @@ class Evaluation(Settings):
     `pgd_route` at an expert and at the gate's weight for it (a hard gate always has this column); `pgd_momentum`;
     `pgd_cw` (Carlini-Wagner loss); `pgd_targeted` (towards each other label); `pgd_l2`, `pgd_l1`; `apgd`, `apgd_l2`;
     `square` (black box); `autoattack` (its authors' standard set); `transfer` (made on one model, tested on each
-    other); `noise` (random signs, the floor of every attack); `curves` (PGD and APGD over epsilon, PGD over steps and
-    over restarts: figures, not columns)."""
+    other); `noise` (random signs, the floor of every attack). Not in the result table: `curves` (PGD and APGD over
+    epsilon, PGD over steps and over restarts) and `experts` (the mixture's experts alone, against each other's PGD
+    images, and the mixture without each of them)."""
     l2_epsilon: Radius = 0.5
     """Radius of the L2 ball, Euclidean length over an image's pixels in [0, 1]."""
     l2_step_size: Radius = 0.1

@@ -18,7 +18,8 @@ from dwf_cluster.attacks.gradient import Objective, carlini_wagner, cross_entrop
 from dwf_cluster.attacks.pgd import Iterate, Remaining, WorstCase, fgsm, pgd, with_logits
 from dwf_cluster.attacks.routing import expert_aimed, gate_aimed, routed
 from dwf_cluster.attacks.square import square as square_attack
-from dwf_cluster.evaluation.registry import TRANSFER, longest_pgd, transfer_column
+from dwf_cluster.evaluation.column import longest_pgd
+from dwf_cluster.evaluation.registry import TRANSFER, transfer_column
 from dwf_cluster.evaluation.run import Attacked, Batch
 
 MOMENTUM = 1.0

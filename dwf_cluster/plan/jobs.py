@@ -10,6 +10,7 @@ from itertools import chain
 
 from dwf_cluster.data.registry import Shape, Sizes
 from dwf_cluster.defences.registry import METHODS, ModelSpec, Training
+from dwf_cluster.evaluation.column import EXPERT_SUITE, expert_columns
 from dwf_cluster.evaluation.registry import CHECKS, PAPER, SUITES, TRANSFER, columns, threat_count
 from dwf_cluster.experiment import Experiment
 from dwf_cluster.models.registry import BACKBONES
@@ -286,6 +287,8 @@ def stored_bytes(experiments: Sequence[Experiment], sizes: Sizes) -> tuple[float
         if job.suite is not None:
             others = (len(experiment.models) - 1) * len(experiment.threats) if job.tests_transfer else 0
             listed = columns(experiment.evaluation, experiment.threats, job.suite)
+            if job.suite == EXPERT_SUITE:
+                listed = expert_columns(experiment.evaluation, experiment.threat, spec.parents)
             rows = (len(listed) + others) * (job.stop - job.first)
             in_tables += rows * (_ROW_BYTES + (4 * spec.networks if has_gate else 0))
         elif not job.copy_of:
