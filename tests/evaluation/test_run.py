@@ -35,7 +35,7 @@ EVERYTHING = [
     "evaluation.pgd_steps=1,3",
     "evaluation.restart_steps=4",
     "evaluation.adaptive_steps=4",
-    "evaluation.beyond=pgd_gate,pgd_expert,pgd_momentum,pgd_cw,pgd_l2,apgd,apgd_l2,square,autoattack,noise,transfer",
+    "evaluation.beyond=pgd_gate,pgd_expert,pgd_route,pgd_momentum,pgd_cw,pgd_l2,apgd,apgd_l2,square,autoattack,noise,transfer",
     "evaluation.apgd_steps=6",
     "evaluation.square_queries=10",
 ]
