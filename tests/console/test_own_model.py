@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -90,8 +91,8 @@ def test_weights_of_either_kind_are_loaded(folder: Path, capsys: pytest.CaptureF
     save_file(network.state_dict(), "weights.safetensors")
     for file in ("weights.pt", "weights.safetensors"):
         assert _evaluate(f"--weights={file}", "--out=results", suites="noise") == 0
-    printed = [line for line in capsys.readouterr().out.splitlines() if line.strip().startswith("model ")]
-    assert printed[1] == printed[3]
+    first, second = re.findall(r"^ *model +[\d.]+ .*$", capsys.readouterr().out, re.M)
+    assert first == second
     assert [path.name.split("-seed0")[0] for path in Path("results").iterdir()] == ["own_network-network-weights"]
 
 
