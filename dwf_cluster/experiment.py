@@ -38,6 +38,8 @@ ADDED_LATER = frozenset(
         "data.validation_examples",
         "experts.keep",
         "joint.keep",
+        "evaluation.corruptions",
+        "evaluation.corruption_severities",
         "evaluation.norm",
         "evaluation.epsilon",
         "evaluation.step_size",
@@ -91,6 +93,20 @@ class Experiment(Settings):
                 )
         return self
 
+    @model_validator(mode="after")
+    def _corruption_files_are_of_cifar10(self) -> Experiment:
+        if self.evaluation.corruptions == "files" and self.data.source != "cifar10":
+            raise ValueError(
+                "evaluation.corruptions: 'files' cannot be used: they are of cifar10; allowed is generated"
+            )
+        return self
+
+    @property
+    def corruption_files(self) -> tuple[int, ...]:
+        """Severities of the corrupted images that are read from files."""
+        is_used = self.evaluation.corruptions == "files" and "corruptions" in self.evaluation.beyond
+        return self.evaluation.corruption_severities if is_used else ()
+
     @property
     def models(self) -> tuple[ModelSpec, ...]:
         """Every model that is trained: those that the defended one starts from, the baselines, the defended model."""
@@ -143,7 +159,8 @@ class Experiment(Settings):
             values = fields
             for parent in parents:
                 settings, values = settings.model_fields[parent].annotation, values[parent]
-            if values[leaf] == settings.model_fields[leaf].default:
+            default = settings.model_fields[leaf].default
+            if values[leaf] == (list(default) if isinstance(default, tuple) else default):  # as in JSON
                 del values[leaf]
         return _digest(fields)[:10]
 

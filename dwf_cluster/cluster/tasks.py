@@ -174,6 +174,9 @@ def _evaluate(job: Job, store: Store, images: ray.ObjectRef, allocation: Allocat
         seed=seed,
         device=device,
         first=job.first,
+        corrupted={key: images[shard] for key, images in arrays.corrupted.items()}
+        if experiment.corruption_files
+        else {},
     )
     tables.write(store, "predictions", job.file, predictions)
     tables.write(store, "shards", job.file, rows)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from dwf_cluster.data.registry import CORRUPTIONS
 from dwf_cluster.evaluation.settings import Evaluation, Norm, Threat
 
 CHECKS = "checks"
@@ -21,6 +22,9 @@ PAPER = "paper"
 
 TRANSFER = "transfer"
 """Not a suite: the `paper` suite tests its longest PGD's images on all other models too."""
+
+CORRUPTION = "corruption_"
+"""The attack of a corruption's column is this and its name; `steps` is the severity, 1 to 5."""
 
 CHECK_QUERIES = 300
 """Forward passes of the checks' black-box attack, for one image."""
@@ -174,6 +178,16 @@ SUITES: Mapping[str, Suite] = {
         f"{_SUITES}:noise",
         lambda e, threat: [Column("noise", epsilon=threat.epsilon)],
         lambda e, networks: 1,
+    ),
+    "corruptions": Suite(
+        "dwf_cluster.evaluation.corruptions:corruptions",
+        lambda e, threat: [
+            Column(CORRUPTION + name, steps=severity, norm=None)
+            for name in CORRUPTIONS
+            for severity in sorted(set(e.corruption_severities))
+        ],
+        lambda e, networks: len(CORRUPTIONS) * len(set(e.corruption_severities)),
+        norms=("linf", "l2", "l1"),
     ),
     CHECKS: Suite(
         "dwf_cluster.evaluation.run:check",

@@ -55,7 +55,7 @@ class Evaluation(Settings):
     """Columns beside the paper's: `pgd_gate` aims at the mixture's gate, `pgd_expert` at its experts one by one;
     `pgd_momentum`; `pgd_cw` (Carlini-Wagner loss); `pgd_l2`; `apgd`, `apgd_l2`; `square` (black box);
     `autoattack` (its authors' standard set); `transfer` (made on one model, tested on each other); `noise` (random
-    signs, the floor of every attack)."""
+    signs, the floor of every attack); `corruptions` (fifteen common corruptions)."""
     l2_epsilon: Radius = 0.5
     """Radius of the L2 ball, Euclidean length over an image's pixels in [0, 1]."""
     l2_step_size: Radius = 0.1
@@ -71,6 +71,15 @@ class Evaluation(Settings):
     """Iterations of `apgd` and `apgd_l2`."""
     square_queries: Count = 5000
     """Forward passes of `square`."""
+    corruptions: Literal["generated", "files"] = "generated"
+    """Where the images of the suite `corruptions` come from: `generated` from the test images, some corruptions in a
+    simpler form; `files`: those of CIFAR-10-C, its fifteen `.npy` files and `labels.npy` in the folder `CIFAR-10-C` of
+    the data folder."""
+    corruption_severities: Annotated[
+        tuple[Annotated[int, Field(ge=1, le=5)], ...], BeforeValidator(as_tuple), Field(min_length=1)
+    ] = (3,)
+    """Severities of the corruptions, 1 to 5, a column each. Our assumption: the middle one; the benchmark's mean is
+    over all five."""
     check_examples: Count = 128
     """Test images that each model is checked for gradient masking on: the first ones of a named data set, a
     class-balanced draw from those of an `.npz` file."""
