@@ -38,6 +38,8 @@ ADDED_LATER = frozenset(
         "data.validation_examples",
         "experts.keep",
         "joint.keep",
+        "evaluation.corruptions",
+        "evaluation.corruption_severities",
         "fgsm.draw",
         "pgd.step_sizes",
         "pgd.random_start",
@@ -103,6 +105,20 @@ class Experiment(Settings):
                     f"{name}.keep: 'best' cannot be used: it needs data.validation_examples; allowed is last"
                 )
         return self
+
+    @model_validator(mode="after")
+    def _corruption_files_are_of_cifar10(self) -> Experiment:
+        if self.evaluation.corruptions == "files" and self.data.source != "cifar10":
+            raise ValueError(
+                "evaluation.corruptions: 'files' cannot be used: they are of cifar10; allowed is generated"
+            )
+        return self
+
+    @property
+    def corruption_files(self) -> tuple[int, ...]:
+        """Severities of the corrupted images that are read from files."""
+        is_used = self.evaluation.corruptions == "files" and "corruptions" in self.evaluation.beyond
+        return self.evaluation.corruption_severities if is_used else ()
 
     @property
     def models(self) -> tuple[ModelSpec, ...]:

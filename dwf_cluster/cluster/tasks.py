@@ -182,6 +182,9 @@ def _evaluate(job: Job, store: Store, images: ray.ObjectRef, allocation: Allocat
         device=device,
         first=job.first,
         experts=job.spec.parents if METHODS[job.spec.method].has_gate else (),
+        corrupted={key: images[shard] for key, images in arrays.corrupted.items()}
+        if experiment.corruption_files
+        else {},
     )
     tables.write(store, "predictions", job.file, predictions)
     tables.write(store, "shards", job.file, rows)

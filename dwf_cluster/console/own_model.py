@@ -92,6 +92,10 @@ def _run(options: argparse.Namespace) -> int:
         images = load(experiment.data, options.data_folder)
     except DataUnavailable as error:
         raise CommandFailed(str(error)) from None
+    if experiment.corruption_files:
+        raise InvalidInput(
+            "evaluation.corruptions: 'files' cannot be used for a model of your own: allowed is generated"
+        )
     model = _model(Path(file), function, options.weights)
     pixels = images.x_test.transpose(0, 2, 3, 1)
     evaluation, threats, seed = experiment.evaluation, experiment.threats, experiment.seed

@@ -85,6 +85,26 @@ NPZ_READER = "dwf_cluster.data.own_images:read"
 """Reads an `.npz` file of the user's; takes its path, returns a `data.sources.Raw`."""
 
 
+CORRUPTIONS = (
+    "gaussian_noise",
+    "shot_noise",
+    "impulse_noise",
+    "defocus_blur",
+    "glass_blur",
+    "motion_blur",
+    "zoom_blur",
+    "snow",
+    "frost",
+    "fog",
+    "brightness",
+    "contrast",
+    "elastic_transform",
+    "pixelate",
+    "jpeg_compression",
+)
+"""Common corruptions (Hendrycks and Dietterich 2019), by the names of CIFAR-10-C's files."""
+
+
 @dataclass(frozen=True)
 class Sizes:
     """Number of training images (without validation images) and of test images, and (channels, height, width) of one,

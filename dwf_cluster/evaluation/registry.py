@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from dwf_cluster.data.registry import CORRUPTIONS
 from dwf_cluster.evaluation.column import (
     CURVES,
     EXPERT_SUITE,
@@ -34,6 +35,9 @@ TRANSFER = "transfer"
 
 ROUTE = "pgd_route"
 """The suite of the attack on expert and routing, which every model that selects one expert is measured by."""
+
+CORRUPTION = "corruption_"
+"""The attack of a corruption's column is this and its name; `steps` is the severity, 1 to 5."""
 
 AUTOATTACK = "autoattack"
 """The suite of AutoAttack, which models of the paper's width are measured by."""
@@ -198,6 +202,16 @@ SUITES: Mapping[str, Suite] = {
         lambda e, networks: 2 * longest_pgd(e) * (networks + 1) + 2 * networks + 1,
         needs_gate=True,
         norms=_ANY,
+    ),
+    "corruptions": Suite(
+        "dwf_cluster.evaluation.corruptions:corruptions",
+        lambda e, threat: [
+            Column(CORRUPTION + name, steps=severity, norm=None)
+            for name in CORRUPTIONS
+            for severity in sorted(set(e.corruption_severities))
+        ],
+        lambda e, networks: len(CORRUPTIONS) * len(set(e.corruption_severities)),
+        norms=("linf", "l2", "l1"),
     ),
     CHECKS: Suite(
         "dwf_cluster.evaluation.run:check",
