@@ -84,9 +84,20 @@ class Experiment(Settings):
             raise ValueError(f"defence and baselines give two models the name {repeated!r}: allowed is one")
         return self
 
+    @model_validator(mode="after")
+    def _models_have_their_parents(self) -> Experiment:
+        for spec in self.models:
+            if missing := next((parent for parent in spec.parents if parent not in self.names), None):
+                raise ValueError(
+                    f"{spec.name} is built from {missing}, which the experiment does not train: allowed is to add dwf"
+                )
+        if METHODS[self.defended.method].losses is None:
+            raise ValueError(f"defence {self.defence!r} trains no model: allowed is to add it to the baselines")
+        return self
+
     @property
     def models(self) -> tuple[ModelSpec, ...]:
-        """Every model that is trained: those that the defended one starts from, the baselines, the defended model."""
+        """Every model: those that the defended one starts from, the baselines, the defended model."""
         *parents, defended = recipe(self.defence, self)
         return (*parents, *(spec for name in self.baselines for spec in recipe(name, self)), defended)
 

@@ -8,7 +8,7 @@ the defended model. To add a method or a defence: a file beside this one, and an
 from __future__ import annotations
 
 import pkgutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Annotated, Any, Literal, Protocol
@@ -156,7 +156,8 @@ class Method:
         losses: `module:function` of `(spec, model, frozen, x, y, draws)`; a generator of `defences.loss.Loss`. It is
             called for each part of a batch: pixels `x` in [0, 1], labels `y`. After each loss that it yields, the
             optimiser takes a step, and `frozen()` is the changed model. Every batch needs the same number of losses,
-            one at least. A loss trains what has `requires_grad` and is reached through `model(...)`.
+            one at least. A loss trains what has `requires_grad` and is reached through `model(...)`. None: a model of
+            this method is not trained; it is what `build` makes of its trained parents, and has no checkpoint.
         passes: of a spec, forward passes through one backbone for one training image: an input gradient counts as 2
             and a training step as 3.
         options: of the settings, what a model of this method takes where its recipe does not say otherwise.
@@ -165,7 +166,7 @@ class Method:
     """
 
     build: str
-    losses: str
+    losses: str | None
     passes: Callable[[ModelSpec], float]
     options: Callable[[DefenceSettings], Mapping[str, Any]] = lambda settings: {}
     has_gate: bool = False
@@ -190,8 +191,13 @@ def _pgd_options(settings: DefenceSettings) -> dict[str, Any]:
     }
 
 
+def _no_passes(spec: ModelSpec) -> float:
+    return 0.0
+
+
 _ADVERSARIAL = "dwf_cluster.defences.adversarial"
 _DWF = "dwf_cluster.defences.dwf"
+_CONTROLS = "dwf_cluster.defences.controls"
 
 METHODS: Mapping[str, Method] = {
     "standard": Method(f"{_ADVERSARIAL}:build", f"{_ADVERSARIAL}:standard", lambda spec: 3.0),
@@ -222,9 +228,19 @@ METHODS: Mapping[str, Method] = {
         has_gate=True,
         needs_parents=True,
     ),
-    "given": Method("dwf_cluster.defences.given:build", "dwf_cluster.defences.given:losses", lambda spec: 0.0),
+    "uniform": Method(f"{_CONTROLS}:uniform", None, _no_passes, has_gate=True, needs_parents=True),
+    "expert": Method(f"{_CONTROLS}:expert", None, _no_passes, needs_parents=True),
+    "given": Method("dwf_cluster.defences.given:build", "dwf_cluster.defences.given:losses", _no_passes),
 }
 """Methods by name; a model of `given` is a user's own, which is measured and not trained."""
+
+
+def trained_sources(specs: Sequence[ModelSpec], name: str) -> tuple[str, ...]:
+    """The models whose checkpoints a model is loaded from: its own or, if it is not trained, those of its parents."""
+    spec = next(spec for spec in specs if spec.name == name)
+    if METHODS[spec.method].losses is not None:
+        return (name,)
+    return tuple(dict.fromkeys(source for parent in spec.parents for source in trained_sources(specs, parent)))
 
 
 # ------------------------------------------------------------------------------------------------ defences
@@ -252,6 +268,8 @@ DEFENCES: Mapping[str, str] = {
     "dwf": f"{_RECIPES}:dwf",
     "fgsm-at": f"{_RECIPES}:fgsm_at",
     "pgd-at": f"{_RECIPES}:pgd_at",
+    "pgd-at-matched": f"{_RECIPES}:pgd_at_matched",
+    "controls": f"{_RECIPES}:controls",
     "given": f"{_RECIPES}:given",
 }
 """`module:function` of each defence's recipe: from `DefenceSettings` to ModelSpecs, the defended model last. The module
