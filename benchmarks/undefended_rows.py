@@ -114,7 +114,7 @@ def accuracy(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> float:
 def over_batches(x: torch.Tensor, y: torch.Tensor, measure: Callable[..., dict[str, float]]) -> dict[str, float]:
     """Mean of a measurement over batches of `BATCH` images, weighted by their number."""
     sums: dict[str, float] = {}
-    for part, labels in zip(x.split(BATCH), y.split(BATCH), strict=True):
+    for part, labels in zip(torch.split(x, BATCH), torch.split(y, BATCH), strict=True):
         for name, value in measure(part, labels).items():
             sums[name] = sums.get(name, 0.0) + value * len(labels)
     return {name: value / len(y) for name, value in sums.items()}
@@ -178,6 +178,7 @@ def in_normalised_space(model: nn.Module, mean: float, std: float) -> Callable[.
 
 
 def main() -> None:
+    """Train two networks, measure the first one in each way, print the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-folder", default="data", type=Path)
     parser.add_argument("--train", default=6_000, type=int)
@@ -196,7 +197,8 @@ def main() -> None:
     images = load(experiment.data, options.data_folder)
     started = time.perf_counter()
     own, other = (network(experiment, images, seed) for seed in (0, 1))
-    print(f"{preset}: two networks of width {options.width} trained in {time.perf_counter() - started:.0f} s", flush=True)
+    seconds = time.perf_counter() - started
+    print(f"{preset}: two networks of width {options.width} trained in {seconds:.0f} s", flush=True)
     model, second = frozen(own), frozen(other)
     x, y = to_float(torch.tensor(images.x_test[: options.images])), torch.tensor(images.y_test[: options.images])
     (mean,), (std,) = images.format.mean, images.format.std

@@ -67,7 +67,8 @@ class Experiment(Settings):
     """The defence (or method) that the experiment is about; its last model is the defended one."""
     baselines: Annotated[tuple[Annotated[str, OneOf(recipe_names)], ...], BeforeValidator(as_tuple)] = ()
     """Defences and methods beside it, such as `fgsm-at` and `pgd-at`: ResNet-18 with half of each batch adversarial at
-    a fixed strength (FGSM at `pgd.epsilon`: our assumption; PGD with 10 iterations)."""
+    a fixed strength (PGD with 10 iterations). Our assumption: FGSM at `pgd.epsilon`. `pgd-at-matched` is `pgd-at` with
+    the compute of the whole defence; `controls` are the mixture's experts, alone and with equal weights."""
     data: Data = Data()
     model: Model = Model()
     gate: Gate = Gate()

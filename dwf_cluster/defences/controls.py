@@ -44,4 +44,5 @@ def expert(spec: ModelSpec, images: ImageFormat, parents: Mapping[str, nn.Module
     """
     (mixture,) = parents.values()
     assert isinstance(mixture, Mixture)
-    return mixture.experts[spec.option("number")]
+    network: nn.Module = mixture.experts[spec.option("number")]
+    return network

@@ -24,9 +24,7 @@ def fgsm_epsilon(spec: ModelSpec, draws: Draws) -> float:
     return float(draws.choice("epsilon", epsilons))
 
 
-def pgd(
-    spec: ModelSpec, model: nn.Module, x: torch.Tensor, y: torch.Tensor, draws: Draws
-) -> Iterator[attacks.Iterate]:
+def pgd(spec: ModelSpec, model: nn.Module, x: torch.Tensor, y: torch.Tensor, draws: Draws) -> Iterator[attacks.Iterate]:
     """PGD's iterates, with a number of iterations and a step size that are drawn for the batch.
 
     Options: `epsilon`; `steps` and `step_sizes` to draw from; `random_start`: each image starts at a point of its ball

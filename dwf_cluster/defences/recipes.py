@@ -46,10 +46,10 @@ def pgd_at(settings: DefenceSettings) -> tuple[ModelSpec, ...]:
 def pgd_at_matched(settings: DefenceSettings) -> tuple[ModelSpec, ...]:
     """PGD-AT, trained for as many forward passes as all models of `dwf` together: the rival at equal compute.
 
-    Everything but the number of epochs is that of `pgd-at`, so the two differ in compute alone. Half of each batch stays
-    clean because the mixture is trained on clean images too: a network trained on adversarial images only would be
-    more robust and less accurate, and neither difference would be the mixture's. The number of epochs is rounded up. A
-    long training may overfit (Rice et al. 2020), which would flatter the mixture: see `experts.keep`.
+    Everything but the number of epochs is that of `pgd-at`, so the two differ in compute alone. Half of each batch
+    stays clean because the mixture is trained on clean images too: a network trained on adversarial images only would
+    be more robust and less accurate, and neither difference would be the mixture's. The number of epochs is rounded
+    up. A long training may overfit (Rice et al. 2020), which would flatter the mixture: see `experts.keep`.
     """
     (spec,) = pgd_at(settings)
     budget = sum(model.training.epochs * METHODS[model.method].passes(model) for model in dwf(settings))

@@ -26,11 +26,12 @@ class Gate(Settings):
     """The multilayer perceptron that weighs the experts, equation (2)."""
 
     hidden: Annotated[int, Field(ge=1, le=65_536)] = 128
-    """Units of its hidden layer (our assumption)."""
+    """Units of its hidden layer. Our assumption: 128; the paper calls the gate small."""
     learning_rate: Rate = 0.01
-    """Peak learning rate of its parameters in the joint stage (our assumption)."""
+    """Peak learning rate of its parameters. Our assumption: 0.01, in the joint stage only; the paper lists
+    hyper-parameters of the gate's own, epochs among them, and does not say when they are used."""
     weight_decay: Decay = 5e-4
-    """Weight decay of its parameters (our assumption)."""
+    """Weight decay of its parameters. Our assumption: 5e-4."""
     kind: Literal["soft", "hard"] = "soft"
     """`hard` gives each image to the one expert of the largest weight; gradients, those of attacks too, pass through
     the soft weights (straight-through estimator). The paper's is soft."""
@@ -40,16 +41,16 @@ class Training(Settings):
     """SGD with momentum and weight decay, cosine annealing over all its steps, cross-entropy."""
 
     epochs: Count = 200
-    """Passes over the training images (our assumption: 200 for the experts, 50 for the joint stage)."""
+    """Passes over the training images. Our assumption: 200 for the experts, 50 for the joint stage."""
     learning_rate: Rate = 0.1
-    """Peak learning rate (our assumption: 0.1 for the experts, 0.01 for the joint stage)."""
+    """Peak learning rate. Our assumption: 0.1 for the experts, 0.01 for the joint stage."""
     batch_size: Count = 128
-    """Images of one step, over all workers; the joint stage trains on three versions of each
-    (our assumption: 128)."""
+    """Images of one step, over all workers; the joint stage trains on three versions of each.
+    Our assumption: 128."""
     weight_decay: Decay = 5e-4
-    """Weight decay (our assumption)."""
+    """Weight decay. Our assumption: 5e-4."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    """Momentum (our assumption)."""
+    """Momentum. Our assumption: 0.9."""
     accumulation: Count = 1
     """Cut each batch into n parts whose gradients are added up before the step: less memory, the same
     gradient, but BatchNorm then normalises with the statistics of a part."""
@@ -85,9 +86,9 @@ class Joint(Training):
     """How experts and gate are trained together, end to end (algorithm 3)."""
 
     epochs: Count = 50
-    """Passes over the training images (our assumption)."""
+    """Passes over the training images. Our assumption: 50."""
     learning_rate: Rate = 0.01
-    """Peak learning rate of the experts (our assumption)."""
+    """Peak learning rate of the experts. Our assumption: 0.01."""
     freeze_experts: bool = False
     """Train the gate alone: the experts stay as they were pre-trained. The paper freezes nothing."""
 

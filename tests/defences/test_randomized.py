@@ -58,7 +58,13 @@ def _gradient(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tenso
 
 
 def _plain_pgd(
-    model: nn.Module, x: torch.Tensor, y: torch.Tensor, start: torch.Tensor, epsilon: float, step_size: float, steps: int
+    model: nn.Module,
+    x: torch.Tensor,
+    y: torch.Tensor,
+    start: torch.Tensor,
+    epsilon: float,
+    step_size: float,
+    steps: int,
 ) -> torch.Tensor:
     moved = start
     for _ in range(steps):
