@@ -33,6 +33,18 @@ def carlini_wagner(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> tuple[
     return -margin(logits, y), logits
 
 
+def target_margin(model: nn.Module, x: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logit of the target less the true one (Gowal et al. 2019, MultiTargeted): it does not saturate with the softmax.
+
+    Args:
+        model, x: as for any objective.
+        labels: true and target class, shape (n, 2).
+    """
+    logits: torch.Tensor = model(x)
+    true, target = logits.gather(1, labels).unbind(1)
+    return target - true, logits
+
+
 def margin(logits: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     """Logit of the true label less the largest other, shape (n,): negative where the model is wrong."""
     true = logits.gather(1, y[:, None]).squeeze(1)

@@ -27,7 +27,9 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from dwf_cluster.cluster import failures
 from dwf_cluster.cluster.control import Claim
 from dwf_cluster.data.device import DeviceImages
+from dwf_cluster.data.subsets import checked
 from dwf_cluster.defences.build import to_train, trained
+from dwf_cluster.defences.registry import METHODS
 from dwf_cluster.determinism import make_deterministic
 from dwf_cluster.evaluation.registry import CHECKS
 from dwf_cluster.evaluation.run import check, evaluate
@@ -124,16 +126,22 @@ def _train(job: Job, store: Store, images: ray.ObjectRef, allocation: Allocation
     device = _claim(control, job, ray.train.get_context().get_world_rank(), allocation)
     experiment, arrays = job.experiment, _get(images)
     evaluation = experiment.evaluation
-    listener = _stop_listener(control)
+    listener, is_paused = _stop_listener(control), False
+
+    def on_epoch(row: dict[str, Any]) -> None:
+        nonlocal is_paused
+        is_paused = job.until is not None and row["epoch"] >= job.until
+        ray.train.report(row)
+
     task = Task(
         job.spec,
         job.stage,
         experiment.seed,
-        Probe(experiment.threat, evaluation.probe_steps, evaluation.probe_examples),
+        Probe(experiment.threat, evaluation.probe_steps, evaluation.probe_examples, evaluation.random_start),
         experiment.checkpoint_minutes,
         store,
-        ray.train.report,
-        lambda: job.folder in listener.folders,
+        on_epoch,
+        lambda: is_paused or job.folder in listener.folders,
     )
     try:
         model = to_train(experiment.models, job.model, arrays.format, experiment.seed, store)
@@ -151,7 +159,9 @@ def _evaluate(job: Job, store: Store, images: ray.ObjectRef, allocation: Allocat
     device = _claim(control, job, 0, allocation)
     experiment, arrays = job.experiment, _get(images)
     assert job.suite is not None
-    shard = slice(job.first, job.stop)
+    shard: Any = slice(job.first, job.stop)
+    if job.suite == CHECKS:
+        shard = checked(experiment.data.source, arrays.y_test, job.stop)
     x, y = arrays.x_test[shard], arrays.y_test[shard]
     names = experiment.names if job.tests_transfer else (job.model,)
     seed, specs, evaluation = experiment.seed, experiment.models, experiment.evaluation
@@ -172,6 +182,7 @@ def _evaluate(job: Job, store: Store, images: ray.ObjectRef, allocation: Allocat
         seed=seed,
         device=device,
         first=job.first,
+        experts=job.spec.parents if METHODS[job.spec.method].has_gate else (),
     )
     tables.write(store, "predictions", job.file, predictions)
     tables.write(store, "shards", job.file, rows)

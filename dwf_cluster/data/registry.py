@@ -87,7 +87,8 @@ NPZ_READER = "dwf_cluster.data.own_images:read"
 
 @dataclass(frozen=True)
 class Sizes:
-    """Number of training and of test images, and (channels, height, width) of one, as the models see them."""
+    """Number of training images (without validation images) and of test images, and (channels, height, width) of one,
+    as the models see them."""
 
     train: int
     test: int
@@ -122,9 +123,14 @@ class Data(Settings):
     """Digest of an `.npz` source; filled in when the file is read, so that the signature follows the
     content and not the path."""
     train_examples: Count | None = None
-    """Train on the first n images; null takes all."""
+    """Train on n images, of those that validation leaves: the first ones of a named data set, a class-balanced draw
+    from an `.npz` file; null takes all."""
     test_examples: Count | None = None
-    """Test on the first n images; null takes all."""
+    """Test on n images: the first ones of a named data set, a class-balanced draw from an `.npz` file; null takes
+    all."""
+    validation_examples: Count | None = None
+    """Cut n images off the training images, a class-balanced draw that is the same for every seed. Probes, ASHA and
+    `keep=best` look at them; nothing is trained or tested on them. Null: none."""
     padding: Annotated[int, Field(ge=0, le=64)] = 0
     """Black pixels added on each side of every image; attacks may change them. Our assumption: 2 for Fashion-MNIST, for
     networks that are made for 32x32; its numbers are not comparable with those of others at 28x28."""

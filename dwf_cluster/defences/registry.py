@@ -34,7 +34,8 @@ class Gate(Settings):
     """Weight decay of its parameters. Our assumption: 5e-4."""
     kind: Literal["soft", "hard"] = "soft"
     """`hard` gives each image to the one expert of the largest weight; gradients, those of attacks too, pass through
-    the soft weights (straight-through estimator). The paper's is soft."""
+    the soft weights (straight-through estimator). That gradient is not the model's, so accuracies under attacks that
+    follow it are upper bounds; `pgd_route`, which does not, measures every hard gate. The paper's is soft."""
 
 
 class Training(Settings):
@@ -54,6 +55,10 @@ class Training(Settings):
     accumulation: Count = 1
     """Cut each batch into n parts whose gradients are added up before the step: less memory, the same
     gradient, but BatchNorm then normalises with the statistics of a part."""
+    keep: Literal["last", "best"] = "last"
+    """Weights that are kept: of the last epoch, or of the one with the highest robust accuracy of the probe on the
+    validation images (of equal ones the first), as Rice et al. (2020) do against robust overfitting; `best` needs
+    `data.validation_examples`. Our assumption: the paper keeps the last."""
     attack_batchnorm: Literal["eval", "train"] = "eval"
     """How BatchNorm normalises while the model is attacked in training: `eval` with its running statistics, `train`
     with those of the images under attack, as in a training step; the attack changes no statistics. Our assumption:
@@ -164,6 +169,8 @@ class Method:
         options: of the settings, what a model of this method takes where its recipe does not say otherwise.
         has_gate: whether its models have `experts` and a `gate`, which attacks can aim at.
         needs_parents: whether its models start from others, so that only a defence's recipe can name one.
+        selects: of a spec, whether the model has a gate that gives each image to one expert. The gradient that passes
+            such a choice (straight-through) is not the model's, so the attacks that follow it leave an upper bound.
     """
 
     build: str
@@ -172,6 +179,7 @@ class Method:
     options: Callable[[DefenceSettings], Mapping[str, Any]] = lambda settings: {}
     has_gate: bool = False
     needs_parents: bool = False
+    selects: Callable[[ModelSpec], bool] = lambda spec: False
 
 
 def _attacked_step(gradients: float, spec: ModelSpec) -> float:
@@ -228,6 +236,7 @@ METHODS: Mapping[str, Method] = {
         },
         has_gate=True,
         needs_parents=True,
+        selects=lambda spec: spec.option("gate_kind") == "hard",
     ),
     "uniform": Method(f"{_CONTROLS}:uniform", None, _no_passes, has_gate=True, needs_parents=True),
     "expert": Method(f"{_CONTROLS}:expert", None, _no_passes, needs_parents=True),

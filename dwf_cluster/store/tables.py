@@ -62,6 +62,8 @@ SCHEMAS: Mapping[str, pa.Schema] = {
         ("images_per_second", pa.float64()),
         ("seconds", pa.float64()),
         ("device", pa.string()),
+        ("probe_split", pa.string()),
+        ("kept", pa.bool_()),
     ),
     "evaluations": _schema(
         *COLUMN,
@@ -101,6 +103,8 @@ SCHEMAS: Mapping[str, pa.Schema] = {
         ("limit", pa.float64()),
         ("fired", pa.bool_()),
         ("meaning", pa.string()),
+        ("p", pa.float64()),
+        ("could_fire", pa.bool_()),
         ("examples", pa.int64()),
     ),
     "jobs": _schema(
