@@ -270,7 +270,7 @@ ASSUMED = {
     *(
         f"{stage}.{name}"
         for stage in ("experts", "joint")
-        for name in ("epochs", "learning_rate", "batch_size", "weight_decay", "momentum", "attack_batchnorm")
+        for name in ("epochs", "learning_rate", "batch_size", "weight_decay", "momentum", "attack_batchnorm", "keep")
     ),
     "evaluation.random_start",
     "evaluation.restarts",

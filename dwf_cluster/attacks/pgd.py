@@ -71,15 +71,10 @@ def pgd(
         ball: the allowed images.
         step_size: in the ball's norm, pixels in [0, 1].
         steps: number of iterations, from 0.
-<<<<<<< HEAD
         start: x_0; x itself by default (our assumption: the paper does not say where PGD starts).
-        objective: what to make large; the paper's cross-entropy by default.
-=======
-        start: x_0; x itself by default, as in the paper.
         objective: what to make large; the paper's cross-entropy by default. With a target, its labels have shape
             (n, 2): true and target.
         target: the class that each image is to be classified as, shape (n,).
->>>>>>> 1cad1e1af588127af96dffe6f1248f5e78c9ea14
         momentum: decay of the sum of gradients, each divided by its mean absolute value (Dong et al. 2018).
         eot: gradients averaged in each iteration (expectation over transformation).
         drop_fooled: attack an image no further once an iterate is misclassified: for worst cases only.
