@@ -21,6 +21,7 @@ from dwf_cluster.data.registry import DATASETS, Data, ImageFormat
 from dwf_cluster.data.sources import load as load_images
 from dwf_cluster.data.subsets import balanced
 from dwf_cluster.defences.build import trained
+from dwf_cluster.defences.registry import trained_sources
 from dwf_cluster.evaluation import run
 from dwf_cluster.evaluation.merge import merged_rows, worst_case_rows
 from dwf_cluster.evaluation.registry import CHECKS, PAPER, SUITES
@@ -139,11 +140,14 @@ def load(folder: str | Path, name: str | None = None) -> nn.Module:
         raise InvalidInput(f"name: {name!r} cannot be used: allowed are {', '.join(experiment.names)}")
     root, _, last = path.rpartition("/")
     store = Store(root or ("/" if path.startswith("/") else "."), last)
-    # `trained` would remove checkpoints that it cannot use; reading must not.
-    checkpoint, epochs = checkpoints.load_latest(store, name), experiment.spec(name).training.epochs
-    if checkpoint is None or checkpoint.epoch < epochs:
-        reached = checkpoint.epoch if checkpoint else 0
-        raise InvalidInput(f"name: {name!r} cannot be used: it is trained for {reached} of {epochs} epochs in {path}")
+    for source in trained_sources(experiment.models, name):
+        # `trained` would remove checkpoints that it cannot use; reading must not.
+        checkpoint, epochs = checkpoints.load_latest(store, source), experiment.spec(source).training.epochs
+        if checkpoint is None or checkpoint.epoch < epochs:
+            reached, model = (checkpoint.epoch if checkpoint else 0), "it" if source == name else source
+            raise InvalidInput(
+                f"name: {name!r} cannot be used: {model} is trained for {reached} of {epochs} epochs in {path}"
+            )
     return trained(experiment.models, name, _image_format(experiment.data), experiment.seed, store).eval()
 
 

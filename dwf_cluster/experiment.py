@@ -80,7 +80,8 @@ class Experiment(Settings):
     """The defence (or method) that the experiment is about; its last model is the defended one."""
     baselines: Annotated[tuple[Annotated[str, OneOf(recipe_names)], ...], BeforeValidator(as_tuple)] = ()
     """Defences and methods beside it, such as `fgsm-at` and `pgd-at`: ResNet-18 with half of each batch adversarial at
-    a fixed strength (FGSM at `pgd.epsilon`: our assumption; PGD with 10 iterations)."""
+    a fixed strength (PGD with 10 iterations). Our assumption: FGSM at `pgd.epsilon`. `pgd-at-matched` is `pgd-at` with
+    the compute of the whole defence; `controls` are the mixture's experts, alone and with equal weights."""
     data: Data = Data()
     model: Model = Model()
     gate: Gate = Gate()
@@ -95,6 +96,17 @@ class Experiment(Settings):
         names = self.names
         if repeated := next((name for name in names if names.count(name) > 1), None):
             raise ValueError(f"defence and baselines give two models the name {repeated!r}: allowed is one")
+        return self
+
+    @model_validator(mode="after")
+    def _models_have_their_parents(self) -> Experiment:
+        for spec in self.models:
+            if missing := next((parent for parent in spec.parents if parent not in self.names), None):
+                raise ValueError(
+                    f"{spec.name} is built from {missing}, which the experiment does not train: allowed is to add dwf"
+                )
+        if METHODS[self.defended.method].losses is None:
+            raise ValueError(f"defence {self.defence!r} trains no model: allowed is to add it to the baselines")
         return self
 
     @model_validator(mode="after")
@@ -122,7 +134,7 @@ class Experiment(Settings):
 
     @property
     def models(self) -> tuple[ModelSpec, ...]:
-        """Every model that is trained: those that the defended one starts from, the baselines, the defended model."""
+        """Every model: those that the defended one starts from, the baselines, the defended model."""
         *parents, defended = recipe(self.defence, self)
         return (*parents, *(spec for name in self.baselines for spec in recipe(name, self)), defended)
 

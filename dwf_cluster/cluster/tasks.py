@@ -165,7 +165,8 @@ def _evaluate(job: Job, store: Store, images: ray.ObjectRef, allocation: Allocat
     x, y = arrays.x_test[shard], arrays.y_test[shard]
     names = experiment.names if job.tests_transfer else (job.model,)
     seed, specs, evaluation = experiment.seed, experiment.models, experiment.evaluation
-    models = {name: trained(specs, name, arrays.format, seed, store).to(device) for name in names}
+    loaded: dict[str, torch.nn.Module] = {}
+    models = {name: trained(specs, name, arrays.format, seed, store, loaded).to(device) for name in names}
     if job.suite == CHECKS:
         checks = check(models[job.model], job.model, x, y, evaluation, experiment.threat, seed=seed, device=device)
         tables.write(store, CHECKS, job.file, checks)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from itertools import chain
 
 from dwf_cluster.data.registry import Shape, Sizes
-from dwf_cluster.defences.registry import METHODS, ModelSpec, Training
+from dwf_cluster.defences.registry import METHODS, ModelSpec, Training, trained_sources
 from dwf_cluster.evaluation.column import EXPERT_SUITE, expert_columns
 from dwf_cluster.evaluation.registry import CHECKS, PAPER, SUITES, TRANSFER, columns, threat_count
 from dwf_cluster.experiment import Experiment
@@ -94,7 +94,7 @@ class Job:
         """Its result, as in `inputs` of other jobs: the experiment's folder, and the model or the evaluation's file."""
         return self.folder, self.model if self.is_training else self.file
 
-    @property
+    @functools.cached_property
     def inputs(self) -> frozenset[tuple[str, str]]:
         """The outputs of other jobs that must exist before it starts."""
         if self.copy_of:
@@ -102,7 +102,9 @@ class Job:
         if self.is_training:
             names = self.spec.parents
         else:
-            names = self.experiment.names if self.tests_transfer else (self.model,)
+            tested = self.experiment.names if self.tests_transfer else (self.model,)
+            specs = self.experiment.models
+            names = tuple(source for name in tested for source in trained_sources(specs, name))
         return frozenset((self.folder, name) for name in names)
 
     @property
@@ -134,7 +136,7 @@ def jobs(experiment: Experiment, stage: str, sizes: Sizes) -> list[Job]:
         job = functools.partial(Job, experiment, experiment.folder, spec, stage, spec.name)
         if stage == EVALUATE:
             listed += _evaluations(job, experiment, spec, sizes)
-        elif stage == (JOINT if spec.parents else EXPERTS):
+        elif METHODS[spec.method].losses is not None and stage == (JOINT if spec.parents else EXPERTS):
             listed.append(job(spec.training.epochs * sizes.train * METHODS[spec.method].passes(spec)))
     return sorted(listed, key=lambda job: -job.cost)
 
@@ -246,7 +248,7 @@ def deduplicate(waiting: Sequence[Job], done: Iterable[Job] = ()) -> list[Job]:
 
 
 def is_trained(spec: ModelSpec, store: Store) -> bool:
-    """Whether a model's training has ended."""
+    """Whether a model's training has ended; for a model that is not trained, ask for its `trained_sources`."""
     return checkpoints.latest_epoch(store, spec.name) >= spec.training.epochs
 
 
