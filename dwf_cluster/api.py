@@ -5,6 +5,7 @@ The pipeline's tasks call the same `evaluation.run.evaluate` and `check`.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
@@ -21,10 +22,12 @@ from dwf_cluster.data.registry import DATASETS, Data, ImageFormat
 from dwf_cluster.data.sources import load as load_images
 from dwf_cluster.defences.build import trained
 from dwf_cluster.evaluation import run
-from dwf_cluster.evaluation.merge import merged_rows
-from dwf_cluster.evaluation.registry import CHECKS, SUITES
+from dwf_cluster.evaluation.check_cost import check_cost
+from dwf_cluster.evaluation.merge import merged_rows, worst_case_rows
+from dwf_cluster.evaluation.registry import CHECKS, PAPER, SUITES
 from dwf_cluster.evaluation.settings import Evaluation, Norm, Threat
-from dwf_cluster.evaluation.subject import Subject, isolated, kept, prepare
+from dwf_cluster.evaluation.stronger import stronger
+from dwf_cluster.evaluation.subject import Subject, isolated, kept, prepare, without_gradient
 from dwf_cluster.experiment import Experiment
 from dwf_cluster.models.mixture import Mixture
 from dwf_cluster.settings import InvalidInput, one_line
@@ -39,8 +42,10 @@ class Result:
     """The result of `evaluate`: pandas frames with the columns of docs/results.md, without those of an experiment.
 
     Attributes:
-        evaluations: a row for each column of the suites: accuracy, its 95 % Wilson interval, gradients, seconds.
-        predictions: a row for each column and image: label, prediction, margin.
+        evaluations: a row for each column of the suites: accuracy, its 95 % Wilson interval, gradients, seconds. The
+            last row is `worst_case`: an image counts as correct if it resists every one of these attacks whose norm is
+            `norm` and whose epsilon is at most `epsilon`, and is classified correctly where clean images were tested.
+        predictions: a row for each column and image: label, prediction, margin, confidence.
         checks: a row for each check for gradient masking; `fired` marks a sign.
     """
 
@@ -67,6 +72,9 @@ def evaluate(
     A copy of the model is attacked, in evaluation mode: the model and the global random states stay as they are.
     The model is named `model` in every table.
 
+    A model whose outputs have no gradient with respect to the pixels is a `UserWarning`: attacks that follow the
+    gradient cannot fool it.
+
     Args:
         model: any module, pixels in [0, 1] in, logits out, normalisation inside.
         x: test images: float in [0, 1], shape (n, channels, height, width); or uint8, shape (n, height, width,
@@ -87,16 +95,24 @@ def evaluate(
     names = check_suites(suites, norm)
     sizes = {"epsilon": _number("epsilon", epsilon, norm), "step_size": _number("step_size", step_size, norm)}
     batch_size = _integer("batch_size", batch_size, 1, 1_000_000_000)
+    settings: dict[str, Any] = {"batch_size": batch_size, "beyond": [n for n in names if n not in (PAPER, CHECKS)]}
     if norm == "linf":
-        evaluation = Evaluation(batch_size=batch_size)
+        evaluation = Evaluation(**settings)
     else:
-        evaluation = Evaluation(l2_epsilon=sizes["epsilon"], l2_step_size=sizes["step_size"], batch_size=batch_size)
+        evaluation = Evaluation(**settings, l2_epsilon=sizes["epsilon"], l2_step_size=sizes["step_size"])
+    threats = (Threat(**sizes, norm=norm),)
     seed = _integer("seed", seed, 0, 2**31 - 1)
     with isolated(seed), kept(model):
         subject = prepare(model, x, y, device, evaluation.batch_size)
-        rows = measure(subject, names, evaluation, (Threat(**sizes, norm=norm),), seed, progress)
-    evaluations = _frame("evaluations", merged_rows(rows.shards))
-    return Result(evaluations, _frame("predictions", rows.predictions), _frame("checks", rows.checks))
+        if warning := without_gradient(subject):
+            warnings.warn(warning, stacklevel=2)
+        rows = measure(subject, names, evaluation, threats, seed, progress)
+    shards, predicted = _table("shards", rows.shards), _table("predictions", rows.predictions)
+    worst, worst_predictions = worst_case_rows(shards, predicted, MODEL, threats)
+    evaluations = _table("evaluations", [*merged_rows(rows.shards), *worst])
+    predictions = _table("predictions", [*rows.predictions, *worst_predictions])
+    checks = [*rows.checks, *(stronger(predicted, MODEL, threats[0]) if CHECKS in names else ())]
+    return Result(evaluations.to_pandas(), predictions.to_pandas(), _table("checks", checks).to_pandas())
 
 
 def load(folder: str | Path, name: str | None = None) -> nn.Module:
@@ -183,26 +199,25 @@ def measure(
     rows, name = Rows(), MODEL
     options: dict[str, Any] = {"seed": seed, "device": subject.device}
     networks = len(subject.model.experts) if isinstance(subject.model, Mixture) else 1
-    checked = min(len(subject.y), evaluation.check_examples)
     costs = {suite: SUITES[suite].cost(evaluation, networks) for suite in suites}
-    total = sum(cost * (checked if suite == CHECKS else len(subject.y)) for suite, cost in costs.items())
+    if CHECKS in costs:
+        costs[CHECKS] = check_cost(evaluation, subject.x[0].size)
+    examples = {suite: min(len(subject.y), SUITES[suite].examples(evaluation) or len(subject.y)) for suite in suites}
+    total = sum(cost * examples[suite] for suite, cost in costs.items())
     with _bar(progress, total) as advance:
         for suite in suites:
             advance(suite, 0)
+            x, y = subject.x[: examples[suite]], subject.y[: examples[suite]]
             if suite == CHECKS:
-                rows.checks.extend(
-                    run.check(
-                        subject.model, name, subject.x[:checked], subject.y[:checked], evaluation, threats[0], **options
-                    )
-                )
-                advance(suite, costs[suite] * checked)
+                rows.checks.extend(run.check(subject.model, name, x, y, evaluation, threats[0], **options))
+                advance(suite, costs[suite] * len(y))
                 continue
             shards, predictions = run.evaluate(
                 {name: subject.model},
                 name,
                 suite,
-                subject.x,
-                subject.y,
+                x,
+                y,
                 evaluation,
                 threats,
                 **options,
@@ -250,11 +265,11 @@ def _integer(name: str, value: int, smallest: int, largest: int) -> int:
     return int(value)
 
 
-def _frame(table: str, rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+def _table(table: str, rows: Sequence[Mapping[str, Any]]) -> pa.Table:
+    """Rows of a table, without the columns that say which experiment they belong to."""
     labels = {label.name for label in fields(RowLabels)}
     schema = pa.schema([column for column in tables.SCHEMAS[table] if column.name not in labels])
-    frame: pd.DataFrame = pa.Table.from_pylist(list(rows), schema=schema).to_pandas()
-    return frame
+    return pa.Table.from_pylist(list(rows), schema=schema)
 
 
 @contextmanager

@@ -153,11 +153,11 @@ def _evaluate(job: Job, store: Store, images: ray.ObjectRef, allocation: Allocat
     assert job.suite is not None
     shard = slice(job.first, job.stop)
     x, y = arrays.x_test[shard], arrays.y_test[shard]
-    names = experiment.names if job.tests_transfer else (job.model,)
     seed, specs, evaluation = experiment.seed, experiment.models, experiment.evaluation
-    models = {name: trained(specs, name, arrays.format, seed, store).to(device) for name in names}
+    models = {name: trained(specs, name, arrays.format, seed, store).to(device) for name in job.evaluated_with}
     if job.suite == CHECKS:
-        checks = check(models[job.model], job.model, x, y, evaluation, experiment.threat, seed=seed, device=device)
+        model = models.pop(job.model)
+        checks = check(model, job.model, x, y, evaluation, experiment.threat, seed=seed, device=device, others=models)
         tables.write(store, CHECKS, job.file, checks)
         return
     rows, predictions = evaluate(

@@ -79,7 +79,7 @@ def _run(options: argparse.Namespace) -> int:
     from dwf_cluster.api import check_suites, measure
     from dwf_cluster.attacks.gradient import NotLogits
     from dwf_cluster.data.sources import DataUnavailable, load
-    from dwf_cluster.evaluation.subject import isolated, prepare
+    from dwf_cluster.evaluation.subject import isolated, prepare, without_gradient
 
     suites = check_suites(options.suites.split(","), options.norm)
     try:
@@ -92,6 +92,8 @@ def _run(options: argparse.Namespace) -> int:
     try:
         with isolated(seed):
             subject = prepare(model, pixels, images.y_test, options.device, evaluation.batch_size)
+            if warning := without_gradient(subject):
+                print(f"warning: {warning}", file=sys.stderr)
             rows = measure(subject, suites, evaluation, threats, seed, progress=sys.stderr.isatty())
     except NotLogits as error:
         raise InvalidInput(f"--model: {options.model!r} cannot be used: {error}") from None
@@ -185,24 +187,32 @@ def _load_weights(model: nn.Module, file: Path) -> None:
 def _write(store: Store, experiment: Experiment, rows: Rows) -> None:
     """The tables of an experiment with one model; `evaluations` last, as in a run."""
     from dwf_cluster.evaluation.merge import forget, merge
+    from dwf_cluster.evaluation.worst_case import WorstCaseFile
     from dwf_cluster.plan.jobs import EVALUATE, Job
 
     store.write("experiment.json", experiment.to_json().encode())
     spec = experiment.defended
+
+    def job(suite: str, examples: int) -> Job:
+        return Job(experiment, experiment.folder, spec, EVALUATE, spec.name, 0.0, suite, 0, examples)
+
     shards: dict[str, list[str]] = {}
     for suite in dict.fromkeys([row["family"] for row in rows.shards]):
         own = [row for row in rows.shards if row["family"] == suite]
-        job = Job(experiment, experiment.folder, spec, EVALUATE, spec.name, 0.0, suite, 0, own[0]["examples"])
+        written = job(suite, own[0]["examples"])
         attacks = {row["attack"] for row in own}
-        tables.write(store, "predictions", job.file, [row for row in rows.predictions if row["attack"] in attacks])
-        tables.write(store, "shards", job.file, own)
-        shards[job.evaluation_file] = [job.file]
+        tables.write(store, "predictions", written.file, [row for row in rows.predictions if row["attack"] in attacks])
+        tables.write(store, "shards", written.file, own)
+        shards[written.evaluation_file] = [written.file]
     if rows.checks:
-        examples = rows.checks[0]["examples"]
-        job = Job(experiment, experiment.folder, spec, EVALUATE, spec.name, 0.0, CHECKS, 0, examples)
-        tables.write(store, CHECKS, job.file, rows.checks)
-    forget(store, shards)  # of an earlier run of the same command
-    merge(store, shards)
+        tables.write(store, CHECKS, job(CHECKS, rows.checks[0]["examples"]).file, rows.checks)
+    files = tables.files(store, "shards")  # those of other suites that an earlier command has measured, too
+    worst = WorstCaseFile(
+        spec.name, experiment.threats, tuple(file for suite in SUITES if (file := job(suite, 0).file) in files)
+    )
+    if shards:
+        forget(store, (*shards, worst.file))  # of an earlier run of the same command
+        merge(store, shards, [worst])
 
 
 def _show(store: Store, experiment: Experiment) -> None:

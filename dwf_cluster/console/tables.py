@@ -158,9 +158,15 @@ def results(console: Console, experiment: Experiment, store: Store) -> None:
 
 
 def result_table(experiment: Experiment, store: Store) -> Table:
-    """Accuracy in percent of each model (down) in each column (across), from the table `evaluations`."""
+    """Accuracy in percent of each model (down) in each column (across), from the table `evaluations`.
+
+    Columns that no model was measured in, such as those that a later version has added, are left out.
+    """
     headings = {column: column.title for column in experiment.columns}
-    return _accuracies(experiment, store, "Accuracy in percent", headings)
+    table = _accuracies(experiment, store, "Accuracy in percent", headings)
+    table.columns[1:] = [column for column in table.columns[1:] if any(column.cells)]
+    table.caption, table.caption_justify = "\n".join(experiment.column_notes) or None, "left"
+    return table
 
 
 def transfer_table(experiment: Experiment, store: Store) -> Table:
@@ -174,7 +180,7 @@ def _accuracies(experiment: Experiment, store: Store, title: str, headings: Mapp
     rows = tables.read(store, "evaluations").to_pylist()
     keys = list(next(iter(headings)).settings)
     accuracy = {(row["model"], *(row[key] for key in keys)): row["accuracy"] for row in rows}
-    table = _table(f"{title}, {rows[0]['examples'] if rows else 0} test images")
+    table = _table(f"{title}, {max((row['examples'] for row in rows), default=0)} test images")
     table.add_column("model", no_wrap=True)
     for heading in headings.values():
         table.add_column(heading, justify="right", no_wrap=True)
@@ -191,8 +197,12 @@ def warnings(experiment: Experiment, store: Store) -> list[str]:
     models = experiment.names
     fired = sorted((row for row in rows if row["fired"]), key=lambda row: models.index(row["model"]))
     lines = [f"warning: {row['model']}, {row['check']}: {row['meaning']}" for row in fired]
-    checked = f"{len(rows)} checks of {len(models)} models on {rows[0]['examples'] if rows else 0} images"
-    return [*lines, f"signs of gradient masking: {len(lines) or 'none'} in {checked}"]
+    images = " and ".join(map(str, sorted({row["examples"] for row in rows}))) or 0
+    checked = f"{len(rows)} checks of {len(models)} models on {images} images"
+    # Rows of earlier versions do not say whether they could fire.
+    could = [bool(row["could_fire"]) for row in rows if row["could_fire"] is not None]
+    could_fire = f"; {sum(could)} of them could fire" if len(could) == len(rows) else ""
+    return [*lines, f"signs of gradient masking: {len(lines) or 'none'} in {checked}{could_fire}"]
 
 
 # ---------------------------------------------------------------------------------------------------- sweeps

@@ -7,10 +7,11 @@ masking. To add a check: a function in a file of this folder, and an entry in `C
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from dwf_cluster.evaluation.check_cost import check_cost
 from dwf_cluster.evaluation.settings import Evaluation, Norm, Threat
 
 CHECKS = "checks"
@@ -22,11 +23,17 @@ PAPER = "paper"
 TRANSFER = "transfer"
 """Not a suite: the `paper` suite tests its longest PGD's images on all other models too."""
 
-CHECK_QUERIES = 300, 5000
-"""Smallest and largest number of forward passes of the checks' black-box attack, for one image."""
+ROUTE = "pgd_route"
+"""The suite of the attack on expert and routing, which every model that selects one expert is measured by."""
 
-_VALUES = 3 * 32 * 32
-"""Values of an image of CIFAR-10, which AutoAttack gives 5,000 queries."""
+AUTOATTACK = "autoattack"
+"""The suite of AutoAttack, which models of the paper's width are measured by."""
+
+AUTOATTACK_EXAMPLES = 1000
+"""Test images of `autoattack` where neither `evaluation.beyond` nor `evaluation.autoattack_examples` asks for it."""
+
+WORST_CASE = "worst_case"
+"""Not a suite: for each image, the worst case over the model's attacks (`evaluation.worst_case`)."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +41,7 @@ class Column:
     """One attack at one strength; null where a setting has no meaning.
 
     Attributes:
-        attack: `clean`, `fgsm`, `pgd`, `pgd_restarts`, `pgd_adaptive`, or one of `evaluation.beyond`.
+        attack: `clean`, `fgsm`, `pgd`, `pgd_restarts`, `pgd_adaptive`, one of `evaluation.beyond`, or `worst_case`.
         source: for `transfer`, the model that the images were made on.
         epsilon, step_size: radius of the ball and length of one step, in `norm`, pixels in [0, 1].
         steps: iterations; queries for `square`.
@@ -80,6 +87,7 @@ class Suite:
         needs_gate: whether it attacks `experts` and `gate` of a model, so that only models with a gate are measured.
         classes: the fewest classes that it is defined for.
         norms: that its columns can have; the first one if they do not follow the threat model.
+        examples: of the settings, how many test images it is measured on, the first ones; None: all.
     """
 
     run: str
@@ -88,6 +96,7 @@ class Suite:
     needs_gate: bool = False
     classes: int = 2
     norms: tuple[Norm, ...] = ("linf",)
+    examples: Callable[[Evaluation], int | None] = lambda evaluation: None
 
 
 def _in_ball(
@@ -112,6 +121,15 @@ def _paper_cost(e: Evaluation, networks: int) -> float:
     return run + len(e.fgsm_epsilons) + 2 * (e.restarts - 1) * e.restart_steps + eot_run + 1
 
 
+def _autoattack_examples(e: Evaluation) -> int | None:
+    return e.autoattack_examples or (None if AUTOATTACK in e.beyond else AUTOATTACK_EXAMPLES)
+
+
+def _over_experts_cost(e: Evaluation, networks: int) -> float:
+    """A run for each expert: each iterate has a gradient of that expert and a pass of the whole model."""
+    return e.adaptive_steps * (2 + networks) + 1
+
+
 _SUITES = "dwf_cluster.evaluation.suites"
 _ANY: tuple[Norm, ...] = ("linf", "l2")
 
@@ -127,7 +145,14 @@ SUITES: Mapping[str, Suite] = {
     "pgd_expert": Suite(
         f"{_SUITES}:pgd_expert",
         lambda e, threat: [_in_ball("pgd_expert", threat, e.adaptive_steps)],
-        lambda e, networks: 2 * e.adaptive_steps + networks,
+        _over_experts_cost,
+        needs_gate=True,
+        norms=_ANY,
+    ),
+    ROUTE: Suite(
+        f"{_SUITES}:pgd_route",
+        lambda e, threat: [_in_ball(ROUTE, threat, e.adaptive_steps)],
+        _over_experts_cost,
         needs_gate=True,
         norms=_ANY,
     ),
@@ -166,12 +191,13 @@ SUITES: Mapping[str, Suite] = {
         lambda e, threat: [Column("square", epsilon=threat.epsilon, steps=e.square_queries)],
         lambda e, networks: e.square_queries,
     ),
-    "autoattack": Suite(
+    AUTOATTACK: Suite(
         f"{_SUITES}:autoattack",
-        lambda e, threat: [Column("autoattack", epsilon=threat.epsilon)],
+        lambda e, threat: [Column(AUTOATTACK, epsilon=threat.epsilon)],
         # APGD on one loss and nine targets, FAB on nine, Square.
         lambda e, networks: 2 * 1900 + 900 + 5000,
         classes=4,  # that its targeted difference of logits ratio is defined for
+        examples=_autoattack_examples,
     ),
     "noise": Suite(
         f"{_SUITES}:noise",
@@ -183,6 +209,7 @@ SUITES: Mapping[str, Suite] = {
         lambda e, threat: [],
         lambda e, networks: check_cost(e),
         norms=_ANY,
+        examples=lambda e: e.check_examples,
     ),
 }
 """Suites by name, in the order of the result table."""
@@ -208,36 +235,7 @@ CHECK_FUNCTIONS: Mapping[str, str] = {
 }
 """`module:function` of each check by name, in the order in which they run: the random draws of `restarts` and of
 `black_box` come from the same generators. A function takes an `evaluation.inspection.Inspection` and yields
-`evaluation.significance.Check`. The check `stronger` needs the predictions of all columns: see `evaluation.stronger`."""
-
-
-def check_queries(values: int) -> int:
-    """Forward passes of the checks' black-box attack for one image: 5,000 for CIFAR-10, in proportion for others.
-
-    Args:
-        values: of an image: channels x height x width.
-
-    Returns:
-        At least 300, at most 5,000: AutoAttack gives images of any size 5,000.
-    """
-    smallest, largest = CHECK_QUERIES
-    return min(largest, max(smallest, largest * values // _VALUES))
-
-
-def check_cost(evaluation: Evaluation, values: int = _VALUES) -> float:
-    """Forward passes of the checks for one image that no attack fools, without those of `transfer`.
-
-    Args:
-        evaluation: the settings.
-        values: of an image: channels x height x width; by default CIFAR-10's.
-    """
-    runs = 4 + 4 + 4 + 2  # the long run, a restart, the margin's run, the huge epsilon; of `probe_steps` each
-    return 2 * runs * evaluation.probe_steps + check_queries(values)
-
-
-def check_transfer_cost(evaluation: Evaluation) -> float:
-    """Forward passes of the check `transfer` for one image and each network that images are made on."""
-    return 2 * evaluation.probe_steps
+`evaluation.significance.Check`. The check `stronger` reads the predictions of all columns: `evaluation.stronger`."""
 
 
 def extra_names() -> tuple[str, ...]:
@@ -250,14 +248,15 @@ def longest_pgd(evaluation: Evaluation) -> int:
     return max(evaluation.pgd_steps)
 
 
-def suite_names(evaluation: Evaluation, has_gate: bool) -> tuple[str, ...]:
+def suite_names(evaluation: Evaluation, has_gate: bool, default: Iterable[str] = ()) -> tuple[str, ...]:
     """Names of the suites that a model is measured by: the paper's, those of `evaluation.beyond`, the checks.
 
     Args:
         evaluation: the settings.
         has_gate: whether the model has a gate; others are not measured by suites that need one.
+        default: suites that the model is measured by even if `evaluation.beyond` does not name them.
     """
-    extra = dict.fromkeys(name for name in evaluation.beyond if name != TRANSFER)
+    extra = dict.fromkeys(name for name in (*evaluation.beyond, *default) if name != TRANSFER)
     return (PAPER, *(name for name in extra if has_gate or not SUITES[name].needs_gate), CHECKS)
 
 
@@ -267,10 +266,15 @@ def columns(evaluation: Evaluation, threats: Sequence[Threat], suite: str) -> li
     return list(dict.fromkeys(listed))
 
 
-def all_columns(evaluation: Evaluation, threats: Sequence[Threat], has_gate: bool = True) -> list[Column]:
-    """The columns of every suite that a model is measured by, in the order of the result table."""
-    names = suite_names(evaluation, has_gate)
-    return [column for name in names for column in columns(evaluation, threats, name)]
+def all_columns(evaluation: Evaluation, threats: Sequence[Threat], suites: Iterable[str]) -> list[Column]:
+    """The columns of these suites, in the order of the result table; `worst_case` is the last."""
+    listed = [column for suite in suites for column in columns(evaluation, threats, suite)]
+    return [*listed, *map(worst_case_column, threats)]
+
+
+def worst_case_column(threat: Threat) -> Column:
+    """The column of the worst case over all attacks of a model that stay within a threat model."""
+    return Column(WORST_CASE, epsilon=threat.epsilon, norm=threat.norm)
 
 
 def transfer_column(evaluation: Evaluation, threat: Threat, source: str) -> Column:

@@ -52,8 +52,9 @@ class Evaluation(Settings):
         tuple[Annotated[str, OneOf(_extra_names)], ...],
         BeforeValidator(as_tuple),
     ] = ("pgd_gate", "pgd_expert")
-    """Columns beside the paper's: `pgd_gate` aims at the mixture's gate, `pgd_expert` at its experts one by one;
-    `pgd_momentum`; `pgd_cw` (Carlini-Wagner loss); `pgd_l2`; `apgd`, `apgd_l2`; `square` (black box);
+    """Columns beside the paper's: `pgd_gate` aims at the mixture's gate, `pgd_expert` at its experts one by one,
+    `pgd_route` at an expert and at the gate's weight for it (a hard gate always has this column); `pgd_momentum`;
+    `pgd_cw` (Carlini-Wagner loss); `pgd_l2`; `apgd`, `apgd_l2`; `square` (black box);
     `autoattack` (its authors' standard set); `transfer` (made on one model, tested on each other); `noise` (random
     signs, the floor of every attack)."""
     l2_epsilon: Radius = 0.5
@@ -66,7 +67,7 @@ class Evaluation(Settings):
     """Length of one step of PGD in the L1 ball."""
     autoattack_examples: Count | None = None
     """Run AutoAttack on the first n test images. Null: on all, if `beyond` names it; else on 1,000 if the networks have
-    the paper's width of 64 or more, and not at all if they are smaller."""
+    the paper's width of 64 or more and the data set is a named one, else not at all."""
     apgd_steps: Count = 100
     """Iterations of `apgd` and `apgd_l2`."""
     square_queries: Count = 5000

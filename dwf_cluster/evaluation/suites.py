@@ -6,15 +6,15 @@ To add a suite: a function here or in a file beside this one, and an entry in `r
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from dwf_cluster.attacks.apgd import apgd as apgd_attack
 from dwf_cluster.attacks.autoattack import autoattack as autoattack_attack
 from dwf_cluster.attacks.ball import Ball, uniform
-from dwf_cluster.attacks.gradient import carlini_wagner, cross_entropy, predict
+from dwf_cluster.attacks.gradient import Objective, carlini_wagner, cross_entropy, predict
 from dwf_cluster.attacks.pgd import Iterate, WorstCase, fgsm, pgd, with_logits
-from dwf_cluster.attacks.routing import gate_aimed
+from dwf_cluster.attacks.routing import expert_aimed, gate_aimed, routed
 from dwf_cluster.attacks.square import square as square_attack
 from dwf_cluster.evaluation.registry import TRANSFER, longest_pgd, transfer_column
 from dwf_cluster.evaluation.run import Attacked, Batch
@@ -143,14 +143,26 @@ def pgd_gate(batch: Batch) -> Iterator[Attacked]:
 
 
 def pgd_expert(batch: Batch) -> Iterator[Attacked]:
-    """PGD on each expert of a mixture; what fools the expert is tried on the mixture."""
+    """PGD on each expert of a mixture; every iterate is tried on the mixture."""
+    yield _over_experts(batch, expert_aimed)
+
+
+def pgd_route(batch: Batch) -> Iterator[Attacked]:
+    """PGD on each expert of a mixture and on the gate's weight for it; every iterate is tried on the mixture."""
+    yield _over_experts(batch, routed)
+
+
+def _over_experts(batch: Batch, aimed: Callable[[int], Objective]) -> Attacked:
+    """The worst case over PGD on an objective of each expert, and over the iterates."""
     (column,) = batch.columns
     ball, steps = Ball(batch.threat.norm, batch.threat.epsilon), batch.evaluation.adaptive_steps
-    run = functools.partial(pgd, step_size=batch.threat.step_size, steps=steps)
+    run = functools.partial(pgd, step_size=batch.threat.step_size, steps=steps, drop_fooled=True)
     worst = _worst_case(batch)
-    for expert in batch.model.experts:  # type: ignore[union-attr]
-        worst.attack(lambda rest, expert=expert: iter([_last(run(expert, rest.x, rest.y, ball))]))  # type: ignore[misc]
-    yield Attacked(column, worst.x, worst.logits, worst.gradient_count)
+    for number in range(len(batch.model.experts)):  # type: ignore[arg-type]
+        worst.attack(
+            lambda rest, number=number: run(batch.model, rest.x, rest.y, ball, objective=aimed(number))  # type: ignore[misc]
+        )
+    return Attacked(column, worst.x, worst.logits, worst.gradient_count)
 
 
 def _worst_case(batch: Batch) -> WorstCase:

@@ -9,6 +9,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from dwf_cluster.evaluation.registry import WORST_CASE
 from dwf_cluster.experiment import Experiment
 from dwf_cluster.pipeline.sweep import Sweep, Trial
 from dwf_cluster.settings import to_text
@@ -82,18 +83,24 @@ class TrialTable:
 
 
 def results(experiment: Experiment, store: Store) -> dict[str, float]:
-    """Accuracy (0..1) of the defended model in each column, by the column's title; empty before all of them exist."""
+    """Accuracy (0..1) of the defended model in each column, by the column's title; empty before all of them exist.
+
+    The worst case may still be missing: it counts images that are made on models that are evaluated later.
+    """
     columns = experiment.columns
     keys, defended = list(columns[0].settings), experiment.defended.name
     rows = tables.read(store, "evaluations").to_pylist()
     accuracies = {tuple(row[key] for key in keys): row["accuracy"] for row in rows if row["model"] == defended}
     settings = {column.title.replace("\n", " ").strip(): tuple(column.settings.values()) for column in columns}
-    if not accuracies.keys() >= set(settings.values()):
+    attacks = {tuple(column.settings.values()) for column in columns if column.attack != WORST_CASE}
+    if not accuracies.keys() >= attacks:
         return {}
-    return {title: accuracies[values] for title, values in settings.items()}
+    return {title: accuracies[values] for title, values in settings.items() if values in accuracies}
 
 
 def headline(accuracies: Mapping[str, float]) -> dict[str, float]:
-    """The results of a trial that fit on a line: clean, the longest PGD, with restarts, adaptive."""
+    """The results of a trial that fit on a line: clean, the worst case, the longest PGD, with restarts, adaptive."""
     *_, longest = ["", *(title for title in accuracies if title.startswith("pgd "))]
-    return {t: a for t, a in accuracies.items() if t in ("clean", longest) or t.startswith(("restarts ", "adaptive "))}
+    first = [title for title in accuracies if title == "clean" or title.startswith(WORST_CASE)]
+    others = [title for title in accuracies if title == longest or title.startswith(("restarts ", "adaptive "))]
+    return {title: accuracies[title] for title in (*first, *others)}

@@ -15,7 +15,7 @@ from dwf_cluster.cluster.events import Epoch, Event, Listener, Note
 from dwf_cluster.cluster.failures import error_summary
 from dwf_cluster.cluster.tune import run_trials
 from dwf_cluster.experiment import Experiment
-from dwf_cluster.pipeline.stages import Connection, Interrupted, StageFailed, pending_jobs
+from dwf_cluster.pipeline.stages import Connection, Interrupted, StageFailed, pending_jobs, repair_status
 from dwf_cluster.pipeline.sweep import Trial
 from dwf_cluster.pipeline.trial_table import STOPPED_EARLY, TrialTable, headline, results
 from dwf_cluster.plan import jobs
@@ -74,8 +74,9 @@ class Trials:
             self._table.write()
         if self._stopping():
             raise Interrupted
-        evaluated = [t.experiment for t in trained if results(t.experiment, stores[t.experiment])]
-        self._run_stages(evaluated, STAGES)
+        evaluated = [t for t in trained if results(t.experiment, stores[t.experiment])]
+        self._run_stages([t.experiment for t in evaluated], STAGES)
+        self._complete(evaluated)
         if self._failures:
             raise StageFailed("\n".join(self._failures))
 
@@ -87,6 +88,15 @@ class Trials:
                 connection.run_stages(experiments, stages, self._emit, self._stopping)
             except StageFailed as error:
                 self._failures += str(error).splitlines()
+
+    def _complete(self, trials: Sequence[Trial]) -> None:
+        """Add results that came last: the worst case counts images that are made on the other models."""
+        connection = self._connection
+        stores = connection.stores([trial.experiment for trial in trials])
+        repair_status(stores, connection.sizes, connection.resume_command, connection.pid)
+        for trial in trials:
+            self._table.record(trial.name, "done", results(trial.experiment, stores[trial.experiment]))
+        self._table.write()
 
     def _run_trials(self, trials: Sequence[Trial]) -> None:
         """Joint stage and evaluation of each defended model, as trials of Ray Tune."""

@@ -10,6 +10,7 @@ from itertools import chain
 
 from dwf_cluster.data.registry import Shape, Sizes
 from dwf_cluster.defences.registry import METHODS, ModelSpec, Training
+from dwf_cluster.evaluation.check_cost import check_cost, check_transfer_cost
 from dwf_cluster.evaluation.registry import CHECKS, PAPER, SUITES, TRANSFER, columns
 from dwf_cluster.experiment import Experiment
 from dwf_cluster.models.registry import BACKBONES
@@ -96,11 +97,15 @@ class Job:
         """The outputs of other jobs that must exist before it starts."""
         if self.copy_of:
             return frozenset({(self.copy_of, self.output[1])})
-        if self.is_training:
-            names = self.spec.parents
-        else:
-            names = self.experiment.names if self.tests_transfer else (self.model,)
+        names = self.spec.parents if self.is_training else self.evaluated_with
         return frozenset((self.folder, name) for name in names)
+
+    @property
+    def evaluated_with(self) -> tuple[str, ...]:
+        """For an evaluation, the models that it needs: its own, and those that images are tested or made on."""
+        if self.tests_transfer:
+            return self.experiment.names
+        return (self.model, *(_check_sources(self.experiment, self.spec) if self.suite == CHECKS else ()))
 
     @property
     def tests_transfer(self) -> bool:
@@ -138,12 +143,17 @@ def jobs(experiment: Experiment, stage: str, sizes: Sizes) -> list[Job]:
 
 def _evaluations(job: Callable[..., Job], experiment: Experiment, spec: ModelSpec, sizes: Sizes) -> Iterator[Job]:
     for suite in experiment.suites(spec):
-        cost = _passes(experiment, suite, spec) * spec.networks
-        test = min(sizes.test, experiment.evaluation.check_examples) if suite == CHECKS else sizes.test
+        cost = _passes(experiment, suite, spec, sizes.shape) * spec.networks
+        test = min(sizes.test, SUITES[suite].examples(experiment.evaluation) or sizes.test)
         size = test if suite == CHECKS else _shard_size(experiment, spec, cost, sizes)
         for first in range(0, test, size):
             stop = min(first + size, test)
             yield job(cost * (stop - first), suite, first, stop)
+
+
+def _check_sources(experiment: Experiment, spec: ModelSpec) -> tuple[str, ...]:
+    """The models that the checks of a model make images on: all others without parents, which need no joint stage."""
+    return tuple(other.name for other in experiment.models if not other.parents and other.name != spec.name)
 
 
 def _shard_size(experiment: Experiment, spec: ModelSpec, cost: float, sizes: Sizes) -> int:
@@ -155,9 +165,12 @@ def _shard_size(experiment: Experiment, spec: ModelSpec, cost: float, sizes: Siz
     return evaluation.batch_size * max(1, -(-examples // evaluation.batch_size))
 
 
-def _passes(experiment: Experiment, suite: str, spec: ModelSpec) -> float:
-    """Passes through one backbone for one image that no attack fools."""
+def _passes(experiment: Experiment, suite: str, spec: ModelSpec, shape: Shape) -> float:
+    """Passes through one backbone of a model for one image that no attack fools, divided by its backbones."""
     evaluation = experiment.evaluation
+    if suite == CHECKS:
+        others = len(_check_sources(experiment, spec))
+        return check_cost(evaluation, math.prod(shape)) + others * check_transfer_cost(evaluation) / spec.networks
     cost = SUITES[suite].cost(evaluation, spec.networks)
     if suite == PAPER and TRANSFER in evaluation.beyond:
         cost += sum(other.networks for other in experiment.models)
@@ -226,14 +239,19 @@ def deduplicate(waiting: Sequence[Job], done: Iterable[Job] = ()) -> list[Job]:
     """
     signatures: dict[tuple[str, str], str] = {}
 
+    def signature(job: Job, model: str) -> str:
+        key = job.folder, model
+        if key not in signatures:
+            signatures[key] = job.experiment.model_signature(model)
+        return signatures[key]
+
     def result(job: Job) -> tuple[object, ...]:
         if job.spec.parents or job.tests_transfer:
             return job.output
-        key = job.folder, job.model
-        if key not in signatures:
-            signatures[key] = job.experiment.model_signature(job.model)
-        evaluation = None if job.is_training else job.experiment.evaluation
-        return job.stage, signatures[key], evaluation, job.suite, job.first, job.stop
+        if job.is_training:
+            return job.stage, signature(job, job.model)
+        models = tuple(signature(job, name) for name in job.evaluated_with)
+        return job.stage, models, job.experiment.evaluation, job.suite, job.first, job.stop
 
     first: dict[tuple[object, ...], Job] = {}
     for job in chain(done, waiting):

@@ -69,7 +69,11 @@ def test_tables_are_printed_and_an_experiment_is_written_that_analysis_reads(
     evaluations = results.evaluations
     assert set(evaluations.model) == {"model"}
     assert set(evaluations.examples) == {12}
-    assert (len(evaluations), len(results.checks), len(results.predictions)) == (18, 11, 18 * 12)
+    assert (len(evaluations), len(results.checks), len(results.predictions)) == (
+        19,
+        11,
+        19 * 12,
+    )  # `worst_case` is the last
     assert set(evaluations[evaluations.attack == "pgd"].epsilon) == {0.1}
     assert len(pd.read_parquet(written / "results" / "shards")) == 18
 
