@@ -5,6 +5,7 @@ The pipeline's tasks call the same `evaluation.run.evaluate` and `check`.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
@@ -23,10 +24,12 @@ from dwf_cluster.data.subsets import balanced
 from dwf_cluster.defences.build import trained
 from dwf_cluster.defences.registry import trained_sources
 from dwf_cluster.evaluation import run
+from dwf_cluster.evaluation.check_cost import check_cost
 from dwf_cluster.evaluation.merge import merged_rows, worst_case_rows
 from dwf_cluster.evaluation.registry import CHECKS, PAPER, SUITES
 from dwf_cluster.evaluation.settings import Evaluation, Norm, Threat
-from dwf_cluster.evaluation.subject import Subject, isolated, kept, prepare
+from dwf_cluster.evaluation.stronger import stronger
+from dwf_cluster.evaluation.subject import Subject, isolated, kept, prepare, without_gradient
 from dwf_cluster.experiment import Experiment
 from dwf_cluster.models.mixture import Mixture
 from dwf_cluster.settings import InvalidInput, one_line
@@ -75,6 +78,9 @@ def evaluate(
     A copy of the model is attacked, in evaluation mode: the model and the global random states stay as they are.
     The model is named `model` in every table.
 
+    A model whose outputs have no gradient with respect to the pixels is a `UserWarning`: attacks that follow the
+    gradient cannot fool it.
+
     Args:
         model: any module, pixels in [0, 1] in, logits out, normalisation inside.
         x: test images: float in [0, 1], shape (n, channels, height, width); or uint8, shape (n, height, width,
@@ -104,12 +110,15 @@ def evaluate(
     seed = _integer("seed", seed, 0, 2**31 - 1)
     with isolated(seed), kept(model):
         subject = prepare(model, x, y, device, evaluation.batch_size)
+        if warning := without_gradient(subject):
+            warnings.warn(warning, stacklevel=2)
         rows = measure(subject, names, evaluation, (threat,), seed, progress)
     shards, predicted = _table("shards", rows.shards), _table("predictions", rows.predictions)
     worst, worst_predictions = worst_case_rows(shards, predicted, MODEL, (threat,))
     evaluations = _table("evaluations", [*merged_rows(rows.shards), *worst])
     predictions = _table("predictions", [*rows.predictions, *worst_predictions])
-    return Result(evaluations.to_pandas(), predictions.to_pandas(), _table("checks", rows.checks).to_pandas())
+    checks = [*rows.checks, *(stronger(predicted, MODEL, threat) if CHECKS in names else ())]
+    return Result(evaluations.to_pandas(), predictions.to_pandas(), _table("checks", checks).to_pandas())
 
 
 def load(folder: str | Path, name: str | None = None) -> nn.Module:
@@ -206,6 +215,8 @@ def measure(
     networks = len(subject.model.experts) if isinstance(subject.model, Mixture) else 1
     checked = balanced(subject.y, evaluation.check_examples, "checks") if checked is None else checked
     costs = {suite: SUITES[suite].cost(evaluation, networks) for suite in suites}
+    if CHECKS in costs:
+        costs[CHECKS] = check_cost(evaluation, subject.x[0].size)
     examples = {suite: min(len(subject.y), SUITES[suite].examples(evaluation) or len(subject.y)) for suite in suites}
     examples |= {suite: len(checked) for suite in suites if suite == CHECKS}
     total = sum(cost * examples[suite] for suite, cost in costs.items())

@@ -163,12 +163,13 @@ def _evaluate(job: Job, store: Store, images: ray.ObjectRef, allocation: Allocat
     if job.suite == CHECKS:
         shard = checked(experiment.data.source, arrays.y_test, job.stop)
     x, y = arrays.x_test[shard], arrays.y_test[shard]
-    names = experiment.names if job.tests_transfer else (job.model,)
     seed, specs, evaluation = experiment.seed, experiment.models, experiment.evaluation
     loaded: dict[str, torch.nn.Module] = {}
+    names = job.evaluated_with
     models = {name: trained(specs, name, arrays.format, seed, store, loaded).to(device) for name in names}
     if job.suite == CHECKS:
-        checks = check(models[job.model], job.model, x, y, evaluation, experiment.threat, seed=seed, device=device)
+        model = models.pop(job.model)
+        checks = check(model, job.model, x, y, evaluation, experiment.threat, seed=seed, device=device, others=models)
         tables.write(store, CHECKS, job.file, checks)
         return
     rows, predictions = evaluate(

@@ -85,7 +85,7 @@ def _run(options: argparse.Namespace) -> int:
     from dwf_cluster.attacks.gradient import NotLogits
     from dwf_cluster.data import subsets
     from dwf_cluster.data.sources import DataUnavailable, load
-    from dwf_cluster.evaluation.subject import isolated, prepare
+    from dwf_cluster.evaluation.subject import isolated, prepare, without_gradient
 
     suites = check_suites(options.suites.split(","), options.norm)
     try:
@@ -102,6 +102,8 @@ def _run(options: argparse.Namespace) -> int:
     try:
         with isolated(seed):
             subject = prepare(model, pixels, images.y_test, options.device, evaluation.batch_size)
+            if warning := without_gradient(subject):
+                print(f"warning: {warning}", file=sys.stderr)
             checked = subsets.checked(experiment.data.source, images.y_test, evaluation.check_examples)
             rows = measure(subject, suites, evaluation, threats, seed, sys.stderr.isatty(), checked)
     except NotLogits as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pkgutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -211,9 +211,7 @@ def check(
     generators = _generators(seed, name, CHECKS, range(len(y)))
     sources = {other: frozen(source) for other, source in (others or {}).items()}
     inspection = Inspection(frozen(model), x, y, threat, evaluation.probe_steps, generators, sources)
-    return [
-        {"model": name, **asdict(result), "fired": result.fired, "examples": len(y)} for result in masking(inspection)
-    ]
+    return [result.row(name, len(y)) for result in masking(inspection)]
 
 
 def _on_device(

@@ -10,6 +10,7 @@ from itertools import chain
 
 from dwf_cluster.data.registry import Shape, Sizes
 from dwf_cluster.defences.registry import METHODS, ModelSpec, Training, trained_sources
+from dwf_cluster.evaluation.check_cost import check_cost, check_transfer_cost
 from dwf_cluster.evaluation.column import EXPERT_SUITE, expert_columns
 from dwf_cluster.evaluation.registry import CHECKS, PAPER, SUITES, TRANSFER, columns, threat_count
 from dwf_cluster.experiment import Experiment
@@ -102,10 +103,16 @@ class Job:
         if self.is_training:
             names = self.spec.parents
         else:
-            tested = self.experiment.names if self.tests_transfer else (self.model,)
             specs = self.experiment.models
-            names = tuple(source for name in tested for source in trained_sources(specs, name))
+            names = tuple(source for name in self.evaluated_with for source in trained_sources(specs, name))
         return frozenset((self.folder, name) for name in names)
+
+    @property
+    def evaluated_with(self) -> tuple[str, ...]:
+        """For an evaluation, the models that it needs: its own, and those that images are tested or made on."""
+        if self.tests_transfer:
+            return self.experiment.names
+        return (self.model, *(_check_sources(self.experiment, self.spec) if self.suite == CHECKS else ()))
 
     @property
     def tests_transfer(self) -> bool:
@@ -143,12 +150,17 @@ def jobs(experiment: Experiment, stage: str, sizes: Sizes) -> list[Job]:
 
 def _evaluations(job: Callable[..., Job], experiment: Experiment, spec: ModelSpec, sizes: Sizes) -> Iterator[Job]:
     for suite in experiment.suites(spec):
-        cost = _passes(experiment, suite, spec) * spec.networks
+        cost = _passes(experiment, suite, spec, sizes.shape) * spec.networks
         test = min(sizes.test, SUITES[suite].examples(experiment.evaluation) or sizes.test)
         size = test if suite == CHECKS else _shard_size(experiment, spec, cost, sizes)
         for first in range(0, test, size):
             stop = min(first + size, test)
             yield job(cost * (stop - first), suite, first, stop)
+
+
+def _check_sources(experiment: Experiment, spec: ModelSpec) -> tuple[str, ...]:
+    """The models that the checks of a model make images on: all others without parents, which need no joint stage."""
+    return tuple(other.name for other in experiment.models if not other.parents and other.name != spec.name)
 
 
 def _shard_size(experiment: Experiment, spec: ModelSpec, cost: float, sizes: Sizes) -> int:
@@ -160,9 +172,12 @@ def _shard_size(experiment: Experiment, spec: ModelSpec, cost: float, sizes: Siz
     return evaluation.batch_size * max(1, -(-examples // evaluation.batch_size))
 
 
-def _passes(experiment: Experiment, suite: str, spec: ModelSpec) -> float:
-    """Passes through one backbone for one image that no attack fools."""
+def _passes(experiment: Experiment, suite: str, spec: ModelSpec, shape: Shape) -> float:
+    """Passes through one backbone of a model for one image that no attack fools, divided by its backbones."""
     evaluation = experiment.evaluation
+    if suite == CHECKS:
+        others = len(_check_sources(experiment, spec))
+        return check_cost(evaluation, math.prod(shape)) + others * check_transfer_cost(evaluation) / spec.networks
     cost = SUITES[suite].cost(evaluation, spec.networks)
     if suite == PAPER and TRANSFER in evaluation.beyond:
         cost += sum(other.networks for other in experiment.models)
@@ -231,14 +246,19 @@ def deduplicate(waiting: Sequence[Job], done: Iterable[Job] = ()) -> list[Job]:
     """
     signatures: dict[tuple[str, str], str] = {}
 
+    def signature(job: Job, model: str) -> str:
+        key = job.folder, model
+        if key not in signatures:
+            signatures[key] = job.experiment.model_signature(model)
+        return signatures[key]
+
     def result(job: Job) -> tuple[object, ...]:
         if job.spec.parents or job.tests_transfer:
             return job.output
-        key = job.folder, job.model
-        if key not in signatures:
-            signatures[key] = job.experiment.model_signature(job.model)
-        evaluation = None if job.is_training else job.experiment.evaluation
-        return job.stage, signatures[key], evaluation, job.suite, job.first, job.stop
+        if job.is_training:
+            return job.stage, signature(job, job.model)
+        models = tuple(signature(job, name) for name in job.evaluated_with)
+        return job.stage, models, job.experiment.evaluation, job.suite, job.first, job.stop
 
     first: dict[tuple[object, ...], Job] = {}
     for job in chain(done, waiting):

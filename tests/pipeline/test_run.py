@@ -98,7 +98,9 @@ def test_a_run_prints_progress_the_table_and_how_to_read_the_results(
     assert [row[0] for row in rows] == MODELS * 2  # the transfer matrix follows
     assert {len(row) for row in rows[4:]} == {1 + 3}
     assert re.search(
-        r"^signs of gradient masking: (\d+|none) in \d+ checks of 4 models on 8 images$", result.stdout, re.M
+        r"^signs of gradient masking: (\d+|none) in \d+ checks of 4 models on 8 and 40 images; \d+ of them could fire$",
+        result.stdout,
+        re.M,
     )
     evaluations = pd.read_parquet(folder / "results" / "evaluations").set_index(["model", "attack"])
     for row in rows[:4]:
