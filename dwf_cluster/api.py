@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pandas as pd
@@ -21,6 +21,7 @@ from dwf_cluster.data.registry import DATASETS, Data, ImageFormat
 from dwf_cluster.data.sources import load as load_images
 from dwf_cluster.defences.build import trained
 from dwf_cluster.evaluation import run
+from dwf_cluster.evaluation.adversarial import AdversarialImages, Collector, Kind, concatenated
 from dwf_cluster.evaluation.merge import merged_rows
 from dwf_cluster.evaluation.registry import CHECKS, SUITES
 from dwf_cluster.evaluation.settings import Evaluation, Norm, Threat
@@ -42,11 +43,13 @@ class Result:
         evaluations: a row for each column of the suites: accuracy, its 95 % Wilson interval, gradients, seconds.
         predictions: a row for each column and image: label, prediction, margin.
         checks: a row for each check for gradient masking; `fired` marks a sign.
+        adversarial: the adversarial images, if they were asked for.
     """
 
     evaluations: pd.DataFrame
     predictions: pd.DataFrame
     checks: pd.DataFrame
+    adversarial: AdversarialImages | None = None
 
 
 def evaluate(
@@ -61,6 +64,7 @@ def evaluate(
     device: torch.device | str | None = None,
     batch_size: int = 512,
     progress: bool = True,
+    adversarial: Kind | None = None,
 ) -> Result:
     """Attack a classifier; a keyword for each setting, hence more than seven.
 
@@ -79,6 +83,7 @@ def evaluate(
         device: that computes; the model's own by default.
         batch_size: images attacked at once.
         progress: show a progress bar on stderr.
+        adversarial: keep the adversarial images: `float` as they are, `uint8` rounded within the ball; None: do not.
 
     Raises:
         InvalidInput: before any attack, if an argument cannot be used: one line with name, value and what is allowed.
@@ -92,11 +97,16 @@ def evaluate(
     else:
         evaluation = Evaluation(l2_epsilon=sizes["epsilon"], l2_step_size=sizes["step_size"], batch_size=batch_size)
     seed = _integer("seed", seed, 0, 2**31 - 1)
+    if adversarial not in (None, *get_args(Kind)):
+        raise InvalidInput(
+            f"adversarial: {adversarial!r} cannot be used: allowed are None, {', '.join(get_args(Kind))}"
+        )
     with isolated(seed), kept(model):
         subject = prepare(model, x, y, device, evaluation.batch_size)
-        rows = measure(subject, names, evaluation, (Threat(**sizes, norm=norm),), seed, progress)
+        rows = measure(subject, names, evaluation, (Threat(**sizes, norm=norm),), seed, progress, adversarial)
     evaluations = _frame("evaluations", merged_rows(rows.shards))
-    return Result(evaluations, _frame("predictions", rows.predictions), _frame("checks", rows.checks))
+    images = concatenated(list(rows.adversarial.values())) if rows.adversarial else None
+    return Result(evaluations, _frame("predictions", rows.predictions), _frame("checks", rows.checks), images)
 
 
 def load(folder: str | Path, name: str | None = None) -> nn.Module:
@@ -150,11 +160,12 @@ def _image_format(data: Data) -> ImageFormat:
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows of the tables of these names."""
+    """Rows of the tables of these names, and the adversarial images of each suite, if they are kept."""
 
     shards: list[dict[str, Any]] = field(default_factory=list)
     predictions: list[dict[str, Any]] = field(default_factory=list)
     checks: list[dict[str, Any]] = field(default_factory=list)
+    adversarial: dict[str, AdversarialImages] = field(default_factory=dict)
 
 
 def measure(
@@ -164,8 +175,9 @@ def measure(
     threats: Sequence[Threat],
     seed: int,
     progress: bool,
+    adversarial: Kind | None = None,
 ) -> Rows:
-    """Run suites on a model.
+    """Run suites on a model; arguments as of `evaluate`.
 
     Raises:
         InvalidInput: before any attack, if the model lacks the gate or the classes that a suite needs.
@@ -197,6 +209,7 @@ def measure(
                 )
                 advance(suite, costs[suite] * checked)
                 continue
+            collector = Collector(name, adversarial) if adversarial else None
             shards, predictions = run.evaluate(
                 {name: subject.model},
                 name,
@@ -206,10 +219,13 @@ def measure(
                 evaluation,
                 threats,
                 **options,
+                collector=collector,
                 on_batch=lambda images, suite=suite: advance(suite, costs[suite] * images),  # type: ignore[misc]
             )
             rows.shards.extend(shards)
             rows.predictions.extend(predictions)
+            if collector:
+                rows.adversarial[suite] = collector.images()
     return rows
 
 

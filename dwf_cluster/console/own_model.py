@@ -64,12 +64,26 @@ def _parser() -> Parser:
         "--data-folder", type=Path, default=Path("data"), metavar="FOLDER", help="where data sets are (default: ./data)"
     )
     parser.add_argument("--out", metavar="FOLDER", help="write the tables of an experiment below this path or URL")
+    parser.add_argument(
+        "--save-adversarial",
+        choices=("float", "uint8"),
+        help="with --out: keep the adversarial images, as they are or rounded to uint8 within the ball",
+    )
+    parser.add_argument(
+        "--from",
+        dest="saved",
+        type=Path,
+        nargs="+",
+        metavar="FILE",
+        help="attack nothing: verify these files of adversarial images, and test the model on them",
+    )
     return parser
 
 
 def _run(options: argparse.Namespace) -> int:
     if options.out:
         check_url(options.out)
+    _refuse_combinations(options)
     file, _, function = options.model.rpartition(":")
     if not file.endswith(".py") or not function.isidentifier():
         raise InvalidInput(f"--model: {options.model!r} cannot be used: allowed is FILE.py:FUNCTION")
@@ -87,12 +101,18 @@ def _run(options: argparse.Namespace) -> int:
     except DataUnavailable as error:
         raise CommandFailed(str(error)) from None
     model = _model(Path(file), function, options.weights)
+    if options.saved:
+        from dwf_cluster.console.saved_images import show_accuracies
+
+        show_accuracies(options.saved, model, images, options.device, experiment.evaluation.batch_size)
+        return 0
     pixels = images.x_test.transpose(0, 2, 3, 1)
     evaluation, threats, seed = experiment.evaluation, experiment.threats, experiment.seed
     try:
         with isolated(seed):
             subject = prepare(model, pixels, images.y_test, options.device, evaluation.batch_size)
-            rows = measure(subject, suites, evaluation, threats, seed, progress=sys.stderr.isatty())
+            shown, kept = sys.stderr.isatty(), options.save_adversarial
+            rows = measure(subject, suites, evaluation, threats, seed, progress=shown, adversarial=kept)
     except NotLogits as error:
         raise InvalidInput(f"--model: {options.model!r} cannot be used: {error}") from None
     with tempfile.TemporaryDirectory() as temporary:
@@ -102,6 +122,15 @@ def _run(options: argparse.Namespace) -> int:
     if options.out:
         print(store.root)
     return 0
+
+
+def _refuse_combinations(options: argparse.Namespace) -> None:
+    """Refuse options that have no meaning together."""
+    if options.save_adversarial and not options.out:
+        raise InvalidInput("--save-adversarial: cannot be used without --out")
+    for name in ("out", "epsilon", "step_size", "examples", "seed"):
+        if options.saved and getattr(options, name) is not None:
+            raise InvalidInput(f"--{name.replace('_', '-')}: cannot be used with --from, which attacks nothing")
 
 
 def _experiment(options: argparse.Namespace) -> Experiment:
@@ -194,6 +223,10 @@ def _write(store: Store, experiment: Experiment, rows: Rows) -> None:
         own = [row for row in rows.shards if row["family"] == suite]
         job = Job(experiment, experiment.folder, spec, EVALUATE, spec.name, 0.0, suite, 0, own[0]["examples"])
         attacks = {row["attack"] for row in own}
+        if suite in rows.adversarial:
+            store.write(job.images_file, rows.adversarial[suite].to_npz())
+        else:
+            store.remove(job.images_file)  # of an earlier run of the same command
         tables.write(store, "predictions", job.file, [row for row in rows.predictions if row["attack"] in attacks])
         tables.write(store, "shards", job.file, own)
         shards[job.evaluation_file] = [job.file]
