@@ -160,11 +160,11 @@ def _replaced(name: str, make: Callable[[Any], Any]) -> Callable[[dict[str, Any]
         (_changed("index", 30), "index: 30 cannot be used: allowed are 0 to 29, the test images"),
         (_changed("label", 3 - int(Y_TEST[-1])), "cannot be used: test image 29 under noise has"),
         (_changed("index", 5), "cannot be used: test image 5 under noise has"),
-        (_changed("epsilon", 0.01), "images: a distance of 0.03137 cannot be used: test image 29 under noise has at most"),
+        (_changed("epsilon", 0.01), "a distance of 0.03137 cannot be used: test image 29 under noise has at most 0"),
         (_changed("distance", 0.001), "distance: 0.001 cannot be used: test image 29 under noise has 0.03137"),
         (_replaced("images", lambda a: a[:, :, :4]), "images of shape (3, 4, 8) cannot be used: the test images have"),
     ],
-)  # fmt: skip
+)
 def test_a_file_with_a_fault_is_refused_in_one_line(
     file: Path, change: Callable[[dict[str, Any]], None], message: str
 ) -> None:
