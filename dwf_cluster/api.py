@@ -24,6 +24,7 @@ from dwf_cluster.data.subsets import balanced
 from dwf_cluster.defences.build import trained
 from dwf_cluster.defences.registry import trained_sources
 from dwf_cluster.evaluation import run
+from dwf_cluster.evaluation.adversarial import AdversarialImages, Collector, Kind, concatenated
 from dwf_cluster.evaluation.check_cost import check_cost
 from dwf_cluster.evaluation.merge import merged_rows, worst_case_rows
 from dwf_cluster.evaluation.registry import CHECKS, PAPER, SUITES
@@ -53,11 +54,13 @@ class Result:
             `norm` and whose epsilon is at most `epsilon`, and is classified correctly where clean images were tested.
         predictions: a row for each column and image: label, prediction, margin, confidence.
         checks: a row for each check for gradient masking; `fired` marks a sign.
+        adversarial: the adversarial images, if they were asked for.
     """
 
     evaluations: pd.DataFrame
     predictions: pd.DataFrame
     checks: pd.DataFrame
+    adversarial: AdversarialImages | None = None
 
 
 def evaluate(
@@ -72,6 +75,7 @@ def evaluate(
     device: torch.device | str | None = None,
     batch_size: int = 512,
     progress: bool = True,
+    adversarial: Kind | None = None,
 ) -> Result:
     """Attack a classifier; a keyword for each setting, hence more than seven.
 
@@ -94,6 +98,7 @@ def evaluate(
         device: that computes; the model's own by default.
         batch_size: images attacked at once.
         progress: show a progress bar on stderr.
+        adversarial: keep the adversarial images: `float` as they are, `uint8` rounded within the ball; None: do not.
 
     Raises:
         InvalidInput: before any attack, if an argument cannot be used: one line with name, value and what is allowed.
@@ -108,17 +113,22 @@ def evaluate(
     beyond = tuple(name for name in names if name not in (PAPER, CHECKS))
     evaluation = Evaluation(**own, beyond=beyond, batch_size=batch_size)
     seed = _integer("seed", seed, 0, 2**31 - 1)
+    if adversarial not in (None, *get_args(Kind)):
+        raise InvalidInput(
+            f"adversarial: {adversarial!r} cannot be used: allowed are None, {', '.join(get_args(Kind))}"
+        )
     with isolated(seed), kept(model):
         subject = prepare(model, x, y, device, evaluation.batch_size)
         if warning := without_gradient(subject):
             warnings.warn(warning, stacklevel=2)
-        rows = measure(subject, names, evaluation, (threat,), seed, progress)
+        rows = measure(subject, names, evaluation, (threat,), seed, progress, adversarial=adversarial)
     shards, predicted = _table("shards", rows.shards), _table("predictions", rows.predictions)
     worst, worst_predictions = worst_case_rows(shards, predicted, MODEL, (threat,))
     evaluations = _table("evaluations", [*merged_rows(rows.shards), *worst])
     predictions = _table("predictions", [*rows.predictions, *worst_predictions])
-    checks = [*rows.checks, *(stronger(predicted, MODEL, threat) if CHECKS in names else ())]
-    return Result(evaluations.to_pandas(), predictions.to_pandas(), _table("checks", checks).to_pandas())
+    checks = _table("checks", [*rows.checks, *(stronger(predicted, MODEL, threat) if CHECKS in names else ())])
+    images = concatenated(list(rows.adversarial.values())) if rows.adversarial else None
+    return Result(evaluations.to_pandas(), predictions.to_pandas(), checks.to_pandas(), images)
 
 
 def load(folder: str | Path, name: str | None = None) -> nn.Module:
@@ -175,11 +185,12 @@ def _image_format(data: Data) -> ImageFormat:
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows of the tables of these names."""
+    """Rows of the tables of these names, and the adversarial images of each suite, if they are kept."""
 
     shards: list[dict[str, Any]] = field(default_factory=list)
     predictions: list[dict[str, Any]] = field(default_factory=list)
     checks: list[dict[str, Any]] = field(default_factory=list)
+    adversarial: dict[str, AdversarialImages] = field(default_factory=dict)
 
 
 def measure(
@@ -190,12 +201,14 @@ def measure(
     seed: int,
     progress: bool,
     checked: np.ndarray[Any, Any] | None = None,
+    adversarial: Kind | None = None,
 ) -> Rows:
-    """Run suites on a model.
+    """Run suites on a model; it has more than seven parameters because `evaluate` has.
 
     Args:
         subject, suites, evaluation, threats, seed, progress: as of `evaluate`.
         checked: indices of the images that are checked for gradient masking; by default a class-balanced draw.
+        adversarial: keep the adversarial images, in this form; None: do not keep them.
 
     Raises:
         InvalidInput: before any attack, if the model lacks the gate or the classes that a suite needs.
@@ -229,6 +242,7 @@ def measure(
                 rows.checks.extend(run.check(subject.model, name, x, y, evaluation, threats[0], **options))
                 advance(suite, costs[suite] * len(y))
                 continue
+            collector = Collector(name, adversarial) if adversarial else None
             shards, predictions = run.evaluate(
                 {name: subject.model},
                 name,
@@ -238,10 +252,13 @@ def measure(
                 evaluation,
                 threats,
                 **options,
+                collector=collector,
                 on_batch=lambda images, suite=suite: advance(suite, costs[suite] * images),  # type: ignore[misc]
             )
             rows.shards.extend(shards)
             rows.predictions.extend(predictions)
+            if collector:
+                rows.adversarial[suite] = collector.images()
     return rows
 
 

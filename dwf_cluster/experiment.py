@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
@@ -76,6 +76,9 @@ class Experiment(Settings):
     """Seed of every random draw."""
     checkpoint_minutes: Annotated[float, Field(gt=0, le=1_000_000)] = 10.0
     """Minutes between checkpoints within an epoch that takes longer. Changes no number, and no signature."""
+    save_adversarial: Literal["float", "uint8"] | None = None
+    """Keep the adversarial images of every evaluation, in one `.npz` file a shard: as they are, or rounded to uint8
+    within the ball. Changes no number, and no signature."""
     defence: Annotated[str, OneOf(recipe_names)] = "dwf"
     """The defence (or method) that the experiment is about; its last model is the defended one."""
     baselines: Annotated[tuple[Annotated[str, OneOf(recipe_names)], ...], BeforeValidator(as_tuple)] = ()
@@ -207,7 +210,8 @@ class Experiment(Settings):
     def signature(self) -> str:
         """Ten hexadecimal digits of the SHA-256 of the canonical JSON.
 
-        An `.npz` source counts with its content, not with its path; `checkpoint_minutes` does not count.
+        An `.npz` source counts with its content, not with its path; `checkpoint_minutes` and `save_adversarial`
+        do not count.
         """
         fields = self._deciding_fields()
         for name in ADDED_LATER:
@@ -242,7 +246,7 @@ class Experiment(Settings):
         )
 
     def _deciding_fields(self) -> dict[str, Any]:
-        fields = self.model_dump(mode="json", exclude={"checkpoint_minutes"})
+        fields = self.model_dump(mode="json", exclude={"checkpoint_minutes", "save_adversarial"})
         if self.data.sha256:
             fields["data"]["source"] = "npz"
         return fields

@@ -21,6 +21,9 @@ from dwf_cluster.store import Store, checkpoints
 EXPERTS, JOINT, EVALUATE = STAGES = ("experts", "joint", "evaluate")
 """The stages of the pipeline, in order: models without parents, models with parents, evaluations."""
 
+ADVERSARIAL = "adversarial"
+"""Folder of an experiment's adversarial images: one `.npz` file for each shard of an evaluation."""
+
 _SHARD_FLOP, _SHARD_EXAMPLES = 1e13, 8192
 """The largest evaluation task, up to a whole batch: minutes of a CPU core, and rows that fit into memory."""
 
@@ -86,6 +89,11 @@ class Job:
         return f"{self.evaluation_file}-{self.first:09d}"
 
     @property
+    def images_file(self) -> str:
+        """Path of its file of adversarial images, below the experiment's folder."""
+        return f"{ADVERSARIAL}/{self.file}.npz"
+
+    @property
     def evaluation_file(self) -> str:
         """Name of the file of `evaluations` that all shards of this evaluation are merged into."""
         return f"evaluate-{self.model}-{self.suite}"
@@ -118,6 +126,11 @@ class Job:
     def tests_transfer(self) -> bool:
         """Whether its adversarial images are tested on all models."""
         return self.suite == PAPER and TRANSFER in self.experiment.evaluation.beyond
+
+    @property
+    def keeps_images(self) -> bool:
+        """Whether it writes a file of adversarial images."""
+        return self.suite not in (None, CHECKS) and self.experiment.save_adversarial is not None
 
     @property
     def tables(self) -> tuple[str, ...]:
@@ -187,19 +200,21 @@ def _passes(experiment: Experiment, suite: str, spec: ModelSpec, shape: Shape) -
 def pending(experiment: Experiment, store: Store, sizes: Sizes) -> dict[str, list[Job]]:
     """The jobs that are not done, by stage, in the order of `STAGES`.
 
-    An evaluation is done if the files of all its tables exist; a training if its row of `jobs` exists, its newest
+    An evaluation is done if the files of all its tables exist, and that of its adversarial images, if they are to be
+    kept; a training if its row of `jobs` exists, its newest
     checkpoint is of the last epoch, and `metrics` has a row for each epoch.
     """
     from dwf_cluster.store import tables  # which imports pyarrow; a typing mistake and `status` do not need it
 
     files = {table: tables.files(store, table) for table in ("predictions", "shards", CHECKS, "jobs")}
     epochs = tables.row_counts(store, "metrics", experiment.names)
+    kept = {name.removesuffix(".npz") for name in store.names(ADVERSARIAL)} if experiment.save_adversarial else set()
 
     def is_done(job: Job) -> bool:
         if job.file not in files["jobs"]:
             return False
         if not job.is_training:
-            return all(job.file in files[table] for table in job.tables)
+            return all(job.file in files[table] for table in job.tables) and (not job.keeps_images or job.file in kept)
         return epochs.get(job.model) == job.training.epochs and is_trained(job.spec, store)
 
     return {stage: [job for job in jobs(experiment, stage, sizes) if not is_done(job)] for stage in STAGES}
@@ -258,7 +273,8 @@ def deduplicate(waiting: Sequence[Job], done: Iterable[Job] = ()) -> list[Job]:
         if job.is_training:
             return job.stage, signature(job, job.model)
         models = tuple(signature(job, name) for name in job.evaluated_with)
-        return job.stage, models, job.experiment.evaluation, job.suite, job.first, job.stop
+        settings = job.experiment.evaluation, job.experiment.save_adversarial
+        return job.stage, models, settings, job.suite, job.first, job.stop
 
     first: dict[tuple[object, ...], Job] = {}
     for job in chain(done, waiting):
@@ -298,7 +314,7 @@ def stored_bytes(experiments: Sequence[Experiment], sizes: Sizes) -> tuple[float
 
     Returns:
         Bytes of checkpoints (for each trained model the newest, and the one before with its momentum and best
-        weights; models that experiments share count once), and bytes of tables.
+        weights; models that experiments share count once), and bytes of tables and of adversarial images.
     """
     every = [job for experiment in experiments for stage in STAGES for job in jobs(experiment, stage, sizes)]
     in_checkpoints = in_tables = 0.0
@@ -313,6 +329,9 @@ def stored_bytes(experiments: Sequence[Experiment], sizes: Sizes) -> tuple[float
                 listed = expert_columns(experiment.evaluation, experiment.threat, spec.parents)
             rows = (len(listed) + others) * (job.stop - job.first)
             in_tables += rows * (_ROW_BYTES + (4 * spec.networks if has_gate else 0))
+            if job.keeps_images:
+                images = (job.stop - job.first) * sum(c.source is None and c.norm is not None for c in listed)
+                in_tables += images * math.prod(sizes.shape) * (4 if experiment.save_adversarial == "float" else 1)
         elif not job.copy_of:
             gate = experiment.gate.hidden * (math.prod(sizes.shape) + spec.networks) if has_gate else 0
             backbone = BACKBONES[spec.backbone]
