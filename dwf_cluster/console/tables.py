@@ -17,7 +17,8 @@ from dwf_cluster.evaluation.settings import Threat
 from dwf_cluster.experiment import Experiment
 from dwf_cluster.pipeline.sweep import Sweep
 from dwf_cluster.pipeline.trial_table import TrialTable, headline
-from dwf_cluster.plan.jobs import STAGES, Job, deduplicate, forward_flops, stored_bytes
+from dwf_cluster.plan.disk_space import stored_bytes
+from dwf_cluster.plan.jobs import STAGES, Job, deduplicate, forward_flops
 from dwf_cluster.plan.jobs import jobs as plan_jobs
 from dwf_cluster.plan.resources import Resources, allocate
 from dwf_cluster.plan.schedule import Allocation, Planned, lower_bound, timeline
