@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
@@ -38,6 +38,8 @@ ADDED_LATER = frozenset(
         "data.validation_examples",
         "experts.keep",
         "joint.keep",
+        "evaluation.corruptions",
+        "evaluation.corruption_severities",
         "fgsm.draw",
         "pgd.step_sizes",
         "pgd.random_start",
@@ -74,11 +76,15 @@ class Experiment(Settings):
     """Seed of every random draw."""
     checkpoint_minutes: Annotated[float, Field(gt=0, le=1_000_000)] = 10.0
     """Minutes between checkpoints within an epoch that takes longer. Changes no number, and no signature."""
+    save_adversarial: Literal["float", "uint8"] | None = None
+    """Keep the adversarial images of every evaluation, in one `.npz` file a shard: as they are, or rounded to uint8
+    within the ball. Changes no number, and no signature."""
     defence: Annotated[str, OneOf(recipe_names)] = "dwf"
     """The defence (or method) that the experiment is about; its last model is the defended one."""
     baselines: Annotated[tuple[Annotated[str, OneOf(recipe_names)], ...], BeforeValidator(as_tuple)] = ()
     """Defences and methods beside it, such as `fgsm-at` and `pgd-at`: ResNet-18 with half of each batch adversarial at
-    a fixed strength (FGSM at `pgd.epsilon`: our assumption; PGD with 10 iterations)."""
+    a fixed strength (PGD with 10 iterations). Our assumption: FGSM at `pgd.epsilon`. `pgd-at-matched` is `pgd-at` with
+    the compute of the whole defence; `controls` are the mixture's experts, alone and with equal weights."""
     data: Data = Data()
     model: Model = Model()
     gate: Gate = Gate()
@@ -96,6 +102,17 @@ class Experiment(Settings):
         return self
 
     @model_validator(mode="after")
+    def _models_have_their_parents(self) -> Experiment:
+        for spec in self.models:
+            if missing := next((parent for parent in spec.parents if parent not in self.names), None):
+                raise ValueError(
+                    f"{spec.name} is built from {missing}, which the experiment does not train: allowed is to add dwf"
+                )
+        if METHODS[self.defended.method].losses is None:
+            raise ValueError(f"defence {self.defence!r} trains no model: allowed is to add it to the baselines")
+        return self
+
+    @model_validator(mode="after")
     def _best_needs_validation(self) -> Experiment:
         for name, training in (("experts", self.experts), ("joint", self.joint)):
             if training.keep == "best" and self.data.validation_examples is None:
@@ -104,9 +121,23 @@ class Experiment(Settings):
                 )
         return self
 
+    @model_validator(mode="after")
+    def _corruption_files_are_of_cifar10(self) -> Experiment:
+        if self.evaluation.corruptions == "files" and self.data.source != "cifar10":
+            raise ValueError(
+                "evaluation.corruptions: 'files' cannot be used: they are of cifar10; allowed is generated"
+            )
+        return self
+
+    @property
+    def corruption_files(self) -> tuple[int, ...]:
+        """Severities of the corrupted images that are read from files."""
+        is_used = self.evaluation.corruptions == "files" and "corruptions" in self.evaluation.beyond
+        return self.evaluation.corruption_severities if is_used else ()
+
     @property
     def models(self) -> tuple[ModelSpec, ...]:
-        """Every model that is trained: those that the defended one starts from, the baselines, the defended model."""
+        """Every model: those that the defended one starts from, the baselines, the defended model."""
         *parents, defended = recipe(self.defence, self)
         return (*parents, *(spec for name in self.baselines for spec in recipe(name, self)), defended)
 
@@ -179,7 +210,8 @@ class Experiment(Settings):
     def signature(self) -> str:
         """Ten hexadecimal digits of the SHA-256 of the canonical JSON.
 
-        An `.npz` source counts with its content, not with its path; `checkpoint_minutes` does not count.
+        An `.npz` source counts with its content, not with its path; `checkpoint_minutes` and `save_adversarial`
+        do not count.
         """
         fields = self._deciding_fields()
         for name in ADDED_LATER:
@@ -214,7 +246,7 @@ class Experiment(Settings):
         )
 
     def _deciding_fields(self) -> dict[str, Any]:
-        fields = self.model_dump(mode="json", exclude={"checkpoint_minutes"})
+        fields = self.model_dump(mode="json", exclude={"checkpoint_minutes", "save_adversarial"})
         if self.data.sha256:
             fields["data"]["source"] = "npz"
         return fields

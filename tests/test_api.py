@@ -254,7 +254,8 @@ class Changed(nn.Module):
 
 
 def test_a_model_without_a_gradient_path_is_measured_and_its_check_fires(network: nn.Module) -> None:
-    rows = _measured(Changed(network, torch.Tensor.detach), "pgd_momentum", "checks")
+    with pytest.warns(UserWarning, match="model: no gradient of the loss reaches the pixels"):
+        rows = _measured(Changed(network, torch.Tensor.detach), "pgd_momentum", "checks")
     assert rows["checks"].set_index("check").fired["zero_gradients"]
     assert rows["evaluations"].perturbation.tolist() == [0.0, 0.0]  # the worst case is the same
 

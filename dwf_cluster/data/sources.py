@@ -36,6 +36,8 @@ class Images:
         x_validation, y_validation: as the others, none of which they are part of; without a split, no images.
         test_index: int64, shape (n,): the index of each test image in the data set or the file. `example` in the table
             of predictions is an index of this array.
+        corrupted: the test images in corrupted forms, by corruption and severity, where they were read from files
+            (`data.corruption_files.read`); as x_test.
     """
 
     x_train: Bytes
@@ -48,6 +50,7 @@ class Images:
     x_validation: Bytes = field(default_factory=lambda: np.zeros((0, 1, 1, 1), np.uint8))
     y_validation: Labels = field(default_factory=lambda: np.zeros(0, np.int64))
     test_index: Labels = field(default_factory=lambda: np.zeros(0, np.int64))
+    corrupted: Mapping[tuple[str, int], Bytes] = field(default_factory=dict)
 
     @property
     def format(self) -> ImageFormat:
@@ -155,7 +158,7 @@ def _prepare(raw: Raw, data: Data) -> Images:
     labels = {"train": y_train[train], "validation": y_train[validation], "test": y_test[test]}
     _refuse_missing_classes(data, labels, classes)
     x_train, x_validation, x_test = (
-        _padded_nchw(_selected(x, indices), data.padding)
+        padded_nchw(_selected(x, indices), data.padding)
         for x, indices in ((x_train, train), (x_train, validation), (x_test, test))
     )
     y_train, y_validation, y_test = y_train[train], y_train[validation], y_test[test]
@@ -234,7 +237,8 @@ def _selected(x: Bytes, indices: NDArray[np.int64]) -> Bytes:
     return x if len(indices) == len(x) else x[indices]
 
 
-def _padded_nchw(x: Bytes, padding: int) -> Bytes:
+def padded_nchw(x: Bytes, padding: int) -> Bytes:
+    """Images NHWC or NHW as NCHW, with black pixels on each side."""
     nchw = x[:, None] if x.ndim == 3 else x.transpose(0, 3, 1, 2)
     margin = (padding, padding)
     return np.ascontiguousarray(np.pad(nchw, ((0, 0), (0, 0), margin, margin)))

@@ -41,7 +41,7 @@ class Evaluation(Settings):
     """PGD columns, iterations, under each threat model."""
     restarts: Count = 3
     """Starts of the `pgd_restarts` column, the image itself and then random points of the ball; an image counts as
-    correct if it resists every iterate of each."""
+    correct if it resists every iterate of each. Our assumption: this rule; the paper says "3 restarts"."""
     restart_steps: Count = 100
     """Iterations from each start."""
     adaptive_steps: Count = 100
@@ -56,9 +56,9 @@ class Evaluation(Settings):
     `pgd_route` at an expert and at the gate's weight for it (a hard gate always has this column); `pgd_momentum`;
     `pgd_cw` (Carlini-Wagner loss); `pgd_targeted` (towards each other label); `pgd_l2`, `pgd_l1`; `apgd`, `apgd_l2`;
     `square` (black box); `autoattack` (its authors' standard set); `transfer` (made on one model, tested on each
-    other); `noise` (random signs, the floor of every attack). Not in the result table: `curves` (PGD and APGD over
-    epsilon, PGD over steps and over restarts) and `experts` (the mixture's experts alone, against each other's PGD
-    images, and the mixture without each of them)."""
+    other); `noise` (random signs, the floor of every attack); `corruptions` (fifteen common corruptions). Not in the
+    result table: `curves` (PGD and APGD over epsilon, PGD over steps and over restarts) and `experts` (the mixture's
+    experts alone, against each other's PGD images, and the mixture without each of them)."""
     l2_epsilon: Radius = 0.5
     """Radius of the L2 ball, Euclidean length over an image's pixels in [0, 1]."""
     l2_step_size: Radius = 0.1
@@ -88,6 +88,15 @@ class Evaluation(Settings):
     curve_restarts: Annotated[int, Field(ge=1, le=1000)] = 20
     """Starts of the curve over restarts, of `restart_steps` iterations each: the worst case over 1, 2, 3, ... of
     them."""
+    corruptions: Literal["generated", "files"] = "generated"
+    """Where the images of the suite `corruptions` come from: `generated` from the test images, some corruptions in a
+    simpler form; `files`: those of CIFAR-10-C, its fifteen `.npy` files and `labels.npy` in the folder `CIFAR-10-C` of
+    the data folder."""
+    corruption_severities: Annotated[
+        tuple[Annotated[int, Field(ge=1, le=5)], ...], BeforeValidator(as_tuple), Field(min_length=1)
+    ] = (3,)
+    """Severities of the corruptions, 1 to 5, a column each. Our assumption: the middle one; the benchmark's mean is
+    over all five."""
     check_examples: Count = 128
     """Test images that each model is checked for gradient masking on: the first ones of a named data set, a
     class-balanced draw from those of an `.npz` file."""

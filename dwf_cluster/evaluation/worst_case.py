@@ -44,6 +44,11 @@ class WorstCaseFile:
         """Its name, without `.parquet`."""
         return f"evaluate-{self.model}-{WORST_CASE}"
 
+    @property
+    def check_file(self) -> str:
+        """The file of `checks` that is written with it."""
+        return f"evaluate-{self.model}-stronger"
+
 
 def worst_cases(predictions: pa.Table, model: str, threats: Iterable[Threat]) -> pa.Table:
     """The worst case of a model for each threat model and image, as rows of `predictions`.
@@ -73,12 +78,12 @@ def largest_perturbation(shards: pa.Table, model: str, threat: Threat) -> float:
         model: name of the model.
         threat: the threat model.
     """
-    own = shards.filter(pc.and_(pc.equal(shards["model"], model), _counts(shards, threat)))
+    own = shards.filter(pc.and_(pc.equal(shards["model"], model), counts(shards, threat)))
     return float(pc.max(own["perturbation"]).as_py() or 0.0)
 
 
 def _worst_case(rows: pa.Table, threat: Threat) -> pa.Table:
-    rows = rows.filter(_counts(rows, threat))
+    rows = rows.filter(counts(rows, threat))
     example, margin = rows["example"].to_numpy(), rows["margin"].to_numpy()
     fooled = rows["prediction"].to_numpy() != rows["label"].to_numpy()
     # Of an image's rows, those that fool the model first, in their order; then the others by their margin.
@@ -93,7 +98,7 @@ def _worst_case(rows: pa.Table, threat: Threat) -> pa.Table:
     return worst
 
 
-def _counts(rows: pa.Table, threat: Threat) -> pa.Array:
+def counts(rows: pa.Table, threat: Threat) -> pa.Array:
     """Which rows are of attacks that count for a threat model."""
     excluded = _any([pc.starts_with(rows["attack"], name) for name in NOT_COUNTED])
     within = pc.and_(pc.equal(rows["norm"], threat.norm), pc.less_equal(rows["epsilon"], threat.epsilon))

@@ -218,8 +218,19 @@ def test_models_without_parents_and_their_evaluations_are_shared_and_others_are_
     assert _copies(experiment, build("digits", 1, tiny)) == set()
     trainings = {f"expert {name}" for name in ("benign", "fgsm-1", "pgd-1")}
     assert _copies(experiment, build("digits", 0, [*tiny, "evaluation.restarts=3"])) == trainings
-    no_pgd = {name for name in without_parents if "pgd-1" not in name}
+    # The checks of every model make images on every other one.
+    no_pgd = {name for name in without_parents if "pgd-1" not in name and "checks" not in name}
     assert _copies(experiment, build("digits", 0, [*tiny, "pgd.steps=3"])) == no_pgd
+
+
+def test_the_checks_wait_for_the_models_that_images_are_made_on_and_pay_for_them(tiny: Experiment) -> None:
+    job = _job(tiny, "evaluate pgd-1 checks 0-7")
+    assert job.inputs == {(tiny.folder, name) for name in ("benign", "fgsm-1", "pgd-1")}
+    mixture = _job(tiny, "evaluate mixture checks 0-7")
+    assert mixture.inputs == {(tiny.folder, name) for name in tiny.names}
+    steps, queries, sources = tiny.evaluation.probe_steps, 300, 3
+    own = 3 * (2 * 14 * steps + queries)  # three experts
+    assert mixture.cost == pytest.approx(8 * (own + sources * 2 * steps))
 
 
 def test_evaluations_that_are_transferred_to_all_models_are_not_shared() -> None:
