@@ -77,7 +77,7 @@ def evaluate(
     progress: bool = True,
     adversarial: Kind | None = None,
 ) -> Result:
-    """Attack a classifier; a keyword for each setting, hence more than seven.
+    """Attack a classifier; it has a keyword for each setting, hence more than seven, and is long because each is told.
 
     A copy of the model is attacked, in evaluation mode: the model and the global random states stay as they are.
     The model is named `model` in every table.
