@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from analysis.columns import each
 from analysis.drawing import DEFENDED, PALETTE, FigureData, heat_map, new_figure
 from analysis.expert_tables import error_correlation, summary, transfer_matrix
-from dwf_cluster.evaluation.registry import EXPERT_PGD, longest_pgd
+from dwf_cluster.evaluation.column import EXPERT_PGD, longest_pgd
 
 _CONDITIONS = (("clean", "clean", PALETTE[1], "o"), ("pgd", "PGD", DEFENDED, "s"))
 

@@ -12,7 +12,7 @@ from analysis.columns import ColumnKey, each, key_of_row
 from analysis.formats import Table
 from analysis.predictions import Predictions
 from analysis.results import Group
-from dwf_cluster.evaluation.registry import (
+from dwf_cluster.evaluation.column import (
     EXPERT_CLEAN,
     EXPERT_DROPPED_CLEAN,
     EXPERT_DROPPED_PGD,

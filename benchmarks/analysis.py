@@ -24,17 +24,8 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from dwf_cluster.defences.registry import METHODS, ModelSpec
-from dwf_cluster.evaluation.registry import (
-    CHECKS,
-    EXPERT,
-    EXPERT_SUITE,
-    PAPER,
-    TRANSFER,
-    Column,
-    columns,
-    expert_columns,
-    transfer_column,
-)
+from dwf_cluster.evaluation.column import EXPERT, EXPERT_SUITE, expert_columns
+from dwf_cluster.evaluation.registry import CHECKS, PAPER, TRANSFER, Column, columns, transfer_column
 from dwf_cluster.experiment import Experiment
 from dwf_cluster.plan.jobs import EXPERTS, JOINT
 from dwf_cluster.presets import build

@@ -218,6 +218,6 @@ def two_worker_run(
 def task_for(experiment: Experiment, store: Store, model: str, **options: Any) -> Task:
     """The training of a model of an experiment, as the pipeline runs it; `options` are those of `Task`."""
     spec, evaluation = experiment.spec(model), experiment.evaluation
-    probe = Probe(experiment.threat, evaluation.probe_steps, evaluation.probe_examples)
+    probe = Probe(experiment.threat, evaluation.probe_steps, evaluation.probe_examples, evaluation.random_start)
     stage = JOINT if spec.parents else EXPERTS
     return Task(spec, stage, experiment.seed, probe, experiment.checkpoint_minutes, store, **options)

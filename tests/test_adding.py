@@ -136,7 +136,7 @@ def dark(batch):
 CHECK = Addition(
     "dwf_cluster/evaluation/toy_check.py",
     """
-from dwf_cluster.evaluation.masking import Check
+from dwf_cluster.evaluation.significance import Check
 
 
 def large(inspection):
@@ -179,7 +179,39 @@ def counts(data):
     "FIGURES: Mapping[str, FigureEntry] = {",
     '"counts": FigureEntry("analysis.toy_figures:counts", "One bar for each model."),',
 )
-ADDITIONS = (BACKBONE, METHOD, CONTINUED, DEFENCE, ATTACK, SUITE, CHECK, DATASET, FIGURE)
+MASKED = Addition(
+    "dwf_cluster/defences/toy_masked.py",
+    """
+import torch
+from torch import nn
+
+from dwf_cluster.defences import adversarial
+from dwf_cluster.defences.adversarial import standard as losses
+
+
+class Selection(nn.Module):
+    # Outputs of the selected row of a table: no gradient says which row an attack could reach.
+
+    def __init__(self, gate):
+        super().__init__()
+        self.gate = gate
+
+    def forward(self, x):
+        if self.training:
+            return self.gate(x)
+        chosen = self.gate(x).argmax(1)
+        return 10 * nn.functional.one_hot(chosen, 7).float() + 0.01 * x.mean((1, 2, 3))[:, None] * torch.arange(7.0)
+
+
+def build(spec, images, parents):
+    return Selection(adversarial.build(spec, images, parents))
+""",
+    "dwf_cluster/defences/registry.py",
+    "METHODS: Mapping[str, Method] = {",
+    '"masked": Method("dwf_cluster.defences.toy_masked:build", "dwf_cluster.defences.toy_masked:losses", '
+    "lambda spec: 3.0),",
+)
+ADDITIONS = (BACKBONE, METHOD, MASKED, CONTINUED, DEFENCE, ATTACK, SUITE, CHECK, DATASET, FIGURE)
 
 
 @pytest.fixture(scope="module")
@@ -197,7 +229,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
         assert text.count(addition.declaration) == 1
         registry.write_text(text.replace(addition.declaration, f"{addition.declaration}\n    {addition.entry}"))
     settings = ["data.source=stripes", "data.train_examples=null", "data.test_examples=null", "model.backbone=toy"]
-    settings += ["baselines=smooth,pair", "evaluation.beyond=dark"]
+    settings += ["baselines=smooth,masked,pair,controls", "evaluation.beyond=dark", "evaluation.check_examples=40"]
     printed = ""
     for command in (
         ["dwf_cluster.launch", "--local", "--cpus", "2", "--gpus", "0", "--set", *TINY, *settings],
@@ -230,6 +262,7 @@ def test_a_backbone_is_trained_and_attacked(run: tuple[Path, str]) -> None:
         "fgsm-1",
         "pgd-1",
         "smooth",
+        "masked",
         "parent",
         "child",
         "mixture",
@@ -268,6 +301,18 @@ def test_a_check_is_counted_and_reported(run: tuple[Path, str]) -> None:
     experiment, printed = run
     assert _table(experiment, "checks").query("check == 'large'").fired.all()
     assert "warning: mixture, large: outputs are larger than nothing" in printed
+
+
+def test_a_masked_defence_is_found_in_a_whole_run(run: tuple[Path, str]) -> None:
+    experiment, printed = run
+    checks = _table(experiment, "checks").query("model == 'masked'").set_index("check")
+    assert {"transfer", "black_box", "huge_epsilon"} <= set(checks.index[checks.fired])
+    assert checks.could_fire[checks.fired].all()
+    assert "made on 6 other models" in checks.meaning["transfer"]
+    assert "stronger" in checks.index
+    assert "warning: masked, transfer: images made on" in printed
+    others = _table(experiment, "checks").query("model != 'masked' and check != 'large'")
+    assert len(others[others.fired]) <= 1, others[others.fired].meaning.tolist()
 
 
 def test_a_data_set_is_read_with_its_number_of_classes(run: tuple[Path, str]) -> None:

@@ -11,7 +11,7 @@ from torch import nn
 from dwf_cluster.attacks.ball import Ball
 from dwf_cluster.attacks.gradient import predict
 from dwf_cluster.attacks.pgd import pgd
-from dwf_cluster.evaluation.registry import (
+from dwf_cluster.evaluation.column import (
     EXPERT_CLEAN,
     EXPERT_DROPPED_CLEAN,
     EXPERT_DROPPED_PGD,

@@ -9,8 +9,9 @@ from dataclasses import dataclass, field, replace
 from itertools import chain
 
 from dwf_cluster.data.registry import Shape, Sizes
-from dwf_cluster.defences.registry import METHODS, ModelSpec, Training
-from dwf_cluster.evaluation.registry import CHECKS, EXPERT_SUITE, PAPER, SUITES, TRANSFER, columns, expert_columns
+from dwf_cluster.defences.registry import METHODS, ModelSpec, Training, trained_sources
+from dwf_cluster.evaluation.check_cost import check_cost, check_transfer_cost
+from dwf_cluster.evaluation.registry import CHECKS, PAPER, SUITES, TRANSFER, threat_count
 from dwf_cluster.experiment import Experiment
 from dwf_cluster.models.registry import BACKBONES
 from dwf_cluster.settings import InvalidInput
@@ -24,9 +25,6 @@ ADVERSARIAL = "adversarial"
 
 _SHARD_FLOP, _SHARD_EXAMPLES = 1e13, 8192
 """The largest evaluation task, up to a whole batch: minutes of a CPU core, and rows that fit into memory."""
-
-_ROW_BYTES, _FILE_BYTES = 8, 5000
-"""Measured sizes of a row of `predictions` without its gate, and of a file of a few rows."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +42,7 @@ class Job:
         cost: forward passes of one image through one backbone, roughly: a gradient counts as 2, a training
             step as 3.
         copy_of: folder of another experiment whose job has the same results: they are copied from there.
+        until: a training stops after this epoch, as if it had been asked to stop; None: after its last.
     """
 
     experiment: Experiment = field(repr=False, compare=False)
@@ -56,6 +55,7 @@ class Job:
     first: int = 0
     stop: int = 0
     copy_of: str | None = field(default=None, compare=False)
+    until: int | None = field(default=None, compare=False)
 
     @property
     def is_training(self) -> bool:
@@ -99,7 +99,7 @@ class Job:
         """Its result, as in `inputs` of other jobs: the experiment's folder, and the model or the evaluation's file."""
         return self.folder, self.model if self.is_training else self.file
 
-    @property
+    @functools.cached_property
     def inputs(self) -> frozenset[tuple[str, str]]:
         """The outputs of other jobs that must exist before it starts."""
         if self.copy_of:
@@ -107,8 +107,16 @@ class Job:
         if self.is_training:
             names = self.spec.parents
         else:
-            names = self.experiment.names if self.tests_transfer else (self.model,)
+            specs = self.experiment.models
+            names = tuple(source for name in self.evaluated_with for source in trained_sources(specs, name))
         return frozenset((self.folder, name) for name in names)
+
+    @property
+    def evaluated_with(self) -> tuple[str, ...]:
+        """For an evaluation, the models that it needs: its own, and those that images are tested or made on."""
+        if self.tests_transfer:
+            return self.experiment.names
+        return (self.model, *(_check_sources(self.experiment, self.spec) if self.suite == CHECKS else ()))
 
     @property
     def tests_transfer(self) -> bool:
@@ -144,19 +152,24 @@ def jobs(experiment: Experiment, stage: str, sizes: Sizes) -> list[Job]:
         job = functools.partial(Job, experiment, experiment.folder, spec, stage, spec.name)
         if stage == EVALUATE:
             listed += _evaluations(job, experiment, spec, sizes)
-        elif stage == (JOINT if spec.parents else EXPERTS):
+        elif METHODS[spec.method].losses is not None and stage == (JOINT if spec.parents else EXPERTS):
             listed.append(job(spec.training.epochs * sizes.train * METHODS[spec.method].passes(spec)))
     return sorted(listed, key=lambda job: -job.cost)
 
 
 def _evaluations(job: Callable[..., Job], experiment: Experiment, spec: ModelSpec, sizes: Sizes) -> Iterator[Job]:
     for suite in experiment.suites(spec):
-        cost = _passes(experiment, suite, spec) * spec.networks
-        test = min(sizes.test, experiment.evaluation.check_examples) if suite == CHECKS else sizes.test
+        cost = _passes(experiment, suite, spec, sizes.shape) * spec.networks
+        test = min(sizes.test, SUITES[suite].examples(experiment.evaluation) or sizes.test)
         size = test if suite == CHECKS else _shard_size(experiment, spec, cost, sizes)
         for first in range(0, test, size):
             stop = min(first + size, test)
             yield job(cost * (stop - first), suite, first, stop)
+
+
+def _check_sources(experiment: Experiment, spec: ModelSpec) -> tuple[str, ...]:
+    """The models that the checks of a model make images on: all others without parents, which need no joint stage."""
+    return tuple(other.name for other in experiment.models if not other.parents and other.name != spec.name)
 
 
 def _shard_size(experiment: Experiment, spec: ModelSpec, cost: float, sizes: Sizes) -> int:
@@ -168,13 +181,16 @@ def _shard_size(experiment: Experiment, spec: ModelSpec, cost: float, sizes: Siz
     return evaluation.batch_size * max(1, -(-examples // evaluation.batch_size))
 
 
-def _passes(experiment: Experiment, suite: str, spec: ModelSpec) -> float:
-    """Passes through one backbone for one image that no attack fools."""
+def _passes(experiment: Experiment, suite: str, spec: ModelSpec, shape: Shape) -> float:
+    """Passes through one backbone of a model for one image that no attack fools, divided by its backbones."""
     evaluation = experiment.evaluation
+    if suite == CHECKS:
+        others = len(_check_sources(experiment, spec))
+        return check_cost(evaluation, math.prod(shape)) + others * check_transfer_cost(evaluation) / spec.networks
     cost = SUITES[suite].cost(evaluation, spec.networks)
     if suite == PAPER and TRANSFER in evaluation.beyond:
         cost += sum(other.networks for other in experiment.models)
-    return float(cost)
+    return float(cost) * threat_count(evaluation, experiment.threats, suite)
 
 
 def pending(experiment: Experiment, store: Store, sizes: Sizes) -> dict[str, list[Job]]:
@@ -241,14 +257,20 @@ def deduplicate(waiting: Sequence[Job], done: Iterable[Job] = ()) -> list[Job]:
     """
     signatures: dict[tuple[str, str], str] = {}
 
+    def signature(job: Job, model: str) -> str:
+        key = job.folder, model
+        if key not in signatures:
+            signatures[key] = job.experiment.model_signature(model)
+        return signatures[key]
+
     def result(job: Job) -> tuple[object, ...]:
         if job.spec.parents or job.tests_transfer:
             return job.output
-        key = job.folder, job.model
-        if key not in signatures:
-            signatures[key] = job.experiment.model_signature(job.model)
-        evaluation = None if job.is_training else (job.experiment.evaluation, job.experiment.save_adversarial)
-        return job.stage, signatures[key], evaluation, job.suite, job.first, job.stop
+        if job.is_training:
+            return job.stage, signature(job, job.model)
+        models = tuple(signature(job, name) for name in job.evaluated_with)
+        settings = job.experiment.evaluation, job.experiment.save_adversarial
+        return job.stage, models, settings, job.suite, job.first, job.stop
 
     first: dict[tuple[object, ...], Job] = {}
     for job in chain(done, waiting):
@@ -258,7 +280,7 @@ def deduplicate(waiting: Sequence[Job], done: Iterable[Job] = ()) -> list[Job]:
 
 
 def is_trained(spec: ModelSpec, store: Store) -> bool:
-    """Whether a model's training has ended."""
+    """Whether a model's training has ended; for a model that is not trained, ask for its `trained_sources`."""
     return checkpoints.latest_epoch(store, spec.name) >= spec.training.epochs
 
 
@@ -281,37 +303,6 @@ def select(waiting: Mapping[str, list[Job]], stages: Iterable[str]) -> list[Job]
                 f"allowed is --stages {','.join((*needed, stage))}"
             )
     return [job for stage in STAGES if stage in selected for job in waiting[stage]]
-
-
-def stored_bytes(experiments: Sequence[Experiment], sizes: Sizes) -> tuple[float, float]:
-    """Estimate what experiments store when they are done.
-
-    Returns:
-        Bytes of checkpoints (for each trained model the newest, and the one before with its momentum; models that
-        experiments share count once), and bytes of tables and of adversarial images.
-    """
-    every = [job for experiment in experiments for stage in STAGES for job in jobs(experiment, stage, sizes)]
-    in_checkpoints = in_tables = 0.0
-    for job in deduplicate(every):
-        experiment, spec = job.experiment, job.spec
-        has_gate = METHODS[spec.method].has_gate
-        in_tables += _FILE_BYTES * (1 + len(job.tables))
-        if job.suite is not None:
-            others = len(experiment.models) - 1 if job.tests_transfer else 0
-            listed = columns(experiment.evaluation, experiment.threats, job.suite)
-            if job.suite == EXPERT_SUITE:
-                listed = expert_columns(experiment.evaluation, experiment.threat, spec.parents)
-            rows = (len(listed) + others) * (job.stop - job.first)
-            in_tables += rows * (_ROW_BYTES + (4 * spec.networks if has_gate else 0))
-            if job.keeps_images:
-                images = (job.stop - job.first) * sum(c.source is None and c.norm is not None for c in listed)
-                in_tables += images * math.prod(sizes.shape) * (4 if experiment.save_adversarial == "float" else 1)
-        elif not job.copy_of:
-            gate = experiment.gate.hidden * (math.prod(sizes.shape) + spec.networks) if has_gate else 0
-            backbone = BACKBONES[spec.backbone]
-            numbers = spec.networks * backbone.parameters(spec.width, sizes.shape[0]) + gate
-            in_checkpoints += 4 * numbers * (1 + 2 * (checkpoints.KEPT - 1))
-    return in_checkpoints, in_tables
 
 
 def forward_flops(spec: ModelSpec, shape: Shape) -> float:

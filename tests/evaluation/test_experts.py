@@ -13,8 +13,8 @@ from torch import nn
 
 from dwf_cluster.attacks.ball import Ball
 from dwf_cluster.attacks.pgd import pgd
+from dwf_cluster.evaluation.column import expert_columns
 from dwf_cluster.evaluation.experts import WithoutExpert
-from dwf_cluster.evaluation.registry import expert_columns
 from dwf_cluster.evaluation.run import evaluate
 from dwf_cluster.evaluation.settings import Evaluation, Threat
 from dwf_cluster.models.mixture import Gate, Mixture
