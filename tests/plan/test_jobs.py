@@ -11,6 +11,7 @@ from dwf_cluster.data.registry import Sizes
 from dwf_cluster.evaluation.registry import SUITES
 from dwf_cluster.experiment import Experiment
 from dwf_cluster.models.resnet import ResNet18
+from dwf_cluster.plan.disk_space import stored_bytes
 from dwf_cluster.plan.jobs import (
     STAGES,
     Job,
@@ -20,7 +21,6 @@ from dwf_cluster.plan.jobs import (
     pending,
     prepare_training,
     select,
-    stored_bytes,
 )
 from dwf_cluster.presets import build
 from dwf_cluster.settings import InvalidInput
