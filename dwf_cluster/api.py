@@ -19,10 +19,12 @@ from torch import nn
 
 from dwf_cluster.data.registry import DATASETS, Data, ImageFormat
 from dwf_cluster.data.sources import load as load_images
+from dwf_cluster.data.subsets import balanced
 from dwf_cluster.defences.build import trained
+from dwf_cluster.defences.registry import trained_sources
 from dwf_cluster.evaluation import run
-from dwf_cluster.evaluation.merge import merged_rows
-from dwf_cluster.evaluation.registry import CHECKS, SUITES
+from dwf_cluster.evaluation.merge import merged_rows, worst_case_rows
+from dwf_cluster.evaluation.registry import CHECKS, PAPER, SUITES
 from dwf_cluster.evaluation.settings import Evaluation, Norm, Threat
 from dwf_cluster.evaluation.subject import Subject, isolated, kept, prepare
 from dwf_cluster.experiment import Experiment
@@ -43,8 +45,10 @@ class Result:
     """The result of `evaluate`: pandas frames with the columns of docs/results.md, without those of an experiment.
 
     Attributes:
-        evaluations: a row for each column of the suites: accuracy, its 95 % Wilson interval, gradients, seconds.
-        predictions: a row for each column and image: label, prediction, margin.
+        evaluations: a row for each column of the suites: accuracy, its 95 % Wilson interval, gradients, seconds. The
+            last row is `worst_case`: an image counts as correct if it resists every one of these attacks whose norm is
+            `norm` and whose epsilon is at most `epsilon`, and is classified correctly where clean images were tested.
+        predictions: a row for each column and image: label, prediction, margin, confidence.
         checks: a row for each check for gradient masking; `fired` marks a sign.
     """
 
@@ -95,13 +99,17 @@ def evaluate(
     own: dict[str, Any] = (
         {} if norm == "linf" else {f"{norm}_epsilon": threat.epsilon, f"{norm}_step_size": threat.step_size}
     )
-    evaluation = Evaluation(**own, batch_size=batch_size)
+    beyond = tuple(name for name in names if name not in (PAPER, CHECKS))
+    evaluation = Evaluation(**own, beyond=beyond, batch_size=batch_size)
     seed = _integer("seed", seed, 0, 2**31 - 1)
     with isolated(seed), kept(model):
         subject = prepare(model, x, y, device, evaluation.batch_size)
         rows = measure(subject, names, evaluation, (threat,), seed, progress)
-    evaluations = _frame("evaluations", merged_rows(rows.shards))
-    return Result(evaluations, _frame("predictions", rows.predictions), _frame("checks", rows.checks))
+    shards, predicted = _table("shards", rows.shards), _table("predictions", rows.predictions)
+    worst, worst_predictions = worst_case_rows(shards, predicted, MODEL, (threat,))
+    evaluations = _table("evaluations", [*merged_rows(rows.shards), *worst])
+    predictions = _table("predictions", [*rows.predictions, *worst_predictions])
+    return Result(evaluations.to_pandas(), predictions.to_pandas(), _table("checks", rows.checks).to_pandas())
 
 
 def load(folder: str | Path, name: str | None = None) -> nn.Module:
@@ -132,11 +140,14 @@ def load(folder: str | Path, name: str | None = None) -> nn.Module:
         raise InvalidInput(f"name: {name!r} cannot be used: allowed are {', '.join(experiment.names)}")
     root, _, last = path.rpartition("/")
     store = Store(root or ("/" if path.startswith("/") else "."), last)
-    # `trained` would remove checkpoints that it cannot use; reading must not.
-    checkpoint, epochs = checkpoints.load_latest(store, name), experiment.spec(name).training.epochs
-    if checkpoint is None or checkpoint.epoch < epochs:
-        reached = checkpoint.epoch if checkpoint else 0
-        raise InvalidInput(f"name: {name!r} cannot be used: it is trained for {reached} of {epochs} epochs in {path}")
+    for source in trained_sources(experiment.models, name):
+        # `trained` would remove checkpoints that it cannot use; reading must not.
+        checkpoint, epochs = checkpoints.load_latest(store, source), experiment.spec(source).training.epochs
+        if checkpoint is None or checkpoint.epoch < epochs:
+            reached, model = (checkpoint.epoch if checkpoint else 0), "it" if source == name else source
+            raise InvalidInput(
+                f"name: {name!r} cannot be used: {model} is trained for {reached} of {epochs} epochs in {path}"
+            )
     return trained(experiment.models, name, _image_format(experiment.data), experiment.seed, store).eval()
 
 
@@ -169,8 +180,13 @@ def measure(
     threats: Sequence[Threat],
     seed: int,
     progress: bool,
+    checked: np.ndarray[Any, Any] | None = None,
 ) -> Rows:
     """Run suites on a model.
+
+    Args:
+        subject, suites, evaluation, threats, seed, progress: as of `evaluate`.
+        checked: indices of the images that are checked for gradient masking; by default a class-balanced draw.
 
     Raises:
         InvalidInput: before any attack, if the model lacks the gate or the classes that a suite needs.
@@ -188,14 +204,17 @@ def measure(
     rows, name = Rows(), MODEL
     options: dict[str, Any] = {"seed": seed, "device": subject.device}
     networks = len(subject.model.experts) if isinstance(subject.model, Mixture) else 1
+    checked = balanced(subject.y, evaluation.check_examples, "checks") if checked is None else checked
     costs = {suite: SUITES[suite].cost(evaluation, networks) for suite in suites}
     examples = {suite: min(len(subject.y), SUITES[suite].examples(evaluation) or len(subject.y)) for suite in suites}
+    examples |= {suite: len(checked) for suite in suites if suite == CHECKS}
     total = sum(cost * examples[suite] for suite, cost in costs.items())
     with _bar(progress, total) as advance:
         for suite in suites:
             advance(suite, 0)
             x, y = subject.x[: examples[suite]], subject.y[: examples[suite]]
             if suite == CHECKS:
+                x, y = subject.x[checked], subject.y[checked]
                 rows.checks.extend(run.check(subject.model, name, x, y, evaluation, threats[0], **options))
                 advance(suite, costs[suite] * len(y))
                 continue
@@ -264,11 +283,11 @@ def _integer(name: str, value: int, smallest: int, largest: int) -> int:
     return int(value)
 
 
-def _frame(table: str, rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+def _table(table: str, rows: Sequence[Mapping[str, Any]]) -> pa.Table:
+    """Rows of a table, without the columns that say which experiment they belong to."""
     labels = {label.name for label in fields(RowLabels)}
     schema = pa.schema([column for column in tables.SCHEMAS[table] if column.name not in labels])
-    frame: pd.DataFrame = pa.Table.from_pylist(list(rows), schema=schema).to_pandas()
-    return frame
+    return pa.Table.from_pylist(list(rows), schema=schema)
 
 
 @contextmanager

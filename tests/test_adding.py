@@ -197,7 +197,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
         assert text.count(addition.declaration) == 1
         registry.write_text(text.replace(addition.declaration, f"{addition.declaration}\n    {addition.entry}"))
     settings = ["data.source=stripes", "data.train_examples=null", "data.test_examples=null", "model.backbone=toy"]
-    settings += ["baselines=smooth,pair", "evaluation.beyond=dark"]
+    settings += ["baselines=smooth,pair,controls", "evaluation.beyond=dark"]
     printed = ""
     for command in (
         ["dwf_cluster.launch", "--local", "--cpus", "2", "--gpus", "0", "--set", *TINY, *settings],

@@ -27,7 +27,9 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from dwf_cluster.cluster import failures
 from dwf_cluster.cluster.control import Claim
 from dwf_cluster.data.device import DeviceImages
+from dwf_cluster.data.subsets import checked
 from dwf_cluster.defences.build import to_train, trained
+from dwf_cluster.defences.registry import METHODS
 from dwf_cluster.determinism import make_deterministic
 from dwf_cluster.evaluation.registry import CHECKS
 from dwf_cluster.evaluation.run import check, evaluate
@@ -124,16 +126,22 @@ def _train(job: Job, store: Store, images: ray.ObjectRef, allocation: Allocation
     device = _claim(control, job, ray.train.get_context().get_world_rank(), allocation)
     experiment, arrays = job.experiment, _get(images)
     evaluation = experiment.evaluation
-    listener = _stop_listener(control)
+    listener, is_paused = _stop_listener(control), False
+
+    def on_epoch(row: dict[str, Any]) -> None:
+        nonlocal is_paused
+        is_paused = job.until is not None and row["epoch"] >= job.until
+        ray.train.report(row)
+
     task = Task(
         job.spec,
         job.stage,
         experiment.seed,
-        Probe(experiment.threat, evaluation.probe_steps, evaluation.probe_examples),
+        Probe(experiment.threat, evaluation.probe_steps, evaluation.probe_examples, evaluation.random_start),
         experiment.checkpoint_minutes,
         store,
-        ray.train.report,
-        lambda: job.folder in listener.folders,
+        on_epoch,
+        lambda: is_paused or job.folder in listener.folders,
     )
     try:
         model = to_train(experiment.models, job.model, arrays.format, experiment.seed, store)
@@ -151,11 +159,14 @@ def _evaluate(job: Job, store: Store, images: ray.ObjectRef, allocation: Allocat
     device = _claim(control, job, 0, allocation)
     experiment, arrays = job.experiment, _get(images)
     assert job.suite is not None
-    shard = slice(job.first, job.stop)
+    shard: Any = slice(job.first, job.stop)
+    if job.suite == CHECKS:
+        shard = checked(experiment.data.source, arrays.y_test, job.stop)
     x, y = arrays.x_test[shard], arrays.y_test[shard]
     names = experiment.names if job.tests_transfer else (job.model,)
     seed, specs, evaluation = experiment.seed, experiment.models, experiment.evaluation
-    models = {name: trained(specs, name, arrays.format, seed, store).to(device) for name in names}
+    loaded: dict[str, torch.nn.Module] = {}
+    models = {name: trained(specs, name, arrays.format, seed, store, loaded).to(device) for name in names}
     if job.suite == CHECKS:
         checks = check(models[job.model], job.model, x, y, evaluation, experiment.threat, seed=seed, device=device)
         tables.write(store, CHECKS, job.file, checks)
@@ -171,6 +182,10 @@ def _evaluate(job: Job, store: Store, images: ray.ObjectRef, allocation: Allocat
         seed=seed,
         device=device,
         first=job.first,
+        experts=job.spec.parents if METHODS[job.spec.method].has_gate else (),
+        corrupted={key: images[shard] for key, images in arrays.corrupted.items()}
+        if experiment.corruption_files
+        else {},
     )
     tables.write(store, "predictions", job.file, predictions)
     tables.write(store, "shards", job.file, rows)

@@ -59,7 +59,12 @@ def _parser() -> Parser:
     parser.add_argument("--seed", type=int, help="seed of the random starts (default: 0)")
     parser.add_argument("--batch-size", type=int, help="images attacked at once (default: 512)")
     parser.add_argument("--device", help="such as cpu or cuda (default: the model's own)")
-    parser.add_argument("--examples", type=int, metavar="N", help="attack the first N test images (default: all)")
+    parser.add_argument(
+        "--examples",
+        type=int,
+        metavar="N",
+        help="attack N test images: the first ones, of an .npz file a class-balanced draw (default: all)",
+    )
     parser.add_argument(
         "--data-folder", type=Path, default=Path("data"), metavar="FOLDER", help="where data sets are (default: ./data)"
     )
@@ -78,6 +83,7 @@ def _run(options: argparse.Namespace) -> int:
     # Not before the input is known to be good: a typing mistake must not wait for torch.
     from dwf_cluster.api import check_suites, measure
     from dwf_cluster.attacks.gradient import NotLogits
+    from dwf_cluster.data import subsets
     from dwf_cluster.data.sources import DataUnavailable, load
     from dwf_cluster.evaluation.subject import isolated, prepare
 
@@ -86,13 +92,18 @@ def _run(options: argparse.Namespace) -> int:
         images = load(experiment.data, options.data_folder)
     except DataUnavailable as error:
         raise CommandFailed(str(error)) from None
+    if experiment.corruption_files:
+        raise InvalidInput(
+            "evaluation.corruptions: 'files' cannot be used for a model of your own: allowed is generated"
+        )
     model = _model(Path(file), function, options.weights)
     pixels = images.x_test.transpose(0, 2, 3, 1)
     evaluation, threats, seed = experiment.evaluation, experiment.threats, experiment.seed
     try:
         with isolated(seed):
             subject = prepare(model, pixels, images.y_test, options.device, evaluation.batch_size)
-            rows = measure(subject, suites, evaluation, threats, seed, progress=sys.stderr.isatty())
+            checked = subsets.checked(experiment.data.source, images.y_test, evaluation.check_examples)
+            rows = measure(subject, suites, evaluation, threats, seed, sys.stderr.isatty(), checked)
     except NotLogits as error:
         raise InvalidInput(f"--model: {options.model!r} cannot be used: {error}") from None
     with tempfile.TemporaryDirectory() as temporary:
@@ -188,24 +199,32 @@ def _load_weights(model: nn.Module, file: Path) -> None:
 def _write(store: Store, experiment: Experiment, rows: Rows) -> None:
     """The tables of an experiment with one model; `evaluations` last, as in a run."""
     from dwf_cluster.evaluation.merge import forget, merge
+    from dwf_cluster.evaluation.worst_case import WorstCaseFile
     from dwf_cluster.plan.jobs import EVALUATE, Job
 
     store.write("experiment.json", experiment.to_json().encode())
     spec = experiment.defended
+
+    def job(suite: str, examples: int) -> Job:
+        return Job(experiment, experiment.folder, spec, EVALUATE, spec.name, 0.0, suite, 0, examples)
+
     shards: dict[str, list[str]] = {}
     for suite in dict.fromkeys([row["family"] for row in rows.shards]):
         own = [row for row in rows.shards if row["family"] == suite]
-        job = Job(experiment, experiment.folder, spec, EVALUATE, spec.name, 0.0, suite, 0, own[0]["examples"])
+        written = job(suite, own[0]["examples"])
         attacks = {row["attack"] for row in own}
-        tables.write(store, "predictions", job.file, [row for row in rows.predictions if row["attack"] in attacks])
-        tables.write(store, "shards", job.file, own)
-        shards[job.evaluation_file] = [job.file]
+        tables.write(store, "predictions", written.file, [row for row in rows.predictions if row["attack"] in attacks])
+        tables.write(store, "shards", written.file, own)
+        shards[written.evaluation_file] = [written.file]
     if rows.checks:
-        examples = rows.checks[0]["examples"]
-        job = Job(experiment, experiment.folder, spec, EVALUATE, spec.name, 0.0, CHECKS, 0, examples)
-        tables.write(store, CHECKS, job.file, rows.checks)
-    forget(store, shards)  # of an earlier run of the same command
-    merge(store, shards)
+        tables.write(store, CHECKS, job(CHECKS, rows.checks[0]["examples"]).file, rows.checks)
+    files = tables.files(store, "shards")  # those of other suites that an earlier command has measured, too
+    worst = WorstCaseFile(
+        spec.name, experiment.threats, tuple(file for suite in SUITES if (file := job(suite, 0).file) in files)
+    )
+    if shards:
+        forget(store, (*shards, worst.file))  # of an earlier run of the same command
+        merge(store, shards, [worst])
 
 
 def _show(store: Store, experiment: Experiment) -> None:

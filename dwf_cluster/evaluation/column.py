@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,14 +15,31 @@ CURVE_STEPS = (1, 2, 5)
 """Iterations of `curve_steps`: these times the powers of ten, and `evaluation.curve_steps`."""
 
 
+EXPERT_SUITE = "experts"
+"""The suite of what a mixture's experts do; its columns are those of `expert_columns`."""
+
+EXPERT = "expert_"
+"""Attacks of the suite `experts` begin so. Their rows are about parts of a mixture, so no worst case of the mixture
+counts them; `source` is an expert."""
+
+EXPERT_CLEAN, EXPERT_PGD = f"{EXPERT}clean", f"{EXPERT}pgd"
+"""The expert `source` alone: on clean images, and on the images of the mixture's PGD."""
+
+EXPERT_TRANSFER = f"{EXPERT}transfer_"
+"""Followed by an expert's name: that expert, on the images of PGD on the expert `source`."""
+
+EXPERT_DROPPED_CLEAN, EXPERT_DROPPED_PGD = f"{EXPERT}dropped_clean", f"{EXPERT}dropped_pgd"
+"""The mixture without the expert `source`: on clean images, and under PGD on what is left of the mixture."""
+
+
 @dataclass(frozen=True)
 class Column:
     """One attack at one strength; null where a setting has no meaning.
 
     Attributes:
-        attack: `clean`, `fgsm`, `pgd`, `pgd_restarts`, `pgd_adaptive`, one of `evaluation.beyond`, or one of the curves
-            `curve_epsilon`, `curve_apgd`, `curve_steps`, `curve_restarts`.
-        source: for `transfer`, the model that the images were made on.
+        attack: `clean`, `fgsm`, `pgd`, `pgd_restarts`, `pgd_adaptive`, one of `evaluation.beyond`, `worst_case`, an
+            attack of `experts` (`EXPERT`), or a curve: `curve_epsilon`, `curve_apgd`, `curve_steps`, `curve_restarts`.
+        source: for `transfer`, the model that the images were made on; for attacks of `experts`, an expert.
         epsilon, step_size: radius of the ball and length of one step, in `norm`, pixels in [0, 1].
         steps: iterations; queries for `square`; for `curve_restarts`, the iterations of all starts together.
         restarts, eot: counts.
@@ -133,3 +150,29 @@ def curve_cost(evaluation: Evaluation) -> float:
     balls = len(set(evaluation.curve_multiples)) + 1
     gradients = balls * (evaluation.restart_steps + evaluation.apgd_steps) + evaluation.curve_steps
     return 2.0 * (gradients + evaluation.curve_restarts * evaluation.restart_steps)
+
+
+def longest_pgd(evaluation: Evaluation) -> int:
+    """Iterations of the longest of the PGD columns."""
+    return max(evaluation.pgd_steps)
+
+
+def expert_columns(evaluation: Evaluation, threat: Threat, experts: Sequence[str]) -> list[Column]:
+    """The columns of the suite `experts`: of the clean images and of PGD of the longest run.
+
+    Args:
+        evaluation, threat: the settings, and the primary threat model.
+        experts: their names, in the order of the gate's outputs.
+    """
+
+    def under_pgd(attack: str, source: str) -> Column:
+        return Column(attack, source, threat.epsilon, threat.step_size, longest_pgd(evaluation), norm=threat.norm)
+
+    dropped = experts if len(experts) > 1 else ()
+    return [
+        *(Column(EXPERT_CLEAN, source=name, norm=None) for name in experts),
+        *(under_pgd(EXPERT_PGD, name) for name in experts),
+        *(under_pgd(EXPERT_TRANSFER + name, source) for source in experts for name in experts),
+        *(Column(EXPERT_DROPPED_CLEAN, source=name, norm=None) for name in dropped),
+        *(under_pgd(EXPERT_DROPPED_PGD, name) for name in dropped),
+    ]

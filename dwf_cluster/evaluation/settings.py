@@ -41,7 +41,7 @@ class Evaluation(Settings):
     """PGD columns, iterations, under each threat model."""
     restarts: Count = 3
     """Starts of the `pgd_restarts` column, the image itself and then random points of the ball; an image counts as
-    correct if it resists every iterate of each."""
+    correct if it resists every iterate of each. Our assumption: this rule; the paper says "3 restarts"."""
     restart_steps: Count = 100
     """Iterations from each start."""
     adaptive_steps: Count = 100
@@ -52,11 +52,13 @@ class Evaluation(Settings):
         tuple[Annotated[str, OneOf(_extra_names)], ...],
         BeforeValidator(as_tuple),
     ] = ("pgd_gate", "pgd_expert")
-    """Columns beside the paper's: `pgd_gate` aims at the mixture's gate, `pgd_expert` at its experts one by one;
-    `pgd_momentum`; `pgd_cw` (Carlini-Wagner loss); `pgd_targeted` (towards each other label); `pgd_l2`, `pgd_l1`;
-    `apgd`, `apgd_l2`; `square` (black box); `autoattack` (its authors' standard set); `transfer` (made on one model,
-    tested on each other); `noise` (random signs, the floor of every attack); `curves` (PGD and APGD over epsilon, PGD
-    over steps and over restarts: figures, not columns)."""
+    """Columns beside the paper's: `pgd_gate` aims at the mixture's gate, `pgd_expert` at its experts one by one,
+    `pgd_route` at an expert and at the gate's weight for it (a hard gate always has this column); `pgd_momentum`;
+    `pgd_cw` (Carlini-Wagner loss); `pgd_targeted` (towards each other label); `pgd_l2`, `pgd_l1`; `apgd`, `apgd_l2`;
+    `square` (black box); `autoattack` (its authors' standard set); `transfer` (made on one model, tested on each
+    other); `noise` (random signs, the floor of every attack); `corruptions` (fifteen common corruptions). Not in the
+    result table: `curves` (PGD and APGD over epsilon, PGD over steps and over restarts) and `experts` (the mixture's
+    experts alone, against each other's PGD images, and the mixture without each of them)."""
     l2_epsilon: Radius = 0.5
     """Radius of the L2 ball, Euclidean length over an image's pixels in [0, 1]."""
     l2_step_size: Radius = 0.1
@@ -67,7 +69,7 @@ class Evaluation(Settings):
     """Length of one step of PGD in the L1 ball."""
     autoattack_examples: Count | None = None
     """Run AutoAttack on the first n test images. Null: on all, if `beyond` names it; else on 1,000 if the networks have
-    the paper's width of 64 or more, and not at all if they are smaller."""
+    the paper's width of 64 or more and the data set is a named one, else not at all."""
     apgd_steps: Count = 100
     """Iterations of `apgd` and `apgd_l2`."""
     targets: Count = 9
@@ -86,15 +88,26 @@ class Evaluation(Settings):
     curve_restarts: Annotated[int, Field(ge=1, le=1000)] = 20
     """Starts of the curve over restarts, of `restart_steps` iterations each: the worst case over 1, 2, 3, ... of
     them."""
+    corruptions: Literal["generated", "files"] = "generated"
+    """Where the images of the suite `corruptions` come from: `generated` from the test images, some corruptions in a
+    simpler form; `files`: those of CIFAR-10-C, its fifteen `.npy` files and `labels.npy` in the folder `CIFAR-10-C` of
+    the data folder."""
+    corruption_severities: Annotated[
+        tuple[Annotated[int, Field(ge=1, le=5)], ...], BeforeValidator(as_tuple), Field(min_length=1)
+    ] = (3,)
+    """Severities of the corruptions, 1 to 5, a column each. Our assumption: the middle one; the benchmark's mean is
+    over all five."""
     check_examples: Count = 128
-    """First test images that each model is checked for gradient masking on."""
+    """Test images that each model is checked for gradient masking on: the first ones of a named data set, a
+    class-balanced draw from those of an `.npz` file."""
     shard_examples: Count | None = None
     """Test images of one evaluation task, rounded up to whole batches; null takes as many as keep a CPU core busy
     for minutes."""
     batch_size: Count = 512
     """Images attacked at once."""
     probe_examples: Count = 256
-    """Test images of the small PGD probe that follows every epoch of training."""
+    """Images of the small PGD probe that follows every epoch of training: a fixed, class-balanced draw of validation
+    images or, without `data.validation_examples`, of training images without augmentation; never of test images."""
     probe_steps: Count = 10
     """Iterations of the probe."""
 

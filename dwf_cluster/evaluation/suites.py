@@ -6,20 +6,20 @@ To add a suite: a function here or in a file beside this one, and an entry in `r
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
-from torch import nn
 
 from dwf_cluster.attacks.apgd import apgd as apgd_attack
 from dwf_cluster.attacks.autoattack import autoattack as autoattack_attack
 from dwf_cluster.attacks.ball import Ball, uniform
-from dwf_cluster.attacks.gradient import carlini_wagner, cross_entropy, predict, target_margin
+from dwf_cluster.attacks.gradient import Objective, carlini_wagner, cross_entropy, predict, target_margin
 from dwf_cluster.attacks.pgd import Iterate, Remaining, WorstCase, fgsm, pgd, with_logits
-from dwf_cluster.attacks.routing import gate_aimed
+from dwf_cluster.attacks.routing import expert_aimed, gate_aimed, routed
 from dwf_cluster.attacks.square import square as square_attack
-from dwf_cluster.evaluation.registry import TRANSFER, longest_pgd, transfer_column
+from dwf_cluster.evaluation.column import longest_pgd
+from dwf_cluster.evaluation.registry import TRANSFER, transfer_column
 from dwf_cluster.evaluation.run import Attacked, Batch
 
 MOMENTUM = 1.0
@@ -172,18 +172,38 @@ def pgd_gate(batch: Batch) -> Iterator[Attacked]:
 
 
 def pgd_expert(batch: Batch) -> Iterator[Attacked]:
-    """PGD on each expert of a mixture; what fools the expert is tried on the mixture."""
+    """PGD on each expert of a mixture; every iterate is tried on the mixture."""
+    yield _over_experts(batch, expert_aimed)
+
+
+def pgd_route(batch: Batch) -> Iterator[Attacked]:
+    """PGD on each expert of a mixture and on the gate's weight for it; every iterate is tried on the mixture."""
+    yield _over_experts(batch, routed)
+
+
+def _over_experts(batch: Batch, aimed: Callable[[int], Objective]) -> Attacked:
+    """The worst case over PGD on an objective of each expert, and over the iterates."""
     (column,) = batch.columns
     ball, steps = Ball(batch.threat.norm, batch.threat.epsilon), batch.evaluation.adaptive_steps
-    run = functools.partial(pgd, step_size=batch.threat.step_size, steps=steps)
     worst = worst_case(batch)
 
-    def aimed(rest: Remaining, expert: nn.Module) -> Iterator[Iterate]:
-        return iter([_last(run(expert, rest.x, rest.y, ball, start=start_of(batch, ball, rest.x, rest.generators)))])
+    def run(rest: Remaining, number: int) -> Iterator[Iterate]:
+        start = start_of(batch, ball, rest.x, rest.generators)
+        return pgd(
+            batch.model,
+            rest.x,
+            rest.y,
+            ball,
+            step_size=batch.threat.step_size,
+            steps=steps,
+            start=start,
+            objective=aimed(number),
+            drop_fooled=True,
+        )
 
-    for expert in batch.model.experts:  # type: ignore[union-attr]
-        worst.attack(functools.partial(aimed, expert=expert))
-    yield Attacked(column, worst.x, worst.logits, worst.gradient_count)
+    for number in range(len(batch.model.experts)):  # type: ignore[arg-type]
+        worst.attack(functools.partial(run, number=number))
+    return Attacked(column, worst.x, worst.logits, worst.gradient_count)
 
 
 def start_of(batch: Batch, ball: Ball, x: torch.Tensor, generators: Sequence[torch.Generator]) -> torch.Tensor | None:

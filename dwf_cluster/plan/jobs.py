@@ -9,7 +9,8 @@ from dataclasses import dataclass, field, replace
 from itertools import chain
 
 from dwf_cluster.data.registry import Shape, Sizes
-from dwf_cluster.defences.registry import METHODS, ModelSpec, Training
+from dwf_cluster.defences.registry import METHODS, ModelSpec, Training, trained_sources
+from dwf_cluster.evaluation.column import EXPERT_SUITE, expert_columns
 from dwf_cluster.evaluation.registry import CHECKS, PAPER, SUITES, TRANSFER, columns, threat_count
 from dwf_cluster.experiment import Experiment
 from dwf_cluster.models.registry import BACKBONES
@@ -41,6 +42,7 @@ class Job:
         cost: forward passes of one image through one backbone, roughly: a gradient counts as 2, a training
             step as 3.
         copy_of: folder of another experiment whose job has the same results: they are copied from there.
+        until: a training stops after this epoch, as if it had been asked to stop; None: after its last.
     """
 
     experiment: Experiment = field(repr=False, compare=False)
@@ -53,6 +55,7 @@ class Job:
     first: int = 0
     stop: int = 0
     copy_of: str | None = field(default=None, compare=False)
+    until: int | None = field(default=None, compare=False)
 
     @property
     def is_training(self) -> bool:
@@ -91,7 +94,7 @@ class Job:
         """Its result, as in `inputs` of other jobs: the experiment's folder, and the model or the evaluation's file."""
         return self.folder, self.model if self.is_training else self.file
 
-    @property
+    @functools.cached_property
     def inputs(self) -> frozenset[tuple[str, str]]:
         """The outputs of other jobs that must exist before it starts."""
         if self.copy_of:
@@ -99,7 +102,9 @@ class Job:
         if self.is_training:
             names = self.spec.parents
         else:
-            names = self.experiment.names if self.tests_transfer else (self.model,)
+            tested = self.experiment.names if self.tests_transfer else (self.model,)
+            specs = self.experiment.models
+            names = tuple(source for name in tested for source in trained_sources(specs, name))
         return frozenset((self.folder, name) for name in names)
 
     @property
@@ -131,7 +136,7 @@ def jobs(experiment: Experiment, stage: str, sizes: Sizes) -> list[Job]:
         job = functools.partial(Job, experiment, experiment.folder, spec, stage, spec.name)
         if stage == EVALUATE:
             listed += _evaluations(job, experiment, spec, sizes)
-        elif stage == (JOINT if spec.parents else EXPERTS):
+        elif METHODS[spec.method].losses is not None and stage == (JOINT if spec.parents else EXPERTS):
             listed.append(job(spec.training.epochs * sizes.train * METHODS[spec.method].passes(spec)))
     return sorted(listed, key=lambda job: -job.cost)
 
@@ -243,7 +248,7 @@ def deduplicate(waiting: Sequence[Job], done: Iterable[Job] = ()) -> list[Job]:
 
 
 def is_trained(spec: ModelSpec, store: Store) -> bool:
-    """Whether a model's training has ended."""
+    """Whether a model's training has ended; for a model that is not trained, ask for its `trained_sources`."""
     return checkpoints.latest_epoch(store, spec.name) >= spec.training.epochs
 
 
@@ -272,8 +277,8 @@ def stored_bytes(experiments: Sequence[Experiment], sizes: Sizes) -> tuple[float
     """Estimate what experiments store when they are done.
 
     Returns:
-        Bytes of checkpoints (for each trained model the newest, and the one before with its momentum; models that
-        experiments share count once), and bytes of tables.
+        Bytes of checkpoints (for each trained model the newest, and the one before with its momentum and best
+        weights; models that experiments share count once), and bytes of tables.
     """
     every = [job for experiment in experiments for stage in STAGES for job in jobs(experiment, stage, sizes)]
     in_checkpoints = in_tables = 0.0
@@ -284,13 +289,16 @@ def stored_bytes(experiments: Sequence[Experiment], sizes: Sizes) -> tuple[float
         if job.suite is not None:
             others = (len(experiment.models) - 1) * len(experiment.threats) if job.tests_transfer else 0
             listed = columns(experiment.evaluation, experiment.threats, job.suite)
+            if job.suite == EXPERT_SUITE:
+                listed = expert_columns(experiment.evaluation, experiment.threat, spec.parents)
             rows = (len(listed) + others) * (job.stop - job.first)
             in_tables += rows * (_ROW_BYTES + (4 * spec.networks if has_gate else 0))
         elif not job.copy_of:
             gate = experiment.gate.hidden * (math.prod(sizes.shape) + spec.networks) if has_gate else 0
             backbone = BACKBONES[spec.backbone]
             numbers = spec.networks * backbone.parameters(spec.width, sizes.shape[0]) + gate
-            in_checkpoints += 4 * numbers * (1 + 2 * (checkpoints.KEPT - 1))
+            copies = 3 if spec.training.keep == "best" else 2  # of all numbers, in a checkpoint before the last epoch
+            in_checkpoints += 4 * numbers * (1 + copies * (checkpoints.KEPT - 1))
     return in_checkpoints, in_tables
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -69,7 +70,11 @@ def test_tables_are_printed_and_an_experiment_is_written_that_analysis_reads(
     evaluations = results.evaluations
     assert set(evaluations.model) == {"model"}
     assert set(evaluations.examples) == {12}
-    assert (len(evaluations), len(results.checks), len(results.predictions)) == (18, 11, 18 * 12)
+    assert (len(evaluations), len(results.checks), len(results.predictions)) == (
+        19,
+        11,
+        19 * 12,
+    )  # `worst_case` is the last
     assert set(evaluations[evaluations.attack == "pgd"].epsilon) == {0.1}
     assert len(pd.read_parquet(written / "results" / "shards")) == 18
 
@@ -86,16 +91,17 @@ def test_weights_of_either_kind_are_loaded(folder: Path, capsys: pytest.CaptureF
     save_file(network.state_dict(), "weights.safetensors")
     for file in ("weights.pt", "weights.safetensors"):
         assert _evaluate(f"--weights={file}", "--out=results", suites="noise") == 0
-    printed = [line for line in capsys.readouterr().out.splitlines() if line.strip().startswith("model ")]
-    assert printed[1] == printed[3]
+    first, second = re.findall(r"^ *model +[\d.]+ .*$", capsys.readouterr().out, re.M)
+    assert first == second
     assert [path.name.split("-seed0")[0] for path in Path("results").iterdir()] == ["own_network-network-weights"]
 
 
 def test_an_l2_suite_takes_its_ball_from_the_options(folder: Path) -> None:
     options = ("--norm=l2", "--epsilon=0.25", "--step-size=0.05", "--out=results", "--seed=3", "--batch-size=5")
     assert _evaluate(*options, suites="pgd_l2") == 0
-    (row,) = analysis.load("results").evaluations.itertuples()
+    row, worst = analysis.load("results").evaluations.itertuples()
     assert (row.attack, row.epsilon, row.step_size, row.seed) == ("pgd_l2", 0.25, 0.05, 3)
+    assert (worst.attack, worst.norm, worst.epsilon, worst.correct) == ("worst_case", "l2", 0.25, row.correct)
 
 
 @pytest.mark.parametrize(
@@ -111,7 +117,7 @@ def test_an_l2_suite_takes_its_ball_from_the_options(folder: Path) -> None:
         ("--weights: 'own_network.py' cannot be used", ["--weights=own_network.py"]),
         ("preset: 'none' is none of digits", ["--preset=none"]),
         ("data.source: 'none.npz' cannot be read", ["--preset=none.npz"]),
-        ("data.test_examples: 17 cannot be used: allowed are 1 to 16", ["--examples=17"]),
+        ("data.test_examples: 17 cannot be used: allowed are 3 to 16", ["--examples=17"]),
         ("it cannot be called with images of shape", ["--preset=digits"]),
         ("--suites: 'pdg' cannot be used: allowed are paper", ["--suites=pdg"]),
         ("suites: 'pgd_l2' cannot be used: allowed with norm linf are", ["--suites=pgd_l2"]),

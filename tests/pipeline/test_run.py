@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 
 from dwf_cluster import status
 from dwf_cluster.data import sources
+from dwf_cluster.evaluation.column import expert_columns
 from dwf_cluster.evaluation.registry import CHECKS, columns
 from dwf_cluster.experiment import Experiment
 from dwf_cluster.plan.jobs import stored_bytes
@@ -54,10 +55,11 @@ def test_a_run_stores_checkpoints_tables_and_the_experiment(
     evaluations = pd.read_parquet(folder / "results" / "evaluations")
     own = sum(len(columns(experiment.evaluation, experiment.threats, suite)) for suite in _suites(experiment))
     transferred = len(MODELS) * (len(MODELS) - 1)
-    assert len(evaluations) == own + transferred
+    parts = len(expert_columns(experiment.evaluation, experiment.threat, experiment.defended.parents))
+    assert len(evaluations) == own + transferred + parts + len(MODELS)  # with the worst case of each
     assert set(evaluations.examples) == {40}
     shards = pd.read_parquet(folder / "results" / "shards")
-    assert len(shards) == SHARDS * len(evaluations)
+    assert len(shards) == SHARDS * (own + transferred + parts)
     assert set(shards["first"]) == {0, 24}
     assert (evaluations.accuracy_low <= evaluations.accuracy).all()
     predictions = pd.read_parquet(folder / "results" / "predictions")
@@ -100,10 +102,11 @@ def test_a_run_prints_progress_the_table_and_how_to_read_the_results(
     )
     evaluations = pd.read_parquet(folder / "results" / "evaluations").set_index(["model", "attack"])
     for row in rows[:4]:
-        assert len(row) == 1 + 15 + 2 * (row[0] == "mixture")
+        assert len(row) == 1 + 16 + 2 * (row[0] == "mixture")
         assert row[1] == f"{100 * evaluations.loc[(row[0], 'clean')].accuracy.item():.1f}"
         assert row[14] == f"{100 * evaluations.loc[(row[0], 'pgd_adaptive')].accuracy.item():.1f}"
-        assert row[-1] == f"{100 * evaluations.loc[(row[0], 'noise')].accuracy.item():.1f}"
+        assert row[-2] == f"{100 * evaluations.loc[(row[0], 'noise')].accuracy.item():.1f}"
+        assert row[-1] == f"{100 * evaluations.loc[(row[0], 'worst_case')].accuracy.item():.1f}"
     (line,) = (line for line in lines if line.startswith("read them: "))
     program = f"{line.removeprefix('read them: import pandas; ')}"
     assert len(eval(program, {"pandas": pd})) == len(evaluations)

@@ -59,7 +59,7 @@ def test_the_longest_jobs_come_first(stage: str) -> None:
 def test_the_evaluation_measures_every_model_by_every_suite() -> None:
     experiment = build("cifar10", 0, ["evaluation.beyond=pgd_gate,noise,transfer"])
     measured = {(job.model, job.suite) for job in jobs(experiment, "evaluate", CIFAR10)}
-    suites = ("paper", "noise", "checks")
+    suites = ("paper", "noise", "autoattack", "checks")
     assert measured == {(name, suite) for name in experiment.names for suite in suites} | {("mixture", "pgd_gate")}
 
 
