@@ -276,6 +276,7 @@ ASSUMED = {
     "evaluation.restarts",
     "evaluation.targets",
     "evaluation.curve_multiples",
+    "evaluation.corruption_severities",
 }
 """Fields whose value the paper's text does not show or does not decide, and those that our columns add."""
 
