@@ -22,7 +22,7 @@ from analysis.class_tables import class_tables
 from analysis.columns import CELL_FIELDS, ColumnKey, column_key, column_name, each, key_of_row
 from analysis.command import command
 from analysis.expert_tables import expert_tables
-from analysis.formats import FORMATS, Table
+from analysis.formats import FORMATS, Table, mean_and_std, signed
 from analysis.predictions import Predictions, read_predictions
 from analysis.results import Group, load
 from analysis.statistics import ALPHA, WORST_CASES, comparisons
@@ -43,15 +43,15 @@ def accuracies(group: Group) -> pd.DataFrame:
 
     Returns:
         One row for each model and column that was measured with any seed, models in the order of `Group.models` and
-        columns in that of the result table (`transfer` last): `model`, `attack`, `source`, `epsilon`, `steps`, `title`
-        (of the column), `seeds` (number measured), `mean`, `std` (sample, over seeds; NaN for one), `low`, `high` (95 %
-        Wilson interval of the mean, for the number of images of one seed), all 0..1, `examples`, and `paper`,
-        `paper_std` (0..1, NaN where the paper has no such cell).
+        columns in that of the result table (curves and `transfer` last): `model`, `attack`, `source`, `epsilon`,
+        `steps`, `title` (of the column), `seeds` (number measured), `mean`, `std` (sample, over seeds; NaN for one),
+        `low`, `high` (95 % Wilson interval of the mean, for the number of images of one seed), all 0..1, `examples`,
+        and `paper`, `paper_std` (0..1, NaN where the paper has no such cell).
     """
     measured: dict[tuple[str, ColumnKey], list[tuple[float, int]]] = {}
     for row in each(group.frame("evaluations", [*CELL_FIELDS, "accuracy", "examples"])):
         measured.setdefault((row.model, key_of_row(row)), []).append((row.accuracy, row.examples))
-    titles = {column_key(column): column_name(column) for column in group.columns}
+    titles = {column_key(column): column_name(column) for column in (*group.columns, *group.curve_columns)}
     transfers = {key: f"{key.attack} {key.source}" for _, key in measured if key not in titles}
     published = paper.published(group)
     rows = []
@@ -212,22 +212,12 @@ def _head(column: Column) -> tuple[str, str]:
 
 def percent(row: Any) -> str:
     """A row of `accuracies` as `97.5 ± 0.4`; blank for None."""
-    return "" if row is None else _percent(row.mean, row.std)
-
-
-def _percent(mean: float, std: float) -> str:
-    if math.isnan(mean):
-        return ""
-    return f"{100 * mean:.1f}" + ("" if math.isnan(std) else f" ± {100 * std:.1f}")
-
-
-def _signed(value: float) -> str:
-    return "" if math.isnan(value) else f"{round(value, 1) + 0.0:+.1f}"  # no -0.0
+    return "" if row is None else mean_and_std(row.mean, row.std)
 
 
 def _difference(row: Any) -> str:
     """Ours minus the paper's in points; blank for PGD, whose epsilon in the paper is another one."""
-    return "" if row is None or row.attack.startswith("pgd") else _signed(100 * (row.mean - row.paper))
+    return "" if row is None or row.attack.startswith("pgd") else signed(100 * (row.mean - row.paper))
 
 
 def beside_paper(group: Group, measured: pd.DataFrame) -> Table | None:
@@ -241,7 +231,7 @@ def beside_paper(group: Group, measured: pd.DataFrame) -> Table | None:
         ours = [cells.get((model, column_key(column))) for column in columns]
         rows += [
             (model, [percent(row) for row in ours]),
-            (f"paper: {names[model]}", ["" if row is None else _percent(row.paper, row.paper_std) for row in ours]),
+            (f"paper: {names[model]}", ["" if row is None else mean_and_std(row.paper, row.paper_std) for row in ours]),
             ("difference", [_difference(row) for row in ours]),
         ]
     if not rows:
@@ -290,7 +280,7 @@ def _interval(row: Any) -> str:
         return ""
     if row.incomplete:
         return INCOMPLETE
-    return f"{_signed(100 * row.difference)} [{_signed(100 * row.low)}, {_signed(100 * row.high)}]"
+    return f"{signed(100 * row.difference)} [{signed(100 * row.low)}, {signed(100 * row.high)}]"
 
 
 def make_tables(group: Group, predictions: Predictions) -> tuple[pd.DataFrame, pd.DataFrame, list[Table], list[str]]:

@@ -325,3 +325,20 @@ def test_a_figure_is_drawn_beside_the_others_and_in_the_report(run: tuple[Path, 
     experiment, printed = run
     assert "counts.pdf" in printed
     assert "One bar for each model." in (experiment.parents[1] / "report.html").read_text()
+
+
+def test_controls_have_rows_and_are_reported_without_being_trained(run: tuple[Path, str]) -> None:
+    experiment, printed = run
+    controls = {"uniform", "joint-benign", "joint-fgsm-1", "joint-pgd-1", "joint-uniform"}
+    evaluations, jobs = _table(experiment, "evaluations"), _table(experiment, "jobs")
+    assert controls < set(evaluations.model)
+    assert not controls & set(_table(experiment, "metrics").model)
+    assert set(jobs[jobs.model.isin(controls)].stage) == {"evaluate"}
+    predictions = _table(experiment, "predictions")
+    weights = [gate for model in ("uniform", "joint-uniform") for gate in predictions[predictions.model == model].gate]
+    assert all(gate.tolist() == pytest.approx([1 / 3] * 3) for gate in weights)
+    assert predictions[predictions.model == "joint-pgd-1"].gate.isna().all()
+    attacks = {model: set(rows.attack) for model, rows in evaluations.groupby("model")}
+    assert attacks["joint-uniform"] == attacks["mixture"]
+    report = (experiment.parents[1] / "report.html").read_text()
+    assert all(name in report and name in printed for name in controls)

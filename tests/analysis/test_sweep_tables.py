@@ -89,7 +89,20 @@ def test_an_image_that_was_not_tested_makes_a_pair_incomplete(settings: Settings
     part[1, 7] = -1
     (cells,) = _cells(differences([hard, replace(soft, correct={**soft.correct, "clean": part})])).values()
     assert cells[0] == "incomplete"
-    assert cells[1].startswith(("+", "-", "0"))
+
+
+def test_a_hard_gate_without_worst_case_is_compared_on_clean_images_only(settings: Settings) -> None:
+    """As in results of a version without `worst_case`."""
+    hard, soft = (
+        replace(setting, correct={"clean": setting.correct["clean"], "pgd_restarts": setting.correct["clean"]})
+        for setting in (settings["gate.kind=hard"], settings["gate.kind=soft"])
+    )
+    table = differences([hard, soft])
+    ((clean, attacked),) = _cells(table).values()
+    assert attacked == "upper bound"
+    assert clean.endswith("]")
+    assert table is not None
+    assert "over 1 comparisons" in table.notes[0]
 
 
 def test_settings_under_different_threat_models_are_compared_on_clean_images_only(settings: Settings) -> None:

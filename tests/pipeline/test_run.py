@@ -25,7 +25,8 @@ from dwf_cluster.evaluation.adversarial import read, verify
 from dwf_cluster.evaluation.column import expert_columns
 from dwf_cluster.evaluation.registry import CHECKS, columns
 from dwf_cluster.experiment import Experiment
-from dwf_cluster.plan.jobs import pending, stored_bytes
+from dwf_cluster.plan.disk_space import stored_bytes
+from dwf_cluster.plan.jobs import pending
 from dwf_cluster.presets import build
 from dwf_cluster.store import checkpoints, tables
 
