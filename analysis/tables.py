@@ -43,15 +43,15 @@ def accuracies(group: Group) -> pd.DataFrame:
 
     Returns:
         One row for each model and column that was measured with any seed, models in the order of `Group.models` and
-        columns in that of the result table (`transfer` last): `model`, `attack`, `source`, `epsilon`, `steps`, `title`
-        (of the column), `seeds` (number measured), `mean`, `std` (sample, over seeds; NaN for one), `low`, `high` (95 %
-        Wilson interval of the mean, for the number of images of one seed), all 0..1, `examples`, and `paper`,
-        `paper_std` (0..1, NaN where the paper has no such cell).
+        columns in that of the result table (curves and `transfer` last): `model`, `attack`, `source`, `epsilon`,
+        `steps`, `title` (of the column), `seeds` (number measured), `mean`, `std` (sample, over seeds; NaN for one),
+        `low`, `high` (95 % Wilson interval of the mean, for the number of images of one seed), all 0..1, `examples`,
+        and `paper`, `paper_std` (0..1, NaN where the paper has no such cell).
     """
     measured: dict[tuple[str, ColumnKey], list[tuple[float, int]]] = {}
     for row in each(group.frame("evaluations", [*CELL_FIELDS, "accuracy", "examples"])):
         measured.setdefault((row.model, key_of_row(row)), []).append((row.accuracy, row.examples))
-    titles = {column_key(column): column_name(column) for column in group.columns}
+    titles = {column_key(column): column_name(column) for column in (*group.columns, *group.curve_columns)}
     transfers = {key: f"{key.attack} {key.source}" for _, key in measured if key not in titles}
     published = paper.published(group)
     rows = []

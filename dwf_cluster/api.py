@@ -77,7 +77,7 @@ def evaluate(
     progress: bool = True,
     adversarial: Kind | None = None,
 ) -> Result:
-    """Attack a classifier; a keyword for each setting, hence more than seven.
+    """Attack a classifier; a keyword for each setting, hence more than seven; long because their descriptions are.
 
     A copy of the model is attacked, in evaluation mode: the model and the global random states stay as they are.
     The model is named `model` in every table.
@@ -213,16 +213,7 @@ def measure(
     Raises:
         InvalidInput: before any attack, if the model lacks the gate or the classes that a suite needs.
     """
-    for suite in suites:
-        if SUITES[suite].needs_gate and not isinstance(subject.model, Mixture):
-            raise InvalidInput(
-                f"suites: {suite!r} cannot be used: the model has no experts and gate; allowed is a Mixture"
-            )
-        if SUITES[suite].classes > subject.classes:
-            raise InvalidInput(
-                f"suites: {suite!r} cannot be used: the model has {subject.classes} classes, "
-                f"allowed are {SUITES[suite].classes} or more"
-            )
+    _refuse_unfit(subject, suites)
     rows, name = Rows(), MODEL
     options: dict[str, Any] = {"seed": seed, "device": subject.device}
     networks = len(subject.model.experts) if isinstance(subject.model, Mixture) else 1
@@ -260,6 +251,20 @@ def measure(
             if collector:
                 rows.adversarial[suite] = collector.images()
     return rows
+
+
+def _refuse_unfit(subject: Subject, suites: Sequence[str]) -> None:
+    """Refuse suites that need a gate, or more classes than the model has."""
+    for suite in suites:
+        if SUITES[suite].needs_gate and not isinstance(subject.model, Mixture):
+            raise InvalidInput(
+                f"suites: {suite!r} cannot be used: the model has no experts and gate; allowed is a Mixture"
+            )
+        if SUITES[suite].classes > subject.classes:
+            raise InvalidInput(
+                f"suites: {suite!r} cannot be used: the model has {subject.classes} classes, "
+                f"allowed are {SUITES[suite].classes} or more"
+            )
 
 
 def check_suites(suites: Sequence[str], norm: str) -> tuple[str, ...]:

@@ -190,17 +190,18 @@ from dwf_cluster.defences.adversarial import standard as losses
 
 
 class Selection(nn.Module):
-    # Outputs of the selected row of a table: no gradient says which row an attack could reach.
+    # The brightness selects the class, without a gradient; the gradient is that of one pixel, which decides nothing.
 
-    def __init__(self, gate):
+    def __init__(self, trained):
         super().__init__()
-        self.gate = gate
+        self.trained = trained
 
     def forward(self, x):
         if self.training:
-            return self.gate(x)
-        chosen = self.gate(x).argmax(1)
-        return 10 * nn.functional.one_hot(chosen, 7).float() + 0.01 * x.mean((1, 2, 3))[:, None] * torch.arange(7.0)
+            return self.trained(x)
+        brightness = (29.5 + 28 * torch.arange(7)) / 255
+        chosen = (x.mean((1, 2, 3))[:, None] - brightness).abs().argmin(1)
+        return 10 * nn.functional.one_hot(chosen, 7).float() + 0.01 * x[:, 0, 0, :1] * torch.arange(7.0)
 
 
 def build(spec, images, parents):
@@ -305,13 +306,15 @@ def test_a_check_is_counted_and_reported(run: tuple[Path, str]) -> None:
 
 def test_a_masked_defence_is_found_in_a_whole_run(run: tuple[Path, str]) -> None:
     experiment, printed = run
-    checks = _table(experiment, "checks").query("model == 'masked'").set_index("check")
-    assert {"transfer", "black_box", "huge_epsilon"} <= set(checks.index[checks.fired])
+    every = _table(experiment, "checks")
+    checks = every.query("model == 'masked'").set_index("check")
+    fired = set(checks.index[checks.fired])
+    assert {"black_box", "huge_epsilon", "stronger"} <= fired, checks.meaning.tolist()
     assert checks.could_fire[checks.fired].all()
-    assert "made on 6 other models" in checks.meaning["transfer"]
-    assert "stronger" in checks.index
-    assert "warning: masked, transfer: images made on" in printed
-    others = _table(experiment, "checks").query("model != 'masked' and check != 'large'")
+    assert "made on 5 other models" in checks.meaning["transfer"]
+    assert "the strongest beside it is dark" in checks.meaning["stronger"]
+    assert "warning: masked, black_box: a black-box attack" in printed
+    others = every.query("model != 'masked' and check != 'large'")
     assert len(others[others.fired]) <= 1, others[others.fired].meaning.tolist()
 
 
@@ -325,3 +328,20 @@ def test_a_figure_is_drawn_beside_the_others_and_in_the_report(run: tuple[Path, 
     experiment, printed = run
     assert "counts.pdf" in printed
     assert "One bar for each model." in (experiment.parents[1] / "report.html").read_text()
+
+
+def test_controls_have_rows_and_are_reported_without_being_trained(run: tuple[Path, str]) -> None:
+    experiment, printed = run
+    controls = {"uniform", "joint-benign", "joint-fgsm-1", "joint-pgd-1", "joint-uniform"}
+    evaluations, jobs = _table(experiment, "evaluations"), _table(experiment, "jobs")
+    assert controls < set(evaluations.model)
+    assert not controls & set(_table(experiment, "metrics").model)
+    assert set(jobs[jobs.model.isin(controls)].stage) == {"evaluate"}
+    predictions = _table(experiment, "predictions")
+    weights = [gate for model in ("uniform", "joint-uniform") for gate in predictions[predictions.model == model].gate]
+    assert all(gate.tolist() == pytest.approx([1 / 3] * 3) for gate in weights)
+    assert predictions[predictions.model == "joint-pgd-1"].gate.isna().all()
+    attacks = {model: set(rows.attack) for model, rows in evaluations.groupby("model")}
+    assert attacks["joint-uniform"] == attacks["mixture"]
+    report = (experiment.parents[1] / "report.html").read_text()
+    assert all(name in report and name in printed for name in controls)

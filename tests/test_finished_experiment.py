@@ -84,7 +84,7 @@ def test_the_same_command_uses_its_folder_skips_every_stage_and_adds_the_worst_c
         assert before.items() <= _files(storage).items()
         if len(before) < len(_files(storage)):
             names = {Path(path).stem for path in added}
-            assert names == {f"evaluate-{name}-worst_case" for name in experiment.names}
+            assert names == {f"evaluate-{n}-{what}" for n in experiment.names for what in ("worst_case", "stronger")}
     assert not added  # by the second command
     rows = tables.read(experiment.store(str(storage)), "predictions").to_pandas()
     within = rows[rows.epsilon.isna() | (rows.epsilon <= experiment.threat.epsilon)]

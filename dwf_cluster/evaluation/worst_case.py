@@ -2,8 +2,8 @@
 
 An image counts as correct only if the model classifies it correctly under every attack that stays within the threat
 model: on the clean image, and under each attack of the same norm whose epsilon is at most the threat model's, images
-of other models (`transfer`) and `noise` included. Suites that measure a curve and common corruptions do not count. An
-attack that was run on a part of the test set counts for the images of that part.
+of other models (`transfer`) and `noise` included. Suites that measure a curve or a mixture's experts do not count, nor
+do common corruptions. An attack that was run on a part of the test set counts for the images of that part.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from dwf_cluster.evaluation.column import EXPERT
 from dwf_cluster.evaluation.registry import WORST_CASE, worst_case_column
 from dwf_cluster.evaluation.settings import Threat
 
-NOT_COUNTED = ("curve", "corruption", WORST_CASE)
+NOT_COUNTED = ("curve", "corruption", EXPERT, WORST_CASE)
 """How the names of the attacks begin that are no part of the worst case."""
 
 CLEAN = "clean"

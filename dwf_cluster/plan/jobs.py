@@ -107,8 +107,7 @@ class Job:
         if self.is_training:
             names = self.spec.parents
         else:
-            specs = self.experiment.models
-            names = tuple(source for name in self.evaluated_with for source in trained_sources(specs, name))
+            names = tuple(n for name in self.evaluated_with for n in trained_sources(self.experiment.models, name))
         return frozenset((self.folder, name) for name in names)
 
     @property
@@ -197,8 +196,8 @@ def pending(experiment: Experiment, store: Store, sizes: Sizes) -> dict[str, lis
     """The jobs that are not done, by stage, in the order of `STAGES`.
 
     An evaluation is done if the files of all its tables exist, and that of its adversarial images, if they are to be
-    kept; a training if its row of `jobs` exists, its newest
-    checkpoint is of the last epoch, and `metrics` has a row for each epoch.
+    kept; a training if its row of `jobs` exists, its newest checkpoint is of the last epoch, and `metrics` has a row
+    for each epoch.
     """
     from dwf_cluster.store import tables  # which imports pyarrow; a typing mistake and `status` do not need it
 

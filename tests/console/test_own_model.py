@@ -66,7 +66,7 @@ def test_tables_are_printed_and_an_experiment_is_written_that_analysis_reads(
     out, err = capsys.readouterr()
     assert not err
     assert "Accuracy in percent, 12 test images" in out
-    assert "11 checks of 1 models on 12 images" in out
+    assert "15 checks of 1 models on 12 images" in out
     written = Path(out.splitlines()[-1])
     assert written.parent == folder / "results"
     assert written.name.startswith("own_network-network-seed0-")

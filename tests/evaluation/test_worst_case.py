@@ -60,10 +60,11 @@ def test_an_image_has_the_first_attack_that_fools_it_else_the_smallest_margin() 
         {"epsilon": 0.1501},
         {"norm": "l2"},
         {"attack": "curve_epsilon"},
+        {"attack": "expert_transfer_pgd-1", "source": "pgd-1"},
         {"attack": "corruption", "norm": None, "epsilon": None},
         {"model": "pgd-1"},
     ],
-    ids=["larger-epsilon", "other-norm", "curve", "corruption", "other-model"],
+    ids=["larger-epsilon", "other-norm", "curve", "expert", "corruption", "other-model"],
 )
 def test_an_attack_outside_the_threat_model_does_not_count(fooling: dict[str, Any]) -> None:
     resisted = _row("clean", 0, 0, 3.0, norm=None, epsilon=None)

@@ -11,6 +11,7 @@ from dwf_cluster.data.registry import Sizes
 from dwf_cluster.evaluation.registry import SUITES
 from dwf_cluster.experiment import Experiment
 from dwf_cluster.models.resnet import ResNet18
+from dwf_cluster.plan.disk_space import stored_bytes
 from dwf_cluster.plan.jobs import (
     STAGES,
     Job,
@@ -20,7 +21,6 @@ from dwf_cluster.plan.jobs import (
     pending,
     prepare_training,
     select,
-    stored_bytes,
 )
 from dwf_cluster.presets import build
 from dwf_cluster.settings import InvalidInput
@@ -119,6 +119,8 @@ def _finish(store: Store, job: Job, metrics: bool = True) -> None:
     for table in (*job.tables, "jobs"):
         name, content = (job.model, rows) if table == "metrics" else (job.file, [{}])
         tables.write(store, table, name, content)
+    if job.keeps_images:
+        store.write(job.images_file, b"images")
 
 
 def _pending(experiment: Experiment, store: Store) -> set[str]:
@@ -140,6 +142,8 @@ def test_a_job_is_done_when_all_of_its_files_exist(store: Store, tiny: Experimen
         assert name in _pending(tiny, store)
         _finish(store, job)
         assert name not in _pending(tiny, store)
+    store.remove(job.images_file)
+    assert (name in _pending(tiny, store)) == job.keeps_images
 
 
 def test_missing_rows_are_restored_from_the_checkpoint(store: Store, tiny: Experiment) -> None:
