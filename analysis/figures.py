@@ -72,8 +72,8 @@ FIGURES: Mapping[str, FigureEntry] = {
     "gate_by_attack": FigureEntry(
         "analysis.gate_figures:gate_by_attack",
         "The gate under each attack: mean weight of each expert on the attacked images, and the mean entropy of the "
-        "weights. Attacks that keep the worst case (restarts, gate, expert) give the first image that fooled the model, or, "
-        "if none did, the last one that was tried.",
+        "weights. Attacks that keep the worst case (restarts, gate, expert) give the first image that fooled the model, "
+        "or, if none did, the last one that was tried.",
     ),
     "transfer": FigureEntry(
         "analysis.accuracy_figures:transfer",

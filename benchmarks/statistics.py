@@ -1,6 +1,6 @@
 """False positive rates and power of the old and the new rule for bold cells, side by side: see `error_rates`.
 
-    python benchmarks/statistics.py
+python benchmarks/statistics.py
 """
 
 from __future__ import annotations
