@@ -52,6 +52,20 @@ FIGURES: Mapping[str, FigureEntry] = {
         "analysis.accuracy_figures:pgd",
         "Accuracy over PGD's iterations (the paper's figure 7). Bands: one standard deviation over seeds.",
     ),
+    "curve_epsilon": FigureEntry(
+        "analysis.curve_figures:over_epsilon",
+        "Accuracy under PGD and APGD over the radius of the ball, worst case up to each; dotted: the threat model's. A "
+        "curve that does not end at 0 % says that the attack fails, not that the model is robust.",
+    ),
+    "curve_steps": FigureEntry(
+        "analysis.curve_figures:over_steps",
+        "Accuracy over the iterations of one long run of PGD, each the last iterate. It is converged where it is flat.",
+    ),
+    "curve_restarts": FigureEntry(
+        "analysis.curve_figures:over_restarts",
+        "Accuracy in the worst case over more and more starts of PGD, the first at the image, the others at random "
+        "points of the ball. A curve that keeps falling says that more starts are needed.",
+    ),
     "experts_and_mixture": FigureEntry(
         "analysis.accuracy_figures:experts_and_mixture",
         "Each expert and the mixture, in every column of the paper's table.",
@@ -72,8 +86,8 @@ FIGURES: Mapping[str, FigureEntry] = {
     "gate_by_attack": FigureEntry(
         "analysis.gate_figures:gate_by_attack",
         "The gate under each attack: mean weight of each expert on the attacked images, and the mean entropy of the "
-        "weights. Attacks that keep the worst case (restarts, gate, expert) give the first image that fooled the model, "
-        "or, if none did, the last one that was tried.",
+        "weights. Attacks that keep the worst case (restarts, gate, expert) give the first image that fooled the "
+        "model, or, if none did, the last one that was tried.",
     ),
     "transfer": FigureEntry(
         "analysis.accuracy_figures:transfer",
@@ -82,6 +96,35 @@ FIGURES: Mapping[str, FigureEntry] = {
     "gate_by_class": FigureEntry(
         "analysis.gate_figures:gate_by_class",
         "The gate for each true class: mean weight of each expert on clean images and under the longest PGD.",
+    ),
+    "gate_and_accuracy": FigureEntry(
+        "analysis.expert_figures:gate_and_accuracy",
+        "Mean gate weight of each expert against its own accuracy, on clean images and on the images of PGD on the "
+        "whole model.",
+    ),
+    "expert_transfer": FigureEntry(
+        "analysis.expert_figures:expert_transfer",
+        "Experts inside the mixture: accuracy on PGD images that were made on another expert, and the correlation of "
+        "their errors under PGD on the whole model.",
+    ),
+    "dropped_expert": FigureEntry(
+        "analysis.expert_figures:dropped_expert",
+        "The mixture without one expert, its other gate weights scaled to a sum of 1: accuracy on clean images and "
+        "under PGD on what is left. Lines: the whole mixture.",
+    ),
+    "class_accuracy": FigureEntry(
+        "analysis.class_figures:class_accuracy",
+        "Accuracy of the defended model for each true class, on clean images and in the worst case. Bars: one standard "
+        "deviation over seeds.",
+    ),
+    "confusion": FigureEntry(
+        "analysis.class_figures:confusion",
+        "Which class the defended model answers for the images of each true class, over all seeds.",
+    ),
+    "reliability": FigureEntry(
+        "analysis.calibration_figures:reliability",
+        "Reliability of the defended model over all seeds: accuracy in 15 bins of the predicted class's probability, "
+        "and the share of images in each. ECE: expected calibration error (Guo et al. 2017), mean over seeds.",
     ),
 }
 """Figures by name, in the order of the report. Files have these names."""

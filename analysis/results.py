@@ -14,7 +14,8 @@ import pyarrow as pa
 import pyarrow.dataset as ds
 
 from analysis.folder import ExperimentFolder, find
-from dwf_cluster.defences.registry import METHODS, ModelSpec
+from dwf_cluster.defences.registry import ModelSpec
+from dwf_cluster.evaluation.column import CURVES
 from dwf_cluster.evaluation.registry import PAPER, Column, all_columns, columns
 from dwf_cluster.experiment import Experiment
 from dwf_cluster.presets import invocation
@@ -86,15 +87,20 @@ class Group:
 
     @property
     def columns(self) -> tuple[Column, ...]:
-        """The paper's columns, then those of other suites; `transfer` has tables of its own."""
+        """The paper's columns, those of other suites, `worst_case`; `transfer` has tables of its own."""
         experiment = self.experiment
-        has_gate = any(METHODS[spec.method].has_gate for spec in experiment.models)
-        return tuple(all_columns(experiment.evaluation, experiment.threats, has_gate))
+        return tuple(all_columns(experiment.evaluation, experiment.threats, experiment.suites(*experiment.models)))
 
     @property
     def paper_columns(self) -> tuple[Column, ...]:
         """The columns of the paper's table 3."""
         return tuple(columns(self.experiment.evaluation, self.experiment.threats, PAPER))
+
+    @property
+    def curve_columns(self) -> tuple[Column, ...]:
+        """The columns of the suite `curves`, which have figures and stand in no table."""
+        evaluation = self.experiment.evaluation
+        return tuple(columns(evaluation, self.experiment.threats, CURVES)) if CURVES in evaluation.beyond else ()
 
     def frame(
         self, table: str, columns: Sequence[str] | None = None, where: ds.Expression | None = None

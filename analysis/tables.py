@@ -18,15 +18,18 @@ from typing import Any
 import pandas as pd
 
 from analysis import paper
+from analysis.class_tables import class_tables
 from analysis.columns import CELL_FIELDS, ColumnKey, column_key, column_name, each, key_of_row
 from analysis.command import command
-from analysis.formats import FORMATS, Table
+from analysis.expert_tables import expert_tables
+from analysis.formats import FORMATS, Table, mean_and_std, signed
 from analysis.predictions import Predictions, read_predictions
 from analysis.results import Group, load
-from analysis.statistics import ALPHA, WORST_CASES, comparisons
+from analysis.statistics import ALPHA, comparisons
+from analysis.sweep_tables import Setting, setting_tables
 from dwf_cluster.console.command import Parser
 from dwf_cluster.evaluation.merge import wilson
-from dwf_cluster.evaluation.registry import Column
+from dwf_cluster.evaluation.registry import WORST_CASE, Column, worst_case_column
 from dwf_cluster.settings import printable, to_text
 
 _NO_CELL = (math.nan, math.nan)
@@ -40,16 +43,16 @@ def accuracies(group: Group) -> pd.DataFrame:
 
     Returns:
         One row for each model and column that was measured with any seed, models in the order of `Group.models` and
-        columns in that of the result table (`transfer` last): `model`, `attack`, `source`, `epsilon`, `steps`, `title`
-        (of the column), `seeds` (number measured), `mean`, `std` (sample, over seeds; NaN for one), `low`, `high` (95 %
-        Wilson interval of the mean, for the number of images of one seed), all 0..1, `examples`, and `paper`,
-        `paper_std` (0..1, NaN where the paper has no such cell).
+        columns in that of the result table (curves and `transfer` last): `model`, `attack`, `source`, `epsilon`,
+        `steps`, `title` (of the column), `seeds` (number measured), `mean`, `std` (sample, over seeds; NaN for one),
+        `low`, `high` (95 % Wilson interval of the mean, for the number of images of one seed), all 0..1, `examples`,
+        and `paper`, `paper_std` (0..1, NaN where the paper has no such cell).
     """
     measured: dict[tuple[str, ColumnKey], list[tuple[float, int]]] = {}
     for row in each(group.frame("evaluations", [*CELL_FIELDS, "accuracy", "examples"])):
         measured.setdefault((row.model, key_of_row(row)), []).append((row.accuracy, row.examples))
-    titles = {column_key(column): column_name(column) for column in group.columns}
-    transfers = {key: f"transfer {key.source}" for _, key in measured if key not in titles}
+    titles = {column_key(column): column_name(column) for column in (*group.columns, *group.curve_columns)}
+    transfers = {key: f"{key.attack} {key.source}" for _, key in measured if key not in titles}
     published = paper.published(group)
     rows = []
     for model in group.models:
@@ -92,7 +95,7 @@ def table3(group: Group, measured: pd.DataFrame, tests: pd.DataFrame) -> Table:
         measured: result of `accuracies`.
         tests: result of `statistics.comparisons`; they decide which cells are bold.
     """
-    columns = [*_headline_columns(group), *group.paper_columns]
+    columns = [*_headline_columns(group, measured), *group.paper_columns]
     notes = [*_notes(group, measured, columns), *bold_notes(group, tests)]
     title = f"{group.title}: accuracy in percent, the paper's table 3"
     return _accuracy_table(title, group, columns, measured, tests, notes)
@@ -100,8 +103,9 @@ def table3(group: Group, measured: pd.DataFrame, tests: pd.DataFrame) -> Table:
 
 def beyond(group: Group, measured: pd.DataFrame, tests: pd.DataFrame) -> Table | None:
     """The columns that `table3` does not have, or None if there are none; arguments as for `table3`."""
-    shown = [*_headline_columns(group), *group.paper_columns]
-    columns = [column for column in group.columns if column not in shown]
+    shown = [*_headline_columns(group, measured), *group.paper_columns]
+    measured_keys = {key_of_row(row) for row in each(measured)}
+    columns = [c for c in group.columns if c not in shown and column_key(c) in measured_keys]
     if not columns:
         return None
     title = f"{group.title}: accuracy in percent, beyond the paper"
@@ -109,30 +113,10 @@ def beyond(group: Group, measured: pd.DataFrame, tests: pd.DataFrame) -> Table |
     return _accuracy_table(title, group, columns, measured, tests, notes)
 
 
-def _headline_columns(group: Group) -> list[Column]:
+def _headline_columns(group: Group, measured: pd.DataFrame) -> list[Column]:
     """The column `worst_case` under the primary threat model; none in the folders of earlier versions."""
-    threat = group.experiment.threat
-    at = (threat.norm, threat.epsilon)
-    return [column for column in group.columns if column.attack == "worst_case" and (column.norm, column.epsilon) == at]
-
-
-def overview(groups: Sequence[tuple[Group, pd.DataFrame]]) -> Table | None:
-    """The defended models of all groups, such as those of a sweep; None if there is only one group.
-
-    Args:
-        groups: the groups with their `accuracies`.
-    """
-    heads = {"clean": ("clean", ""), "pgd": ("pgd", "longest"), "pgd_restarts": ("restarts", "")}
-    heads["pgd_adaptive"] = ("adaptive", "")
-    rows = []
-    for group, measured in groups:
-        last = {row.attack: row for row in each(measured[measured.model == group.defended])}  # steps rise
-        cells = [percent(last.get(attack)) for attack in heads]
-        rows.append((group.title, [str(len(group.seeds)), *cells]))
-    note = "Mean ± standard deviation over seeds. Differences between settings are not tested."
-    title = "accuracy of the defended model in percent, all settings"
-    table = Table(title, [("seeds", ""), *heads.values()], rows, notes=[note], corner="settings")
-    return table if len(rows) > 1 else None
+    column = worst_case_column(group.experiment.threat)
+    return [column] if any(key_of_row(row) == column_key(column) for row in each(measured)) else []
 
 
 def _accuracy_table(
@@ -182,7 +166,7 @@ def _coverage_notes(group: Group, measured: pd.DataFrame, columns: Sequence[Colu
     partial = [f"{row.model} {row.title}" for row in rows]
     listed = f"{', '.join(partial[:6])}{', ...' if len(partial) > 6 else ''}"
     return [
-        *getattr(group.experiment, "column_notes", ()),
+        *group.experiment.column_notes,
         *([f"In brackets seeds measured / all; incomplete, so not compared: {listed}."] if partial else []),
     ]
 
@@ -195,7 +179,7 @@ def bold_notes(group: Group, tests: pd.DataFrame) -> list[str]:
     titles = {column_key(column): column_name(column) for column in group.columns}
     names = dict.fromkeys(titles[key_of_row(row)] for row in each(primary))
     incomplete = [f"{row.other} ({titles[key_of_row(row)]})" for row in each(primary[primary.incomplete.astype(bool)])]
-    no_worst_case = all(row.attack != WORST_CASES[0] for row in each(primary))
+    no_worst_case = all(row.attack != WORST_CASE for row in each(primary))
     defended = group.defended
     rule = (
         f"in {' and '.join(names)} only, the {defended} if it is ahead of every rival (every other model), and a rival "
@@ -228,22 +212,12 @@ def _head(column: Column) -> tuple[str, str]:
 
 def percent(row: Any) -> str:
     """A row of `accuracies` as `97.5 ± 0.4`; blank for None."""
-    return "" if row is None else _percent(row.mean, row.std)
-
-
-def _percent(mean: float, std: float) -> str:
-    if math.isnan(mean):
-        return ""
-    return f"{100 * mean:.1f}" + ("" if math.isnan(std) else f" ± {100 * std:.1f}")
-
-
-def _signed(value: float) -> str:
-    return "" if math.isnan(value) else f"{round(value, 1) + 0.0:+.1f}"  # no -0.0
+    return "" if row is None else mean_and_std(row.mean, row.std)
 
 
 def _difference(row: Any) -> str:
     """Ours minus the paper's in points; blank for PGD, whose epsilon in the paper is another one."""
-    return "" if row is None or row.attack.startswith("pgd") else _signed(100 * (row.mean - row.paper))
+    return "" if row is None or row.attack.startswith("pgd") else signed(100 * (row.mean - row.paper))
 
 
 def beside_paper(group: Group, measured: pd.DataFrame) -> Table | None:
@@ -257,7 +231,7 @@ def beside_paper(group: Group, measured: pd.DataFrame) -> Table | None:
         ours = [cells.get((model, column_key(column))) for column in columns]
         rows += [
             (model, [percent(row) for row in ours]),
-            (f"paper: {names[model]}", ["" if row is None else _percent(row.paper, row.paper_std) for row in ours]),
+            (f"paper: {names[model]}", ["" if row is None else mean_and_std(row.paper, row.paper_std) for row in ours]),
             ("difference", [_difference(row) for row in ours]),
         ]
     if not rows:
@@ -306,7 +280,7 @@ def _interval(row: Any) -> str:
         return ""
     if row.incomplete:
         return INCOMPLETE
-    return f"{_signed(100 * row.difference)} [{_signed(100 * row.low)}, {_signed(100 * row.high)}]"
+    return f"{signed(100 * row.difference)} [{signed(100 * row.low)}, {signed(100 * row.high)}]"
 
 
 def make_tables(group: Group, predictions: Predictions) -> tuple[pd.DataFrame, pd.DataFrame, list[Table], list[str]]:
@@ -314,7 +288,9 @@ def make_tables(group: Group, predictions: Predictions) -> tuple[pd.DataFrame, p
     measured, tests = accuracies(group), comparisons(group, predictions)
     beside = beside_paper(group, measured)
     tables = [table3(group, measured, tests), beyond(group, measured, tests), beside, against_defended(group, tests)]
-    remarks = [] if beside else [paper.why_not_compared(group)]
+    by_class, unrated = class_tables(group, predictions)
+    tables += [*expert_tables(group, measured, predictions), *by_class]
+    remarks = [*([] if beside else [paper.why_not_compared(group)]), *unrated]
     return measured, tests, [table for table in tables if table], remarks
 
 
@@ -327,14 +303,19 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("storage", nargs="+", help="storage or experiment's folder, a path or an fsspec URL")
     parser.add_argument("--format", choices=(*FORMATS, "csv"), default="text", help="default: text")
     options = parser.parse_args(arguments)
-    results = [(group, make_tables(group, read_predictions(group))) for group in load(*options.storage).evaluated]
+    settings, results = [], []
+    for group in load(*options.storage).evaluated:
+        predictions = read_predictions(group)
+        measured, _, tables, remarks = make_tables(group, predictions)
+        settings.append(Setting.of(group, measured, predictions))
+        results.append((tables, remarks))
     if options.format == "csv":
-        frames = [measured.assign(group=group.title) for group, (measured, *_) in results]
+        frames = [setting.measured.assign(group=setting.group.title) for setting in settings]
         pd.concat(frames).to_csv(sys.stdout, index=False)
         return
-    if table := overview([(group, measured) for group, (measured, *_) in results]):
+    for table in setting_tables(settings):
         print(FORMATS[options.format](table))
-    for _, (_, _, tables, remarks) in results:
+    for tables, remarks in results:
         print("\n".join([*map(FORMATS[options.format], tables), *remarks]))
 
 

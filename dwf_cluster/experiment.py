@@ -10,14 +10,14 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from dwf_cluster.attacks.settings import Fgsm, Pgd
-from dwf_cluster.data.registry import Data
+from dwf_cluster.data.registry import DATASETS, Data
 from dwf_cluster.defences.registry import METHODS, Experts, Gate, Joint, ModelSpec, recipe, recipe_names
-from dwf_cluster.evaluation.registry import Column, all_columns, suite_names
+from dwf_cluster.evaluation.registry import AUTOATTACK, ROUTE, SUITES, Column, all_columns, suite_names
 from dwf_cluster.evaluation.settings import Evaluation, Threat, threats
 from dwf_cluster.models.registry import Model
 from dwf_cluster.settings import (
@@ -35,6 +35,16 @@ ADDED_LATER = frozenset(
         "model.backbone",
         "gate.kind",
         "joint.freeze_experts",
+        "data.validation_examples",
+        "experts.keep",
+        "joint.keep",
+        "evaluation.corruptions",
+        "evaluation.corruption_severities",
+        "fgsm.draw",
+        "pgd.step_sizes",
+        "pgd.random_start",
+        "experts.attack_batchnorm",
+        "joint.attack_batchnorm",
         "evaluation.norm",
         "evaluation.epsilon",
         "evaluation.step_size",
@@ -42,9 +52,17 @@ ADDED_LATER = frozenset(
         "evaluation.l1_epsilon",
         "evaluation.l1_step_size",
         "evaluation.autoattack_examples",
+        "evaluation.targets",
+        "evaluation.curve_examples",
+        "evaluation.curve_multiples",
+        "evaluation.curve_steps",
+        "evaluation.curve_restarts",
     }
 )
 """Fields that were added after results were published: at their defaults they are no part of the signature."""
+
+PAPER_WIDTH = 64
+"""Width of the paper's networks."""
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 
@@ -58,11 +76,15 @@ class Experiment(Settings):
     """Seed of every random draw."""
     checkpoint_minutes: Annotated[float, Field(gt=0, le=1_000_000)] = 10.0
     """Minutes between checkpoints within an epoch that takes longer. Changes no number, and no signature."""
+    save_adversarial: Literal["float", "uint8"] | None = None
+    """Keep the adversarial images of every evaluation, in one `.npz` file a shard: as they are, or rounded to uint8
+    within the ball. Changes no number, and no signature."""
     defence: Annotated[str, OneOf(recipe_names)] = "dwf"
     """The defence (or method) that the experiment is about; its last model is the defended one."""
     baselines: Annotated[tuple[Annotated[str, OneOf(recipe_names)], ...], BeforeValidator(as_tuple)] = ()
     """Defences and methods beside it, such as `fgsm-at` and `pgd-at`: ResNet-18 with half of each batch adversarial at
-    a fixed strength (FGSM at `pgd.epsilon`: our assumption; PGD with 10 iterations)."""
+    a fixed strength (PGD with 10 iterations). Our assumption: FGSM at `pgd.epsilon`. `pgd-at-matched` is `pgd-at` with
+    the compute of the whole defence; `controls` are the mixture's experts, alone and with equal weights."""
     data: Data = Data()
     model: Model = Model()
     gate: Gate = Gate()
@@ -79,9 +101,43 @@ class Experiment(Settings):
             raise ValueError(f"defence and baselines give two models the name {repeated!r}: allowed is one")
         return self
 
+    @model_validator(mode="after")
+    def _models_have_their_parents(self) -> Experiment:
+        for spec in self.models:
+            if missing := next((parent for parent in spec.parents if parent not in self.names), None):
+                raise ValueError(
+                    f"{spec.name} is built from {missing}, which the experiment does not train: allowed is to add dwf"
+                )
+        if METHODS[self.defended.method].losses is None:
+            raise ValueError(f"defence {self.defence!r} trains no model: allowed is to add it to the baselines")
+        return self
+
+    @model_validator(mode="after")
+    def _best_needs_validation(self) -> Experiment:
+        for name, training in (("experts", self.experts), ("joint", self.joint)):
+            if training.keep == "best" and self.data.validation_examples is None:
+                raise ValueError(
+                    f"{name}.keep: 'best' cannot be used: it needs data.validation_examples; allowed is last"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _corruption_files_are_of_cifar10(self) -> Experiment:
+        if self.evaluation.corruptions == "files" and self.data.source != "cifar10":
+            raise ValueError(
+                "evaluation.corruptions: 'files' cannot be used: they are of cifar10; allowed is generated"
+            )
+        return self
+
+    @property
+    def corruption_files(self) -> tuple[int, ...]:
+        """Severities of the corrupted images that are read from files."""
+        is_used = self.evaluation.corruptions == "files" and "corruptions" in self.evaluation.beyond
+        return self.evaluation.corruption_severities if is_used else ()
+
     @property
     def models(self) -> tuple[ModelSpec, ...]:
-        """Every model that is trained: those that the defended one starts from, the baselines, the defended model."""
+        """Every model: those that the defended one starts from, the baselines, the defended model."""
         *parents, defended = recipe(self.defence, self)
         return (*parents, *(spec for name in self.baselines for spec in recipe(name, self)), defended)
 
@@ -109,20 +165,53 @@ class Experiment(Settings):
         """The primary threat model: of the probe and the checks."""
         return self.threats[0]
 
-    def suites(self, spec: ModelSpec) -> tuple[str, ...]:
-        """Names of the suites that a model is measured by."""
-        return suite_names(self.evaluation, METHODS[spec.method].has_gate)
+    def suites(self, *specs: ModelSpec) -> tuple[str, ...]:
+        """Names of the suites that a model, or any of several, is measured by."""
+        has_gate = any(METHODS[spec.method].has_gate for spec in specs)
+        selects = any(METHODS[spec.method].selects(spec) for spec in specs)
+        default = (*((ROUTE,) if selects else ()), *((AUTOATTACK,) if self._has_autoattack else ()))
+        return suite_names(
+            self.evaluation, has_gate, (name for name in default if self.evaluation.norm in SUITES[name].norms)
+        )
+
+    @property
+    def _has_autoattack(self) -> bool:
+        """Whether models are measured by AutoAttack, even if `evaluation.beyond` does not name it."""
+        if self.evaluation.autoattack_examples:
+            return True
+        # How many classes an .npz file has is not known before it is read.
+        classes = DATASETS[self.data.source].classes if self.data.source in DATASETS else 0
+        return self.model.width >= PAPER_WIDTH and classes >= SUITES[AUTOATTACK].classes
 
     @property
     def columns(self) -> list[Column]:
         """Every column that the defended model is measured in, in the order of the result table."""
-        return all_columns(self.evaluation, self.threats, METHODS[self.defended.method].has_gate)
+        return all_columns(self.evaluation, self.threats, self.suites(self.defended))
+
+    @property
+    def column_notes(self) -> tuple[str, ...]:
+        """Sentences that every table of accuracies needs below it."""
+        notes = []
+        if selecting := [spec.name for spec in self.models if METHODS[spec.method].selects(spec)]:
+            notes.append(
+                f"{', '.join(selecting)}: gives each image to one expert. Attacks that follow the gradient of the "
+                "whole model (fgsm, PGD, gate, APGD, autoattack) follow the straight-through gradient there, which is "
+                "not the model's: their accuracies are upper bounds. route and expert do not follow it."
+            )
+        examples = SUITES[AUTOATTACK].examples(self.evaluation)
+        if examples and AUTOATTACK in self.suites(self.defended):
+            notes.append(
+                f"autoattack: the first {examples:,} test images. worst_case takes, for each image, all attacks that "
+                "were run on it."
+            )
+        return tuple(notes)
 
     @property
     def signature(self) -> str:
         """Ten hexadecimal digits of the SHA-256 of the canonical JSON.
 
-        An `.npz` source counts with its content, not with its path; `checkpoint_minutes` does not count.
+        An `.npz` source counts with its content, not with its path; `checkpoint_minutes` and `save_adversarial`
+        do not count.
         """
         fields = self._deciding_fields()
         for name in ADDED_LATER:
@@ -131,7 +220,8 @@ class Experiment(Settings):
             values = fields
             for parent in parents:
                 settings, values = settings.model_fields[parent].annotation, values[parent]
-            if values[leaf] == settings.model_fields[leaf].default:
+            default = settings.model_fields[leaf].default
+            if values[leaf] == (list(default) if isinstance(default, tuple) else default):  # as in JSON
                 del values[leaf]
         return _digest(fields)[:10]
 
@@ -146,12 +236,17 @@ class Experiment(Settings):
                 "seed": fields["seed"],
                 "data": fields["data"],
                 "model": {**asdict(self.spec(name)), "training": self.spec(name).training.model_dump(mode="json")},
-                "probe": (asdict(self.threat), evaluation.probe_examples, evaluation.probe_steps),
+                "probe": (
+                    asdict(self.threat),
+                    evaluation.probe_examples,
+                    evaluation.probe_steps,
+                    evaluation.random_start,
+                ),
             }
         )
 
     def _deciding_fields(self) -> dict[str, Any]:
-        fields = self.model_dump(mode="json", exclude={"checkpoint_minutes"})
+        fields = self.model_dump(mode="json", exclude={"checkpoint_minutes", "save_adversarial"})
         if self.data.sha256:
             fields["data"]["source"] = "npz"
         return fields

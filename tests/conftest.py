@@ -42,12 +42,13 @@ TINY = [
     "evaluation.restarts=2",
     "evaluation.restart_steps=2",
     "evaluation.adaptive_steps=2",
-    "evaluation.beyond=pgd_gate,pgd_expert,transfer,noise",
+    "evaluation.beyond=pgd_gate,pgd_expert,transfer,noise,experts",
     "evaluation.check_examples=8",
     "evaluation.batch_size=24",
     "evaluation.shard_examples=24",
     "evaluation.probe_examples=40",
     "evaluation.probe_steps=2",
+    "save_adversarial=uint8",
 ]
 """Assignments with which the digits preset takes seconds: three experts, 96 images."""
 
@@ -217,6 +218,6 @@ def two_worker_run(
 def task_for(experiment: Experiment, store: Store, model: str, **options: Any) -> Task:
     """The training of a model of an experiment, as the pipeline runs it; `options` are those of `Task`."""
     spec, evaluation = experiment.spec(model), experiment.evaluation
-    probe = Probe(experiment.threat, evaluation.probe_steps, evaluation.probe_examples)
+    probe = Probe(experiment.threat, evaluation.probe_steps, evaluation.probe_examples, evaluation.random_start)
     stage = JOINT if spec.parents else EXPERTS
     return Task(spec, stage, experiment.seed, probe, experiment.checkpoint_minutes, store, **options)

@@ -27,8 +27,11 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from dwf_cluster.cluster import failures
 from dwf_cluster.cluster.control import Claim
 from dwf_cluster.data.device import DeviceImages
+from dwf_cluster.data.subsets import checked
 from dwf_cluster.defences.build import to_train, trained
+from dwf_cluster.defences.registry import METHODS
 from dwf_cluster.determinism import make_deterministic
+from dwf_cluster.evaluation.adversarial import Collector
 from dwf_cluster.evaluation.registry import CHECKS
 from dwf_cluster.evaluation.run import check, evaluate
 from dwf_cluster.plan.jobs import Job, is_trained, prepare_training
@@ -87,6 +90,8 @@ def run_job(job: Job, store: Store, images: ray.ObjectRef, allocation: Allocatio
 def _copy(job: Job, source: Store, store: Store) -> None:
     """Copy the results of another experiment's job. The file that marks the job as done is written last."""
     tables.copy(source, store, "jobs", job.file, state="shared")
+    if job.keeps_images and (images := source.read(job.images_file)) is not None:
+        store.write(job.images_file, images)
     for table in job.tables:
         tables.copy(source, store, table, job.model if table == "metrics" else job.file)
     if job.is_training:
@@ -124,16 +129,22 @@ def _train(job: Job, store: Store, images: ray.ObjectRef, allocation: Allocation
     device = _claim(control, job, ray.train.get_context().get_world_rank(), allocation)
     experiment, arrays = job.experiment, _get(images)
     evaluation = experiment.evaluation
-    listener = _stop_listener(control)
+    listener, is_paused = _stop_listener(control), False
+
+    def on_epoch(row: dict[str, Any]) -> None:
+        nonlocal is_paused
+        is_paused = job.until is not None and row["epoch"] >= job.until
+        ray.train.report(row)
+
     task = Task(
         job.spec,
         job.stage,
         experiment.seed,
-        Probe(experiment.threat, evaluation.probe_steps, evaluation.probe_examples),
+        Probe(experiment.threat, evaluation.probe_steps, evaluation.probe_examples, evaluation.random_start),
         experiment.checkpoint_minutes,
         store,
-        ray.train.report,
-        lambda: job.folder in listener.folders,
+        on_epoch,
+        lambda: is_paused or job.folder in listener.folders,
     )
     try:
         model = to_train(experiment.models, job.model, arrays.format, experiment.seed, store)
@@ -151,15 +162,20 @@ def _evaluate(job: Job, store: Store, images: ray.ObjectRef, allocation: Allocat
     device = _claim(control, job, 0, allocation)
     experiment, arrays = job.experiment, _get(images)
     assert job.suite is not None
-    shard = slice(job.first, job.stop)
-    x, y = arrays.x_test[shard], arrays.y_test[shard]
-    names = experiment.names if job.tests_transfer else (job.model,)
-    seed, specs, evaluation = experiment.seed, experiment.models, experiment.evaluation
-    models = {name: trained(specs, name, arrays.format, seed, store).to(device) for name in names}
+    shard: Any = slice(job.first, job.stop)
     if job.suite == CHECKS:
-        checks = check(models[job.model], job.model, x, y, evaluation, experiment.threat, seed=seed, device=device)
+        shard = checked(experiment.data.source, arrays.y_test, job.stop)
+    x, y = arrays.x_test[shard], arrays.y_test[shard]
+    seed, specs, evaluation = experiment.seed, experiment.models, experiment.evaluation
+    loaded: dict[str, torch.nn.Module] = {}
+    names = job.evaluated_with
+    models = {name: trained(specs, name, arrays.format, seed, store, loaded).to(device) for name in names}
+    if job.suite == CHECKS:
+        model = models.pop(job.model)
+        checks = check(model, job.model, x, y, evaluation, experiment.threat, seed=seed, device=device, others=models)
         tables.write(store, CHECKS, job.file, checks)
         return
+    collector = Collector(job.model, experiment.save_adversarial) if experiment.save_adversarial else None
     rows, predictions = evaluate(
         models,
         job.model,
@@ -171,7 +187,16 @@ def _evaluate(job: Job, store: Store, images: ray.ObjectRef, allocation: Allocat
         seed=seed,
         device=device,
         first=job.first,
+        experts=job.spec.parents if METHODS[job.spec.method].has_gate else (),
+        corrupted={key: images[shard] for key, images in arrays.corrupted.items()}
+        if experiment.corruption_files
+        else {},
+        collector=collector,
     )
+    if collector:
+        store.write(job.images_file, collector.images().to_npz())
+    else:
+        store.remove(job.images_file)  # of an earlier run, whose rows are replaced too
     tables.write(store, "predictions", job.file, predictions)
     tables.write(store, "shards", job.file, rows)
 

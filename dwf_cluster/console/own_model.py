@@ -53,23 +53,42 @@ def _parser() -> Parser:
     )
     parser.add_argument("--preset", required=True, help="a preset, an .npz or a .json file: the test images")
     parser.add_argument("--suites", default=f"{PAPER},{CHECKS}", help=f"of {','.join(SUITES)} (default: %(default)s)")
-    parser.add_argument("--norm", default="linf", help="norm of the suites: linf or l2 (default: linf)")
+    parser.add_argument("--norm", default="linf", help="norm of the threat model: linf, l2 or l1 (default: linf)")
     parser.add_argument("--epsilon", type=float, help="radius of the ball, pixels in [0, 1] (default: the preset's)")
     parser.add_argument("--step-size", type=float, help="length of a step, pixels in [0, 1] (default: the preset's)")
     parser.add_argument("--seed", type=int, help="seed of the random starts (default: 0)")
     parser.add_argument("--batch-size", type=int, help="images attacked at once (default: 512)")
     parser.add_argument("--device", help="such as cpu or cuda (default: the model's own)")
-    parser.add_argument("--examples", type=int, metavar="N", help="attack the first N test images (default: all)")
+    parser.add_argument(
+        "--examples",
+        type=int,
+        metavar="N",
+        help="attack N test images: the first ones, of an .npz file a class-balanced draw (default: all)",
+    )
     parser.add_argument(
         "--data-folder", type=Path, default=Path("data"), metavar="FOLDER", help="where data sets are (default: ./data)"
     )
     parser.add_argument("--out", metavar="FOLDER", help="write the tables of an experiment below this path or URL")
+    parser.add_argument(
+        "--save-adversarial",
+        choices=("float", "uint8"),
+        help="with --out: keep the adversarial images, as they are or rounded to uint8 within the ball",
+    )
+    parser.add_argument(
+        "--from",
+        dest="saved",
+        type=Path,
+        nargs="+",
+        metavar="FILE",
+        help="attack nothing: verify these files of adversarial images, and test the model on them",
+    )
     return parser
 
 
 def _run(options: argparse.Namespace) -> int:
     if options.out:
         check_url(options.out)
+    _refuse_combinations(options)
     file, _, function = options.model.rpartition(":")
     if not file.endswith(".py") or not function.isidentifier():
         raise InvalidInput(f"--model: {options.model!r} cannot be used: allowed is FILE.py:FUNCTION")
@@ -78,21 +97,35 @@ def _run(options: argparse.Namespace) -> int:
     # Not before the input is known to be good: a typing mistake must not wait for torch.
     from dwf_cluster.api import check_suites, measure
     from dwf_cluster.attacks.gradient import NotLogits
+    from dwf_cluster.data import subsets
     from dwf_cluster.data.sources import DataUnavailable, load
-    from dwf_cluster.evaluation.subject import isolated, prepare
+    from dwf_cluster.evaluation.subject import isolated, prepare, without_gradient
 
     suites = check_suites(options.suites.split(","), options.norm)
     try:
         images = load(experiment.data, options.data_folder)
     except DataUnavailable as error:
         raise CommandFailed(str(error)) from None
+    if experiment.corruption_files:
+        raise InvalidInput(
+            "evaluation.corruptions: 'files' cannot be used for a model of your own: allowed is generated"
+        )
     model = _model(Path(file), function, options.weights)
+    if options.saved:
+        from dwf_cluster.console.saved_images import show_accuracies
+
+        show_accuracies(options.saved, model, images, options.device, experiment.evaluation.batch_size)
+        return 0
     pixels = images.x_test.transpose(0, 2, 3, 1)
     evaluation, threats, seed = experiment.evaluation, experiment.threats, experiment.seed
     try:
         with isolated(seed):
             subject = prepare(model, pixels, images.y_test, options.device, evaluation.batch_size)
-            rows = measure(subject, suites, evaluation, threats, seed, progress=sys.stderr.isatty())
+            if warning := without_gradient(subject):
+                print(f"warning: {warning}", file=sys.stderr)
+            checked = subsets.checked(experiment.data.source, images.y_test, evaluation.check_examples)
+            shown, kept = sys.stderr.isatty(), options.save_adversarial
+            rows = measure(subject, suites, evaluation, threats, seed, shown, checked, kept)
     except NotLogits as error:
         raise InvalidInput(f"--model: {options.model!r} cannot be used: {error}") from None
     with tempfile.TemporaryDirectory() as temporary:
@@ -104,13 +137,25 @@ def _run(options: argparse.Namespace) -> int:
     return 0
 
 
+def _refuse_combinations(options: argparse.Namespace) -> None:
+    """Refuse options that have no meaning together."""
+    if options.save_adversarial and not options.out:
+        raise InvalidInput("--save-adversarial: cannot be used without --out")
+    for name in ("out", "epsilon", "step_size", "examples", "seed"):
+        if options.saved and getattr(options, name) is not None:
+            raise InvalidInput(f"--{name.replace('_', '-')}: cannot be used with --from, which attacks nothing")
+
+
 def _experiment(options: argparse.Namespace) -> Experiment:
     """The preset, with the user's model in the place of its models."""
     suites = options.suites.split(",")
     if unknown := next((name for name in suites if name not in SUITES), None):
         raise InvalidInput(f"--suites: {unknown!r} cannot be used: allowed are {', '.join(SUITES)}")
-    prefix = "evaluation.l2_" if options.norm == "l2" else "pgd."
+    prefix = "pgd." if options.norm == "linf" else f"evaluation.{options.norm}_"
     fields = {
+        "evaluation.norm": options.norm,
+        "evaluation.epsilon": None if options.epsilon is None else "null",  # of a .json file
+        "evaluation.step_size": None if options.step_size is None else "null",
         f"{prefix}epsilon": options.epsilon,
         f"{prefix}step_size": options.step_size,
         "evaluation.batch_size": options.batch_size,
@@ -185,24 +230,36 @@ def _load_weights(model: nn.Module, file: Path) -> None:
 def _write(store: Store, experiment: Experiment, rows: Rows) -> None:
     """The tables of an experiment with one model; `evaluations` last, as in a run."""
     from dwf_cluster.evaluation.merge import forget, merge
+    from dwf_cluster.evaluation.worst_case import WorstCaseFile
     from dwf_cluster.plan.jobs import EVALUATE, Job
 
     store.write("experiment.json", experiment.to_json().encode())
     spec = experiment.defended
+
+    def job(suite: str, examples: int) -> Job:
+        return Job(experiment, experiment.folder, spec, EVALUATE, spec.name, 0.0, suite, 0, examples)
+
     shards: dict[str, list[str]] = {}
     for suite in dict.fromkeys([row["family"] for row in rows.shards]):
         own = [row for row in rows.shards if row["family"] == suite]
-        job = Job(experiment, experiment.folder, spec, EVALUATE, spec.name, 0.0, suite, 0, own[0]["examples"])
+        written = job(suite, own[0]["examples"])
         attacks = {row["attack"] for row in own}
-        tables.write(store, "predictions", job.file, [row for row in rows.predictions if row["attack"] in attacks])
-        tables.write(store, "shards", job.file, own)
-        shards[job.evaluation_file] = [job.file]
+        if suite in rows.adversarial:
+            store.write(written.images_file, rows.adversarial[suite].to_npz())
+        else:
+            store.remove(written.images_file)  # of an earlier run of the same command
+        tables.write(store, "predictions", written.file, [row for row in rows.predictions if row["attack"] in attacks])
+        tables.write(store, "shards", written.file, own)
+        shards[written.evaluation_file] = [written.file]
     if rows.checks:
-        examples = rows.checks[0]["examples"]
-        job = Job(experiment, experiment.folder, spec, EVALUATE, spec.name, 0.0, CHECKS, 0, examples)
-        tables.write(store, CHECKS, job.file, rows.checks)
-    forget(store, shards)  # of an earlier run of the same command
-    merge(store, shards)
+        tables.write(store, CHECKS, job(CHECKS, rows.checks[0]["examples"]).file, rows.checks)
+    files = tables.files(store, "shards")  # those of other suites that an earlier command has measured, too
+    worst = WorstCaseFile(
+        spec.name, experiment.threats, tuple(file for suite in SUITES if (file := job(suite, 0).file) in files)
+    )
+    if shards:
+        forget(store, (*shards, worst.file))  # of an earlier run of the same command
+        merge(store, shards, [worst])
 
 
 def _show(store: Store, experiment: Experiment) -> None:

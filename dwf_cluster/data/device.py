@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 from dwf_cluster.data.registry import Data
 from dwf_cluster.data.sources import Images
+from dwf_cluster.data.subsets import balanced
 from dwf_cluster.determinism import Draws
 
 
@@ -14,17 +15,31 @@ class DeviceImages:
     """The images of an experiment on one device.
 
     Attributes:
-        x_train, x_test: uint8, shape (n, channels, height, width).
-        y_train, y_test: int64, shape (n,).
+        x_train, x_validation, x_test: uint8, shape (n, channels, height, width).
+        y_train, y_validation, y_test: int64, shape (n,).
     """
 
     def __init__(self, images: Images, data: Data, device: torch.device) -> None:
         self.x_train = torch.tensor(images.x_train, device=device)
         self.y_train = torch.tensor(images.y_train, device=device)
+        self.x_validation = torch.tensor(images.x_validation, device=device)
+        self.y_validation = torch.tensor(images.y_validation, device=device)
         self.x_test = torch.tensor(images.x_test, device=device)
         self.y_test = torch.tensor(images.y_test, device=device)
         self._crop_padding = data.crop_padding
         self._flip = data.flip
+
+    def probed(self, count: int) -> tuple[torch.Tensor, torch.Tensor, str]:
+        """A class-balanced, fixed draw of at most `count` images to follow a training by, without augmentation.
+
+        Returns:
+            Images float32 in [0, 1], shape (n, channels, height, width); labels int64, shape (n,); and what they are:
+            `validation` images or, if no images are held out, `train`ing images.
+        """
+        split = "validation" if len(self.y_validation) else "train"
+        x, y = (self.x_validation, self.y_validation) if len(self.y_validation) else (self.x_train, self.y_train)
+        chosen = torch.tensor(balanced(y.cpu().numpy(), count, "probe"), device=y.device)
+        return to_float(x[chosen]), y[chosen], split
 
     def epoch(self, batch_size: int, draws: Draws) -> list[torch.Tensor]:
         """The indices of each batch of one epoch, in a random order.

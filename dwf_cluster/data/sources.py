@@ -5,12 +5,14 @@ from __future__ import annotations
 import functools
 import os
 import pkgutil
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from dwf_cluster.data import subsets
 from dwf_cluster.data.registry import DATASETS, NPZ_READER, Data, ImageFormat, Shape, Sizes
 from dwf_cluster.settings import InvalidInput, regular_file
 
@@ -31,6 +33,11 @@ class Images:
         y_train, y_test: int64, shape (n,), values 0..classes-1.
         classes: number of labels.
         mean, std: one number a channel, of pixels in [0, 1]; the models normalise with them.
+        x_validation, y_validation: as the others, none of which they are part of; without a split, no images.
+        test_index: int64, shape (n,): the index of each test image in the data set or the file. `example` in the table
+            of predictions is an index of this array.
+        corrupted: the test images in corrupted forms, by corruption and severity, where they were read from files
+            (`data.corruption_files.read`); as x_test.
     """
 
     x_train: Bytes
@@ -40,6 +47,10 @@ class Images:
     classes: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    x_validation: Bytes = field(default_factory=lambda: np.zeros((0, 1, 1, 1), np.uint8))
+    y_validation: Labels = field(default_factory=lambda: np.zeros(0, np.int64))
+    test_index: Labels = field(default_factory=lambda: np.zeros(0, np.int64))
+    corrupted: Mapping[tuple[str, int], Bytes] = field(default_factory=dict)
 
     @property
     def format(self) -> ImageFormat:
@@ -74,9 +85,10 @@ def sizes(data: Data) -> Sizes:
         return Sizes(len(images.x_train), len(images.x_test), images.shape)
     dataset = DATASETS[data.source]
     channels, height, width = dataset.shape
+    train, test = _counts(data, dataset.train, dataset.test, dataset.classes)
     return Sizes(
-        _count(data.train_examples, dataset.train, "train"),
-        _count(data.test_examples, dataset.test, "test"),
+        train,
+        test,
         (channels, height + 2 * data.padding, width + 2 * data.padding),
     )
 
@@ -138,10 +150,18 @@ def _prepare(raw: Raw, data: Data) -> Images:
         raise InvalidInput("y_train: all labels are 0: at least two classes are needed")
     if y_test.max() >= classes:
         raise InvalidInput(f"y_test: label {y_test.max()} cannot be used: y_train has 0..{classes - 1}")
-    train = _count(data.train_examples, len(x_train), "train")
-    test = _count(data.test_examples, len(x_test), "test")
-    x_train, y_train, x_test, y_test = x_train[:train], y_train[:train], x_test[:test], y_test[:test]
-    x_train, x_test = (_padded_nchw(x, data.padding) for x in (x_train, x_test))
+    _counts(data, len(x_train), len(x_test), classes)
+    validation = subsets.balanced(y_train, data.validation_examples or 0, "validation")
+    remaining = np.delete(np.arange(len(y_train)), validation)
+    train = remaining[subsets.subset(data.source, y_train[remaining], data.train_examples, "train")]
+    test = subsets.subset(data.source, y_test, data.test_examples, "test")
+    labels = {"train": y_train[train], "validation": y_train[validation], "test": y_test[test]}
+    _refuse_missing_classes(data, labels, classes)
+    x_train, x_validation, x_test = (
+        padded_nchw(_selected(x, indices), data.padding)
+        for x, indices in ((x_train, train), (x_train, validation), (x_test, test))
+    )
+    y_train, y_validation, y_test = y_train[train], y_train[validation], y_test[test]
     mean, std = data.mean, data.std
     if mean is None or std is None:
         mean, std = _moments(x_train)
@@ -149,7 +169,23 @@ def _prepare(raw: Raw, data: Data) -> Images:
         raise InvalidInput(
             f"data.mean: {len(mean)} values cannot be used: the images have {x_train.shape[1]} channel(s)"
         )
-    return Images(x_train, y_train, x_test, y_test, classes, mean, std)
+    return Images(x_train, y_train, x_test, y_test, classes, mean, std, x_validation, y_validation, test)
+
+
+def _refuse_missing_classes(data: Data, labels: Mapping[str, Labels], classes: int) -> None:
+    """Refuse a split in which a class has no images: an accuracy on it would be one of fewer classes.
+
+    The first images of a named data set are not refused: its order is random, and a user may want few.
+    """
+    if data.source in DATASETS:
+        labels = {name: y for name, y in labels.items() if name != "test" and data.validation_examples}
+    for split, y in labels.items():
+        missing = np.flatnonzero(np.bincount(y, minlength=classes) == 0)
+        if len(missing) and (split != "validation" or data.validation_examples):
+            raise InvalidInput(
+                f"data.source: {data.source!r} cannot be used: class {missing[0]} has no {split} images; allowed are "
+                f"images of each of the {classes} classes in every split"
+            )
 
 
 def _checked(x: NDArray[np.generic], y: NDArray[np.generic], split: str) -> tuple[Bytes, Labels]:
@@ -166,15 +202,43 @@ def _checked(x: NDArray[np.generic], y: NDArray[np.generic], split: str) -> tupl
     return x.astype(np.uint8, copy=False), y.astype(np.int64)
 
 
-def _count(requested: int | None, available: int, split: str) -> int:
-    least = 2 if split == "train" else 1  # BatchNorm needs two images
-    count = available if requested is None else requested
-    if not least <= count <= available:
-        raise InvalidInput(f"data.{split}_examples: {count} cannot be used: allowed are {least} to {available}")
-    return count
+def _counts(data: Data, train: int, test: int, classes: int) -> tuple[int, int]:
+    """Numbers of images to train and to test on.
+
+    Args:
+        data: which of them.
+        train, test: images of the data set.
+        classes: number of labels.
+
+    Raises:
+        InvalidInput: if `data` requests more images than there are, or too few.
+    """
+    validation = data.validation_examples or 0
+    is_drawn = data.source not in DATASETS or validation > 0  # then every class must be there
+    least = max(2, classes) if is_drawn else 2  # BatchNorm needs two images
+    if validation:
+        _count(validation, classes, train - least, "validation")
+    return (
+        _count(data.train_examples, least, train - validation, "train"),
+        _count(data.test_examples, classes if data.source not in DATASETS else 1, test, "test"),
+    )
 
 
-def _padded_nchw(x: Bytes, padding: int) -> Bytes:
+def _count(requested: int | None, least: int, available: int, split: str) -> int:
+    if requested is None:
+        requested, least = available, 2 if split == "train" else 1
+    if not least <= requested <= available:
+        raise InvalidInput(f"data.{split}_examples: {requested} cannot be used: allowed are {least} to {available}")
+    return requested
+
+
+def _selected(x: Bytes, indices: NDArray[np.int64]) -> Bytes:
+    """Some of the images; all of them are not copied."""
+    return x if len(indices) == len(x) else x[indices]
+
+
+def padded_nchw(x: Bytes, padding: int) -> Bytes:
+    """Images NHWC or NHW as NCHW, with black pixels on each side."""
     nchw = x[:, None] if x.ndim == 3 else x.transpose(0, 3, 1, 2)
     margin = (padding, padding)
     return np.ascontiguousarray(np.pad(nchw, ((0, 0), (0, 0), margin, margin)))

@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dwf_cluster.cluster.driver import Cluster
 from dwf_cluster.cluster.events import Connected, Listener, Listeners, Planned
-from dwf_cluster.data import sources
+from dwf_cluster.data import corruption_files, sources
 from dwf_cluster.evaluation.registry import SUITES
 from dwf_cluster.experiment import Experiment
 from dwf_cluster.pipeline.stages import Connection, pending_jobs, repair_status
@@ -65,7 +65,7 @@ class Run:
             with self.connected(experiments, sweep.names) as connection:
                 from dwf_cluster.pipeline.trials import Trials  # imports Ray Tune, which takes seconds
 
-                Trials(sweep.asha, trials, table, connection, self.emit, self.stopping).run()
+                Trials(sweep, trials, table, connection, self.emit, self.stopping).run()
         else:
             table = TrialTable(sweep, self.storage)  # shards may have been merged
             table.write()
@@ -88,6 +88,9 @@ class Run:
             lock.fail_if_locked(experiment.store(self.storage))
         data = experiments[0].data
         images = sources.load(data, self.data_folder)
+        if severities := {severity for experiment in experiments for severity in experiment.corruption_files}:
+            corrupted = corruption_files.read(images, data, self.data_folder, severities)
+            images = replace(images, corrupted=corrupted)
         for experiment in experiments:
             _check_classes(experiment, images.classes)
         with self.connect() as cluster:

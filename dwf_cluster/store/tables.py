@@ -62,6 +62,8 @@ SCHEMAS: Mapping[str, pa.Schema] = {
         ("images_per_second", pa.float64()),
         ("seconds", pa.float64()),
         ("device", pa.string()),
+        ("probe_split", pa.string()),
+        ("kept", pa.bool_()),
     ),
     "evaluations": _schema(
         *COLUMN,
@@ -101,6 +103,8 @@ SCHEMAS: Mapping[str, pa.Schema] = {
         ("limit", pa.float64()),
         ("fired", pa.bool_()),
         ("meaning", pa.string()),
+        ("p", pa.float64()),
+        ("could_fire", pa.bool_()),
         ("examples", pa.int64()),
     ),
     "jobs": _schema(
@@ -260,11 +264,12 @@ def _read_file(store: Store, table: str, file: str) -> pa.Table:
 
 
 def with_norm(rows: pa.Table) -> pa.Table:
-    """Rows that an earlier version wrote have no norm: it follows from the attack."""
+    """Rows that an earlier version wrote have no norm: it follows from the attack. Corruptions never have one."""
     if not {"attack", "norm"} <= set(rows.column_names) or not rows["norm"].null_count:
         return rows
     was_l2 = pc.is_in(rows["attack"], pa.array(["pgd_l2", "apgd_l2"]))
-    was_linf = pc.and_not(pc.not_equal(rows["attack"], "clean"), was_l2)
+    has_none = pc.or_(pc.equal(rows["attack"], "clean"), pc.starts_with(rows["attack"], "corruption_"))
+    was_linf = pc.invert(pc.or_(has_none, was_l2))
     norm = pc.coalesce(rows["norm"], pc.case_when(pc.make_struct(was_l2, was_linf), "l2", "linf"))
     return rows.set_column(rows.schema.get_field_index("norm"), "norm", norm)
 

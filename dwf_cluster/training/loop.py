@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -55,17 +55,45 @@ class Task:
 
 @dataclass
 class _Progress:
-    """The completed epochs and their rows of `metrics`; the completed steps of the running epoch, with their sums."""
+    """The completed epochs and their rows of `metrics`; the completed steps of the running epoch, with their sums.
+
+    `best`: for `keep=best`, the model's tensors after the best epoch so far, on the CPU; before the first epoch, none.
+    """
 
     epoch: int = 0
     steps: int = 0
     loss: float = 0.0
     seconds: float = 0.0
     metrics: list[dict[str, Any]] = field(default_factory=list)
+    best: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def followed_by(self, row: dict[str, Any], model: nn.Module, keep: str) -> _Progress:
+        """The progress after one more epoch, whose row of `metrics` this is; `kept` marks the epoch that is kept."""
+        metrics, best = [*self.metrics, row], self.best
+        kept = kept_epoch(metrics, keep)
+        if keep == "best" and kept == row["epoch"]:
+            best = {name: tensor.detach().to("cpu", copy=True) for name, tensor in model.state_dict().items()}
+        return _Progress(self.epoch + 1, metrics=[{**r, "kept": r["epoch"] == kept} for r in metrics], best=best)
+
+
+_COUNTS = tuple(field.name for field in fields(_Progress) if field.name != "best")
+"""The fields of a progress that are stored in a checkpoint's `state.json`; the others are tensors."""
+
+
+def kept_epoch(metrics: Sequence[Mapping[str, Any]], keep: str) -> int:
+    """The epoch whose weights are kept, from 1.
+
+    Args:
+        metrics: rows of the completed epochs, in order.
+        keep: as `Training.keep`. `best` is the epoch of the highest robust accuracy of the probe, of equal ones the
+            first: early stopping against robust overfitting (Rice et al. 2020).
+    """
+    row = max(metrics, key=lambda row: row["probe_pgd_accuracy"]) if keep == "best" else metrics[-1]
+    return int(row["epoch"])
 
 
 def train(task: Task, model: nn.Module, images: DeviceImages) -> nn.Module:
-    """Train from the last checkpoint, or from `model` as it is, to the last epoch.
+    """Train from the last checkpoint, or from `model` as it is, to the last epoch; then take the epoch that is kept.
 
     In a process group (`torch.distributed`), each worker trains on its part of every batch and the gradients
     are averaged by DDP. Random draws are made for the whole batch, so they do not depend on the number of workers.
@@ -84,18 +112,21 @@ def train(task: Task, model: nn.Module, images: DeviceImages) -> nn.Module:
     model.to(memory_format=torch.channels_last)
     optimizer = _optimizer(model, task.spec)
     progress = _restore(task, model, optimizer)
-    parallel = distributed(model) if count > 1 else model
-    while progress.epoch < task.spec.training.epochs:
+    parallel, training = distributed(model) if count > 1 else model, task.spec.training
+    while progress.epoch < training.epochs:
         row = _epoch(task, progress, model, parallel, optimizer, images)
         if row is None:
             _save(task, model, optimizer, progress)
             raise Stopped
-        progress = _Progress(progress.epoch + 1, metrics=[*progress.metrics, row])
+        progress = progress.followed_by(row, model, training.keep)
+        if progress.best and progress.epoch == training.epochs:
+            # The last checkpoint is the trained model, so whatever loads or shares it needs to know of no other epoch.
+            model.load_state_dict(progress.best)
         if rank == 0:
             # Metrics first: killed in between, the epoch is run again and its row replaced.
             tables.write(task.store, "metrics", task.spec.name, progress.metrics)
         _save(task, model, optimizer, progress)
-        task.on_epoch(row)
+        task.on_epoch(progress.metrics[-1])
     return model
 
 
@@ -136,7 +167,7 @@ def _epoch(
                     saved_at = time.perf_counter()
                     started += saved_at - now  # an epoch's seconds are without its checkpoints
         seconds = time.perf_counter() - started
-        clean, robust = run_probe(model, images, task.probe)
+        probed = run_probe(model, images, task.probe, (task.seed, name))
     except NotLogits as error:
         saved = checkpoints.latest_path(task.store, name) or "none"
         raise NonFiniteLoss(
@@ -148,8 +179,9 @@ def _epoch(
         "epoch": epoch + 1,
         "step": step + 1,
         "loss": progress.loss / len(images.x_train),
-        "clean_accuracy": clean,
-        "probe_pgd_accuracy": robust,
+        "clean_accuracy": probed.clean,
+        "probe_pgd_accuracy": probed.robust,
+        "probe_split": probed.split,
         "learning_rate": optimizer.param_groups[0]["lr"],
         "images_per_second": len(images.x_train) / seconds,
         "seconds": seconds,
@@ -181,7 +213,9 @@ def _save(task: Task, model: nn.Module, optimizer: torch.optim.SGD, progress: _P
         momentum = optimizer.state[parameter].get("momentum_buffer")
         if momentum is not None:
             tensors[f"momentum.{name}"] = momentum
-    state = {"stage": task.stage, "epochs": task.spec.training.epochs, **asdict(progress)}
+    tensors |= {} if trained else {f"best.{name}": tensor for name, tensor in progress.best.items()}
+    counts = {name: getattr(progress, name) for name in _COUNTS}
+    state = {"stage": task.stage, "epochs": task.spec.training.epochs, **counts}
     checkpoints.save(task.store, task.spec.name, progress.epoch, progress.steps, tensors, state)
 
 
@@ -196,7 +230,8 @@ def _restore(task: Task, model: nn.Module, optimizer: torch.optim.SGD) -> _Progr
         if momentum is not None:
             # With the parameter's strides, as the optimizer creates it: with other strides other kernels would run.
             optimizer.state[parameter]["momentum_buffer"] = torch.empty_like(parameter).copy_(momentum)
+    best = {n.removeprefix("best."): tensor for n, tensor in checkpoint.tensors.items() if n.startswith("best.")}
     state = checkpoint.state
     if "metrics" not in state:  # saved by an earlier version
         state = {**state, "metrics": tables.metrics_until(task.store, task.spec.name, checkpoint.epoch)}
-    return _Progress(**{field.name: state[field.name] for field in fields(_Progress)})
+    return _Progress(**{name: state[name] for name in _COUNTS}, best=best)

@@ -9,32 +9,68 @@ from torch import nn
 from dwf_cluster.attacks.ball import Ball
 from dwf_cluster.attacks.gradient import predict
 from dwf_cluster.attacks.pgd import pgd
-from dwf_cluster.data.device import DeviceImages, to_float
+from dwf_cluster.data.device import DeviceImages
+from dwf_cluster.determinism import Draws
 from dwf_cluster.evaluation.settings import Threat
 from dwf_cluster.models.frozen import frozen
 
 
 @dataclass(frozen=True)
 class Probe:
-    """The short PGD that follows every epoch and shows catastrophic overfitting.
+    """The short PGD that follows every epoch and shows catastrophic and robust overfitting.
+
+    It never sees a test image: what is chosen by it, such as an epoch or the trials of a sweep, would be chosen on the
+    images that it is reported on.
 
     Attributes:
-        threat: epsilon and step size.
+        threat: norm, epsilon and step size.
         steps: iterations.
-        examples: number of test images, the first ones.
+        examples: at most so many images (`DeviceImages.probed`).
+        random_start: start at a random point of the ball instead of the image.
     """
 
     threat: Threat
     steps: int
     examples: int
+    random_start: bool = False
 
 
-def run_probe(model: nn.Module, images: DeviceImages, probe: Probe) -> tuple[float, float]:
-    """Accuracy (0..1) on the first test images, clean and under the probe's PGD."""
+@dataclass(frozen=True)
+class ProbeResult:
+    """The result of a probe.
+
+    Attributes:
+        clean, robust: accuracy, 0..1, on clean images and under PGD.
+        split: `validation` or `train`, the images that they were measured on.
+    """
+
+    clean: float
+    robust: float
+    split: str
+
+
+def run_probe(model: nn.Module, images: DeviceImages, probe: Probe, key: tuple[int | str, ...] = ()) -> ProbeResult:
+    """Measure a model.
+
+    Args:
+        model: on the device of `images`.
+        images: the data set.
+        probe: how.
+        key: seed and model. An image's random start depends on it and on the image, so it is the same in every epoch.
+    """
     frozen_model = frozen(model)
-    x, y = to_float(images.x_test[: probe.examples]), images.y_test[: probe.examples]
-    ball = Ball(probe.threat.norm, probe.threat.epsilon)
-    first, *_, last = pgd(frozen_model, x, y, ball, step_size=probe.threat.step_size, steps=probe.steps)
-    assert first.logits is not None
-    clean, robust = (float((z.argmax(1) == y).double().mean()) for z in (first.logits, predict(frozen_model, last.x)))
-    return clean, robust
+    x, y, split = images.probed(probe.examples)
+    ball, start = Ball(probe.threat.norm, probe.threat.epsilon), None
+    if probe.random_start:
+        draws = (Draws((*key, "probe", example)) for example in range(len(y)))
+        start = ball.random_point(x, [draw.generator("start") for draw in draws])
+    run = pgd(frozen_model, x, y, ball, step_size=probe.threat.step_size, steps=probe.steps, start=start)
+    first, *_, last = run
+    if probe.random_start:
+        clean = predict(frozen_model, x)
+    else:
+        assert first.logits is not None
+        clean = first.logits
+    attacked = predict(frozen_model, last.x)
+    clean_accuracy, robust = (float((logits.argmax(1) == y).double().mean()) for logits in (clean, attacked))
+    return ProbeResult(clean_accuracy, robust, split)
