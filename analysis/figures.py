@@ -82,6 +82,35 @@ FIGURES: Mapping[str, FigureEntry] = {
         "analysis.gate_figures:gate_by_class",
         "The gate for each true class: mean weight of each expert on clean images and under the longest PGD.",
     ),
+    "gate_and_accuracy": FigureEntry(
+        "analysis.expert_figures:gate_and_accuracy",
+        "Mean gate weight of each expert against its own accuracy, on clean images and on the images of PGD on the "
+        "whole model.",
+    ),
+    "expert_transfer": FigureEntry(
+        "analysis.expert_figures:expert_transfer",
+        "Experts inside the mixture: accuracy on PGD images that were made on another expert, and the correlation of "
+        "their errors under PGD on the whole model.",
+    ),
+    "dropped_expert": FigureEntry(
+        "analysis.expert_figures:dropped_expert",
+        "The mixture without one expert, its other gate weights scaled to a sum of 1: accuracy on clean images and "
+        "under PGD on what is left. Lines: the whole mixture.",
+    ),
+    "class_accuracy": FigureEntry(
+        "analysis.class_figures:class_accuracy",
+        "Accuracy of the defended model for each true class, on clean images and in the worst case. Bars: one standard "
+        "deviation over seeds.",
+    ),
+    "confusion": FigureEntry(
+        "analysis.class_figures:confusion",
+        "Which class the defended model answers for the images of each true class, over all seeds.",
+    ),
+    "reliability": FigureEntry(
+        "analysis.calibration_figures:reliability",
+        "Reliability of the defended model over all seeds: accuracy in 15 bins of the predicted class's probability, "
+        "and the share of images in each. ECE: expected calibration error (Guo et al. 2017), mean over seeds.",
+    ),
 }
 """Figures by name, in the order of the report. Files have these names."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -61,6 +62,18 @@ def markdown(table: Table) -> str:
     return "\n\n".join(
         [f"**{table.title}**", "\n".join(f"| {' | '.join(cells)} |" for cells in lines), *table.notes, ""]
     )
+
+
+def percent(mean: float, std: float) -> str:
+    """A mean and a standard deviation (0..1) in percent, `97.5 ± 0.4`; NaN: blank, no standard deviation."""
+    if math.isnan(mean):
+        return ""
+    return f"{100 * mean:.1f}" + ("" if math.isnan(std) else f" ± {100 * std:.1f}")
+
+
+def signed(value: float) -> str:
+    """A number with its sign; blank for NaN."""
+    return "" if math.isnan(value) else f"{round(value, 1) + 0.0:+.1f}"  # no -0.0
 
 
 _LATEX = str.maketrans({c: f"\\{c}" for c in "&%$#_{}"} | {"±": r"$\pm$", "<": "$<$", "~": r"\textasciitilde{}"})

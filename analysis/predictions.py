@@ -1,9 +1,11 @@
-"""The predictions of a group, read in one pass: which model classifies which image correctly, and gate weights."""
+"""The predictions of a group, read in one pass: which model classifies which image correctly, gate weights, and what
+the defended model answers and how sure it is.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import pandas as pd
@@ -17,6 +19,29 @@ from analysis.results import Group
 _ROWS = 1 << 17
 """Rows in memory at once: enough to be fast, few enough that ten million rows fit on any laptop."""
 
+BINS = 15
+"""Bins of equal width that the top probability is counted in, as in Guo et al. 2017."""
+
+_ANSWERED = ("clean", "worst_case", "pgd_restarts")
+"""Attacks for which the answers of the defended model are counted: clean images, and the worst case."""
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What the defended model answers in one column, and how sure it is.
+
+    Attributes:
+        confusion: `seed` (index in `Group.seeds`), `label`, `prediction` and `images`, the number of them.
+        bins: for each seed and bin of the top probability, shape (seeds, BINS, 3): images, sum of their top
+            probabilities, images that are classified correctly. Bin m has the probabilities above m / BINS, up to
+            (m + 1) / BINS.
+        unrated: images without a top probability, which earlier versions did not store.
+    """
+
+    confusion: pd.DataFrame
+    bins: NDArray[np.float64]
+    unrated: int
+
 
 @dataclass(frozen=True)
 class Predictions:
@@ -27,10 +52,12 @@ class Predictions:
         gates: for each column a frame of the defended model's gate with one row a label, over all seeds: `examples`,
             `entropy` (summed over them, bits) and a column for each expert (its weights, summed). Empty if the
             defended model has no gate.
+        answers: of the defended model, on clean images and in the columns of the worst case.
     """
 
     correct: Mapping[tuple[str, ColumnKey], NDArray[np.int8]]
     gates: Mapping[ColumnKey, pd.DataFrame]
+    answers: Mapping[ColumnKey, Answers] = field(default_factory=dict)
 
 
 def read_predictions(group: Group) -> Predictions:
@@ -41,11 +68,14 @@ def read_predictions(group: Group) -> Predictions:
     """
     shards: dict[tuple[str, ColumnKey], list[tuple[int, NDArray[np.int32], NDArray[np.bool_]]]] = {}
     gates: dict[ColumnKey, pd.DataFrame] = {}
+    answers: dict[ColumnKey, _AnswerSums] = {}
+    names = [*CELL_FIELDS, "example", "label", "prediction", "confidence", "gate"]
     for seed, run in enumerate(group.runs):
-        for rows in run.batches("predictions", [*CELL_FIELDS, "example", "label", "prediction", "gate"], _ROWS):
+        for rows in run.batches("predictions", names, _ROWS):
             example = rows["example"].to_numpy().astype(np.int32)
-            label = rows["label"].to_numpy()
-            correct = label == rows["prediction"].to_numpy()
+            label, prediction = rows["label"].to_numpy(), rows["prediction"].to_numpy()
+            correct = label == prediction
+            confidence = rows["confidence"].to_numpy()  # null becomes NaN
             gate = rows["gate"].combine_chunks()
             for model, key, index in _cells(rows):
                 shards.setdefault((model, key), []).append((seed, example[index], correct[index]))
@@ -53,7 +83,38 @@ def read_predictions(group: Group) -> Predictions:
                     sums = _gate_sums(gate.take(pa.array(index)), label[index], group.experts)
                     if len(sums):
                         gates[key] = sums.add(gates[key], fill_value=0) if key in gates else sums
-    return Predictions(_assembled(shards, len(group.runs)), gates)
+                if model == group.defended and key.attack in _ANSWERED:
+                    sums_of_key = answers.setdefault(key, _AnswerSums(len(group.runs)))
+                    sums_of_key.add(seed, label[index], prediction[index], confidence[index])
+    counted = {key: sums.answers() for key, sums in answers.items()}
+    return Predictions(_assembled(shards, len(group.runs)), gates, counted)
+
+
+class _AnswerSums:
+    """Counts of the answers in one column, over batches of rows."""
+
+    def __init__(self, seeds: int) -> None:
+        self._confusion: list[pd.DataFrame] = []
+        self._bins = np.zeros((seeds, BINS, 3))
+        self._unrated = 0
+
+    def add(
+        self, seed: int, label: NDArray[np.int64], prediction: NDArray[np.int64], confidence: NDArray[np.float32]
+    ) -> None:
+        frame = pd.DataFrame({"seed": seed, "label": label, "prediction": prediction})
+        self._confusion.append(frame.value_counts(sort=False).rename("images").reset_index())
+        is_rated = ~np.isnan(confidence)
+        self._unrated += int((~is_rated).sum())
+        rated = confidence[is_rated].astype(np.float64)
+        bins = np.clip(np.ceil(rated * BINS).astype(np.int64) - 1, 0, BINS - 1)
+        correct = (label == prediction)[is_rated].astype(np.float64)
+        for i, weights in enumerate((np.ones_like(rated), rated, correct)):
+            self._bins[seed, :, i] += np.bincount(bins, weights, BINS)
+
+    def answers(self) -> Answers:
+        """The sums of all batches."""
+        counts = pd.concat(self._confusion).groupby(["seed", "label", "prediction"]).images.sum()
+        return Answers(counts.reset_index(), self._bins, self._unrated)
 
 
 def _assembled(

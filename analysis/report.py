@@ -30,6 +30,7 @@ from analysis.formats import Table
 from analysis.predictions import Predictions, read_predictions
 from analysis.results import Group, load
 from analysis.statistics import ALPHA
+from analysis.sweep_tables import Setting, setting_tables
 from dwf_cluster.console.command import Parser
 from dwf_cluster.presets import invocation
 from dwf_cluster.settings import to_text
@@ -211,7 +212,7 @@ def page(storages: Sequence[str]) -> str:
     )
     return environment.get_template("report.html.jinja").render(
         sections=sections,
-        overview=tables.overview([(section.group, section.measured) for section in sections]),
+        setting_tables=setting_tables([Setting.of(s.group, s.measured, s.predictions) for s in sections]),
         not_evaluated=[group.title for group in results.groups if group not in results.evaluated],
         storages=storages,
         tables=_TABLES,

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.dataset as ds
 
 from analysis.folder import ExperimentFolder, find
-from dwf_cluster.defences.registry import METHODS, ModelSpec
+from dwf_cluster.defences.registry import ModelSpec
 from dwf_cluster.evaluation.registry import PAPER, Column, all_columns, columns
 from dwf_cluster.experiment import Experiment
 from dwf_cluster.presets import invocation
@@ -86,10 +86,9 @@ class Group:
 
     @property
     def columns(self) -> tuple[Column, ...]:
-        """The paper's columns, then those of other suites; `transfer` has tables of its own."""
+        """The paper's columns, those of other suites, `worst_case`; `transfer` has tables of its own."""
         experiment = self.experiment
-        has_gate = any(METHODS[spec.method].has_gate for spec in experiment.models)
-        return tuple(all_columns(experiment.evaluation, experiment.threats, has_gate))
+        return tuple(all_columns(experiment.evaluation, experiment.threats, experiment.suites(*experiment.models)))
 
     @property
     def paper_columns(self) -> tuple[Column, ...]:

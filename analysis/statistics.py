@@ -1,56 +1,146 @@
-"""Confidence intervals and paired tests.
+"""Paired tests of models over what was drawn, seeds and images, and corrections for multiple tests.
 
-McNemar's test and the bootstrap test whether two trained models differ on further images of the same kind, not with
-further seeds, for which there are the standard deviation and the t-test over seeds.
+Every seed is tested on the same images, so the difference of two models with one seed on one image is `mean + effect of
+the seed + effect of the image + remainder` (a crossed design with random effects).
 """
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
-from scipy import special, stats
+from scipy import optimize, special
 
-from analysis.columns import COLUMN_FIELDS, column_key
+from analysis.columns import COLUMN_FIELDS, ColumnKey, column_key
 from analysis.predictions import Predictions
 from analysis.results import Group
 from dwf_cluster.evaluation.merge import CONFIDENCE
 
-_FIELDS = ["model", "other", *COLUMN_FIELDS]
+_RESULTS = ["examples", "seeds", "difference", "low", "high", "p", "std", "p_corrected"]
+_COLUMNS = ["model", "other", *COLUMN_FIELDS, "primary", "incomplete", *_RESULTS]
+
+WORST_CASES = ("worst_case", "pgd_restarts")
+"""Attacks whose column is the headline under attack: the first that was measured."""
 
 ALPHA = 1 - CONFIDENCE
 """Level of significance: a test is significant if its p is below."""
 
-RESAMPLES = 1000
-"""Resamples of the bootstrap; each end of its 95 % intervals rests on 25 of them."""
+_LEAST_P = 1e-100
+"""Smaller p-values are not computed: Student's critical values would overflow."""
 
 
-def mcnemar(first: ArrayLike, second: ArrayLike) -> float:
-    """Two-sided p-value of the hypothesis that two models are equally accurate, tested on the same images.
+class Paired(NamedTuple):
+    """A difference of two accuracies, measured on the same images with the same seeds.
 
-    With one seed, McNemar's exact test (1947). With several, the results of an image are not independent, so its
-    differences are added up over the seeds first (Durkalski et al. 2003, asymptotic; McNemar's chi-squared for one).
+    Attributes:
+        difference: accuracy of the first minus that of the second, -1..1.
+        low, high: 95 % interval over seeds and images; with one seed over images alone. -1..1.
+        p: two-sided p-value of the hypothesis that they are equally accurate, 0..1.
+    """
+
+    difference: float
+    low: float
+    high: float
+    p: float
+
+
+def paired(first: ArrayLike, second: ArrayLike) -> Paired:
+    """Compare two models, or two settings.
+
+    With one seed: McNemar's exact test (1947), a statement about these two trained models and further images. With
+    several: a statement about further seeds and images. The variance between few seeds is badly known, so each variance
+    has a critical value of its own, Student's for the seeds and the normal one for the images (Banerjee, Sankhya 22,
+    1960). The coverage of this interval is at least nominal for every ratio of the variances, because the distribution
+    function of chi-squared with one degree of freedom is concave. The exact sign-flip test over images must reject too:
+    a few images that differ have no normal distribution.
 
     Args:
-        first, second: 1 correct, 0 wrong, shape (seeds, examples).
+        first, second: 1 correct, 0 wrong, shape (seeds, examples), of any numeric type.
 
-    Returns:
-        0..1; 1 if the models never differ.
+    Raises:
+        ValueError: if the shapes differ or are empty, or a value is neither 0 nor 1.
     """
-    difference = np.subtract(first, second, dtype=np.int64)
-    summed = difference.sum(axis=0)
-    if len(difference) == 1:
-        only_first, only_second = int((summed > 0).sum()), int((summed < 0).sum())
-        # The p-value of scipy's binomtest in a thousandth of its time.
-        tail = special.bdtr(min(only_first, only_second), only_first + only_second, 0.5)
+    differences = _differences(first, second)
+    mean, step = float(differences.mean()), 1 / differences.size  # the mean is a multiple of the step
+    seed_variance, image_variance = _variances(differences)
+    seeds = len(differences)
+
+    def squared_half_width(alpha: float) -> float:
+        student = special.stdtrit(seeds - 1, alpha / 2) if seeds > 1 else 0.0
+        return float(student**2 * seed_variance + special.ndtri(alpha / 2) ** 2 * image_variance)
+
+    p = sign_flip(differences.sum(axis=0))
+    if seeds > 1:  # with continuity correction
+        p = max(p, _level(squared_half_width, max(abs(mean) - step, 0.0) ** 2))
+    half_width = math.sqrt(squared_half_width(ALPHA)) + step
+    low, high = max(mean - half_width, -1.0), min(mean + half_width, 1.0)
+    if p >= ALPHA:  # if few images differ, the exact test is the stricter one
+        low, high = min(low, 0.0), max(high, 0.0)
+    return Paired(mean, low, high, p)
+
+
+def sign_flip(differences: NDArray[np.int64]) -> float:
+    """Two-sided p-value of the exact sign-flip test: each image favours either model with the same chance.
+
+    For one seed this is McNemar's exact test.
+
+    Args:
+        differences: number of seeds with which the first model is correct minus that of the second, shape (examples,).
+    """
+    counts = np.bincount(np.abs(differences))  # images by the size of their difference
+    total, largest = abs(int(differences.sum())), int(counts @ np.arange(len(counts)))
+    if total == 0:
+        return 1.0
+    if len(counts) == 2:  # all differences are 1: a binomial tail, exact however small
+        tail = special.bdtr((largest - total) // 2, largest, 0.5)
         return min(1.0, 2 * float(tail))
-    spread = math.sqrt((summed**2).sum())
-    return float(2 * stats.norm.sf(abs(summed.sum()) / spread)) if spread else 1.0
+    # The characteristic function of a sum of terms `+size` or `-size` is a product of cosines.
+    points = 1 << (2 * largest + 1).bit_length()
+    angles = 2 * np.pi * np.arange(points // 2 + 1) / points
+    characteristic = np.prod([np.cos(size * angles) ** count for size, count in enumerate(counts) if count], axis=0)
+    mass = np.fft.irfft(characteristic, points)
+    return float(np.clip(mass[total : points - total + 1].sum(), 0, 1))
+
+
+def _differences(first: ArrayLike, second: ArrayLike) -> NDArray[np.int64]:
+    one, other = np.asarray(first), np.asarray(second)
+    if one.ndim != 2 or one.shape != other.shape or not one.size:
+        raise ValueError(f"two equal shapes (seeds, examples) are needed, not {one.shape} and {other.shape}")
+    if not (np.isin(one, (0, 1)).all() and np.isin(other, (0, 1)).all()):
+        raise ValueError("every result must be 0 (wrong) or 1 (correct)")
+    return one.astype(np.int64) - other.astype(np.int64)
+
+
+def _variances(differences: NDArray[np.int64]) -> tuple[float, float]:
+    """Variance of the mean that comes from seeds, with the remainder, and from images; by the mean squares."""
+    seeds, examples = differences.shape
+    by_seed, by_image = differences.mean(axis=1), differences.mean(axis=0)
+    mean = by_seed.mean()
+    image_square = seeds * float(((by_image - mean) ** 2).sum()) / max(examples - 1, 1)
+    remainder_square = 0.0
+    seed_variance = 0.0
+    if seeds > 1:
+        seed_variance = float(by_seed.var(ddof=1)) / seeds
+        residual = differences - by_seed[:, None] - by_image + mean
+        remainder_square = float((residual**2).sum()) / max((seeds - 1) * (examples - 1), 1)
+    # One more image that differs, so that no interval has width zero (after Agresti and Min, 2005).
+    image_variance = max(image_square - remainder_square, 0.0) / differences.size + 1 / examples**2
+    return seed_variance, image_variance
+
+
+def _level(squared_half_width: Callable[[float], float], square: float) -> float:
+    """The alpha at which the squared half-width is `square`: the p-value of the interval's test."""
+    if square == 0:
+        return 1.0
+    if squared_half_width(_LEAST_P) <= square:
+        return _LEAST_P
+    logarithm = optimize.brentq(lambda x: squared_half_width(math.exp(x)) - square, math.log(_LEAST_P), 0.0)
+    return math.exp(float(logarithm))
 
 
 def holm(p: ArrayLike) -> NDArray[np.float64]:
@@ -63,76 +153,79 @@ def holm(p: ArrayLike) -> NDArray[np.float64]:
     return corrected
 
 
-def bootstrap(differences: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """95 % percentile intervals of means over images, the images drawn with replacement (Efron 1979).
+def hochberg(p: ArrayLike) -> NDArray[np.float64]:
+    """p-values corrected for multiple tests that depend on each other positively (Hochberg 1988, Sarkar 1998).
 
-    Args:
-        differences: shape (examples, comparisons). All comparisons use the same draws, and every call the same ones.
-
-    Returns:
-        Lower and upper ends, shape (comparisons,).
+    As `holm`, with more power: if all are below alpha before the correction, all are after it. Tests of one model
+    against each of several rivals depend on each other positively, because they share that model.
     """
-    values = np.asarray(differences, dtype=np.float32)
-    means = _draws(len(values)) @ values / len(values)
-    low, high = np.quantile(means.astype(np.float64), [ALPHA / 2, 1 - ALPHA / 2], axis=0)
-    return low, high
+    values = np.asarray(p, dtype=np.float64)
+    order = np.argsort(values)[::-1]
+    stepped = np.minimum.accumulate(values[order] * np.arange(1, len(values) + 1))
+    corrected = np.empty_like(values)
+    corrected[order] = stepped
+    return corrected
 
 
-@functools.lru_cache(maxsize=1)  # all columns have the same test set
-def _draws(examples: int) -> NDArray[np.float32]:
-    """How often each image is drawn in each resample, shape (resamples, examples)."""
-    random = np.random.default_rng(0)
-    draws = (random.integers(examples, size=examples) for _ in range(RESAMPLES))
-    return np.stack([np.bincount(draw, minlength=examples).astype(np.float32) for draw in draws])
+def primary_columns(group: Group, predictions: Predictions) -> list[ColumnKey]:
+    """The columns of the primary family: clean images, and the worst case under the primary threat model.
 
-
-def _paired_t(differences: NDArray[np.int64]) -> NDArray[np.float64]:
-    """p of a paired t-test for each column of shape (seeds, comparisons); NaN where seeds do not vary."""
-    varies = np.ptp(differences, axis=0) > 0
-    p = np.full(differences.shape[1], np.nan)
-    p[varies] = stats.ttest_1samp(differences[:, varies], 0).pvalue
-    return p
+    The worst case is `worst_case`, or, if no model has this column, `pgd_restarts`.
+    """
+    measured = {key for _, key in predictions.correct}
+    keys = [key for column in group.columns if (key := column_key(column)) in measured]
+    threat = group.experiment.threat
+    under_threat = [key for key in keys if (key.norm, key.epsilon) == (threat.norm, threat.epsilon)]
+    clean = [key for key in keys if key.attack == "clean"]
+    worst = [key for attack in WORST_CASES for key in under_threat if key.attack == attack]
+    return clean + worst[:1]
 
 
 def comparisons(group: Group, predictions: Predictions) -> pd.DataFrame:
-    """Every pair of models in every column, on the same images.
+    """Compare models in every column, on the same images with the same seeds.
 
-    Only models that were tested with all seeds, on all images.
+    The primary family is the defended model against each rival, which is every other model, in `primary_columns`. Its p
+    are corrected: Hochberg over the rivals of a column, Bonferroni over the columns. A rival that lacks a seed or a
+    shard is `incomplete` and counts in the correction. All other pairs and columns are exploratory: not corrected, no
+    basis for a claim.
 
     Returns:
-        One row for each pair and column: `model`, `other`, `attack`, `source`, `epsilon`, `steps`, `examples`, `seeds`,
-        `difference` (accuracy of `model` minus that of `other`, -1..1), `low`, `high` (95 % bootstrap interval over
-        images), `p` (`mcnemar`), `p_holm` (`holm` over all rows), `std` (of the difference, over seeds) and
-        `p_seeds` (paired t-test over seeds, not corrected), both NaN for one seed.
+        One row for each pair and column: `model`, `other`, `attack`, `source`, `norm`, `epsilon`, `steps`, `primary`,
+        `incomplete`, `examples`, `seeds`, `difference` (accuracy of `model` minus that of `other`, -1..1), `low`,
+        `high`, `p` (of `paired`), `std` (of the difference, over seeds; NaN for one), `p_corrected` (NaN if
+        exploratory). The defended model is always `model`. Numbers of an incomplete pair are NaN; exploratory pairs
+        that are incomplete have no row.
     """
-    parts = []
-    for column in group.columns:
-        arrays = {model: predictions.correct.get((model, column_key(column))) for model in group.models}
-        tested = {model: array for model, array in arrays.items() if array is not None and (array >= 0).all()}
-        if len(tested) > 1:
-            parts.append(_compare(tested).assign(**column_key(column)._asdict()))
-    if not parts:
-        return pd.DataFrame(columns=[*_FIELDS, "p", "p_holm"])
-    rows = pd.concat(parts, ignore_index=True)
-    order = [*_FIELDS, *(name for name in rows if name not in _FIELDS)]
-    return rows[order].assign(p_holm=holm(rows.p))
+    models = [group.defended, *(model for model in group.models if model != group.defended)]
+    primary = primary_columns(group, predictions)
+    rows: list[dict[str, object]] = []
+    for key in dict.fromkeys(map(column_key, group.columns)):
+        arrays = {model: predictions.correct[model, key] for model in models if (model, key) in predictions.correct}
+        if arrays:
+            rows += _compare_all(models, arrays, key, group.defended if key in primary else None)
+    frame = pd.DataFrame(rows, columns=_COLUMNS)
+    families = frame[frame.primary.astype(bool)].groupby("attack", sort=False)
+    for _, family in families:
+        frame.loc[family.index, "p_corrected"] = np.minimum(hochberg(family.p.fillna(1)) * len(families), 1)
+    return frame
 
 
-def _compare(correct: Mapping[str, NDArray[np.int8]]) -> pd.DataFrame:
-    """Every pair of models in one column; arrays of shape (seeds, examples)."""
-    pairs = list(itertools.combinations(correct, 2))
-    mean = {model: array.mean(axis=0) for model, array in correct.items()}
-    differences = np.stack([mean[model] - mean[other] for model, other in pairs], axis=1)
-    low, high = bootstrap(differences)
-    counts = {model: array.sum(axis=1, dtype=np.int64) for model, array in correct.items()}
-    by_seed = np.stack([counts[model] - counts[other] for model, other in pairs], axis=1)  # integers: exact
-    return pd.DataFrame(pairs, columns=["model", "other"]).assign(
-        examples=len(differences),
-        seeds=len(by_seed),
-        difference=differences.mean(axis=0),
-        low=low,
-        high=high,
-        p=[mcnemar(correct[model], correct[other]) for model, other in pairs],
-        std=pd.DataFrame(by_seed).std().to_numpy() / len(differences),
-        p_seeds=_paired_t(by_seed),
-    )
+def _compare_all(
+    models: Sequence[str], correct: Mapping[str, NDArray[np.int8]], key: ColumnKey, defended: str | None
+) -> list[dict[str, object]]:
+    """Every pair of models in one column; `defended` only if the column is in the primary family."""
+    images = np.any([(array >= 0).any(axis=0) for array in correct.values()], axis=0)
+    complete = {model: array[:, images] for model, array in correct.items() if (array[:, images] >= 0).all()}
+    rows: list[dict[str, object]] = []
+    for model, other in itertools.combinations(models, 2):
+        is_primary, is_complete = model == defended, model in complete and other in complete
+        row = {"model": model, "other": other, **key._asdict(), "primary": is_primary, "incomplete": not is_complete}
+        if is_complete:
+            first, second = complete[model], complete[other]
+            by_seed = first.mean(axis=1) - second.mean(axis=1)
+            std = by_seed.std(ddof=1) if len(by_seed) > 1 else math.nan
+            rows.append({**row, "examples": first.shape[1], "seeds": len(first), "std": std})
+            rows[-1] |= paired(first, second)._asdict()
+        elif is_primary:
+            rows.append(row)
+    return rows

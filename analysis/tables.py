@@ -18,12 +18,15 @@ from typing import Any
 import pandas as pd
 
 from analysis import paper
+from analysis.class_tables import class_tables
 from analysis.columns import CELL_FIELDS, COLUMN_FIELDS, ColumnKey, column_key, column_name, each, key_of_row
 from analysis.command import command
+from analysis.expert_tables import expert_tables
 from analysis.formats import FORMATS, Table
 from analysis.predictions import Predictions, read_predictions
 from analysis.results import Group, load
 from analysis.statistics import ALPHA, comparisons
+from analysis.sweep_tables import Setting, setting_tables
 from dwf_cluster.console.command import Parser
 from dwf_cluster.evaluation.merge import wilson
 from dwf_cluster.evaluation.registry import Column
@@ -46,7 +49,7 @@ def accuracies(group: Group) -> pd.DataFrame:
     for row in each(group.frame("evaluations", [*CELL_FIELDS, "accuracy", "examples"])):
         measured.setdefault((row.model, key_of_row(row)), []).append((row.accuracy, row.examples))
     titles = {column_key(column): column_name(column) for column in group.columns}
-    transfers = {key: f"transfer {key.source}" for _, key in measured if key not in titles}
+    transfers = {key: f"{key.attack} {key.source}" for _, key in measured if key not in titles}
     published = paper.published(group)
     rows = []
     for model in group.models:
@@ -97,25 +100,6 @@ def beyond(group: Group, measured: pd.DataFrame, tests: pd.DataFrame) -> Table |
         return None
     title = f"{group.title}: accuracy in percent, beyond the paper"
     return _accuracy_table(title, group, columns, measured, best(tests), [])
-
-
-def overview(groups: Sequence[tuple[Group, pd.DataFrame]]) -> Table | None:
-    """The defended models of all groups, such as those of a sweep; None if there is only one group.
-
-    Args:
-        groups: the groups with their `accuracies`.
-    """
-    heads = {"clean": ("clean", ""), "pgd": ("pgd", "longest"), "pgd_restarts": ("restarts", "")}
-    heads["pgd_adaptive"] = ("adaptive", "")
-    rows = []
-    for group, measured in groups:
-        last = {row.attack: row for row in each(measured[measured.model == group.defended])}  # steps rise
-        cells = [percent(last.get(attack)) for attack in heads]
-        rows.append((group.title, [str(len(group.seeds)), *cells]))
-    note = "Mean ± standard deviation over seeds. Differences between settings are not tested."
-    title = "accuracy of the defended model in percent, all settings"
-    table = Table(title, [("seeds", ""), *heads.values()], rows, notes=[note], corner="settings")
-    return table if len(rows) > 1 else None
 
 
 def _accuracy_table(
@@ -239,7 +223,9 @@ def make_tables(group: Group, predictions: Predictions) -> tuple[pd.DataFrame, p
     measured, tests = accuracies(group), comparisons(group, predictions)
     beside = beside_paper(group, measured)
     tables = [table3(group, measured, tests), beyond(group, measured, tests), beside, against_defended(group, tests)]
-    remarks = [] if beside else [paper.why_not_compared(group)]
+    by_class, unrated = class_tables(group, predictions)
+    tables += [*expert_tables(group, measured, predictions), *by_class]
+    remarks = [*([] if beside else [paper.why_not_compared(group)]), *unrated]
     return measured, tests, [table for table in tables if table], remarks
 
 
@@ -252,14 +238,19 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("storage", nargs="+", help="storage or experiment's folder, a path or an fsspec URL")
     parser.add_argument("--format", choices=(*FORMATS, "csv"), default="text", help="default: text")
     options = parser.parse_args(arguments)
-    results = [(group, make_tables(group, read_predictions(group))) for group in load(*options.storage).evaluated]
+    settings, results = [], []
+    for group in load(*options.storage).evaluated:
+        predictions = read_predictions(group)
+        measured, _, tables, remarks = make_tables(group, predictions)
+        settings.append(Setting.of(group, measured, predictions))
+        results.append((tables, remarks))
     if options.format == "csv":
-        frames = [measured.assign(group=group.title) for group, (measured, *_) in results]
+        frames = [setting.measured.assign(group=setting.group.title) for setting in settings]
         pd.concat(frames).to_csv(sys.stdout, index=False)
         return
-    if table := overview([(group, measured) for group, (measured, *_) in results]):
+    for table in setting_tables(settings):
         print(FORMATS[options.format](table))
-    for _, (_, _, tables, remarks) in results:
+    for tables, remarks in results:
         print("\n".join([*map(FORMATS[options.format], tables), *remarks]))
 
 

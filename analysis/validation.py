@@ -87,7 +87,8 @@ def validate(rows: pa.Table, table: str, experiment: Experiment, allow_other_mod
         _among(rows, "seed", [experiment.seed])
     for name in ("model", "source"):
         if name in names and not allow_other_models:
-            _among(rows, name, (*experiment.names, None))  # null in `model` has been refused above
+            experts = _numbered_experts(experiment) if name == "source" else ()
+            _among(rows, name, (*experiment.names, *experts, None))  # null in `model` has been refused above
     largest = _max_examples(experiment)
     ranges = {**_RANGES, "examples": (1, largest), "example": (0, largest - 1)}
     for name in rows.column_names:
@@ -99,6 +100,11 @@ def validate(rows: pa.Table, table: str, experiment: Experiment, allow_other_mod
         _gates(rows, experiment)
     if table == "evaluations" and names.issuperset(CELL_FIELDS):
         _refuse_duplicates(rows, CELL_FIELDS)
+
+
+def _numbered_experts(experiment: Experiment) -> Sequence[str]:
+    """Names that the experts of a user's own mixture may have: no ModelSpec knows how many it has."""
+    return [f"expert-{i}" for i in range(1, 101)] if experiment.defended.method == "given" else ()
 
 
 def _max_examples(experiment: Experiment) -> int:

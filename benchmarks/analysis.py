@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from dwf_cluster.defences.registry import METHODS, ModelSpec
+from dwf_cluster.evaluation.column import EXPERT, EXPERT_SUITE, expert_columns
 from dwf_cluster.evaluation.registry import CHECKS, PAPER, TRANSFER, Column, columns, transfer_column
 from dwf_cluster.experiment import Experiment
 from dwf_cluster.plan.jobs import EXPERTS, JOINT
@@ -76,7 +77,10 @@ def make_up(storage: Path, experiment: Experiment, examples: int, classes: int =
         for suite in experiment.suites(spec):
             if suite == CHECKS:
                 continue
-            cells = [(spec, column) for column in columns(experiment.evaluation, experiment.threats, suite)]
+            listed = columns(experiment.evaluation, experiment.threats, suite)
+            if suite == EXPERT_SUITE:
+                listed = expert_columns(experiment.evaluation, experiment.threat, spec.parents)
+            cells = [(spec, column) for column in listed]
             if suite == PAPER and TRANSFER in experiment.evaluation.beyond:
                 transferred = transfer_column(experiment.evaluation, experiment.threat, spec.name)
                 cells += [(other, transferred) for other in experiment.models if other != spec]
@@ -125,6 +129,10 @@ def _outcome(
         strength = 0.6 + 0.2 * (1 - 1 / (column.steps or 100))
     elif column.attack in (TRANSFER, "noise"):
         strength = 0.2
+    elif column.attack.startswith(EXPERT) and column.source is not None:
+        is_own = column.attack.endswith(f"_{column.source}")  # an expert on the images of its own PGD
+        strength = (0.9 if is_own else 0.5) if column.epsilon else 0.0
+        strength += 0.02 * spec.parents.index(column.source)
     share = np.clip(clean - lost * strength + skill, 0.02, 0.99)
     is_correct = 0.8 * test_set.hardness + 0.2 * random.random(images) < share
     wrong = (label + random.integers(1, test_set.classes, images)) % test_set.classes
@@ -143,6 +151,7 @@ def _outcome(
 def _predictions(model: str, column: Column, outcome: Outcome, label: NDArray[np.int64], first: int) -> pa.Table:
     prediction, margin, gate = (None if part is None else part[first : first + SHARD] for part in outcome)
     assert prediction is not None
+    assert margin is not None
     rows = len(prediction)
     if gate is None:
         gates = pa.nulls(rows, pa.list_(pa.float32()))
@@ -157,6 +166,7 @@ def _predictions(model: str, column: Column, outcome: Outcome, label: NDArray[np
             "label": label[first : first + SHARD],
             "prediction": prediction,
             "margin": margin,
+            "confidence": 1 - 0.9 * np.exp(-np.abs(margin) / 2),
             "gate": gates,
         }
     )

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pandas as pd
@@ -22,8 +22,8 @@ from dwf_cluster.data.sources import load as load_images
 from dwf_cluster.data.subsets import balanced
 from dwf_cluster.defences.build import trained
 from dwf_cluster.evaluation import run
-from dwf_cluster.evaluation.merge import merged_rows
-from dwf_cluster.evaluation.registry import CHECKS, SUITES
+from dwf_cluster.evaluation.merge import merged_rows, worst_case_rows
+from dwf_cluster.evaluation.registry import CHECKS, PAPER, SUITES
 from dwf_cluster.evaluation.settings import Evaluation, Norm, Threat
 from dwf_cluster.evaluation.subject import Subject, isolated, kept, prepare
 from dwf_cluster.experiment import Experiment
@@ -35,13 +35,19 @@ MODEL = "model"
 """Name of the user's model in every table; random starts depend on it, so it is the same for every class."""
 
 
+LINF = Threat(8 / 255, 2 / 255)
+"""Default threat model of `evaluate`."""
+
+
 @dataclass(frozen=True)
 class Result:
     """The result of `evaluate`: pandas frames with the columns of docs/results.md, without those of an experiment.
 
     Attributes:
-        evaluations: a row for each column of the suites: accuracy, its 95 % Wilson interval, gradients, seconds.
-        predictions: a row for each column and image: label, prediction, margin.
+        evaluations: a row for each column of the suites: accuracy, its 95 % Wilson interval, gradients, seconds. The
+            last row is `worst_case`: an image counts as correct if it resists every one of these attacks whose norm is
+            `norm` and whose epsilon is at most `epsilon`, and is classified correctly where clean images were tested.
+        predictions: a row for each column and image: label, prediction, margin, confidence.
         checks: a row for each check for gradient masking; `fired` marks a sign.
     """
 
@@ -55,8 +61,8 @@ def evaluate(
     x: torch.Tensor | np.ndarray[Any, Any],
     y: torch.Tensor | np.ndarray[Any, Any],
     norm: Norm = "linf",
-    epsilon: float = 8 / 255,
-    step_size: float = 2 / 255,
+    epsilon: float | None = None,
+    step_size: float | None = None,
     suites: Sequence[str] = ("paper", "checks"),
     seed: int = 0,
     device: torch.device | str | None = None,
@@ -73,8 +79,9 @@ def evaluate(
         x: test images: float in [0, 1], shape (n, channels, height, width); or uint8, shape (n, height, width,
             channels) or (n, height, width).
         y: integer labels, shape (n,), from 0.
-        norm: `linf` or `l2`; every suite has one, and only suites of this norm can be asked for.
-        epsilon, step_size: radius of the ball and length of a step, in `norm`, pixels in [0, 1].
+        norm: `linf`, `l2` or `l1`; only suites of this norm can be asked for.
+        epsilon, step_size: radius of the ball and length of a step, in `norm`, pixels in [0, 1]. By default 8/255 and
+            2/255 for `linf`, 0.5 and 0.1 for `l2`, 12 and 1 for `l1`: customary ones for 32x32 colour images.
         suites: keys of `evaluation.registry.SUITES`, with its default iterations; FGSM's epsilons are 0.01 to 0.09.
         seed: of the random starts.
         device: that computes; the model's own by default.
@@ -86,18 +93,22 @@ def evaluate(
         NotLogits: before any attack, if the model returns NaN or probabilities.
     """
     names = check_suites(suites, norm)
-    sizes = {"epsilon": _number("epsilon", epsilon, norm), "step_size": _number("step_size", step_size, norm)}
+    threat = _threat(norm, epsilon, step_size)
     batch_size = _integer("batch_size", batch_size, 1, 1_000_000_000)
-    if norm == "linf":
-        evaluation = Evaluation(batch_size=batch_size)
-    else:
-        evaluation = Evaluation(l2_epsilon=sizes["epsilon"], l2_step_size=sizes["step_size"], batch_size=batch_size)
+    own: dict[str, Any] = (
+        {} if norm == "linf" else {f"{norm}_epsilon": threat.epsilon, f"{norm}_step_size": threat.step_size}
+    )
+    beyond = tuple(name for name in names if name not in (PAPER, CHECKS))
+    evaluation = Evaluation(**own, beyond=beyond, batch_size=batch_size)
     seed = _integer("seed", seed, 0, 2**31 - 1)
     with isolated(seed), kept(model):
         subject = prepare(model, x, y, device, evaluation.batch_size)
-        rows = measure(subject, names, evaluation, (Threat(**sizes, norm=norm),), seed, progress)
-    evaluations = _frame("evaluations", merged_rows(rows.shards))
-    return Result(evaluations, _frame("predictions", rows.predictions), _frame("checks", rows.checks))
+        rows = measure(subject, names, evaluation, (threat,), seed, progress)
+    shards, predicted = _table("shards", rows.shards), _table("predictions", rows.predictions)
+    worst, worst_predictions = worst_case_rows(shards, predicted, MODEL, (threat,))
+    evaluations = _table("evaluations", [*merged_rows(rows.shards), *worst])
+    predictions = _table("predictions", [*rows.predictions, *worst_predictions])
+    return Result(evaluations.to_pandas(), predictions.to_pandas(), _table("checks", rows.checks).to_pandas())
 
 
 def load(folder: str | Path, name: str | None = None) -> nn.Module:
@@ -191,21 +202,24 @@ def measure(
     networks = len(subject.model.experts) if isinstance(subject.model, Mixture) else 1
     checked = balanced(subject.y, evaluation.check_examples, "checks") if checked is None else checked
     costs = {suite: SUITES[suite].cost(evaluation, networks) for suite in suites}
-    total = sum(cost * len(checked if suite == CHECKS else subject.y) for suite, cost in costs.items())
+    examples = {suite: min(len(subject.y), SUITES[suite].examples(evaluation) or len(subject.y)) for suite in suites}
+    examples |= {suite: len(checked) for suite in suites if suite == CHECKS}
+    total = sum(cost * examples[suite] for suite, cost in costs.items())
     with _bar(progress, total) as advance:
         for suite in suites:
             advance(suite, 0)
+            x, y = subject.x[: examples[suite]], subject.y[: examples[suite]]
             if suite == CHECKS:
                 x, y = subject.x[checked], subject.y[checked]
                 rows.checks.extend(run.check(subject.model, name, x, y, evaluation, threats[0], **options))
-                advance(suite, costs[suite] * len(checked))
+                advance(suite, costs[suite] * len(y))
                 continue
             shards, predictions = run.evaluate(
                 {name: subject.model},
                 name,
                 suite,
-                subject.x,
-                subject.y,
+                x,
+                y,
                 evaluation,
                 threats,
                 **options,
@@ -222,8 +236,8 @@ def check_suites(suites: Sequence[str], norm: str) -> tuple[str, ...]:
     Raises:
         InvalidInput: if there is no such norm or suite, or a suite is of another norm.
     """
-    if norm not in ("linf", "l2"):
-        raise InvalidInput(f"norm: {norm!r} cannot be used: allowed are linf, l2")
+    if norm not in get_args(Norm):
+        raise InvalidInput(f"norm: {norm!r} cannot be used: allowed are {', '.join(get_args(Norm))}")
     names = (suites,) if isinstance(suites, str) else tuple(suites)
     allowed = ", ".join(name for name, suite in SUITES.items() if norm in suite.norms)
     if not names:
@@ -232,6 +246,18 @@ def check_suites(suites: Sequence[str], norm: str) -> tuple[str, ...]:
         if name not in SUITES or norm not in SUITES[name].norms:
             raise InvalidInput(f"suites: {name!r} cannot be used: allowed with norm {norm} are {allowed}")
     return tuple(dict.fromkeys(names))
+
+
+def _threat(norm: Norm, epsilon: float | None, step_size: float | None) -> Threat:
+    """The threat model of `evaluate`'s arguments."""
+    defaults = Evaluation()
+    default = {
+        "linf": LINF,
+        "l2": Threat(defaults.l2_epsilon, defaults.l2_step_size, "l2"),
+        "l1": Threat(defaults.l1_epsilon, defaults.l1_step_size, "l1"),
+    }[norm]
+    radius = default.epsilon if epsilon is None else _number("epsilon", epsilon, norm)
+    return Threat(radius, default.step_size if step_size is None else _number("step_size", step_size, norm), norm)
 
 
 def _number(name: str, value: float, norm: str) -> float:
@@ -253,11 +279,11 @@ def _integer(name: str, value: int, smallest: int, largest: int) -> int:
     return int(value)
 
 
-def _frame(table: str, rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+def _table(table: str, rows: Sequence[Mapping[str, Any]]) -> pa.Table:
+    """Rows of a table, without the columns that say which experiment they belong to."""
     labels = {label.name for label in fields(RowLabels)}
     schema = pa.schema([column for column in tables.SCHEMAS[table] if column.name not in labels])
-    frame: pd.DataFrame = pa.Table.from_pylist(list(rows), schema=schema).to_pandas()
-    return frame
+    return pa.Table.from_pylist(list(rows), schema=schema)
 
 
 @contextmanager

@@ -23,9 +23,12 @@ class Draws:
 
     Attributes:
         key: seed, model, epoch, step. Different keys give unrelated draws.
+        first: position in the batch of the first image of the part that is computed here; only `generators` depend
+            on it.
     """
 
     key: tuple[int | str, ...]
+    first: int = 0
 
     def generator(self, purpose: str, device: torch.device | str = "cpu") -> torch.Generator:
         """A fresh generator for one purpose (`order`, `crop`, `epsilon`, `start`, ...)."""
@@ -36,6 +39,15 @@ class Draws:
     def choice(self, purpose: str, values: Sequence[T]) -> T:
         """One of `values`, each equally likely."""
         return values[int(torch.randint(len(values), (), generator=self.generator(purpose)))]
+
+    def uniform(self, purpose: str, low: float, high: float) -> float:
+        """A number of [low, high), each equally likely; `low` if both are equal."""
+        share = torch.rand((), generator=self.generator(purpose), dtype=torch.float64)
+        return low + (high - low) * float(share)
+
+    def generators(self, purpose: str, images: int) -> list[torch.Generator]:
+        """A generator for each of the first n images of the part: no draw depends on how the batch is cut."""
+        return [self.generator(f"{purpose} of image {self.first + number}") for number in range(images)]
 
 
 def make_deterministic(threads: int) -> None:

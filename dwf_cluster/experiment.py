@@ -15,9 +15,9 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from dwf_cluster.attacks.settings import Fgsm, Pgd
-from dwf_cluster.data.registry import Data
+from dwf_cluster.data.registry import DATASETS, Data
 from dwf_cluster.defences.registry import METHODS, Experts, Gate, Joint, ModelSpec, recipe, recipe_names
-from dwf_cluster.evaluation.registry import Column, all_columns, suite_names
+from dwf_cluster.evaluation.registry import AUTOATTACK, ROUTE, SUITES, Column, all_columns, suite_names
 from dwf_cluster.evaluation.settings import Evaluation, Threat, threats
 from dwf_cluster.models.registry import Model
 from dwf_cluster.settings import (
@@ -38,6 +38,11 @@ ADDED_LATER = frozenset(
         "data.validation_examples",
         "experts.keep",
         "joint.keep",
+        "fgsm.draw",
+        "pgd.step_sizes",
+        "pgd.random_start",
+        "experts.attack_batchnorm",
+        "joint.attack_batchnorm",
         "evaluation.corruptions",
         "evaluation.corruption_severities",
         "evaluation.norm",
@@ -47,9 +52,17 @@ ADDED_LATER = frozenset(
         "evaluation.l1_epsilon",
         "evaluation.l1_step_size",
         "evaluation.autoattack_examples",
+        "evaluation.targets",
+        "evaluation.curve_examples",
+        "evaluation.curve_multiples",
+        "evaluation.curve_steps",
+        "evaluation.curve_restarts",
     }
 )
 """Fields that were added after results were published: at their defaults they are no part of the signature."""
+
+PAPER_WIDTH = 64
+"""Width of the paper's networks."""
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 
@@ -137,14 +150,46 @@ class Experiment(Settings):
         """The primary threat model: of the probe and the checks."""
         return self.threats[0]
 
-    def suites(self, spec: ModelSpec) -> tuple[str, ...]:
-        """Names of the suites that a model is measured by."""
-        return suite_names(self.evaluation, METHODS[spec.method].has_gate)
+    def suites(self, *specs: ModelSpec) -> tuple[str, ...]:
+        """Names of the suites that a model, or any of several, is measured by."""
+        has_gate = any(METHODS[spec.method].has_gate for spec in specs)
+        selects = any(METHODS[spec.method].selects(spec) for spec in specs)
+        default = (*((ROUTE,) if selects else ()), *((AUTOATTACK,) if self._has_autoattack else ()))
+        return suite_names(
+            self.evaluation, has_gate, (name for name in default if self.evaluation.norm in SUITES[name].norms)
+        )
+
+    @property
+    def _has_autoattack(self) -> bool:
+        """Whether models are measured by AutoAttack, even if `evaluation.beyond` does not name it."""
+        if self.evaluation.autoattack_examples:
+            return True
+        # How many classes an .npz file has is not known before it is read.
+        classes = DATASETS[self.data.source].classes if self.data.source in DATASETS else 0
+        return self.model.width >= PAPER_WIDTH and classes >= SUITES[AUTOATTACK].classes
 
     @property
     def columns(self) -> list[Column]:
         """Every column that the defended model is measured in, in the order of the result table."""
-        return all_columns(self.evaluation, self.threats, METHODS[self.defended.method].has_gate)
+        return all_columns(self.evaluation, self.threats, self.suites(self.defended))
+
+    @property
+    def column_notes(self) -> tuple[str, ...]:
+        """Sentences that every table of accuracies needs below it."""
+        notes = []
+        if selecting := [spec.name for spec in self.models if METHODS[spec.method].selects(spec)]:
+            notes.append(
+                f"{', '.join(selecting)}: gives each image to one expert. Attacks that follow the gradient of the "
+                "whole model (fgsm, PGD, gate, APGD, autoattack) follow the straight-through gradient there, which is "
+                "not the model's: their accuracies are upper bounds. route and expert do not follow it."
+            )
+        examples = SUITES[AUTOATTACK].examples(self.evaluation)
+        if examples and AUTOATTACK in self.suites(self.defended):
+            notes.append(
+                f"autoattack: the first {examples:,} test images. worst_case takes, for each image, all attacks that "
+                "were run on it."
+            )
+        return tuple(notes)
 
     @property
     def signature(self) -> str:

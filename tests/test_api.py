@@ -128,7 +128,7 @@ def test_the_frames_have_the_columns_of_the_tables_and_equal_each_other(network:
     result = evaluate(network, x, y, suites=("noise", "pgd_momentum", "checks"), batch_size=10, progress=False)
     assert {name: list(getattr(result, name)) for name in COLUMNS} == COLUMNS
     assert set(result.evaluations.model) == set(result.predictions.model) == set(result.checks.model) == {"model"}
-    assert result.evaluations.attack.tolist() == ["noise", "pgd_momentum"]
+    assert result.evaluations.attack.tolist() == ["noise", "pgd_momentum", "worst_case"]
     for row in result.evaluations.itertuples():
         own = result.predictions[result.predictions.attack == row.attack]
         assert own.example.tolist() == list(range(24))
@@ -256,7 +256,7 @@ class Changed(nn.Module):
 def test_a_model_without_a_gradient_path_is_measured_and_its_check_fires(network: nn.Module) -> None:
     rows = _measured(Changed(network, torch.Tensor.detach), "pgd_momentum", "checks")
     assert rows["checks"].set_index("check").fired["zero_gradients"]
-    assert rows["evaluations"].perturbation.tolist() == [0.0]
+    assert rows["evaluations"].perturbation.tolist() == [0.0, 0.0]  # the worst case is the same
 
 
 def test_a_random_model_has_equal_results_with_equal_seeds(network: nn.Module) -> None:
@@ -267,7 +267,7 @@ def test_a_random_model_has_equal_results_with_equal_seeds(network: nn.Module) -
 
 X, Y = torch.rand(4, 1, 8, 8), torch.arange(4)
 REFUSALS: list[tuple[str, dict[str, Any]]] = [
-    ("norm: 'l1' .* linf, l2", {"norm": "l1"}),
+    ("norm: 'l3' .* linf, l2, l1", {"norm": "l3"}),
     ("epsilon: 0 ", {"epsilon": 0}),
     ("epsilon: nan ", {"epsilon": float("nan")}),
     ("epsilon: 8 .* up to 1", {"epsilon": 8}),
@@ -275,7 +275,7 @@ REFUSALS: list[tuple[str, dict[str, Any]]] = [
     ("suites: 'papr' .* paper", {"suites": ("papr",)}),
     ("suites: 'transfer' ", {"suites": ("transfer",)}),
     ("suites: none", {"suites": ()}),
-    ("suites: 'paper' .* norm l2 are pgd_l2, apgd_l2", {"norm": "l2"}),
+    ("suites: 'square' .* norm l2 are paper, .* apgd_l2", {"norm": "l2", "suites": ("square",)}),
     ("suites: 'pgd_l2' .* norm linf", {"suites": ("pgd_l2",)}),
     ("suites: 'pgd_gate' .* no experts and gate", {"suites": ("pgd_gate",)}),
     ("seed: -1 ", {"seed": -1}),
@@ -359,7 +359,9 @@ def test_hidden_layers_in_train_mode_are_refused_and_keep_their_statistics(
 
 
 def test_l2_suites_use_the_given_ball(network: nn.Module) -> None:
-    (row,) = _measured(network, "pgd_l2", norm="l2", epsilon=0.3, step_size=0.05)["evaluations"].itertuples()
+    rows = _measured(network, "pgd_l2", norm="l2", epsilon=0.3, step_size=0.05)["evaluations"]
+    row, worst = rows.itertuples()
+    assert (worst.attack, worst.norm, worst.epsilon, worst.correct) == ("worst_case", "l2", 0.3, row.correct)
     assert (row.attack, row.epsilon, row.step_size) == ("pgd_l2", 0.3, 0.05)
     assert 0.2 < row.perturbation <= 0.3 + 1e-6
 
@@ -415,7 +417,7 @@ def test_a_loaded_model_gives_the_stored_predictions(tiny: Experiment, images: I
     assert model.gate(x).shape == (40, 3)
     assert load(tmp_path / tiny.folder, "fgsm-1")(x).shape == (40, 10)
     result = evaluate(model, x, images.y_test, suites=("pgd_gate", "pgd_expert"), progress=False)
-    assert result.evaluations.attack.tolist() == ["pgd_gate", "pgd_expert"]
+    assert result.evaluations.attack.tolist() == ["pgd_gate", "pgd_expert", "worst_case"]
     assert {len(gate) for gate in result.predictions.gate} == {3}
 
 
@@ -455,4 +457,4 @@ def test_every_suite_that_needs_a_gate_attacks_a_mixture() -> None:
     experts = [nn.Sequential(nn.Flatten(), nn.Linear(64, 4)) for _ in range(2)]
     mixture = Mixture(experts, Gate(2, (1, 8, 8), (0.5,), (0.25,), hidden=4))
     rows = _measured(mixture, "pgd_gate", x=X, y=Y)
-    assert rows["evaluations"].attack.tolist() == ["pgd_gate"]
+    assert rows["evaluations"].attack.tolist() == ["pgd_gate", "worst_case"]

@@ -28,8 +28,11 @@ def apgd(
     steps: int = 100,
     objective: Objective = cross_entropy,
     target: torch.Tensor | None = None,
+    authors_code: bool = False,
 ) -> Iterator[Iterate]:
     """Attack each image until an iterate is misclassified; long because it is the authors' algorithm in one loop.
+
+    It has more than seven parameters because AutoAttack varies three of them.
 
     Args:
         model, x, y, ball: as for `pgd`.
@@ -37,6 +40,8 @@ def apgd(
         steps: number of iterations.
         objective: what to make large. With a target, its labels have shape (n, 2): true and target.
         target: the class that each image is to be classified as, shape (n,).
+        authors_code: count the first step as a rise if its loss is above zero, as the authors' code does; else if it
+            is above the start's loss, as the paper's condition 1 says.
 
     Yields:
         x_0 to x_steps, for the images not yet fooled.
@@ -69,7 +74,7 @@ def apgd(
         ahead = ball.project(x, point + step_size * ball.direction(gradient))
         moved = ball.project(x, point + inertia * (ahead - point) + (1 - inertia) * (point - previous))
         previous, point = point, moved
-        before = loss
+        before = torch.zeros_like(loss) if authors_code and step == 1 else loss
         gradient, loss, logits = differentiate(model, point, labels, objective, check=False)
         yield Iterate(step, index, point, logits, gradient, len(index))
         rises = rises + (loss > before)

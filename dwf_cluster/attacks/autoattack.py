@@ -23,6 +23,8 @@ SQUARE_PLANNED = 10_000
 def autoattack(model: nn.Module, epsilon: float, worst: WorstCase, *, steps: int = 100, queries: int = 5000) -> None:
     """APGD on cross-entropy, APGD on the targeted DLR, targeted FAB, Square; each on the images that are still robust.
 
+    Where the authors' code differs from their papers, this follows the code.
+
     Args:
         model: frozen model, pixels in, logits of at least four classes out.
         epsilon: radius of the L-infinity ball, pixels in [0, 1].
@@ -40,9 +42,9 @@ def autoattack(model: nn.Module, epsilon: float, worst: WorstCase, *, steps: int
     def apgd_targeted(rest: Remaining, rank: int) -> Iterator[Iterate]:
         goal = targets[rest.index, rank]
         arguments = (model, rest.x, rest.y, ball, rest.generators)
-        return apgd(*arguments, steps=steps, objective=targeted_dlr, target=goal)
+        return apgd(*arguments, steps=steps, objective=targeted_dlr, target=goal, authors_code=True)
 
-    worst.attack(lambda rest: apgd(model, rest.x, rest.y, ball, rest.generators, steps=steps))
+    worst.attack(lambda rest: apgd(model, rest.x, rest.y, ball, rest.generators, steps=steps, authors_code=True))
     for rank in range(targets.shape[1]):
         worst.attack(functools.partial(apgd_targeted, rank=rank))
     for rank in range(targets.shape[1]):
@@ -51,6 +53,6 @@ def autoattack(model: nn.Module, epsilon: float, worst: WorstCase, *, steps: int
                 model, rest.x, rest.y, epsilon, targets[rest.index, rank], steps=steps
             )
         )
-    worst.attack(
-        lambda rest: square(model, rest.x, rest.y, epsilon, rest.generators, queries=queries, planned=SQUARE_PLANNED)
-    )
+    in_all = queries + 1  # the authors do not count the first
+    last = functools.partial(square, queries=in_all, planned=SQUARE_PLANNED, authors_code=True)
+    worst.attack(lambda rest: last(model, rest.x, rest.y, epsilon, rest.generators))

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from dwf_cluster.models.frozen import WHOLE_BATCH
+
 Objective = Callable[[nn.Module, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 """(model, images, labels) -> what an attack makes large, shape (n,), and the logits, shape (n, classes)."""
 
@@ -29,6 +31,18 @@ def carlini_wagner(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> tuple[
     """Largest other logit less the true one (Carlini and Wagner 2017, f_6): it does not saturate with the softmax."""
     logits: torch.Tensor = model(x)
     return -margin(logits, y), logits
+
+
+def target_margin(model: nn.Module, x: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logit of the target less the true one (Gowal et al. 2019, MultiTargeted): it does not saturate with the softmax.
+
+    Args:
+        model, x: as for any objective.
+        labels: true and target class, shape (n, 2).
+    """
+    logits: torch.Tensor = model(x)
+    true, target = logits.gather(1, labels).unbind(1)
+    return target - true, logits
 
 
 def margin(logits: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -65,7 +79,7 @@ def differentiate(
         NotLogits: if the outputs are not finite, or each row looks like a probability distribution.
     """
     gradients, losses, outputs = [], [], []
-    for images, labels in _chunks(x, y):
+    for images, labels in _chunks(model, x, y):
         leaf = images.detach().requires_grad_()
         with torch.enable_grad():
             total = torch.zeros((), device=x.device, dtype=x.dtype)
@@ -90,7 +104,7 @@ def predict(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
         NotLogits: if they are not finite, or each row looks like a probability distribution.
     """
     with torch.no_grad():
-        logits = torch.cat([model(images) for images, _ in _chunks(x, x)])
+        logits = torch.cat([model(images) for images, _ in _chunks(model, x, x)])
     check_logits(logits)
     return logits
 
@@ -110,8 +124,9 @@ def look_like_probabilities(logits: torch.Tensor) -> bool:
     return logits.shape[1] > 1 and bool((logits >= 0).all()) and torch.allclose(sums, torch.ones_like(sums), atol=1e-4)
 
 
-def _chunks(x: torch.Tensor, y: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def _chunks(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """The batch, on a CPU cut into parts that it computes fastest; the cuts depend on shapes alone."""
-    size = max(1, _CHUNK_ELEMENTS // x[0].numel()) if x.device.type == "cpu" and len(x) else max(1, len(x))
+    is_cut = x.device.type == "cpu" and len(x) > 0 and not getattr(model, WHOLE_BATCH, False)
+    size = max(1, _CHUNK_ELEMENTS // x[0].numel()) if is_cut else max(1, len(x))
     for images, labels in zip(torch.split(x, size), torch.split(y, size), strict=True):
         yield images.contiguous(memory_format=torch.channels_last), labels

@@ -54,13 +54,15 @@ def pgd(
     steps: int,
     start: torch.Tensor | None = None,
     objective: Objective = cross_entropy,
+    target: torch.Tensor | None = None,
     momentum: float = 0.0,
     eot: int = 1,
     drop_fooled: bool = False,
 ) -> Iterator[Iterate]:
     """Equations (4) and (5): x_{i+1} = project(x_i + step_size * direction(gradient at x_i)) (Madry et al. 2018).
 
-    One run serves every shorter one: PGD-10 is its tenth iterate, and FGSM's gradient the one at its first.
+    One run serves every shorter one: PGD-10 is its tenth iterate, and FGSM's gradient the one at its first. It has
+    more than seven parameters because every variant of PGD is one of its settings.
 
     Args:
         model: frozen model, pixels in, logits out.
@@ -70,7 +72,9 @@ def pgd(
         step_size: in the ball's norm, pixels in [0, 1].
         steps: number of iterations, from 0.
         start: x_0; x itself by default, as in the paper.
-        objective: what to make large; the paper's cross-entropy by default.
+        objective: what to make large; the paper's cross-entropy by default. With a target, its labels have shape
+            (n, 2): true and target.
+        target: the class that each image is to be classified as, shape (n,).
         momentum: decay of the sum of gradients, each divided by its mean absolute value (Dong et al. 2018).
         eot: gradients averaged in each iteration (expectation over transformation).
         drop_fooled: attack an image no further once an iterate is misclassified: for worst cases only.
@@ -83,20 +87,21 @@ def pgd(
     """
     x = x.contiguous(memory_format=torch.channels_last)
     iterate, index = (x if start is None else start), torch.arange(len(x), device=x.device)
+    labels = y if target is None else torch.stack([y, target], 1)
     velocity = torch.zeros_like(x) if momentum else None
     for step in range(steps):
-        gradient, _, logits = differentiate(model, iterate, y, objective, samples=eot, check=step == 0)
+        gradient, _, logits = differentiate(model, iterate, labels, objective, samples=eot, check=step == 0)
         yield Iterate(step, index, iterate, logits, gradient, len(index) * eot)
         if drop_fooled:
             keep = logits.argmax(1) == y
             if not bool(keep.any()):
                 return
-            x, y, index, iterate, gradient = (t[keep] for t in (x, y, index, iterate, gradient))
+            x, y, labels, index, iterate, gradient = (t[keep] for t in (x, y, labels, index, iterate, gradient))
             velocity = velocity[keep] if velocity is not None else None
         if velocity is not None:
             scale = gradient.abs().mean((1, 2, 3), keepdim=True).clamp(min=1e-12)
             gradient = velocity = momentum * velocity + gradient / scale
-        iterate = ball.project(x, iterate + step_size * ball.direction(gradient))
+        iterate = ball.project(x, iterate + step_size * ball.direction(gradient, iterate))
     yield Iterate(steps, index, iterate)
 
 

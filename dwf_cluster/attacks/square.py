@@ -28,8 +28,11 @@ def square(
     *,
     queries: int = 5000,
     planned: int | None = None,
+    authors_code: bool = False,
 ) -> Iterator[Iterate]:
     """Change one random square of each image at a time, and keep what lowers its margin.
+
+    It has more than seven parameters because AutoAttack varies three of them.
 
     Args:
         model: pixels in, logits out; only its outputs are used.
@@ -38,6 +41,8 @@ def square(
         generators: one an image; no draw depends on the batch.
         queries: number of forward passes.
         planned: forward passes that the squares' sizes are scheduled over; by default `queries`.
+        authors_code: squares do not touch the last row and column, and their sizes change one query later, as in the
+            authors' code; else as in the paper.
 
     Yields:
         The candidates of each query, for the images not yet fooled.
@@ -64,9 +69,11 @@ def square(
             return
         if not bool(keep.all()):
             x, y, index, best, lowest, draws = (t[keep] for t in (x, y, index, best, lowest, draws))
-        share = _FIRST_SHARE / 2 ** bisect_left(_HALVINGS, query * 10_000 // (planned or queries))
+        passed = (query - authors_code) * 10_000 // (planned or queries)
+        share = _FIRST_SHARE / 2 ** bisect_left(_HALVINGS, passed)
         side = min(max(round((share * height * width) ** 0.5), 1), height, width)
-        top, left = ((draws[:, query, i, None] * (size - side + 1)).long() for i, size in ((0, height), (1, width)))
+        places = ((0, height - side + (not authors_code)), (1, width - side + (not authors_code)))
+        top, left = ((draws[:, query, i, None] * count).long() for i, count in places)
         high, wide = (rows >= top) & (rows < top + side), (columns >= left) & (columns < left + side)
         change = torch.where(draws[:, query, 2:] < 0.5, -2 * epsilon, 2 * epsilon)[:, :, None, None]
         tried = ball.project(x, best + change * (high[:, None, :, None] & wide[:, None, None]))

@@ -29,6 +29,7 @@ from dwf_cluster.cluster.control import Claim
 from dwf_cluster.data.device import DeviceImages
 from dwf_cluster.data.subsets import checked
 from dwf_cluster.defences.build import to_train, trained
+from dwf_cluster.defences.registry import METHODS
 from dwf_cluster.determinism import make_deterministic
 from dwf_cluster.evaluation.registry import CHECKS
 from dwf_cluster.evaluation.run import check, evaluate
@@ -125,7 +126,13 @@ def _train(job: Job, store: Store, images: ray.ObjectRef, allocation: Allocation
     device = _claim(control, job, ray.train.get_context().get_world_rank(), allocation)
     experiment, arrays = job.experiment, _get(images)
     evaluation = experiment.evaluation
-    listener = _stop_listener(control)
+    listener, is_paused = _stop_listener(control), False
+
+    def on_epoch(row: dict[str, Any]) -> None:
+        nonlocal is_paused
+        is_paused = job.until is not None and row["epoch"] >= job.until
+        ray.train.report(row)
+
     task = Task(
         job.spec,
         job.stage,
@@ -133,8 +140,8 @@ def _train(job: Job, store: Store, images: ray.ObjectRef, allocation: Allocation
         Probe(experiment.threat, evaluation.probe_steps, evaluation.probe_examples, evaluation.random_start),
         experiment.checkpoint_minutes,
         store,
-        ray.train.report,
-        lambda: job.folder in listener.folders,
+        on_epoch,
+        lambda: is_paused or job.folder in listener.folders,
     )
     try:
         model = to_train(experiment.models, job.model, arrays.format, experiment.seed, store)
@@ -174,6 +181,7 @@ def _evaluate(job: Job, store: Store, images: ray.ObjectRef, allocation: Allocat
         seed=seed,
         device=device,
         first=job.first,
+        experts=job.spec.parents if METHODS[job.spec.method].has_gate else (),
         corrupted={key: images[shard] for key, images in arrays.corrupted.items()}
         if experiment.corruption_files
         else {},

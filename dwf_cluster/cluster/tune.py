@@ -21,9 +21,25 @@ from dwf_cluster.cluster import failures, temporary
 REDUCTION, GRACE = 2, 0.25
 """ASHA: one in `REDUCTION` of the trials that reach a rung continues; the first rung is at `GRACE` of all epochs."""
 
+METRIC, TIME = "probe_pgd_accuracy", "epoch"
+"""ASHA compares trials by the `METRIC` of their reports at equal `TIME`; it ignores reports without these."""
+
+OUTCOMES = "outcomes"
+"""The key that only the last report of a trial has."""
+
 Report = Callable[[Mapping[str, Any]], None]
 Work = Callable[[str, Report, Callable[[], bool]], Mapping[str, Any]]
-"""(trial, report, stopping) -> last report, which has a `state`. Runs in the trial's process."""
+"""(trial, report, stopping) -> last report, which has `OUTCOMES`. Runs in the trial's process."""
+
+
+def rungs(epochs: int) -> list[int]:
+    """The epochs after which ASHA compares trials that train at most this many epochs, rising, without the last."""
+    first = _grace(epochs)
+    return [first * REDUCTION**k for k in range(epochs) if first * REDUCTION**k < epochs]
+
+
+def _grace(epochs: int) -> int:
+    return max(1, round(GRACE * epochs))
 
 
 def run_trials(
@@ -42,8 +58,7 @@ def run_trials(
         names: of the trials.
         work: what each trial does.
         concurrent: how many trials run at once.
-        asha_epochs: if ASHA is to stop trials early, the most epochs that one trains; ASHA compares
-            `probe_pgd_accuracy` at equal `epoch` of the reports. None: no trial is stopped early.
+        asha_epochs: if ASHA is to stop trials early, the most epochs that one trains. None: no trial is stopped early.
         on_report: called with the trial and each of its reports.
         on_end: called with each trial that has ended, its last report (None if it was stopped early or failed), and
             why it failed.
@@ -51,6 +66,7 @@ def run_trials(
     """
     os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # the caller stops trials
+    os.environ["TUNE_DISABLE_STRICT_METRIC_CHECKING"] = "1"  # not every report has a metric
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # the new output prints at any verbosity
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # the caller prints what users need
     with temporary.folder() as folder:
@@ -124,12 +140,12 @@ class _Callback(tune.Callback):  # type: ignore[misc]
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
-        if "state" not in result:
+        if OUTCOMES not in result:
             self._on_report(trial.config["trial"], result)
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         last = trial.last_result
-        self._on_end(trial.config["trial"], last if "state" in last else None, "")
+        self._on_end(trial.config["trial"], last if OUTCOMES in last else None, "")
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         *_, reason = ["its process died", *str(trial.get_error() or "").strip().splitlines()]
@@ -138,11 +154,11 @@ class _Callback(tune.Callback):  # type: ignore[misc]
 
 def _asha(epochs: int) -> ASHAScheduler:
     return ASHAScheduler(
-        time_attr="epoch",
-        metric="probe_pgd_accuracy",
+        time_attr=TIME,
+        metric=METRIC,
         mode="max",
         max_t=epochs,
-        grace_period=max(1, round(GRACE * epochs)),
+        grace_period=_grace(epochs),
         reduction_factor=REDUCTION,
         stop_last_trials=False,
     )

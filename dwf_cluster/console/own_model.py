@@ -53,7 +53,7 @@ def _parser() -> Parser:
     )
     parser.add_argument("--preset", required=True, help="a preset, an .npz or a .json file: the test images")
     parser.add_argument("--suites", default=f"{PAPER},{CHECKS}", help=f"of {','.join(SUITES)} (default: %(default)s)")
-    parser.add_argument("--norm", default="linf", help="norm of the suites: linf or l2 (default: linf)")
+    parser.add_argument("--norm", default="linf", help="norm of the threat model: linf, l2 or l1 (default: linf)")
     parser.add_argument("--epsilon", type=float, help="radius of the ball, pixels in [0, 1] (default: the preset's)")
     parser.add_argument("--step-size", type=float, help="length of a step, pixels in [0, 1] (default: the preset's)")
     parser.add_argument("--seed", type=int, help="seed of the random starts (default: 0)")
@@ -120,8 +120,11 @@ def _experiment(options: argparse.Namespace) -> Experiment:
     suites = options.suites.split(",")
     if unknown := next((name for name in suites if name not in SUITES), None):
         raise InvalidInput(f"--suites: {unknown!r} cannot be used: allowed are {', '.join(SUITES)}")
-    prefix = "evaluation.l2_" if options.norm == "l2" else "pgd."
+    prefix = "pgd." if options.norm == "linf" else f"evaluation.{options.norm}_"
     fields = {
+        "evaluation.norm": options.norm,
+        "evaluation.epsilon": None if options.epsilon is None else "null",  # of a .json file
+        "evaluation.step_size": None if options.step_size is None else "null",
         f"{prefix}epsilon": options.epsilon,
         f"{prefix}step_size": options.step_size,
         "evaluation.batch_size": options.batch_size,
@@ -196,24 +199,32 @@ def _load_weights(model: nn.Module, file: Path) -> None:
 def _write(store: Store, experiment: Experiment, rows: Rows) -> None:
     """The tables of an experiment with one model; `evaluations` last, as in a run."""
     from dwf_cluster.evaluation.merge import forget, merge
+    from dwf_cluster.evaluation.worst_case import WorstCaseFile
     from dwf_cluster.plan.jobs import EVALUATE, Job
 
     store.write("experiment.json", experiment.to_json().encode())
     spec = experiment.defended
+
+    def job(suite: str, examples: int) -> Job:
+        return Job(experiment, experiment.folder, spec, EVALUATE, spec.name, 0.0, suite, 0, examples)
+
     shards: dict[str, list[str]] = {}
     for suite in dict.fromkeys([row["family"] for row in rows.shards]):
         own = [row for row in rows.shards if row["family"] == suite]
-        job = Job(experiment, experiment.folder, spec, EVALUATE, spec.name, 0.0, suite, 0, own[0]["examples"])
+        written = job(suite, own[0]["examples"])
         attacks = {row["attack"] for row in own}
-        tables.write(store, "predictions", job.file, [row for row in rows.predictions if row["attack"] in attacks])
-        tables.write(store, "shards", job.file, own)
-        shards[job.evaluation_file] = [job.file]
+        tables.write(store, "predictions", written.file, [row for row in rows.predictions if row["attack"] in attacks])
+        tables.write(store, "shards", written.file, own)
+        shards[written.evaluation_file] = [written.file]
     if rows.checks:
-        examples = rows.checks[0]["examples"]
-        job = Job(experiment, experiment.folder, spec, EVALUATE, spec.name, 0.0, CHECKS, 0, examples)
-        tables.write(store, CHECKS, job.file, rows.checks)
-    forget(store, shards)  # of an earlier run of the same command
-    merge(store, shards)
+        tables.write(store, CHECKS, job(CHECKS, rows.checks[0]["examples"]).file, rows.checks)
+    files = tables.files(store, "shards")  # those of other suites that an earlier command has measured, too
+    worst = WorstCaseFile(
+        spec.name, experiment.threats, tuple(file for suite in SUITES if (file := job(suite, 0).file) in files)
+    )
+    if shards:
+        forget(store, (*shards, worst.file))  # of an earlier run of the same command
+        merge(store, shards, [worst])
 
 
 def _show(store: Store, experiment: Experiment) -> None:

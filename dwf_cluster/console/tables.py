@@ -13,6 +13,7 @@ from rich.table import Table
 from dwf_cluster.console.prune import format_bytes
 from dwf_cluster.data.registry import Sizes
 from dwf_cluster.evaluation.registry import Column, transfer_column
+from dwf_cluster.evaluation.settings import Threat
 from dwf_cluster.experiment import Experiment
 from dwf_cluster.pipeline.sweep import Sweep
 from dwf_cluster.pipeline.trial_table import TrialTable, headline
@@ -145,8 +146,8 @@ def _cost(passes: float, flops: float) -> tuple[str, str]:
 def results(console: Console, experiment: Experiment, store: Store) -> None:
     """Print the results of an experiment: its tables, signs of gradient masking, and how to read the rest."""
     show(console, result_table(experiment, store))
-    if "transfer" in experiment.evaluation.beyond:
-        show(console, transfer_table(experiment, store))
+    for threat in experiment.threats if "transfer" in experiment.evaluation.beyond else ():
+        show(console, transfer_table(experiment, store, threat))
     evaluations, predictions = (store.path(tables.folder(table)) for table in ("evaluations", "predictions"))
     for line in (
         *warnings(experiment, store),
@@ -158,23 +159,30 @@ def results(console: Console, experiment: Experiment, store: Store) -> None:
 
 
 def result_table(experiment: Experiment, store: Store) -> Table:
-    """Accuracy in percent of each model (down) in each column (across), from the table `evaluations`."""
+    """Accuracy in percent of each model (down) in each column (across), from the table `evaluations`.
+
+    Columns that no model was measured in, such as those that a later version has added, are left out.
+    """
     headings = {column: column.title for column in experiment.columns}
-    return _accuracies(experiment, store, "Accuracy in percent", headings)
+    table = _accuracies(experiment, store, "Accuracy in percent", headings)
+    table.columns[1:] = [column for column in table.columns[1:] if any(column.cells)]
+    table.caption, table.caption_justify = "\n".join(experiment.column_notes) or None, "left"
+    return table
 
 
-def transfer_table(experiment: Experiment, store: Store) -> Table:
+def transfer_table(experiment: Experiment, store: Store, threat: Threat) -> Table:
     """Accuracy in percent of each model (down) on the PGD images that were made on each other model (across)."""
-    headings = {transfer_column(experiment.evaluation, experiment.threat, name): name for name in experiment.names}
+    headings = {transfer_column(experiment.evaluation, threat, name): name for name in experiment.names}
     steps = next(iter(headings)).steps
-    return _accuracies(experiment, store, f"On PGD-{steps} made on", headings)
+    epsilon = f", {threat.norm} epsilon {threat.epsilon:.4g}," if len(experiment.threats) > 1 else ""
+    return _accuracies(experiment, store, f"On PGD-{steps}{epsilon} made on", headings)
 
 
 def _accuracies(experiment: Experiment, store: Store, title: str, headings: Mapping[Column, str]) -> Table:
     rows = tables.read(store, "evaluations").to_pylist()
     keys = list(next(iter(headings)).settings)
     accuracy = {(row["model"], *(row[key] for key in keys)): row["accuracy"] for row in rows}
-    table = _table(f"{title}, {rows[0]['examples'] if rows else 0} test images")
+    table = _table(f"{title}, {max((row['examples'] for row in rows), default=0)} test images")
     table.add_column("model", no_wrap=True)
     for heading in headings.values():
         table.add_column(heading, justify="right", no_wrap=True)
@@ -208,6 +216,8 @@ def sweep_results(console: Console, sweep: Sweep, trials: TrialTable) -> None:
 def sweep_tables(rows: Sequence[Mapping[str, Any]], fields: Sequence[str]) -> list[Table]:
     """Accuracy in percent of the defended model of each trial; then mean ± standard deviation over seeds.
 
+    A mean that leaves seeds out is in parentheses: those that are left may be the better ones.
+
     Args:
         rows: of `trials.parquet`.
         fields: the varied fields.
@@ -228,7 +238,10 @@ def sweep_tables(rows: Sequence[Mapping[str, Any]], fields: Sequence[str]) -> li
         groups.setdefault(tuple(to_text(row[field]) for field in settings), []).append(row)
     for setting, group in groups.items():
         done = [row for row in group if row["state"] == "done"]
-        means = (_mean([100 * row[title] for row in done if row[title] is not None]) for title in titles)
+        means = [_mean([100 * row[title] for row in done if row[title] is not None]) for title in titles]
+        if len(done) < len(group):
+            per_setting.caption = "(in parentheses): the mean leaves seeds out; do not compare it with the others"
+            means = [f"({mean})" if mean else "" for mean in means]
         per_setting.add_row(*setting, f"{len(done)} of {len(group)}", *means)
     return [per_trial, per_setting] if "seed" in fields else [per_trial]
 
@@ -247,6 +260,7 @@ def _table(title: str) -> Table:
     return Table(
         title=title,
         title_justify="left",
+        caption_justify="left",
         box=box.SIMPLE_HEAD,
         pad_edge=False,
         padding=(0, 1, 0, 0),

@@ -13,11 +13,10 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import nn
 
-from dwf_cluster.attacks.ball import Ball
 from dwf_cluster.attacks.gradient import differentiate
 from dwf_cluster.attacks.pgd import fgsm as fgsm_examples
-from dwf_cluster.attacks.pgd import pgd as pgd_iterates
 from dwf_cluster.data.registry import ImageFormat
+from dwf_cluster.defences import randomized
 from dwf_cluster.defences.loss import Frozen, Loss, cross_entropy
 from dwf_cluster.defences.registry import ModelSpec
 from dwf_cluster.determinism import Draws
@@ -42,9 +41,9 @@ def fgsm(
 ) -> Iterator[Loss]:
     """Algorithm 1: cross-entropy of FGSM examples; epsilon is drawn for each batch.
 
-    Options: `epsilons` to draw from, pixels in [0, 1]; `fraction` of the batch that is attacked, 1 by default.
+    Options: those of `randomized.fgsm_epsilon`; `fraction` of the batch that is attacked, 1 by default.
     """
-    epsilon = draws.choice("epsilon", spec.option("epsilons"))
+    epsilon = randomized.fgsm_epsilon(spec, draws)
     count = _attacked_count(spec, x)
     gradient, _, _ = differentiate(frozen(), x[:count], y[:count])
     yield cross_entropy(model, torch.cat([fgsm_examples(x[:count], gradient, epsilon), x[count:]]), y)
@@ -55,12 +54,10 @@ def pgd(
 ) -> Iterator[Loss]:
     """Algorithm 2: cross-entropy of PGD examples; the number of iterations is drawn for each batch.
 
-    Options: `epsilon` and `step_size`, pixels in [0, 1]; `steps`, numbers of iterations to draw from; `fraction` of the
-    batch that is attacked, 1 by default.
+    Options: those of `randomized.pgd`; `fraction` of the batch that is attacked, 1 by default.
     """
-    steps = draws.choice("steps", spec.option("steps"))
-    count, ball = _attacked_count(spec, x), Ball("linf", spec.option("epsilon"))
-    *_, last = pgd_iterates(frozen(), x[:count], y[:count], ball, step_size=spec.option("step_size"), steps=steps)
+    count = _attacked_count(spec, x)
+    *_, last = randomized.pgd(spec, frozen(), x[:count], y[:count], draws)
     yield cross_entropy(model, torch.cat([last.x, x[count:]]), y)
 
 

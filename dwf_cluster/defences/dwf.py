@@ -7,9 +7,10 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import nn
 
-from dwf_cluster.attacks.ball import Ball
-from dwf_cluster.attacks.pgd import fgsm, pgd
+from dwf_cluster.attacks.gradient import differentiate
+from dwf_cluster.attacks.pgd import fgsm
 from dwf_cluster.data.registry import ImageFormat
+from dwf_cluster.defences import randomized
 from dwf_cluster.defences.loss import Frozen, Loss, cross_entropy
 from dwf_cluster.defences.registry import ModelSpec
 from dwf_cluster.determinism import Draws
@@ -34,11 +35,11 @@ def losses(
 ) -> Iterator[Loss]:
     """Cross-entropy of three versions of each image: clean, FGSM's and PGD's against the whole mixture.
 
-    Options: `epsilons` of FGSM and `steps` of PGD, which are drawn for each batch; `epsilon` and `step_size` of PGD,
-    pixels in [0, 1].
+    Options: those of `randomized.fgsm_epsilon` and of `randomized.pgd`.
     """
-    epsilon, steps = draws.choice("epsilon", spec.option("epsilons")), draws.choice("steps", spec.option("steps"))
-    ball = Ball("linf", spec.option("epsilon"))
-    first, *_, last = pgd(frozen(), x, y, ball, step_size=spec.option("step_size"), steps=steps)
-    assert first.gradient is not None  # PGD starts at the clean images, so it is FGSM's gradient too
-    yield cross_entropy(model, torch.cat([x, fgsm(x, first.gradient, epsilon), last.x]), torch.cat([y, y, y]))
+    first, *_, last = randomized.pgd(spec, frozen(), x, y, draws)
+    # PGD that starts at the clean images has FGSM's gradient first.
+    gradient = differentiate(frozen(), x, y)[0] if spec.option("random_start") else first.gradient
+    assert gradient is not None
+    fgsm_examples = fgsm(x, gradient, randomized.fgsm_epsilon(spec, draws))
+    yield cross_entropy(model, torch.cat([x, fgsm_examples, last.x]), torch.cat([y, y, y]))

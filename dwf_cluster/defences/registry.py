@@ -33,7 +33,8 @@ class Gate(Settings):
     """Weight decay of its parameters (our assumption)."""
     kind: Literal["soft", "hard"] = "soft"
     """`hard` gives each image to the one expert of the largest weight; gradients, those of attacks too, pass through
-    the soft weights (straight-through estimator). The paper's is soft."""
+    the soft weights (straight-through estimator). That gradient is not the model's, so accuracies under attacks that
+    follow it are upper bounds; `pgd_route`, which does not, measures every hard gate. The paper's is soft."""
 
 
 class Training(Settings):
@@ -57,6 +58,10 @@ class Training(Settings):
     """Weights that are kept: of the last epoch, or of the one with the highest robust accuracy of the probe on the
     validation images (of equal ones the first), as Rice et al. (2020) do against robust overfitting; `best` needs
     `data.validation_examples`. Our assumption: the paper keeps the last."""
+    attack_batchnorm: Literal["eval", "train"] = "eval"
+    """How BatchNorm normalises while the model is attacked in training: `eval` with its running statistics, `train`
+    with those of the images under attack, as in a training step; the attack changes no statistics. Our assumption:
+    `eval`, the mode in which the model is evaluated."""
 
     @property
     def of_a_model(self) -> Training:
@@ -162,6 +167,8 @@ class Method:
         options: of the settings, what a model of this method takes where its recipe does not say otherwise.
         has_gate: whether its models have `experts` and a `gate`, which attacks can aim at.
         needs_parents: whether its models start from others, so that only a defence's recipe can name one.
+        selects: of a spec, whether the model has a gate that gives each image to one expert. The gradient that passes
+            such a choice (straight-through) is not the model's, so the attacks that follow it leave an upper bound.
     """
 
     build: str
@@ -170,10 +177,25 @@ class Method:
     options: Callable[[DefenceSettings], Mapping[str, Any]] = lambda settings: {}
     has_gate: bool = False
     needs_parents: bool = False
+    selects: Callable[[ModelSpec], bool] = lambda spec: False
 
 
 def _attacked_step(gradients: float, spec: ModelSpec) -> float:
     return 3 + 2 * gradients * float(spec.option("fraction", 1.0))
+
+
+def _fgsm_options(settings: DefenceSettings) -> dict[str, Any]:
+    return {"epsilons": settings.fgsm.epsilons, "epsilon_draw": settings.fgsm.draw}
+
+
+def _pgd_options(settings: DefenceSettings) -> dict[str, Any]:
+    pgd = settings.pgd
+    return {
+        "epsilon": pgd.epsilon,
+        "step_sizes": pgd.step_sizes or (pgd.step_size,),
+        "steps": pgd.steps,
+        "random_start": pgd.random_start,
+    }
 
 
 _ADVERSARIAL = "dwf_cluster.defences.adversarial"
@@ -185,34 +207,29 @@ METHODS: Mapping[str, Method] = {
         f"{_ADVERSARIAL}:build",
         f"{_ADVERSARIAL}:fgsm",
         lambda spec: _attacked_step(1, spec),
-        lambda settings: {"epsilons": settings.fgsm.epsilons},
+        _fgsm_options,
     ),
     "pgd": Method(
         f"{_ADVERSARIAL}:build",
         f"{_ADVERSARIAL}:pgd",
         lambda spec: _attacked_step(fmean(spec.option("steps")), spec),
-        lambda settings: {
-            "epsilon": settings.pgd.epsilon,
-            "step_size": settings.pgd.step_size,
-            "steps": settings.pgd.steps,
-        },
+        _pgd_options,
     ),
     "dwf": Method(
         f"{_DWF}:build",
         f"{_DWF}:losses",
-        # Three versions of each image; the first of PGD's gradients is FGSM's too.
-        lambda spec: len(spec.parents) * (2 * fmean(spec.option("steps")) + 9),
+        # Three versions of each image; the first of PGD's gradients is FGSM's too, unless PGD starts elsewhere.
+        lambda spec: len(spec.parents) * (2 * (fmean(spec.option("steps")) + spec.option("random_start")) + 9),
         lambda settings: {
-            "epsilons": settings.fgsm.epsilons,
-            "epsilon": settings.pgd.epsilon,
-            "step_size": settings.pgd.step_size,
-            "steps": settings.pgd.steps,
+            **_fgsm_options(settings),
+            **_pgd_options(settings),
             "gate_hidden": settings.gate.hidden,
             "gate_kind": settings.gate.kind,
             "freeze_experts": settings.joint.freeze_experts,
         },
         has_gate=True,
         needs_parents=True,
+        selects=lambda spec: spec.option("gate_kind") == "hard",
     ),
     "given": Method("dwf_cluster.defences.given:build", "dwf_cluster.defences.given:losses", lambda spec: 0.0),
 }

@@ -7,11 +7,21 @@ masking. To add a check: a function in a file of this folder, and an entry in `C
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from dwf_cluster.data.registry import CORRUPTIONS
+from dwf_cluster.evaluation.column import (
+    CURVES,
+    EXPERT_SUITE,
+    curve_columns,
+    curve_cost,
+    in_ball,
+    longest_pgd,
+    paper_columns,
+    titled,
+)
+from dwf_cluster.evaluation.column import Column as Column  # noqa: PLC0414 - part of this registry for its users
 from dwf_cluster.evaluation.settings import Evaluation, Norm, Threat
 
 CHECKS = "checks"
@@ -23,49 +33,25 @@ PAPER = "paper"
 TRANSFER = "transfer"
 """Not a suite: the `paper` suite tests its longest PGD's images on all other models too."""
 
+ROUTE = "pgd_route"
+"""The suite of the attack on expert and routing, which every model that selects one expert is measured by."""
 CORRUPTION = "corruption_"
 """The attack of a corruption's column is this and its name; `steps` is the severity, 1 to 5."""
 
-CHECK_QUERIES = 300
-"""Forward passes of the checks' black-box attack, for one image."""
+AUTOATTACK = "autoattack"
+"""The suite of AutoAttack, which models of the paper's width are measured by."""
 
+AUTOATTACK_EXAMPLES = 1000
+"""Test images of `autoattack` where neither `evaluation.beyond` nor `evaluation.autoattack_examples` asks for it."""
 
-@dataclass(frozen=True)
-class Column:
-    """One attack at one strength; null where a setting has no meaning.
+WORST_CASE = "worst_case"
+"""Not a suite: for each image, the worst case over the model's attacks (`evaluation.worst_case`)."""
 
-    Attributes:
-        attack: `clean`, `fgsm`, `pgd`, `pgd_restarts`, `pgd_adaptive`, or one of `evaluation.beyond`.
-        source: for `transfer`, the model that the images were made on.
-        epsilon, step_size: radius of the ball and length of one step, in `norm`, pixels in [0, 1].
-        steps: iterations; queries for `square`.
-        restarts, eot: counts.
-        norm: of the ball; None for clean images.
-    """
+CHECK_QUERIES = 300, 5000
+"""Smallest and largest number of forward passes of the checks' black-box attack, for one image."""
 
-    attack: str
-    source: str | None = None
-    epsilon: float | None = None
-    step_size: float | None = None
-    steps: int | None = None
-    restarts: int | None = None
-    eot: int | None = None
-    norm: Norm | None = "linf"
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """As columns of the tables."""
-        names = ("attack", "source", "norm", "epsilon", "step_size", "steps", "restarts", "eot")
-        return {name: getattr(self, name) for name in names}
-
-    @property
-    def title(self) -> str:
-        """Two short lines for a table's head."""
-        below = {
-            "fgsm": f"{self.epsilon:.3g}" if self.epsilon else "",
-            "pgd_restarts": f"{self.steps}x{self.restarts}",
-        }.get(self.attack, str(self.steps or ""))
-        return f"{self.attack.removeprefix('pgd_')}\n{below}"
+_VALUES = 3 * 32 * 32
+"""Values of an image of CIFAR-10, which AutoAttack gives 5,000 queries."""
 
 
 @dataclass(frozen=True)
@@ -75,12 +61,15 @@ class Suite:
     Attributes:
         run: `module:function` of an `evaluation.run.Batch`; yields an `evaluation.run.Attacked` for each column. That
             of `checks` is a function of its own kind: see `evaluation.run.check`.
-        columns: of (settings, threat model), the columns, strengths and iterations rising.
+        columns: of (settings, threat model), the columns, strengths and iterations rising. Empty, as of `experts`: its
+            columns have names of experts and tables of their own, and are run under the primary threat model.
         cost: of (settings, number of networks of the model), forward passes of one network for one image that no
             attack fools; a gradient counts as 2.
         needs_gate: whether it attacks `experts` and `gate` of a model, so that only models with a gate are measured.
         classes: the fewest classes that it is defined for.
-        norms: that its columns can have; the first one if they do not follow the threat model.
+        norms: that its columns can have.
+        own_threat: whether it is measured in a ball of its own (`l2_epsilon`), whatever the threat model.
+        examples: of the settings, how many test images it is measured on, the first ones; None: all.
     """
 
     run: str
@@ -89,22 +78,8 @@ class Suite:
     needs_gate: bool = False
     classes: int = 2
     norms: tuple[Norm, ...] = ("linf",)
-
-
-def _in_ball(
-    attack: str, threat: Threat, steps: int | None, restarts: int | None = None, eot: int | None = None
-) -> Column:
-    return Column(attack, None, threat.epsilon, threat.step_size, steps, restarts, eot, threat.norm)
-
-
-def _paper_columns(evaluation: Evaluation, threat: Threat) -> list[Column]:
-    return [
-        Column("clean", norm=None),
-        *(Column("fgsm", epsilon=e) for e in sorted(set(evaluation.fgsm_epsilons))),
-        *(_in_ball("pgd", threat, steps) for steps in sorted(set(evaluation.pgd_steps))),
-        _in_ball("pgd_restarts", threat, evaluation.restart_steps, restarts=evaluation.restarts),
-        _in_ball("pgd_adaptive", threat, evaluation.adaptive_steps, eot=evaluation.eot),
-    ]
+    own_threat: bool = False
+    examples: Callable[[Evaluation], int | None] = lambda evaluation: None
 
 
 def _paper_cost(e: Evaluation, networks: int) -> float:
@@ -113,34 +88,50 @@ def _paper_cost(e: Evaluation, networks: int) -> float:
     return run + len(e.fgsm_epsilons) + 2 * (e.restarts - 1) * e.restart_steps + eot_run + 1
 
 
+def _autoattack_examples(e: Evaluation) -> int | None:
+    return e.autoattack_examples or (None if AUTOATTACK in e.beyond else AUTOATTACK_EXAMPLES)
+
+
+def _over_experts_cost(e: Evaluation, networks: int) -> float:
+    """A run for each expert: each iterate has a gradient of that expert and a pass of the whole model."""
+    return e.adaptive_steps * (2 + networks) + 1
+
+
 _SUITES = "dwf_cluster.evaluation.suites"
-_ANY: tuple[Norm, ...] = ("linf", "l2")
+_ANY: tuple[Norm, ...] = ("linf", "l2", "l1")
 
 SUITES: Mapping[str, Suite] = {
-    PAPER: Suite(f"{_SUITES}:paper", _paper_columns, _paper_cost, norms=_ANY),
+    PAPER: Suite(f"{_SUITES}:paper", paper_columns, _paper_cost, norms=_ANY),
     "pgd_gate": Suite(
         f"{_SUITES}:pgd_gate",
-        lambda e, threat: [_in_ball("pgd_gate", threat, e.adaptive_steps)],
+        lambda e, threat: [in_ball("pgd_gate", threat, e.adaptive_steps)],
         lambda e, networks: 2 * e.adaptive_steps + 1,
         needs_gate=True,
         norms=_ANY,
     ),
     "pgd_expert": Suite(
         f"{_SUITES}:pgd_expert",
-        lambda e, threat: [_in_ball("pgd_expert", threat, e.adaptive_steps)],
-        lambda e, networks: 2 * e.adaptive_steps + networks,
+        lambda e, threat: [in_ball("pgd_expert", threat, e.adaptive_steps)],
+        _over_experts_cost,
+        needs_gate=True,
+        norms=_ANY,
+    ),
+    ROUTE: Suite(
+        f"{_SUITES}:pgd_route",
+        lambda e, threat: [in_ball(ROUTE, threat, e.adaptive_steps)],
+        _over_experts_cost,
         needs_gate=True,
         norms=_ANY,
     ),
     "pgd_momentum": Suite(
         f"{_SUITES}:pgd_variant",
-        lambda e, threat: [_in_ball("pgd_momentum", threat, longest_pgd(e))],
+        lambda e, threat: [in_ball("pgd_momentum", threat, longest_pgd(e))],
         lambda e, networks: 2 * longest_pgd(e) + 1,
         norms=_ANY,
     ),
     "pgd_cw": Suite(
         f"{_SUITES}:pgd_variant",
-        lambda e, threat: [_in_ball("pgd_cw", threat, longest_pgd(e))],
+        lambda e, threat: [in_ball("pgd_cw", threat, longest_pgd(e))],
         lambda e, networks: 2 * longest_pgd(e) + 1,
         norms=_ANY,
     ),
@@ -149,35 +140,67 @@ SUITES: Mapping[str, Suite] = {
         lambda e, threat: [Column("pgd_l2", None, e.l2_epsilon, e.l2_step_size, longest_pgd(e), norm="l2")],
         lambda e, networks: 2 * longest_pgd(e) + 1,
         norms=("l2",),
+        own_threat=True,
+    ),
+    "pgd_l1": Suite(
+        f"{_SUITES}:pgd_variant",
+        lambda e, threat: [Column("pgd_l1", None, e.l1_epsilon, e.l1_step_size, longest_pgd(e), norm="l1")],
+        lambda e, networks: 2 * longest_pgd(e) + 1,
+        norms=("l1",),
+        own_threat=True,
+    ),
+    "pgd_targeted": Suite(
+        f"{_SUITES}:pgd_targeted",
+        lambda e, threat: [in_ball("pgd_targeted", threat, longest_pgd(e))],
+        lambda e, networks: 2 * longest_pgd(e) * e.targets + 1,
+        norms=_ANY,
     ),
     "apgd": Suite(
         f"{_SUITES}:auto_pgd",
         lambda e, threat: [Column("apgd", epsilon=threat.epsilon, steps=e.apgd_steps, norm=threat.norm)],
         lambda e, networks: 2 * e.apgd_steps + 1,
-        norms=_ANY,
+        norms=("linf", "l2"),  # its algorithm for L1 is another one (Croce and Hein 2021)
     ),
     "apgd_l2": Suite(
         f"{_SUITES}:auto_pgd",
         lambda e, threat: [Column("apgd_l2", epsilon=e.l2_epsilon, steps=e.apgd_steps, norm="l2")],
         lambda e, networks: 2 * e.apgd_steps + 1,
         norms=("l2",),
+        own_threat=True,
     ),
     "square": Suite(
         f"{_SUITES}:square",
         lambda e, threat: [Column("square", epsilon=threat.epsilon, steps=e.square_queries)],
         lambda e, networks: e.square_queries,
     ),
-    "autoattack": Suite(
+    AUTOATTACK: Suite(
         f"{_SUITES}:autoattack",
-        lambda e, threat: [Column("autoattack", epsilon=threat.epsilon)],
+        lambda e, threat: [Column(AUTOATTACK, epsilon=threat.epsilon)],
         # APGD on one loss and nine targets, FAB on nine, Square.
         lambda e, networks: 2 * 1900 + 900 + 5000,
         classes=4,  # that its targeted difference of logits ratio is defined for
+        examples=_autoattack_examples,
     ),
     "noise": Suite(
         f"{_SUITES}:noise",
-        lambda e, threat: [Column("noise", epsilon=threat.epsilon)],
+        lambda e, threat: [Column("noise", epsilon=threat.epsilon, norm=threat.norm)],
         lambda e, networks: 1,
+        norms=_ANY,
+    ),
+    CURVES: Suite(
+        "dwf_cluster.evaluation.curves:curves",
+        curve_columns,
+        lambda e, networks: curve_cost(e),
+        norms=_ANY,
+        examples=lambda e: e.curve_examples,
+    ),
+    EXPERT_SUITE: Suite(
+        "dwf_cluster.evaluation.experts:experts",
+        lambda e, threat: [],
+        # PGD on the mixture, on each expert, and on each mixture of all experts but one.
+        lambda e, networks: 2 * longest_pgd(e) * (networks + 1) + 2 * networks + 1,
+        needs_gate=True,
+        norms=_ANY,
     ),
     "corruptions": Suite(
         "dwf_cluster.evaluation.corruptions:corruptions",
@@ -192,31 +215,64 @@ SUITES: Mapping[str, Suite] = {
     CHECKS: Suite(
         "dwf_cluster.evaluation.run:check",
         lambda e, threat: [],
-        lambda e, networks: 2 * 7 * e.probe_steps + CHECK_QUERIES,
+        lambda e, networks: check_cost(e),
         norms=_ANY,
+        examples=lambda e: e.check_examples,
     ),
 }
 """Suites by name, in the order of the result table."""
 
 
-_MASKING = "dwf_cluster.evaluation.masking"
+_OUTPUTS, _ATTACKS = "dwf_cluster.evaluation.masking", "dwf_cluster.evaluation.attack_checks"
 
 CHECK_FUNCTIONS: Mapping[str, str] = {
-    "nan": f"{_MASKING}:nan",
-    "probabilities": f"{_MASKING}:probabilities",
-    "random": f"{_MASKING}:random",
-    "train_mode": f"{_MASKING}:train_mode",
-    "zero_gradients": f"{_MASKING}:zero_gradients",
-    "one_step": f"{_MASKING}:one_step",
-    "more_steps": f"{_MASKING}:more_steps",
-    "restarts": f"{_MASKING}:restarts",
-    "perturbation": f"{_MASKING}:perturbation",
-    "black_box": f"{_MASKING}:black_box",
-    "huge_epsilon": f"{_MASKING}:huge_epsilon",
+    "nan": f"{_OUTPUTS}:nan",
+    "probabilities": f"{_OUTPUTS}:probabilities",
+    "random": f"{_OUTPUTS}:random",
+    "train_mode": f"{_OUTPUTS}:train_mode",
+    "zero_gradients": f"{_OUTPUTS}:zero_gradients",
+    "one_step": f"{_ATTACKS}:one_step",
+    "more_steps": f"{_ATTACKS}:more_steps",
+    "converged": f"{_ATTACKS}:converged",
+    "restarts": f"{_ATTACKS}:restarts",
+    "scale_free": f"{_ATTACKS}:scale_free",
+    "perturbation": f"{_OUTPUTS}:perturbation",
+    "transfer": f"{_ATTACKS}:transfer",
+    "black_box": f"{_ATTACKS}:black_box",
+    "huge_epsilon": f"{_ATTACKS}:huge_epsilon",
 }
 """`module:function` of each check by name, in the order in which they run: the random draws of `restarts` and of
-`black_box` come from the same generators. A function takes an `evaluation.masking.Inspection` and yields
-`evaluation.masking.Check`."""
+`black_box` come from the same generators. A function takes an `evaluation.inspection.Inspection` and yields
+`evaluation.significance.Check`. The check `stronger` needs the predictions of all columns: `evaluation.stronger`."""
+
+
+def check_queries(values: int) -> int:
+    """Forward passes of the checks' black-box attack for one image: 5,000 for CIFAR-10, in proportion for others.
+
+    Args:
+        values: of an image: channels x height x width.
+
+    Returns:
+        At least 300, at most 5,000: AutoAttack gives images of any size 5,000.
+    """
+    smallest, largest = CHECK_QUERIES
+    return min(largest, max(smallest, largest * values // _VALUES))
+
+
+def check_cost(evaluation: Evaluation, values: int = _VALUES) -> float:
+    """Forward passes of the checks for one image that no attack fools, without those of `transfer`.
+
+    Args:
+        evaluation: the settings.
+        values: of an image: channels x height x width; by default CIFAR-10's.
+    """
+    runs = 4 + 4 + 4 + 2  # the long run, a restart, the margin's run, the huge epsilon; of `probe_steps` each
+    return 2 * runs * evaluation.probe_steps + check_queries(values)
+
+
+def check_transfer_cost(evaluation: Evaluation) -> float:
+    """Forward passes of the check `transfer` for one image and each network that images are made on."""
+    return 2 * evaluation.probe_steps
 
 
 def extra_names() -> tuple[str, ...]:
@@ -224,32 +280,43 @@ def extra_names() -> tuple[str, ...]:
     return (*(name for name in SUITES if name not in (PAPER, CHECKS)), TRANSFER)
 
 
-def longest_pgd(evaluation: Evaluation) -> int:
-    """Iterations of the longest of the PGD columns."""
-    return max(evaluation.pgd_steps)
+def suites_of_norm(norm: Norm) -> tuple[str, ...]:
+    """Names that `evaluation.beyond` accepts under threat models of a norm."""
+    return tuple(n for n in extra_names() if n == TRANSFER or SUITES[n].own_threat or norm in SUITES[n].norms)
 
 
-def suite_names(evaluation: Evaluation, has_gate: bool) -> tuple[str, ...]:
+def suite_names(evaluation: Evaluation, has_gate: bool, default: Iterable[str] = ()) -> tuple[str, ...]:
     """Names of the suites that a model is measured by: the paper's, those of `evaluation.beyond`, the checks.
 
     Args:
         evaluation: the settings.
         has_gate: whether the model has a gate; others are not measured by suites that need one.
+        default: suites that the model is measured by even if `evaluation.beyond` does not name them.
     """
-    extra = dict.fromkeys(name for name in evaluation.beyond if name != TRANSFER)
+    extra = dict.fromkeys(name for name in (*evaluation.beyond, *default) if name != TRANSFER)
     return (PAPER, *(name for name in extra if has_gate or not SUITES[name].needs_gate), CHECKS)
 
 
 def columns(evaluation: Evaluation, threats: Sequence[Threat], suite: str) -> list[Column]:
     """The columns of a suite under each threat model, every column once; `transfer` has a table of its own."""
-    listed = (column for threat in threats for column in SUITES[suite].columns(evaluation, threat))
-    return list(dict.fromkeys(listed))
+    return titled(column for threat in threats for column in SUITES[suite].columns(evaluation, threat))
 
 
-def all_columns(evaluation: Evaluation, threats: Sequence[Threat], has_gate: bool = True) -> list[Column]:
-    """The columns of every suite that a model is measured by, in the order of the result table."""
-    names = suite_names(evaluation, has_gate)
-    return [column for name in names for column in columns(evaluation, threats, name)]
+def all_columns(evaluation: Evaluation, threats: Sequence[Threat], suites: Iterable[str]) -> list[Column]:
+    """The columns of these suites, in the order of the result table, without the curves; `worst_case` is the last."""
+    listed = [c for suite in suites if suite != CURVES for c in columns(evaluation, threats, suite)]
+    return titled([*listed, *map(worst_case_column, threats)])
+
+
+def worst_case_column(threat: Threat) -> Column:
+    """The column of the worst case over all attacks of a model that stay within a threat model."""
+    return Column(WORST_CASE, epsilon=threat.epsilon, norm=threat.norm)
+
+
+def threat_count(evaluation: Evaluation, threats: Sequence[Threat], suite: str) -> int:
+    """Number of threat models that a suite attacks under: 1 if its columns do not follow the threat model."""
+    listed = (tuple(SUITES[suite].columns(evaluation, threat)) for threat in threats)
+    return max(1, len({columns for columns in listed if columns}))
 
 
 def transfer_column(evaluation: Evaluation, threat: Threat, source: str) -> Column:

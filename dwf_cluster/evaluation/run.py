@@ -16,7 +16,8 @@ from dwf_cluster.attacks.ball import Ball
 from dwf_cluster.attacks.gradient import margin, predict
 from dwf_cluster.data.device import to_float
 from dwf_cluster.determinism import Draws
-from dwf_cluster.evaluation.masking import Inspection, masking
+from dwf_cluster.evaluation.inspection import Inspection
+from dwf_cluster.evaluation.masking import masking
 from dwf_cluster.evaluation.registry import CHECKS, SUITES, Column, columns
 from dwf_cluster.evaluation.settings import Evaluation, Threat
 from dwf_cluster.models.frozen import frozen
@@ -36,6 +37,7 @@ class Batch:
         x: float in [0, 1], shape (n, channels, height, width).
         y: int64, shape (n,).
         generators: of random draws, one an image.
+        experts: names of the experts of the model to attack, in the order of the gate's outputs; empty without a gate.
         corrupted: corrupted images from files, as uint8 in the shape of x, by corruption and severity.
     """
 
@@ -47,6 +49,7 @@ class Batch:
     x: torch.Tensor
     y: torch.Tensor
     generators: list[torch.Generator]
+    experts: Sequence[str] = ()
     corrupted: Mapping[tuple[str, int], np.ndarray[Any, Any]] = field(default_factory=dict)
 
     @property
@@ -117,6 +120,7 @@ def evaluate(
     seed: int,
     device: torch.device,
     first: int = 0,
+    experts: Sequence[str] = (),
     corrupted: Mapping[tuple[str, int], np.ndarray[Any, Any]] | None = None,
     on_batch: Callable[[int], None] = lambda examples: None,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -136,6 +140,7 @@ def evaluate(
         seed: of the random starts.
         device: that computes.
         first: index of the shard's first image in the test set.
+        experts: names of a mixture's experts, in the order of the gate's outputs; by default `expert-1` and so on.
         corrupted: the shard's corrupted images from files, if there are any, by corruption and severity.
         on_batch: called after each batch with its number of images.
 
@@ -147,6 +152,8 @@ def evaluate(
         NotLogits: if a model returns NaN or probabilities.
     """
     frozen_models = {other: frozen(model) for other, model in models.items()}
+    if isinstance(models[name], Mixture) and not experts:
+        experts = [f"expert-{i}" for i in range(1, 1 + len(frozen_models[name].experts))]  # type: ignore[arg-type]
     listed = columns(evaluation, threats, suite)
     results = {(name, column): ColumnResult() for column in listed}
     run: Callable[[Batch], Iterator[Attacked]] = pkgutil.resolve_name(SUITES[suite].run)
@@ -160,9 +167,9 @@ def evaluate(
             own = [column for column in SUITES[suite].columns(evaluation, threat) if column in pending]
             pending = [column for column in pending if column not in own]
             generators = _generators(seed, name, suite, examples)
-            batch = Batch(evaluation, threat, own, frozen_models, name, x, y, generators, own_corrupted)
+            batch = Batch(evaluation, threat, own, frozen_models, name, x, y, generators, experts, own_corrupted)
             clock = time.perf_counter()
-            for attacked in run(batch) if own else ():
+            for attacked in run(batch) if own or (not listed and threat == threats[0]) else ():
                 model = attacked.model or name
                 result = results.setdefault((model, attacked.column), ColumnResult())
                 result.record(frozen_models[model], attacked, x, y)
@@ -188,19 +195,22 @@ def check(
     *,
     seed: int,
     device: torch.device,
+    others: Mapping[str, nn.Module] | None = None,
 ) -> list[dict[str, Any]]:
     """Look for signs of gradient masking in one model; it has more than seven parameters as `evaluate` has.
 
     Args:
         model: on the device.
         name, x_test, y_test, evaluation, threat, seed, device: as for `evaluate`; the first test images.
+        others: models by name, on the device, that images are made on; none: the check `transfer` cannot fire.
 
     Returns:
         Rows of the `checks` table.
     """
     x, y = _on_device(x_test, y_test, slice(None), device)
     generators = _generators(seed, name, CHECKS, range(len(y)))
-    inspection = Inspection(frozen(model), x, y, threat, evaluation.probe_steps, generators)
+    sources = {other: frozen(source) for other, source in (others or {}).items()}
+    inspection = Inspection(frozen(model), x, y, threat, evaluation.probe_steps, generators, sources)
     return [
         {"model": name, **asdict(result), "fired": result.fired, "examples": len(y)} for result in masking(inspection)
     ]

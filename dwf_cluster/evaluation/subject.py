@@ -17,7 +17,8 @@ from torch.nn.parameter import is_lazy
 
 from dwf_cluster.attacks.gradient import predict
 from dwf_cluster.data.device import to_float
-from dwf_cluster.evaluation.masking import Inspection, train_mode
+from dwf_cluster.evaluation.inspection import Inspection
+from dwf_cluster.evaluation.masking import train_mode
 from dwf_cluster.evaluation.settings import Threat
 from dwf_cluster.models.frozen import frozen
 from dwf_cluster.settings import InvalidInput, one_line

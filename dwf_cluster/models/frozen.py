@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.func import functional_call
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import fuse_conv_bn_weights
 
 from dwf_cluster.models.mixture import Experts
@@ -23,8 +24,11 @@ _OWN = frozenset(vars(nn.Module()))
 
 _NOTHING = nn.Identity().eval()
 
+WHOLE_BATCH = "_uses_whole_batch"
+"""Attribute of a frozen model whose outputs depend on the batch: attacks must not cut the batch."""
 
-def frozen(model: nn.Module) -> nn.Module:
+
+def frozen(model: nn.Module, *, batch_statistics: bool = False) -> nn.Module:
     """A second module tree for attacks: evaluation mode, no parameter gradients, BatchNorm folded.
 
     Weights are shared, except for convolutions that are followed by BatchNorm in an `nn.Sequential`: their folded
@@ -34,8 +38,24 @@ def frozen(model: nn.Module) -> nn.Module:
 
     Args:
         model: any module; it may be in either mode.
+        batch_statistics: BatchNorm that is in training mode normalises with the statistics of the batch under attack,
+            as a training step does, and is not folded; no statistics change.
     """
-    return _frozen(model, {})
+    if not batch_statistics:
+        return _frozen(model, {})
+    norms = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.training]
+    copied = _frozen(model, {id(norm): _by_batch(norm) for norm in norms})
+    setattr(copied, WHOLE_BATCH, True)
+    return copied
+
+
+def _by_batch(norm: nn.Module) -> nn.Module:
+    """BatchNorm without running statistics: it uses those of the batch in either mode."""
+    copied = copy.copy(norm)
+    copied.__dict__["_parameters"] = {n: p if p is None else p.detach() for n, p in norm._parameters.items()}
+    copied.__dict__["_buffers"] = dict.fromkeys(norm._buffers)
+    copied.training = False
+    return copied
 
 
 def _frozen(model: nn.Module, done: dict[int, nn.Module]) -> nn.Module:
@@ -43,7 +63,7 @@ def _frozen(model: nn.Module, done: dict[int, nn.Module]) -> nn.Module:
 
     Args:
         model: the module.
-        done: frozen modules by the `id` of the original.
+        done: frozen modules by the `id` of the original; BatchNorm without running statistics is not folded.
     """
     if id(model) in done:
         return done[id(model)]
@@ -57,7 +77,7 @@ def _frozen(model: nn.Module, done: dict[int, nn.Module]) -> nn.Module:
         # torch.compile's wrapper calls the module that it was made with, whatever is in that module's place.
         done[id(model)] = plain = _frozen(compiled, done)
         return plain
-    if _is_foldable(model):
+    if _is_foldable(model, done):
         done[id(model)] = folded = _folded(model)  # type: ignore[arg-type]
         return folded
     done[id(model)] = copied = _shallow_copy(model)
@@ -121,14 +141,16 @@ def _state(module: nn.Module) -> dict[str, torch.Tensor]:
     return {**dict(module.named_parameters()), **dict(module.named_buffers())}
 
 
-def _is_foldable(model: nn.Module) -> bool:
-    """Whether it is a convolution and a BatchNorm with running statistics, plainly one after the other."""
+def _is_foldable(model: nn.Module, done: dict[int, nn.Module]) -> bool:
+    """Whether it is a convolution and a BatchNorm that uses running statistics, plainly one after the other."""
     if type(model) is not nn.Sequential or len(model) != 2:
         return False
     convolution, norm = model
-    is_pair = type(convolution) is nn.Conv2d and type(norm) is nn.BatchNorm2d and norm.running_mean is not None
+    is_pair = type(convolution) is nn.Conv2d and type(norm) is nn.BatchNorm2d
+    if not is_pair or norm.running_mean is None or getattr(done.get(id(norm)), "running_mean", norm) is None:
+        return False
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return is_pair and not any(getattr(module, name) for module in (model, convolution, norm) for name in hooks)
+    return not any(getattr(module, name) for module in (model, convolution, norm) for name in hooks)
 
 
 def _folded(pair: nn.Sequential) -> nn.Sequential:

@@ -52,6 +52,11 @@ class Gate(nn.Module):
         chosen = F.one_hot(weights.argmax(1), weights.shape[1]).to(weights.dtype)
         return chosen + (weights - weights.detach())  # what is added is zero, its gradient is not
 
+    def log_weights(self, x: torch.Tensor) -> torch.Tensor:
+        """Logarithms of the soft weights, of a hard gate those behind its choice; shapes as of `forward`."""
+        scores: torch.Tensor = self.layers[:-1](x)
+        return scores.log_softmax(1)
+
 
 class Experts(nn.ModuleList):
     """Classifiers of equal output shape that see the same images."""

@@ -65,7 +65,7 @@ class Run:
             with self.connected(experiments, sweep.names) as connection:
                 from dwf_cluster.pipeline.trials import Trials  # imports Ray Tune, which takes seconds
 
-                Trials(sweep.asha, trials, table, connection, self.emit, self.stopping).run()
+                Trials(sweep, trials, table, connection, self.emit, self.stopping).run()
         else:
             table = TrialTable(sweep, self.storage)  # shards may have been merged
             table.write()

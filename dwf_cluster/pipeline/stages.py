@@ -5,10 +5,10 @@ Jobs whose results are in the store are skipped; interrupted ones resume from th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from dwf_cluster.cluster.driver import Cluster
@@ -16,6 +16,7 @@ from dwf_cluster.cluster.events import Listener
 from dwf_cluster.data.registry import Sizes
 from dwf_cluster.evaluation import merge
 from dwf_cluster.evaluation.registry import CHECKS
+from dwf_cluster.evaluation.worst_case import WorstCaseFile
 from dwf_cluster.experiment import Experiment
 from dwf_cluster.pipeline.epochs import JobEvents
 from dwf_cluster.pipeline.heartbeat import Heartbeats, Tally
@@ -70,6 +71,7 @@ class Connection:
         emit: Listener,
         stopping: Callable[[], bool],
         model: str | None = None,
+        until: int | None = None,
     ) -> None:
         """Run the pending jobs of some stages; of jobs with equal results, one runs and the others copy it.
 
@@ -79,6 +81,7 @@ class Connection:
             emit: called with every event, from one thread at a time.
             stopping: whether the run is to stop.
             model: run only the jobs of this one; None: of all.
+            until: trainings pause after this epoch; a later call resumes them. None: they end.
 
         Raises:
             ExperimentLocked: if another run owns one of the experiments, or takes it over; then all jobs have been
@@ -91,9 +94,13 @@ class Connection:
         every = [job for e in experiments for stage in STAGES for job in jobs.jobs(e, stage, self.sizes)]
         allocations = allocate(jobs.deduplicate(every), self.cluster.resources)
         with acquired(stores, self.sizes, self.resume_command, self.pid) as (fenced, tally, heartbeats):
-            pending = [job for job in pending_jobs(stores, stages, self.sizes) if model in (None, job.model)]
+            pending = [
+                replace(job, until=until)
+                for job in pending_jobs(stores, stages, self.sizes)
+                if model in (None, job.model)
+            ]
             for experiment, store in fenced.items():
-                merge.forget(store, {job.evaluation_file for job in pending if job.experiment == experiment})
+                merge.forget(store, _stale_files(job for job in pending if job.experiment == experiment))
             by_folder = {experiment.folder: store for experiment, store in stores.items()}
             with JobEvents(by_folder, self.title, emit).following(pending) as job_events:
                 writable = {experiment.folder: store for experiment, store in fenced.items()}
@@ -142,7 +149,7 @@ def stale_experiments(stores: Mapping[Experiment, Store], sizes: Sizes) -> dict[
     for experiment, store in stores.items():
         state = lock.final_state(store)
         is_complete = not any(jobs.pending(experiment, store, sizes).values())
-        unmerged = merge.unmerged(store, _shards(experiment, sizes))
+        unmerged = merge.unmerged(store, _shards(experiment, sizes), _worst_cases(experiment, sizes))
         if not lock.is_locked(store) and (state is None or (state == "done") != is_complete or unmerged):
             stale[experiment] = store
     return stale
@@ -187,15 +194,43 @@ def acquired(
 
 
 def _merge(stores: Mapping[Experiment, Store], sizes: Sizes) -> None:
-    """Merge the shards of each model and suite whose shards are all done."""
+    """Merge the shards of each model and suite whose shards are all done, then the worst case of each model."""
     for experiment, store in stores.items():
-        merge.merge(store, _shards(experiment, sizes))
+        merge.merge(store, _shards(experiment, sizes), _worst_cases(experiment, sizes))
 
 
 def _shards(experiment: Experiment, sizes: Sizes) -> dict[str, list[str]]:
     """For each file of `evaluations` the files of its shards, in the order of the test set."""
-    shards: dict[str, list[Job]] = {}
-    for job in jobs.jobs(experiment, EVALUATE, sizes):
-        if job.suite != CHECKS:
-            shards.setdefault(job.evaluation_file, []).append(job)
-    return {file: [job.file for job in sorted(shard, key=lambda job: job.first)] for file, shard in shards.items()}
+    shards: dict[str, list[str]] = {}
+    for job in _attacks(experiment, sizes):
+        shards.setdefault(job.evaluation_file, []).append(job.file)
+    return shards
+
+
+def _worst_cases(experiment: Experiment, sizes: Sizes) -> list[WorstCaseFile]:
+    """The worst case of each model: over its own attacks, then over the images that were made on other models."""
+    attacks = _attacks(experiment, sizes)
+    worst = []
+    for spec in experiment.models:
+        suites = experiment.suites(spec)
+        own = sorted((job for job in attacks if job.model == spec.name), key=lambda job: suites.index(str(job.suite)))
+        transferred = [job for job in attacks if job.tests_transfer and job.model != spec.name]
+        files = tuple(job.file for job in (*own, *transferred))
+        worst.append(WorstCaseFile(spec.name, experiment.threats, files))
+    return worst
+
+
+def _attacks(experiment: Experiment, sizes: Sizes) -> list[Job]:
+    """The jobs that fill the columns of the result table, in the order of the test set."""
+    attacks = (job for job in jobs.jobs(experiment, EVALUATE, sizes) if job.suite != CHECKS)
+    return sorted(attacks, key=lambda job: job.first)
+
+
+def _stale_files(pending: Iterable[Job]) -> set[str]:
+    """The files of `evaluations` that pending jobs of an experiment make invalid."""
+    stale = set()
+    for job in pending:
+        if job.stage == EVALUATE and job.suite != CHECKS:
+            models = job.experiment.names if job.tests_transfer else (job.model,)
+            stale |= {job.evaluation_file, *(WorstCaseFile(model).file for model in models)}
+    return stale

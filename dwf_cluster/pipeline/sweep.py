@@ -38,7 +38,16 @@ class Trial:
     @property
     def name(self) -> str:
         """The varied values, as people read them: `pgd.steps=10 seed=3`."""
-        return " ".join(f"{field}={to_text(value)}" for field, value in self.varied.items())
+        return _name(self.varied)
+
+    @property
+    def setting(self) -> str:
+        """The name without the seed, which trials that differ only in their seeds share."""
+        return _name({field: value for field, value in self.varied.items() if field != "seed"})
+
+
+def _name(values: Mapping[str, Any]) -> str:
+    return " ".join(f"{field}={to_text(value)}" for field, value in values.items())
 
 
 @dataclass(frozen=True)
@@ -47,7 +56,7 @@ class Sweep:
 
     Attributes:
         trials: the experiments.
-        asha: whether trials that fall behind are stopped early.
+        asha: whether settings that fall behind are stopped early.
     """
 
     trials: tuple[Trial, ...]
@@ -65,6 +74,14 @@ class Sweep:
         """Names of the trials, by the folders of their experiments."""
         return {trial.experiment.folder: trial.name for trial in self.trials}
 
+    @property
+    def settings(self) -> dict[str, list[Trial]]:
+        """The trials of each setting, which differ only in their seeds, by `Trial.setting`."""
+        settings: dict[str, list[Trial]] = {}
+        for trial in self.trials:
+            settings.setdefault(trial.setting, []).append(trial)
+        return settings
+
 
 def sweep(
     preset: str,
@@ -81,7 +98,7 @@ def sweep(
         varied: `dotted.field=value`; a field that is given several times takes each of the values.
         seeds: of each combination; None: the preset's.
         samples: number of combinations to draw, always the same ones; None: all.
-        asha: whether trials that fall behind are stopped early.
+        asha: whether settings that fall behind are stopped early.
 
     Raises:
         InvalidInput: for the first value that cannot be used.
@@ -105,6 +122,8 @@ def sweep(
             seeded = experiment if seed is None else experiment.model_copy(update={"seed": seed})
             trials.append(Trial(fields | ({} if seed is None else {"seed": seed}), seeded))
     _check_different(trials)
+    if asha:
+        _check_comparable([trial.experiment for trial in trials])
     return Sweep(tuple(trials), asha)
 
 
@@ -137,3 +156,27 @@ def _check_different(trials: Sequence[Trial]) -> None:
             same = names[trial.experiment.folder], trial.name
             raise InvalidInput(f"--sweep: {same[0]!r} and {same[1]!r} cannot both be run: they are the same experiment")
         names[trial.experiment.folder] = trial.name
+
+
+def _check_comparable(experiments: Sequence[Experiment]) -> None:
+    """Fail unless ASHA can compare the probes of experiments: on validation images, and by one attack."""
+    if not experiments[0].data.validation_examples:  # of all experiments: `data.*` cannot vary
+        raise InvalidInput(
+            "--asha: cannot be used with data.validation_examples=null: allowed is a number of training images: it "
+            "must not look at test images"
+        )
+    for name in ("norm", "epsilon", "step_size"):
+        values = dict.fromkeys(str(getattr(experiment.threat, name)) for experiment in experiments)
+        _check_equal(f"evaluation.{name}", values)
+    for name in ("random_start", "probe_steps", "probe_examples"):
+        values = dict.fromkeys(str(getattr(experiment.evaluation, name)) for experiment in experiments)
+        _check_equal(f"evaluation.{name}", values)
+
+
+def _check_equal(field: str, values: Iterable[str]) -> None:
+    first, *others = values
+    if others:
+        raise InvalidInput(
+            f"{field}: the probes of the trials differ in it ({first}, {others[0]}), so --asha cannot compare them: "
+            f"allowed is one value for all trials, --set {field}=..."
+        )

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from dwf_cluster.evaluation.column import Column, titled
+from dwf_cluster.evaluation.registry import WORST_CASE
 from dwf_cluster.experiment import Experiment
 from dwf_cluster.pipeline.sweep import Sweep, Trial
 from dwf_cluster.settings import to_text
@@ -26,6 +29,7 @@ class TrialTable:
     def __init__(self, sweep: Sweep, storage: str) -> None:
         """Read the table in the store, if there is one."""
         self._store = Store(storage, sweep.folder)
+        self._names = column_names(trial.experiment for trial in sweep.trials)
         self._rows = {trial.name: self._row(trial) for trial in sweep.trials}
         for row in self._stored_rows():
             if row.get("state") == STOPPED_EARLY and row.get("trial") in self._rows:
@@ -34,9 +38,11 @@ class TrialTable:
             if accuracies := results(trial.experiment, trial.experiment.store(storage)):
                 self.record(trial.name, "done", accuracies)
 
-    def record(self, trial: str, state: str, accuracies: Mapping[str, float] | None = None) -> None:
-        """Set the state of a trial, and add its results."""
-        self._rows[trial] |= {"state": state, **(accuracies or {})}
+    def record(self, trial: str, state: str, accuracies: Mapping[Column, float] | None = None) -> dict[str, float]:
+        """Set the state of a trial, and add its results; returns them by the names of their columns."""
+        named = {self._names[column]: accuracy for column, accuracy in (accuracies or {}).items()}
+        self._rows[trial] |= {"state": state, **named}
+        return named
 
     def is_stopped_early(self, trial: Trial) -> bool:
         """Whether ASHA has stopped it, in this run or before."""
@@ -81,19 +87,48 @@ class TrialTable:
         }
 
 
-def results(experiment: Experiment, store: Store) -> dict[str, float]:
-    """Accuracy (0..1) of the defended model in each column, by the column's title; empty before all of them exist."""
-    columns = experiment.columns
-    keys, defended = list(columns[0].settings), experiment.defended.name
+def column_names(experiments: Iterable[Experiment]) -> dict[Column, str]:
+    """A name on one line for each column of any of these experiments: of different columns, different names.
+
+    Trials may be attacked in different balls or with different steps, as those of a sweep over `pgd.epsilon` without
+    `evaluation.epsilon`: `pgd 40 @0.05` and `pgd 40 @0.15`.
+    """
+    columns = titled(column for experiment in experiments for column in experiment.columns)
+    names = {column: " ".join(column.title.split()) for column in columns}
+    same: dict[str, list[Column]] = {}
+    for column, name in names.items():
+        same.setdefault(name, []).append(column)
+    for name, listed in same.items():
+        values = {field: [column.settings[field] for column in listed] for field in listed[0].settings}
+        different = [field for field in values if len(set(values[field])) > 1]
+        for column in listed:
+            parts = (f"{field}={to_text(column.settings[field])}" for field in different)
+            names[column] = " ".join([name, *parts])
+    return names
+
+
+def results(experiment: Experiment, store: Store) -> dict[Column, float]:
+    """Accuracy (0..1) of the defended model in each column; empty before all of them exist.
+
+    The worst case may still be missing: it counts images that are made on models that are evaluated later.
+    """
+    columns = {tuple(column.settings.values()): column for column in experiment.columns}
+    keys, defended = list(experiment.columns[0].settings), experiment.defended.name
     rows = tables.read(store, "evaluations").to_pylist()
     accuracies = {tuple(row[key] for key in keys): row["accuracy"] for row in rows if row["model"] == defended}
-    settings = {column.title.replace("\n", " ").strip(): tuple(column.settings.values()) for column in columns}
-    if not accuracies.keys() >= set(settings.values()):
+    if not accuracies.keys() >= {values for values, column in columns.items() if column.attack != WORST_CASE}:
         return {}
-    return {title: accuracies[values] for title, values in settings.items()}
+    return {column: accuracies[values] for values, column in columns.items() if values in accuracies}
 
 
 def headline(accuracies: Mapping[str, float]) -> dict[str, float]:
-    """The results of a trial that fit on a line: clean, the longest PGD, with restarts, adaptive."""
-    *_, longest = ["", *(title for title in accuracies if title.startswith("pgd "))]
-    return {t: a for t, a in accuracies.items() if t in ("clean", longest) or t.startswith(("restarts ", "adaptive "))}
+    """The results of a trial that fit on a line: clean, the worst case, the longest PGD, with restarts, adaptive."""
+    *_, longest = ["", *(_attack(name) for name in accuracies if name.startswith("pgd "))]
+    first = [name for name in accuracies if _attack(name) in ("clean", WORST_CASE)]
+    others = [n for n in accuracies if _attack(n) == longest or n.startswith(("restarts ", "adaptive "))]
+    return {name: accuracies[name] for name in (*first, *others)}
+
+
+def _attack(name: str) -> str:
+    """The name of a column without what `column_names` adds to tell columns of one attack apart."""
+    return re.split(r" (?=@|\w+=)", name)[0]

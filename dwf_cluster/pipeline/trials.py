@@ -1,27 +1,33 @@
 """Running a sweep on Ray Tune.
 
-First the experts of all trials: of equal ones, one is trained. Then a Tune trial for each experiment: its joint stage
-and the evaluation of its defended model. Then the remaining evaluations, equal ones once. Jobs whose results the store
-has are skipped, so a sweep that was interrupted, or has more trials than before, resumes.
+First the experts of all trials: of equal ones, one is trained. Then the joint stage of each experiment and the
+evaluation of its defended model, as trials of Ray Tune: one for each experiment or, with ASHA, one for each setting and
+all of its seeds. Then the remaining evaluations, equal ones once. Jobs whose results the store has are skipped, so a
+sweep that was interrupted, or has more trials than before, resumes.
+
+ASHA judges settings, not seeds: it compares the means over the seeds of a setting at equal epochs, and stops all of its
+seeds together. If it stopped single seeds, the mean of those that are left would be too high, and their standard
+deviation too small. Seeds rarely train all at once, so each pauses after the epochs at which ASHA compares.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
-from dwf_cluster.cluster.events import Epoch, Event, Listener, Note
+from dwf_cluster.cluster.events import Ended, Epoch, Event, Listener, Note
 from dwf_cluster.cluster.failures import error_summary
-from dwf_cluster.cluster.tune import run_trials
+from dwf_cluster.cluster.tune import METRIC, OUTCOMES, TIME, run_trials, rungs
 from dwf_cluster.experiment import Experiment
-from dwf_cluster.pipeline.stages import Connection, Interrupted, StageFailed, pending_jobs
-from dwf_cluster.pipeline.sweep import Trial
+from dwf_cluster.pipeline.stages import Connection, Interrupted, StageFailed, pending_jobs, repair_status
+from dwf_cluster.pipeline.sweep import Sweep, Trial
 from dwf_cluster.pipeline.trial_table import STOPPED_EARLY, TrialTable, headline, results
 from dwf_cluster.plan import jobs
 from dwf_cluster.plan.jobs import EVALUATE, EXPERTS, JOINT, STAGES, Job
 from dwf_cluster.plan.resources import allocate
-from dwf_cluster.store import StorageFailed, tables
+from dwf_cluster.store import StorageFailed, Store, tables
 from dwf_cluster.store.lock import ExperimentLocked
 
 
@@ -29,7 +35,7 @@ class Trials:
     """The trials of a sweep while they run.
 
     Args:
-        asha: whether trials that fall behind are stopped early.
+        sweep: whose trials.
         trials: those that ASHA has not stopped before.
         table: is kept up to date, and written when a trial ends.
         connection: to run on.
@@ -39,17 +45,18 @@ class Trials:
 
     def __init__(
         self,
-        asha: bool,
+        sweep: Sweep,
         trials: Sequence[Trial],
         table: TrialTable,
         connection: Connection,
         emit: Listener,
         stopping: Callable[[], bool],
     ) -> None:
-        self._asha, self._trials, self._table = asha, trials, table
+        self._sweep, self._trials, self._table = sweep, trials, table
         self._connection, self._emit, self._stopping = connection, emit, stopping
         self._failures: list[str] = []
-        self._running: dict[str, Job] = {}  # the joint training of each trial, by the trial's name
+        self._running: dict[str, Job] = {}  # the joint training of each experiment, by its folder
+        self._groups: dict[str, list[Trial]] = {}  # the trials of the sweep in each trial of Tune, by its name
         self._has_asked_to_stop = False
 
     def run(self) -> None:
@@ -74,8 +81,9 @@ class Trials:
             self._table.write()
         if self._stopping():
             raise Interrupted
-        evaluated = [t.experiment for t in trained if results(t.experiment, stores[t.experiment])]
-        self._run_stages(evaluated, STAGES)
+        evaluated = [t for t in trained if results(t.experiment, stores[t.experiment])]
+        self._run_stages([t.experiment for t in evaluated], STAGES)
+        self._complete(evaluated)
         if self._failures:
             raise StageFailed("\n".join(self._failures))
 
@@ -88,6 +96,15 @@ class Trials:
             except StageFailed as error:
                 self._failures += str(error).splitlines()
 
+    def _complete(self, trials: Sequence[Trial]) -> None:
+        """Add results that came last: the worst case counts images that are made on the other models."""
+        connection = self._connection
+        stores = connection.stores([trial.experiment for trial in trials])
+        repair_status(stores, connection.sizes, connection.resume_command, connection.pid)
+        for trial in trials:
+            self._table.record(trial.name, "done", results(trial.experiment, stores[trial.experiment]))
+        self._table.write()
+
     def _run_trials(self, trials: Sequence[Trial]) -> None:
         """Joint stage and evaluation of each defended model, as trials of Ray Tune."""
         connection = self._connection
@@ -97,18 +114,24 @@ class Trials:
         folders |= {e.folder for e, store in stores.items() if not results(e, store)}  # shards that are not merged
         if not folders:
             return
-        # With ASHA also trials that are done: it compares the others with them.
-        chosen = {t.name: t.experiment for t in trials if self._asha or t.experiment.folder in folders}
-        self._running = {name: self._joint(experiment) for name, experiment in chosen.items()}
-        joint = next(iter(self._running.values()))
+        asha = self._sweep.asha
+        for trial in trials:
+            # With ASHA also settings that are done: it compares the others with them.
+            if asha or trial.experiment.folder in folders:
+                name = trial.setting if asha else trial.name
+                self._groups.setdefault(name or trial.experiment.preset, []).append(trial)
+        running = [trial.experiment for group in self._groups.values() for trial in group]
+        self._running = {experiment.folder: self._joint(experiment) for experiment in running}
+        seeds = len(next(iter(self._sweep.settings.values()))) if asha else 1
+        joint = self._running[running[0].folder]
         resources = connection.cluster.resources
-        at_once = int(resources.slots / allocate([joint], resources)[joint].slots)
-        epochs = max(experiment.defended.training.epochs for experiment in chosen.values())
+        at_once = int(resources.slots / allocate([joint], resources)[joint].slots / seeds)
+        epochs = max(experiment.defended.training.epochs for experiment in running)
         run_trials(
-            list(chosen),
-            _Work(chosen, connection),
+            list(self._groups),
+            _Work(self._groups, seeds, tuple(rungs(epochs)) if seeds > 1 else (), connection),
             concurrent=1 + max(1, at_once),  # at least two: while one is evaluated, another trains
-            asha_epochs=epochs if self._asha else None,
+            asha_epochs=epochs if asha else None,
             on_report=self._on_report,
             on_end=self._on_end,
             on_step=self._pass_on_stop,
@@ -119,91 +142,160 @@ class Trials:
         model, stage = experiment.defended.name, JOINT if experiment.defended.parents else EXPERTS
         return next(job for job in jobs.jobs(experiment, stage, self._connection.sizes) if job.model == model)
 
-    def _on_report(self, trial: str, report: Mapping[str, Any]) -> None:
-        self._emit(Epoch(self._running[trial], report, is_replayed=report["replayed"]))
+    def _on_report(self, name: str, report: Mapping[str, Any]) -> None:
+        self._emit(Epoch(self._running[report["folder"]], report["row"], is_replayed=report["replayed"]))
 
-    def _on_end(self, trial: str, report: Mapping[str, Any] | None, fault: str) -> None:
-        state = report["state"] if report else "failed" if fault else STOPPED_EARLY
-        reason = fault or (report or {}).get("reason", "")
-        self._failures.extend(f"trial {trial}: {line}" for line in reason.splitlines())
-        if state == STOPPED_EARLY and self._stopping():
-            state = "stopped"
-        accuracies = report.get("results") if report else None
-        if report and report["epoch"]:
-            self._emit(Epoch(self._running[trial], report, is_replayed=True))  # the note below says more
-        self._table.record(trial, state, accuracies)
+    def _on_end(self, name: str, report: Mapping[str, Any] | None, fault: str) -> None:
+        for trial in self._groups[name]:
+            accuracies = results(trial.experiment, trial.experiment.store(self._connection.storage))
+            if report:
+                state, reason = report[OUTCOMES][trial.name]
+            elif accuracies:
+                state, reason = "done", ""
+            elif fault:
+                state, reason = "failed", fault
+            else:
+                state, reason = "stopped" if self._stopping() else STOPPED_EARLY, ""
+            self._failures.extend(f"trial {trial.name}: {line}" for line in reason.splitlines())
+            named = self._table.record(trial.name, state, accuracies)
+            shown = "".join(f", {column} {accuracy:.1%}" for column, accuracy in headline(named).items())
+            self._emit(Note(f"{trial.name}: {reason or state}{shown}"))
         self._table.write()
-        shown = "".join(f", {title} {accuracy:.1%}" for title, accuracy in headline(accuracies or {}).items())
-        self._emit(Note(f"{trial}: {reason or state}{shown}"))
 
     def _pass_on_stop(self) -> None:
         """Ask the trials to stop, once, if the run is to stop."""
         if self._stopping() and not self._has_asked_to_stop:
             self._has_asked_to_stop = True
-            self._connection.cluster.stop(job.folder for job in self._running.values())
+            self._connection.cluster.stop(self._running)
 
 
 @dataclass(frozen=True)
 class _Work:
-    """The work of a trial, in a separate process.
+    """The work of a trial of Tune, in a separate process.
 
     Attributes:
-        experiments: of the trials, by the trials' names.
+        groups: the trials of the sweep that each trial of Tune runs together, by its name.
+        seeds: number of trials of a complete group; ASHA does not judge the others.
+        rungs: epochs after which the trainings of a group wait for each other.
         connection: to run on.
     """
 
-    experiments: Mapping[str, Experiment]
+    groups: Mapping[str, Sequence[Trial]]
+    seeds: int
+    rungs: Sequence[int]
     connection: Connection
 
     def __call__(
-        self, trial: str, report: Callable[[Mapping[str, Any]], None], stopping: Callable[[], bool]
+        self, name: str, report: Callable[[Mapping[str, Any]], None], stopping: Callable[[], bool]
     ) -> Mapping[str, Any]:
-        """Train and evaluate the defended model of a trial; the last epoch is part of the last report."""
-        connection, experiment = self.connection, self.experiments[trial]
-        model, store = experiment.defended, experiment.store(connection.storage)
-        epochs = _Epochs(model.training.epochs, report)
-        for row in tables.read(store, "metrics", [model.name]).to_pylist():
-            epochs.add(row, is_replayed=True)
+        """Train and evaluate the defended models of a group.
 
-        def is_stopped() -> bool:
-            return stopping() or connection.cluster.is_stopped(experiment.folder)
+        Returns:
+            The mean after the last epoch, and the outcome of each trial: its state, and why it failed.
+        """
+        connection, trials = self.connection, self.groups[name]
+        stores = connection.stores([trial.experiment for trial in trials])
+        model = trials[0].experiment.defended
+        epochs = _Epochs([trial.experiment.folder for trial in trials], self.seeds, model.training.epochs, report)
+        for experiment, store in stores.items():
+            for row in tables.read(store, "metrics", [model.name]).to_pylist():
+                epochs.add(experiment.folder, row, is_replayed=True)
 
-        if is_stopped():
-            return {**epochs.last, "state": "stopped"}
+        def is_stopped() -> bool:  # a group's experiments are stopped together
+            return stopping() or connection.cluster.is_stopped(trials[0].experiment.folder)
+
         try:
-            connection.run_stages([experiment], (JOINT, EVALUATE), epochs.receive, is_stopped, model.name)
+            self._run(stores, epochs, is_stopped)
+            state, reason = "failed", ""
         except Interrupted:
-            return {**epochs.last, "state": "stopped"}
-        except (StageFailed, StorageFailed, ExperimentLocked) as error:
-            return {**epochs.last, "state": "failed", "reason": str(error)}
+            state, reason = "stopped", ""
+        except (StorageFailed, ExperimentLocked) as error:
+            state, reason = "failed", str(error)
         except Exception as error:  # of any class: Tune would run it again, and again
-            return {**epochs.last, "state": "failed", "reason": error_summary(error)}
-        return {**epochs.last, "state": "done", "results": results(experiment, store)}
+            state, reason = "failed", error_summary(error)
+
+        def outcome(experiment: Experiment) -> tuple[str, str]:
+            if lines := epochs.failures.get(experiment.folder):
+                return "failed", "\n".join(lines)
+            return ("done", "") if results(experiment, stores[experiment]) else (state, reason)
+
+        return {**epochs.mean, OUTCOMES: {trial.name: outcome(trial.experiment) for trial in trials}}
+
+    def _run(self, stores: Mapping[Experiment, Store], epochs: _Epochs, is_stopped: Callable[[], bool]) -> None:
+        """Run the pending jobs of a group. A seed that fails does not stop the others; `epochs` has the reason."""
+        # ASHA does not judge a group that lacks seeds, so its trainings do not wait for each other.
+        pauses = self.rungs if len(stores) == self.seeds else ()
+        phases: list[tuple[tuple[str, ...], int | None]] = [((JOINT,), epoch) for epoch in pauses]
+        # In the first of these calls no evaluation starts after a training has failed.
+        phases += [((JOINT, EVALUATE), None), ((EVALUATE,), None)]
+        for stages, until in phases:
+            remaining = [
+                experiment
+                for experiment, store in stores.items()
+                if experiment.folder not in epochs.failures
+                and (until is None or epochs.trained(experiment.folder) < min(until, epochs.count))
+                and not results(experiment, store)
+            ]
+            if not remaining or (until and epochs.failures):
+                continue
+            if is_stopped():
+                raise Interrupted
+            try:
+                model = remaining[0].defended.name
+                self.connection.run_stages(remaining, stages, epochs.receive, is_stopped, model, until)
+            except StageFailed:
+                continue
 
 
 class _Epochs:
-    """Reports each epoch of a trial's joint stage but the last, which the trial's last report contains.
+    """Reports each epoch of a group's trainings, and the mean of their probes once all of them have reached an epoch.
+
+    The mean after the last epoch is only in `mean`: a trial that has nothing left to train is not stopped early.
 
     Args:
-        count: of all epochs.
-        report: called with each row of `metrics`, and whether an earlier run trained it.
+        folders: of the group's experiments.
+        seeds: number of experiments of a complete group; of others no mean is reported.
+        count: number of all epochs.
+        report: called with `folder`, `row` (of `metrics`), `replayed` (whether nothing new was trained), and with
+            `tune.TIME` and `tune.METRIC` if there is a new mean.
 
     Attributes:
-        last: the newest row; epoch 0 before there is one.
+        count: number of all epochs.
+        mean: the newest `tune.TIME` and `tune.METRIC`; epoch 0 before there is one.
+        failures: a line for each failed job, by the experiment's folder.
     """
 
-    def __init__(self, count: int, report: Callable[[Mapping[str, Any]], None]) -> None:
-        self._count, self._report = count, report
-        self.last: Mapping[str, Any] = {"epoch": 0, "probe_pgd_accuracy": 0.0}
+    def __init__(
+        self, folders: Sequence[str], seeds: int, count: int, report: Callable[[Mapping[str, Any]], None]
+    ) -> None:
+        self._probes: dict[str, dict[int, float]] = {folder: {} for folder in folders}
+        self._seeds, self.count, self._report = seeds, count, report
+        self.mean: Mapping[str, Any] = {TIME: 0, METRIC: 0.0}
+        self.failures: dict[str, list[str]] = {}
 
     def receive(self, event: Event) -> None:
-        """Handle an event of the trial's jobs."""
+        """Handle an event of the group's jobs."""
         if isinstance(event, Epoch):
-            self.add(event.row, event.is_replayed)
+            self.add(event.job.folder, event.row, event.is_replayed)
+        elif isinstance(event, Ended) and event.state == "failed":
+            line = f"stage {event.job.stage}, {event.job.name}: {event.reason}"
+            self.failures.setdefault(event.job.folder, []).append(line)
 
-    def add(self, row: Mapping[str, Any], is_replayed: bool) -> None:
+    def trained(self, folder: str) -> int:
+        """The newest epoch of an experiment's training; 0 before the first."""
+        return max(self._probes[folder], default=0)
+
+    def add(self, folder: str, row: Mapping[str, Any], is_replayed: bool) -> None:
         """Take a row of `metrics`, if it is new."""
-        if row["epoch"] > self.last["epoch"]:
-            self.last = row
-            if row["epoch"] < self._count:
-                self._report({**row, "replayed": is_replayed})
+        epoch, probes = row["epoch"], self._probes[folder]
+        if epoch <= self.trained(folder):
+            return
+        probes[epoch] = row["probe_pgd_accuracy"]
+        # The note at the trial's end says more than a line for the last epoch.
+        report = {"folder": folder, "row": row, "replayed": is_replayed or epoch == self.count}
+        reached = [other[epoch] for other in self._probes.values() if epoch in other]
+        if len(reached) == self._seeds:
+            self.mean = {TIME: epoch, METRIC: fmean(reached)}
+            if epoch < self.count:
+                report |= self.mean
+        self._report(report)

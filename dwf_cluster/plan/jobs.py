@@ -10,7 +10,8 @@ from itertools import chain
 
 from dwf_cluster.data.registry import Shape, Sizes
 from dwf_cluster.defences.registry import METHODS, ModelSpec, Training
-from dwf_cluster.evaluation.registry import CHECKS, PAPER, SUITES, TRANSFER, columns
+from dwf_cluster.evaluation.column import EXPERT_SUITE, expert_columns
+from dwf_cluster.evaluation.registry import CHECKS, PAPER, SUITES, TRANSFER, columns, threat_count
 from dwf_cluster.experiment import Experiment
 from dwf_cluster.models.registry import BACKBONES
 from dwf_cluster.settings import InvalidInput
@@ -41,6 +42,7 @@ class Job:
         cost: forward passes of one image through one backbone, roughly: a gradient counts as 2, a training
             step as 3.
         copy_of: folder of another experiment whose job has the same results: they are copied from there.
+        until: a training stops after this epoch, as if it had been asked to stop; None: after its last.
     """
 
     experiment: Experiment = field(repr=False, compare=False)
@@ -53,6 +55,7 @@ class Job:
     first: int = 0
     stop: int = 0
     copy_of: str | None = field(default=None, compare=False)
+    until: int | None = field(default=None, compare=False)
 
     @property
     def is_training(self) -> bool:
@@ -139,7 +142,7 @@ def jobs(experiment: Experiment, stage: str, sizes: Sizes) -> list[Job]:
 def _evaluations(job: Callable[..., Job], experiment: Experiment, spec: ModelSpec, sizes: Sizes) -> Iterator[Job]:
     for suite in experiment.suites(spec):
         cost = _passes(experiment, suite, spec) * spec.networks
-        test = min(sizes.test, experiment.evaluation.check_examples) if suite == CHECKS else sizes.test
+        test = min(sizes.test, SUITES[suite].examples(experiment.evaluation) or sizes.test)
         size = test if suite == CHECKS else _shard_size(experiment, spec, cost, sizes)
         for first in range(0, test, size):
             stop = min(first + size, test)
@@ -161,7 +164,7 @@ def _passes(experiment: Experiment, suite: str, spec: ModelSpec) -> float:
     cost = SUITES[suite].cost(evaluation, spec.networks)
     if suite == PAPER and TRANSFER in evaluation.beyond:
         cost += sum(other.networks for other in experiment.models)
-    return float(cost)
+    return float(cost) * threat_count(evaluation, experiment.threats, suite)
 
 
 def pending(experiment: Experiment, store: Store, sizes: Sizes) -> dict[str, list[Job]]:
@@ -282,8 +285,10 @@ def stored_bytes(experiments: Sequence[Experiment], sizes: Sizes) -> tuple[float
         has_gate = METHODS[spec.method].has_gate
         in_tables += _FILE_BYTES * (1 + len(job.tables))
         if job.suite is not None:
-            others = len(experiment.models) - 1 if job.tests_transfer else 0
+            others = (len(experiment.models) - 1) * len(experiment.threats) if job.tests_transfer else 0
             listed = columns(experiment.evaluation, experiment.threats, job.suite)
+            if job.suite == EXPERT_SUITE:
+                listed = expert_columns(experiment.evaluation, experiment.threat, spec.parents)
             rows = (len(listed) + others) * (job.stop - job.first)
             in_tables += rows * (_ROW_BYTES + (4 * spec.networks if has_gate else 0))
         elif not job.copy_of:

@@ -103,6 +103,8 @@ SCHEMAS: Mapping[str, pa.Schema] = {
         ("limit", pa.float64()),
         ("fired", pa.bool_()),
         ("meaning", pa.string()),
+        ("p", pa.float64()),
+        ("could_fire", pa.bool_()),
         ("examples", pa.int64()),
     ),
     "jobs": _schema(

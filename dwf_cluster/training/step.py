@@ -7,6 +7,7 @@ import math
 import pkgutil
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
@@ -51,7 +52,8 @@ def train_batch(
     """
     model = parallel.module if isinstance(parallel, DistributedDataParallel) else parallel
     # Kept until the optimiser's step, so all parts of a batch attack the model as it is before that step.
-    frozen_model = functools.cache(functools.partial(frozen, model))
+    by_batch = spec.training.attack_batchnorm == "train"
+    frozen_model = functools.cache(functools.partial(frozen, model, batch_statistics=by_batch))
     means = list[float]()
     for share in _backward(spec, parallel, frozen_model, images, indices, draws):
         # The request to stop is reduced with the loss, so all workers see it after the same step.
@@ -93,7 +95,7 @@ def _backward(
 
     def losses(part: slice) -> Iterator[Loss]:
         x, y = images.train_batch(indices, draws, part)
-        yield from method(spec, parallel, frozen_model, x, y, draws)
+        yield from method(spec, parallel, frozen_model, x, y, replace(draws, first=part.start))
 
     generators = [losses(part) for part in parts]
     while True:

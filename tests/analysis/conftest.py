@@ -22,7 +22,7 @@ from .. import PATIENCE
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = 400
-FEW = ["experts.fgsm=1", "experts.pgd=2", "evaluation.beyond=pgd_gate,noise,transfer"]
+FEW = ["experts.fgsm=1", "experts.pgd=2", "evaluation.beyond=pgd_gate,noise,transfer,experts"]
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 

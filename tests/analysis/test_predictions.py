@@ -55,3 +55,6 @@ def test_predictions_do_not_depend_on_the_order_or_grouping_of_rows(
     assert all((pieces.correct[key] == whole.correct[key]).all() for key in whole.correct)
     for key, sums in whole.gates.items():
         assert pieces.gates[key].sort_index().to_numpy() == pytest.approx(sums.sort_index().to_numpy(), rel=1e-4)
+    for key, answers in whole.answers.items():
+        assert pieces.answers[key].confusion.equals(answers.confusion)
+        assert pieces.answers[key].bins == pytest.approx(answers.bins)

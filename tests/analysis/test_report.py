@@ -21,6 +21,7 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webelement import WebElement
 
 from analysis import Group, load
+from analysis.figures import FIGURES
 from analysis.predictions import Predictions
 from analysis.report import Section, page
 from analysis.tables import make_tables
@@ -99,7 +100,8 @@ def test_every_figure_is_shown_and_described(browser: webdriver.Chrome) -> None:
     shown = browser.execute_script(
         "return [...document.images].map(image => [image.complete && image.naturalWidth, image.alt.length])"
     )
-    assert len(shown) == 9 + 8  # digits has no transfer matrix
+    figures_of_digits = set(FIGURES) - {"transfer", "gate_and_accuracy", "expert_transfer", "dropped_expert"}
+    assert len(shown) == len(FIGURES) + len(figures_of_digits)
     assert all(width > 400 and described > 20 for width, described in shown)
 
 
@@ -194,7 +196,7 @@ def test_the_page_names_its_sources_and_the_commands_that_reproduce_it(html: str
     rows = sum(pq.read_metadata(file).num_rows for file in files)
     assert f"{len(files)} files, {rows:,} rows" in html
     assert "python -m dwf_cluster.launch --local --preset cifar10 --seed 0,1,2" in html
-    assert "--set experts.fgsm=1 experts.pgd=2 evaluation.beyond=pgd_gate,noise,transfer" in html
+    assert "--set experts.fgsm=1 experts.pgd=2 evaluation.beyond=pgd_gate,noise,transfer,experts" in html
     assert "cells of the evaluations agree" in html
     assert "made-up" in html  # the host
 

@@ -69,7 +69,11 @@ def test_tables_are_printed_and_an_experiment_is_written_that_analysis_reads(
     evaluations = results.evaluations
     assert set(evaluations.model) == {"model"}
     assert set(evaluations.examples) == {12}
-    assert (len(evaluations), len(results.checks), len(results.predictions)) == (18, 11, 18 * 12)
+    assert (len(evaluations), len(results.checks), len(results.predictions)) == (
+        19,
+        11,
+        19 * 12,
+    )  # `worst_case` is the last
     assert set(evaluations[evaluations.attack == "pgd"].epsilon) == {0.1}
     assert len(pd.read_parquet(written / "results" / "shards")) == 18
 
@@ -94,8 +98,9 @@ def test_weights_of_either_kind_are_loaded(folder: Path, capsys: pytest.CaptureF
 def test_an_l2_suite_takes_its_ball_from_the_options(folder: Path) -> None:
     options = ("--norm=l2", "--epsilon=0.25", "--step-size=0.05", "--out=results", "--seed=3", "--batch-size=5")
     assert _evaluate(*options, suites="pgd_l2") == 0
-    (row,) = analysis.load("results").evaluations.itertuples()
+    row, worst = analysis.load("results").evaluations.itertuples()
     assert (row.attack, row.epsilon, row.step_size, row.seed) == ("pgd_l2", 0.25, 0.05, 3)
+    assert (worst.attack, worst.norm, worst.epsilon, worst.correct) == ("worst_case", "l2", 0.25, row.correct)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import io
 from rich.console import Console
 from rich.table import Table
 
-from dwf_cluster.console.tables import plan, result_table, show, transfer_table, warnings
+from dwf_cluster.console.tables import plan, result_table, show, sweep_tables, transfer_table, warnings
 from dwf_cluster.data.registry import Sizes
 from dwf_cluster.evaluation.registry import CHECKS, columns, transfer_column
 from dwf_cluster.experiment import Experiment
@@ -53,7 +53,7 @@ def test_the_result_table_has_models_down_columns_across_and_blanks_for_columns_
 
 def test_the_transfer_table_has_the_model_that_images_were_made_on_across(store: Store, tiny: Experiment) -> None:
     _write_evaluations(store, tiny)
-    lines = [line.split() for line in _printed(transfer_table(tiny, store)) if line.strip()]
+    lines = [line.split() for line in _printed(transfer_table(tiny, store, tiny.threat)) if line.strip()]
     assert lines[1] == ["model", *tiny.names]
     assert lines[-1] == ["mixture", "10.0", "20.0", "30.0"]
 
@@ -69,6 +69,22 @@ def test_each_sign_of_masking_is_a_warning_and_the_last_line_has_their_number(st
         "warning: pgd-1, black_box: a black-box attack fools 50.0%",
         "signs of gradient masking: 1 in 4 checks of 4 models on 8 images",
     ]
+
+
+def test_a_mean_over_a_part_of_the_seeds_says_so() -> None:
+    def row(kind: str, seed: int, state: str, clean: float | None) -> dict[str, object]:
+        return {"gate.kind": kind, "seed": seed, "state": state, "clean": clean}
+
+    complete = [row("soft", seed, "done", 0.5 + 0.1 * seed) for seed in (0, 1)]
+    partial = [row("hard", seed, "done", 0.5 + 0.1 * seed) for seed in (0, 1)] + [row("hard", 2, "stopped early", None)]
+    fields = ["gate.kind", "seed"]
+    lines = _printed(sweep_tables([*complete, *partial], fields)[1])
+    assert [line.split() for line in lines if line.strip().startswith(("soft", "hard"))] == [
+        ["soft", "2", "of", "2", "55.0", "±", "7.1"],
+        ["hard", "2", "of", "3", "(55.0", "±", "7.1)"],
+    ]
+    assert " ".join(" ".join(lines).split()).endswith("the mean leaves seeds out; do not compare it with the others")
+    assert not any("parentheses" in line for line in _printed(sweep_tables(complete, fields)[1]))
 
 
 def test_the_plan_takes_the_speed_of_each_stage_from_finished_jobs(store: Store, tiny: Experiment) -> None:

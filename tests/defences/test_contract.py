@@ -18,6 +18,7 @@ from dwf_cluster.attacks.pgd import fgsm
 from dwf_cluster.data.device import DeviceImages
 from dwf_cluster.data.registry import ImageFormat
 from dwf_cluster.data.sources import load
+from dwf_cluster.defences import adversarial
 from dwf_cluster.defences.build import untrained
 from dwf_cluster.defences.loss import Frozen, Loss, cross_entropy
 from dwf_cluster.defences.registry import METHODS, Method, ModelSpec
@@ -53,6 +54,17 @@ def two_losses(
     yield loss
 
 
+def random_attacks(
+    spec: ModelSpec, model: nn.Module, frozen: Frozen, x: torch.Tensor, y: torch.Tensor, draws: Draws
+) -> Iterator[Loss]:
+    """A step on PGD examples from random starts, one on FGSM examples of an epsilon of a range."""
+    yield from adversarial.pgd(spec, model, frozen, x, y, draws)
+    yield from adversarial.fgsm(spec, model, frozen, x, y, draws)
+
+
+RANDOM_ATTACKS = ["pgd.random_start=true", "pgd.step_sizes=0.02,0.05", "fgsm.draw=range"]
+
+
 def no_loss(
     spec: ModelSpec, model: nn.Module, frozen: Frozen, x: torch.Tensor, y: torch.Tensor, draws: Draws
 ) -> Iterator[Loss]:
@@ -75,10 +87,10 @@ def _train(
     accumulation: int = 1,
 ) -> nn.Module:
     """Train the small network by a method of this file: three epochs of three batches of 32 images."""
-    experiment = build("digits", 0, [*TINY, f"experts.accumulation={accumulation}"])
+    experiment = build("digits", 0, [*TINY, *RANDOM_ATTACKS, f"experts.accumulation={accumulation}"])
     images = load(experiment.data, folder)
     task = task_for(experiment, Store(str(folder), name, labels=experiment.labels), "benign", stopping=stopping)
-    task = replace(task, spec=replace(task.spec, method="toy"))
+    task = replace(task, spec=replace(task.spec, method="toy", options=experiment.defended.options))
     method = Method(f"{__name__}:small_network", f"{__name__}:{losses}", lambda spec: 3.0)
     with mock.patch.dict(METHODS, toy=method):
         model = untrained(task.spec, images.format, task.seed, {})
@@ -122,19 +134,20 @@ def test_each_loss_takes_a_step_on_the_changed_model_and_leaves_other_parameters
     _assert_close(model.state_dict(), trained.state_dict())
 
 
-@pytest.mark.parametrize("parts", [2, 5])
-def test_several_losses_are_accumulated_like_one(tmp_path: Path, parts: int) -> None:
-    whole = _train(tmp_path, "whole")
-    _assert_close(whole.state_dict(), _train(tmp_path, "cut", accumulation=parts).state_dict())
+@pytest.mark.parametrize(("losses", "parts"), [("two_losses", 2), ("two_losses", 5), ("random_attacks", 3)])
+def test_several_losses_are_accumulated_like_one(tmp_path: Path, losses: str, parts: int) -> None:
+    whole = _train(tmp_path, "whole", losses)
+    _assert_close(whole.state_dict(), _train(tmp_path, "cut", losses, accumulation=parts).state_dict())
 
 
-def test_a_training_with_several_losses_resumes_within_an_epoch_bit_for_bit(tmp_path: Path) -> None:
-    whole = _train(tmp_path, "whole").state_dict()
+@pytest.mark.parametrize("losses", ["two_losses", "random_attacks"])
+def test_a_training_with_several_losses_resumes_within_an_epoch_bit_for_bit(tmp_path: Path, losses: str) -> None:
+    whole = _train(tmp_path, "whole", losses).state_dict()
     calls = itertools.count(1)
     with pytest.raises(Stopped):
-        _train(tmp_path, "stopped", stopping=lambda: next(calls) == 5)  # asked once a batch
+        _train(tmp_path, "stopped", losses, stopping=lambda: next(calls) == 5)  # asked once a batch
     assert Store(str(tmp_path), "stopped").names("checkpoints/benign")[-1] == "epoch-00001-step-000002"
-    resumed = _train(tmp_path, "stopped").state_dict()
+    resumed = _train(tmp_path, "stopped", losses).state_dict()
     assert all(torch.equal(resumed[name], tensor) for name, tensor in whole.items())
 
 
@@ -147,6 +160,7 @@ def _two_workers(folder: Path) -> None:
     dist.barrier()  # the first worker has saved
     _train(folder, "stopped")
     _train(folder, "cut", accumulation=2)
+    _train(folder, "random", "random_attacks")
 
 
 def test_two_workers_take_the_steps_of_one_with_several_losses(tmp_path: Path) -> None:
@@ -156,6 +170,8 @@ def test_two_workers_take_the_steps_of_one_with_several_losses(tmp_path: Path) -
     assert all(torch.equal(resumed[name], tensor) for name, tensor in whole.items())
     _assert_close(one, whole)
     _assert_close(one, _weights(tmp_path, "cut"))
+    random = _train(tmp_path, "random on one", "random_attacks").state_dict()
+    _assert_close(random, _weights(tmp_path, "random"))
 
 
 def test_a_method_that_yields_no_loss_is_an_error_that_names_it(tmp_path: Path) -> None:

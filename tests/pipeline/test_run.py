@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 
 from dwf_cluster import status
 from dwf_cluster.data import sources
+from dwf_cluster.evaluation.column import expert_columns
 from dwf_cluster.evaluation.registry import CHECKS, columns
 from dwf_cluster.experiment import Experiment
 from dwf_cluster.plan.jobs import stored_bytes
@@ -54,7 +55,8 @@ def test_a_run_stores_checkpoints_tables_and_the_experiment(
     evaluations = pd.read_parquet(folder / "results" / "evaluations")
     own = sum(len(columns(experiment.evaluation, experiment.threats, suite)) for suite in _suites(experiment))
     transferred = len(MODELS) * (len(MODELS) - 1)
-    assert len(evaluations) == own + transferred
+    parts = len(expert_columns(experiment.evaluation, experiment.threat, experiment.defended.parents))
+    assert len(evaluations) == own + transferred + parts
     assert set(evaluations.examples) == {40}
     shards = pd.read_parquet(folder / "results" / "shards")
     assert len(shards) == SHARDS * len(evaluations)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-import shutil
 import signal
 import subprocess
 import threading
 import urllib.request
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,14 +19,18 @@ import psutil
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from dwf_cluster.cluster.events import Ended, Epoch, Listener
 from dwf_cluster.data.registry import Sizes
+from dwf_cluster.evaluation.settings import Threat
+from dwf_cluster.experiment import Experiment
 from dwf_cluster.pipeline import sweep as sweeps
 from dwf_cluster.pipeline import trials
-from dwf_cluster.pipeline.stages import Connection
-from dwf_cluster.pipeline.trial_table import TrialTable
+from dwf_cluster.pipeline.stages import Connection, StageFailed
+from dwf_cluster.pipeline.trial_table import TrialTable, column_names, headline
 from dwf_cluster.plan.jobs import Job, deduplicate, jobs
 from dwf_cluster.plan.resources import Resources
 from dwf_cluster.presets import build
+from dwf_cluster.settings import InvalidInput
 from dwf_cluster.store import StorageFailed, Store, checkpoints
 
 from ..conftest import ARGUMENTS, LOCAL, MODELS, TINY, assert_same, store_of
@@ -146,11 +150,142 @@ def test_a_defence_without_parents_is_swept_too(tmp_path: Path, monkeypatch: pyt
     cluster: Any = SimpleNamespace(resources=Resources(2, 0))
     connection = Connection(str(tmp_path), cluster, SIZES, None, {}, "", 0)
     running = trials.Trials(
-        False, sweep.trials, TrialTable(sweep, str(tmp_path)), connection, lambda event: None, lambda: False
+        sweep, sweep.trials, TrialTable(sweep, str(tmp_path)), connection, lambda event: None, lambda: False
     )
     running._run_trials(sweep.trials)
     assert started == names
     assert {job.name for job in running._running.values()} == {"expert pgd-at"}
+
+
+@pytest.mark.parametrize(
+    ("varied", "names"),
+    [
+        ("pgd.epsilon=0.05 pgd.epsilon=0.15", ["pgd 2 @0.05", "pgd 2 @0.15"]),
+        ("pgd.step_size=0.03 pgd.step_size=0.04", ["pgd 2 step_size=0.03", "pgd 2 step_size=0.04"]),
+        ("pgd.epsilon=0.05 pgd.epsilon=0.15 evaluation.epsilon=0.1 evaluation.step_size=0.02", ["pgd 2"]),
+        ("gate.kind=soft gate.kind=hard", ["pgd 2"]),
+    ],
+)
+def test_accuracies_under_different_attacks_are_in_different_columns(varied: str, names: list[str]) -> None:
+    experiments = [trial.experiment for trial in _sweep(*varied.split()).trials]
+    columns = column_names(experiments)
+    assert len(set(columns.values())) == len(columns)
+    assert [name for column, name in columns.items() if (column.attack, column.steps) == ("pgd", 2)] == names
+    assert [name for name in headline(dict.fromkeys(columns.values(), 0.0)) if name.startswith("pgd ")] == names
+    assert columns[experiments[0].columns[0]] == "clean"
+
+
+# ------------------------------------------------------------------------------------------ ASHA and seeds
+
+VALIDATED = [*TINY, "data.validation_examples=40", "joint.epochs=4"]
+
+
+def _asha(*varied: str, seeds: tuple[int | None, ...] = (0, 1), assignments: Sequence[str] = VALIDATED) -> sweeps.Sweep:
+    return sweeps.sweep("digits", assignments, varied, seeds, None, asha=True)
+
+
+def test_asha_looks_at_no_test_images() -> None:
+    with pytest.raises(InvalidInput, match=r"^--asha: cannot be used with data\.validation_examples=null: allowed is "):
+        _asha("joint.epochs=1", "joint.epochs=2", assignments=TINY)
+
+
+@pytest.mark.parametrize(
+    ("varied", "fixed", "named"),
+    [
+        ("pgd.epsilon=0.05 pgd.epsilon=0.15", "", r"evaluation\.epsilon: .*\(0\.05, 0\.15\)"),
+        ("pgd.epsilon=0.05 pgd.epsilon=0.15", "evaluation.epsilon=0.1", r"evaluation\.step_size: "),
+        ("pgd.step_size=0.03 pgd.step_size=0.04", "", r"evaluation\.step_size: .*\(0\.03, 0\.04\)"),
+        ("evaluation.probe_steps=1 evaluation.probe_steps=2", "", r"evaluation\.probe_steps: .*\(1, 2\)"),
+    ],
+)
+def test_asha_compares_no_probes_of_different_attacks(varied: str, fixed: str, named: str) -> None:
+    with pytest.raises(InvalidInput, match=f"^{named}.* --set evaluation"):
+        _asha(*varied.split(), assignments=[*VALIDATED, *fixed.split()])
+
+
+def test_asha_compares_trainings_of_different_strength_by_one_attack() -> None:
+    fixed = [*VALIDATED, "evaluation.epsilon=0.1", "evaluation.step_size=0.02"]
+    sweep = _asha("pgd.epsilon=0.05", "pgd.epsilon=0.15", assignments=fixed)
+    assert {trial.experiment.threat for trial in sweep.trials} == {Threat(0.1, 0.02)}
+
+
+class Trainings:
+    """A connection whose trainings take no time: the probe of seed s after epoch e is 10 s + e.
+
+    Args:
+        failing: seed whose training fails after its first epoch.
+    """
+
+    def __init__(self, storage: str, failing: int | None = None) -> None:
+        self.storage, self.failing = storage, failing
+        self.cluster = SimpleNamespace(is_stopped=lambda folder: False)
+        self.calls: list[tuple[list[int], tuple[str, ...], int | None]] = []
+
+    def stores(self, experiments: Sequence[Experiment]) -> dict[Experiment, Store]:
+        return {experiment: experiment.store(self.storage) for experiment in experiments}
+
+    def run_stages(
+        self,
+        experiments: Sequence[Experiment],
+        stages: tuple[str, ...],
+        emit: Listener,
+        stopping: Callable[[], bool],
+        model: str,
+        until: int | None,
+    ) -> None:
+        self.calls.append(([experiment.seed for experiment in experiments], stages, until))
+        for experiment in experiments:
+            (job,) = jobs(experiment, "joint", SIZES)
+            for epoch in range(1, 1 + (until or experiment.joint.epochs)):
+                emit(Epoch(job, {"epoch": epoch, "probe_pgd_accuracy": 10.0 * experiment.seed + epoch}))
+                if experiment.seed == self.failing:
+                    emit(Ended(job, "failed", "NonFiniteLoss: nan"))
+                    break
+        if self.failing in [experiment.seed for experiment in experiments]:
+            raise StageFailed
+
+
+def _work(connection: Any, seeds: int = 2) -> tuple[list[Mapping[str, Any]], Mapping[str, Any]]:
+    """The reports of a setting with two seeds under ASHA, and its last report."""
+    groups, reports = {"setting": _asha(seeds=(0, 1)).trials}, list[Mapping[str, Any]]()
+    last = trials._Work(groups, seeds, (1, 2), connection)("setting", reports.append, lambda: False)
+    return reports, last
+
+
+def test_asha_sees_the_mean_over_seeds_at_equal_epochs(tmp_path: Path) -> None:
+    connection = Trainings(str(tmp_path))
+    reports, last = _work(connection)
+    means = [(report["epoch"], report["probe_pgd_accuracy"]) for report in reports if "epoch" in report]
+    assert means == [(1, 6.0), (2, 7.0), (3, 8.0)]
+    assert (last["epoch"], last["probe_pgd_accuracy"]) == (4, 9.0)
+    assert len(reports) == 2 * 4  # each epoch of each seed is shown
+
+
+def test_seeds_wait_for_each_other_where_asha_compares(tmp_path: Path) -> None:
+    connection = Trainings(str(tmp_path))
+    _work(connection)
+    assert connection.calls[:3] == [
+        ([0, 1], ("joint",), 1),
+        ([0, 1], ("joint",), 2),
+        ([0, 1], ("joint", "evaluate"), None),
+    ]
+
+
+def test_a_seed_that_fails_ends_the_comparison_and_not_the_other_seed(tmp_path: Path) -> None:
+    connection = Trainings(str(tmp_path), failing=0)
+    reports, last = _work(connection)
+    assert [report["epoch"] for report in reports if "epoch" in report] == [1]
+    assert connection.calls[1:] == [([1], ("joint", "evaluate"), None), ([1], ("evaluate",), None)]
+    assert last["outcomes"]["seed=0"] == ("failed", "stage joint, joint: NonFiniteLoss: nan")
+
+
+def test_a_setting_that_lacks_seeds_is_not_judged(tmp_path: Path) -> None:
+    """As when ASHA of an older version has stopped some of its seeds."""
+    connection = Trainings(str(tmp_path))
+    reports, last = _work(connection, seeds=3)
+    assert not any("epoch" in report for report in reports)
+    assert last["epoch"] == 0
+    assert [until for _, _, until in connection.calls] == [None, None]
 
 
 def test_a_damaged_trial_table_is_one_line(tmp_path: Path) -> None:
@@ -170,9 +305,14 @@ PROMETHEUS = "prom_metrics_service_discovery.json"
 Swept = tuple[Path, subprocess.CompletedProcess[str], dict[str, Any]]
 
 
+def _outcomes(folder: Path) -> list[pd.DataFrame]:
+    tables = (folder / "runs" / "sweeps").glob("*/trials.parquet")
+    return [pd.read_parquet(table).set_index("trial") for table in tables]
+
+
 def _outcome(folder: Path) -> pd.DataFrame:
-    (table,) = (folder / "runs" / "sweeps").glob("*/trials.parquet")
-    return pd.read_parquet(table).set_index("trial")
+    (table,) = _outcomes(folder)
+    return table
 
 
 def _trial(folder: Path, name: str) -> Path:
@@ -329,20 +469,25 @@ def test_the_same_sweep_again_does_nothing_and_prints_the_same_table(
 
 
 @pytest.mark.interruptions
-def test_asha_stops_a_trial_that_falls_behind_for_good(swept: Swept, launch: Launch) -> None:
-    """It is compared with a trial that is done, so it is certain which one falls behind."""
-    shutil.copytree(swept[0] / "runs", launch.folder / "runs", ignore=shutil.ignore_patterns("sweeps"))
-    useless = ["joint.learning_rate=0.01", "joint.learning_rate=5.0"]
-    result = launch(*ARGUMENTS, "--asha", "--sweep", *useless)
+def test_asha_stops_all_seeds_of_a_setting_that_falls_behind_for_good(launch: Launch) -> None:
+    """It is compared with a setting that is done, so it is certain which one falls behind."""
+    arguments = [*LOCAL, "--set", *TINY, "data.validation_examples=40", "joint.epochs=3", "--sweep", "seeds=0,1"]
+    good, useless = "joint.learning_rate=0.01", "joint.learning_rate=5.0"
+    assert launch(*arguments, good).returncode == 0
+    result = launch(*arguments, good, useless, "--asha")
     assert result.returncode == 0, result.stderr
-    assert "joint.learning_rate=5.0: stopped early\n" in result.stdout
-    outcome = _outcome(launch.folder)
-    assert outcome.state.to_dict() == dict(zip(useless, ("done", "stopped early"), strict=True))
-    store = store_of(_trial(launch.folder, useless[1]))
-    saved = checkpoints.load_latest(store, "mixture")
-    assert saved is not None
-    assert saved.epoch < 3
-    again = launch(*ARGUMENTS, "--asha", "--sweep", *useless)
+    states = {f"{good} seed={seed}": "done" for seed in (0, 1)}
+    stopped = [f"{useless} seed={seed}" for seed in (0, 1)]
+    states |= dict.fromkeys(stopped, "stopped early")
+    for name in stopped:
+        assert f"{name}: stopped early\n" in result.stdout
+    (sweep,) = (sweep for sweep in _outcomes(launch.folder) if len(sweep) == len(states))
+    assert sweep.state.to_dict() == states
+    for name in stopped:
+        saved = checkpoints.load_latest(store_of(launch.folder / "runs" / str(sweep.folder[name])), "mixture")
+        assert saved is not None
+        assert saved.epoch < 3
+    again = launch(*arguments, good, useless, "--asha")
     assert again.stdout.startswith("experts: done already, skipped\njoint: done already, skipped\n")
     assert "stopped early" in again.stdout
 

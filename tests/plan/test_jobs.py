@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from dwf_cluster.data.registry import Sizes
+from dwf_cluster.evaluation.registry import SUITES
 from dwf_cluster.experiment import Experiment
 from dwf_cluster.models.resnet import ResNet18
 from dwf_cluster.plan.jobs import (
@@ -56,7 +59,7 @@ def test_the_longest_jobs_come_first(stage: str) -> None:
 def test_the_evaluation_measures_every_model_by_every_suite() -> None:
     experiment = build("cifar10", 0, ["evaluation.beyond=pgd_gate,noise,transfer"])
     measured = {(job.model, job.suite) for job in jobs(experiment, "evaluate", CIFAR10)}
-    suites = ("paper", "noise", "checks")
+    suites = ("paper", "noise", "autoattack", "checks")
     assert measured == {(name, suite) for name in experiment.names for suite in suites} | {("mixture", "pgd_gate")}
 
 
@@ -85,6 +88,19 @@ def test_the_storage_estimate_follows_the_size_of_the_networks() -> None:
     assert seeds == 2 * one
     gates, _ = stored_bytes([experiment, build("cifar10", 0, ["model.width=16", "gate.kind=hard"])], CIFAR10)
     assert gates < 2 * one  # the experts are stored once
+
+
+def test_a_suite_with_a_number_of_examples_is_measured_on_the_first_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    of_first_70 = replace(SUITES["noise"], examples=lambda evaluation: 70)
+    monkeypatch.setattr("dwf_cluster.evaluation.registry.SUITES", {**SUITES, "noise": of_first_70})
+    monkeypatch.setattr("dwf_cluster.plan.jobs.SUITES", {**SUITES, "noise": of_first_70})
+    assignments = ["evaluation.shard_examples=64", "evaluation.batch_size=64", "evaluation.beyond=noise"]
+    listed = jobs(build("digits", 0, assignments), "evaluate", Sizes(1, 360, (1, 8, 8)))
+    shards = [job for job in listed if job.model == "mixture"]
+    assert {(job.first, job.stop) for job in shards if job.suite == "noise"} == {(0, 64), (64, 70)}
+    assert max(job.stop for job in shards if job.suite == "paper") == 360
+    few = jobs(build("digits", 0, assignments), "evaluate", Sizes(1, 50, (1, 8, 8)))
+    assert {(job.first, job.stop) for job in few if job.suite == "noise"} == {(0, 50)}
 
 
 def test_the_shard_size_can_be_chosen() -> None:
