@@ -20,8 +20,8 @@ def fgsm(data: FigureData) -> Figure | None:
 
 def pgd(data: FigureData) -> Figure | None:
     """Accuracy over PGD's iterations; the paper's figure 7, without its values: its PGD has another bound."""
-    rows = data.measured[data.measured.attack == "pgd"]
-    epsilon = data.group.experiment.pgd.epsilon
+    rows = data.primary(data.measured[data.measured.attack == "pgd"])
+    epsilon = data.group.experiment.threat.epsilon
     rows = rows.assign(x=rows.steps.astype(float))
     return _curves(data, rows, f"PGD iterations, epsilon {epsilon:.3g}", "PGD", with_paper=False)
 
@@ -95,13 +95,13 @@ def clean_and_robust(data: FigureData) -> Figure | None:
 
 def transfer(data: FigureData) -> Figure | None:
     """Accuracy of each model on PGD images made on each other model; on its own ones on the diagonal."""
-    rows = data.measured[data.measured.attack == "transfer"]
+    rows = data.primary(data.measured[data.measured.attack == "transfer"])
     if rows.empty:
         return None
     models = [model for model in data.group.models if model in {*rows.model, *rows.source}]
     matrix = np.full((len(models), len(models)), np.nan)
     steps = rows.steps.iloc[0]
-    own = data.measured[(data.measured.attack == "pgd") & (data.measured.steps == steps)]
+    own = data.primary(data.measured[(data.measured.attack == "pgd") & (data.measured.steps == steps)])
     for cells, sources in ((rows, rows.source), (own, own.model)):
         for row, source in zip(each(cells), sources, strict=True):
             if row.model in models and source in models:

@@ -96,8 +96,13 @@ class FigureData:
         return [(model, rows[rows.model == model]) for model in models if (rows.model == model).any()]
 
     def by_attack(self, attack: str) -> dict[str, Any]:
-        """The row of each model in the only column of an attack."""
-        return {row.model: row for row in each(self.measured[self.measured.attack == attack])}
+        """The row of each model in the only column of an attack under the primary threat model."""
+        return {row.model: row for row in each(self.primary(self.measured[self.measured.attack == attack]))}
+
+    def primary(self, rows: pd.DataFrame) -> pd.DataFrame:
+        """The rows of columns under the primary threat model, and of clean images."""
+        threat = self.group.experiment.threat
+        return rows[rows.epsilon.isna() | ((rows.epsilon == threat.epsilon) & (rows.norm == threat.norm))]
 
 
 def model_colours(group: Group) -> dict[str, str]:

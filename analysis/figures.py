@@ -52,6 +52,20 @@ FIGURES: Mapping[str, FigureEntry] = {
         "analysis.accuracy_figures:pgd",
         "Accuracy over PGD's iterations (the paper's figure 7). Bands: one standard deviation over seeds.",
     ),
+    "curve_epsilon": FigureEntry(
+        "analysis.curve_figures:over_epsilon",
+        "Accuracy under PGD and APGD over the radius of the ball, worst case up to each; dotted: the threat model's. A "
+        "curve that does not end at 0 % says that the attack fails, not that the model is robust.",
+    ),
+    "curve_steps": FigureEntry(
+        "analysis.curve_figures:over_steps",
+        "Accuracy over the iterations of one long run of PGD, each the last iterate. It is converged where it is flat.",
+    ),
+    "curve_restarts": FigureEntry(
+        "analysis.curve_figures:over_restarts",
+        "Accuracy in the worst case over more and more starts of PGD, the first at the image, the others at random "
+        "points of the ball. A curve that keeps falling says that more starts are needed.",
+    ),
     "experts_and_mixture": FigureEntry(
         "analysis.accuracy_figures:experts_and_mixture",
         "Each expert and the mixture, in every column of the paper's table.",
@@ -72,7 +86,8 @@ FIGURES: Mapping[str, FigureEntry] = {
     "gate_by_attack": FigureEntry(
         "analysis.gate_figures:gate_by_attack",
         "The gate under each attack: mean weight of each expert on the attacked images, and the mean entropy of the "
-        "weights.",
+        "weights. Attacks that keep the worst case (restarts, gate, expert) give the first image that fooled the "
+        "model, or, if none did, the last one that was tried.",
     ),
     "transfer": FigureEntry(
         "analysis.accuracy_figures:transfer",

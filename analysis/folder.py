@@ -168,6 +168,7 @@ def _folder(url: str, store: Store, content: bytes | StorageFailed) -> Experimen
             raise ValueError(f"nested more than {_MAX_DEPTH} deep")
         settings = flat(experiment.model_dump(mode="json")) | flat(fields)  # an older version lacks some
         del settings["seed"]
+        settings.pop("save_adversarial", None)  # decides no number: such experiments belong to one group
     # Not JSON, not an object, a value out of range, or too deep.
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise InvalidInput(f"{url}/{_EXPERIMENT}: {one_line(error)}") from None

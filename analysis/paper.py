@@ -59,12 +59,12 @@ def pgd_warning(group: Group) -> str:
     """Why the paper's PGD columns are not comparable with ours."""
     rows = cells()[(cells().dataset == DATASETS[group.experiment.data.source]) & (cells().attack == "pgd")]
     plain = rows[~rows.model.str.contains(_DEFENDED)].accuracy_percent
-    pgd = group.experiment.pgd
+    threat = group.experiment.threat
     return (
         f"Warning: do not compare the PGD columns (pgd, restarts, adaptive) with the paper's. Its undefended networks "
         f"keep {plain.min():.0f} to {plain.max():.0f} % accuracy under its PGD; in pixel space at 8/255 they keep "
-        f"about 0 %, so the paper uses another epsilon, or measures it in another space. Ours is epsilon "
-        f"{pgd.epsilon:.4g}, step size {pgd.step_size:.4g}, in pixels of [0, 1]."
+        f"about 0 %, so the paper uses another epsilon, or measures it in another space. No difference is shown. "
+        f"Ours is {threat.norm}, epsilon {threat.epsilon:.4g}, step size {threat.step_size:.4g}, in pixels of [0, 1]."
     )
 
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -35,6 +36,13 @@ from dwf_cluster.console.command import Parser
 from dwf_cluster.presets import invocation
 from dwf_cluster.settings import to_text
 from dwf_cluster.store.tables import SCHEMAS
+
+_CONDITIONS = {
+    "clean": "on clean images",
+    "worst_case": "in the worst case of all attacks",
+    "pgd_restarts": "under PGD with restarts",
+}
+"""Where the primary family is tested, by attack."""
 
 _TABLES = ("evaluations", "predictions", "metrics", "checks", "jobs")
 
@@ -64,74 +72,82 @@ class Section:
 
     @property
     def headline(self) -> list[str]:
-        """The result in sentences: accuracies of the defended model, and its difference to the best other model."""
+        """The result in sentences: accuracies of the defended model, and what is established against its rivals."""
         defended = self.group.defended
-        rows = self.measured[self.measured.model == defended]
-        if rows.empty:
+        if self.measured[self.measured.model == defended].empty:
             return [f"The {defended} is not evaluated yet."]
         seeds = f"seed {self.group.seeds[0]}" if len(self.group.seeds) == 1 else f"{len(self.group.seeds)} seeds"
-        sentences = [
-            f"{rows.examples.iloc[0]} test images of {Path(self.group.experiment.data.source).name}, {seeds}. Accuracy "
-            f"of the {defended}: {self._accuracy('clean')} on clean images, {self._accuracy('pgd')} under its longest "
-            f"PGD and {self._accuracy('pgd_restarts')} under PGD with restarts."
+        primary = [list(each(rows)) for _, rows in self._primary.groupby("attack", sort=False)]
+        attacks = dict.fromkeys(["clean", *(rows[0].attack for rows in primary)])
+        shown = [f"{self._accuracy(attack)} {_CONDITIONS[attack]}" for attack in attacks]
+        return [
+            f"{self.measured.examples.max()} test images of {Path(self.group.experiment.data.source).name}, {seeds}. "
+            f"Accuracy of the {defended}: {' and '.join(shown)}.",
+            *(self._verdict(rows) for rows in primary),
+            f"Tests are paired, {tables.tested_over(self.group)}. Everything outside these {len(self._primary)} "
+            f"comparisons is exploratory.",
         ]
-        for attack, condition in (("clean", "On clean images"), ("pgd_restarts", "Under PGD with restarts")):
-            sentences += self._against_best_other(attack, condition)
-        return sentences
+
+    @property
+    def _primary(self) -> pd.DataFrame:
+        return self.tests[self.tests.primary.astype(bool)]
 
     def _accuracy(self, attack: str) -> str:
-        measured = self.measured
-        rows = list(each(measured[(measured.model == self.group.defended) & (measured.attack == attack)]))
-        return f"{tables.percent(rows[-1])} %" if rows else "(not measured)"
+        measured, threat = self.measured, self.group.experiment.threat
+        rows = measured[(measured.model == self.group.defended) & (measured.attack == attack)]
+        at_threat = rows[rows.epsilon.isna() | (rows.epsilon == threat.epsilon)]
+        return f"{tables.percent(next(each(at_threat)))} %" if len(at_threat) else "(not measured)"
 
-    def _against_best_other(self, attack: str, condition: str) -> list[str]:
-        defended = self.group.defended
-        others = self.measured[(self.measured.attack == attack) & (self.measured.model != defended)]
-        if others.empty:
-            return []
-        other = max(each(others), key=lambda row: float(row.mean)).model
-        rows = [
-            row for row in each(self.tests[self.tests.attack == attack]) if {row.model, row.other} == {defended, other}
+    def _verdict(self, rows: Sequence[Any]) -> str:
+        """What is established in one column of the primary family.
+
+        Args:
+            rows: of `comparisons`, one for each rival.
+        """
+        defended, condition = self.group.defended, _CONDITIONS[rows[0].attack]
+        proven = [row for row in rows if row.p_corrected < ALPHA]
+        ahead = [row.other for row in proven if row.difference > 0]
+        behind = [row.other for row in proven if row.difference < 0]
+        incomplete = [row.other for row in rows if row.incomplete]
+        state = "established" if len(ahead) == len(rows) else "not established"
+        sentences = [
+            f"{condition[0].upper()}{condition[1:]}: that the {defended} is ahead of every rival is {state}. It is "
+            f"established against {len(ahead)} of {len(rows)}{': ' if ahead else ''}{', '.join(ahead)}"
         ]
-        if not rows:
-            return []
-        (row,) = rows
-        sign = 1 if row.model == defended else -1
-        low, high = sorted((100 * sign * row.low, 100 * sign * row.high))
-        side = "ahead" if sign * row.difference > 0 else "behind"
-        verdict = "established on these images" if row.p_holm < ALPHA else "not established"
-        over_seeds = (
-            f"Over the seeds the difference is {100 * sign * row.difference:+.1f} ± {100 * row.std:.1f} (paired "
-            f"t-test, p = {row.p_seeds:.2g})."
-            if row.seeds > 1
-            else "One seed is no statement about other seeds."
-        )
-        return [
-            f"{condition} the best other model is {other}. The {defended} is {abs(100 * row.difference):.1f} points "
-            f"{side} (95 % interval {low:+.1f} to {high:+.1f}), which is {verdict}: McNemar, p = {row.p_holm:.2g} "
-            f"after Holm over {len(self.tests)} comparisons. {over_seeds}"
-        ]
+        sentences += [f"It is established that the {defended} is behind {', '.join(behind)}"] if behind else []
+        sentences += [f"Incomplete, so no claim is made against: {', '.join(incomplete)}"] if incomplete else []
+        if complete := [row for row in rows if not row.incomplete]:
+            best = min(complete, key=lambda row: float(row.difference))
+            low, high = 100 * best.low, 100 * best.high
+            sentences.append(
+                f"Against the best rival, {best.other}, the difference is {100 * best.difference:+.1f} points (95 % "
+                f"interval {low:+.1f} to {high:+.1f}, not corrected for choosing this rival; p = "
+                f"{best.p_corrected:.2g}, corrected)"
+            )
+        return ". ".join(sentences) + "."
 
     @cached_property
     def checks(self) -> pd.DataFrame:
         """The checks for gradient masking; those that have found a sign come first."""
-        checks = self.group.frame(
-            "checks", ["seed", "model", "check", "value", "limit", "fired", "meaning", "examples"]
-        )
+        names = ["seed", "model", "check", "value", "limit", "fired", "meaning", "examples"]
+        added = [name for name in ("could_fire", "p") if name in SCHEMAS["checks"].names]
+        checks = self.group.frame("checks", [*names, *added]).reindex(columns=[*names, "could_fire", "p"])
         return checks.sort_values("fired", ascending=False, kind="stable")
 
     @property
     def masking(self) -> str:
-        """The result of the checks in a sentence."""
-        if self.checks.empty:
+        """The result of the checks in a sentence: how many were run, how many could fire, how many fired."""
+        checks = self.checks
+        if checks.empty:
             return "Signs of gradient masking: not checked, no checks are stored."
-        checked = f"{len(self.checks)} checks of {self.checks.model.nunique()} models"
-        fired = [f"{row.model} {row.check} (seed {row.seed})" for row in each(self.checks[self.checks.fired])]
-        if not fired:
-            return f"Signs of gradient masking: none in {checked}."
-        return (
-            f"Signs of gradient masking: {len(fired)} in {checked}: {', '.join(fired[:8])}{', ...' * (len(fired) > 8)}."
-        )
+        ran = f"{len(checks)} checks of {checks.model.nunique()} models"
+        if checks.could_fire.isna().any():
+            ran += "; how many of them could fire was not recorded"
+        else:
+            ran += f", {int(checks.could_fire.sum())} of which could fire"
+        fired = [f"{row.model} {row.check} (seed {row.seed})" for row in each(checks[checks.fired])]
+        listed = f": {', '.join(fired[:8])}{', ...' * (len(fired) > 8)}" if fired else ""
+        return f"Signs of gradient masking: {len(fired) or 'none'} in {ran}{listed}."
 
     @property
     def recount(self) -> str:

@@ -15,6 +15,7 @@ import pyarrow.dataset as ds
 
 from analysis.folder import ExperimentFolder, find
 from dwf_cluster.defences.registry import ModelSpec
+from dwf_cluster.evaluation.column import CURVES
 from dwf_cluster.evaluation.registry import PAPER, Column, all_columns, columns
 from dwf_cluster.experiment import Experiment
 from dwf_cluster.presets import invocation
@@ -94,6 +95,12 @@ class Group:
     def paper_columns(self) -> tuple[Column, ...]:
         """The columns of the paper's table 3."""
         return tuple(columns(self.experiment.evaluation, self.experiment.threats, PAPER))
+
+    @property
+    def curve_columns(self) -> tuple[Column, ...]:
+        """The columns of the suite `curves`, which have figures and stand in no table."""
+        evaluation = self.experiment.evaluation
+        return tuple(columns(evaluation, self.experiment.threats, CURVES)) if CURVES in evaluation.beyond else ()
 
     def frame(
         self, table: str, columns: Sequence[str] | None = None, where: ds.Expression | None = None

@@ -16,7 +16,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from analysis.columns import each, key_of_row
-from analysis.formats import Table, percent, signed
+from analysis.formats import Table, mean_and_std, signed
 from analysis.predictions import Predictions
 from analysis.results import Group
 from analysis.statistics import ALPHA, Paired, holm, paired, primary_columns
@@ -25,8 +25,9 @@ from dwf_cluster.evaluation.settings import Threat
 
 CLEAN = "clean"
 
-INCOMPLETE, OTHER_ATTACK = "incomplete", "other attack"
-"""Cells of a pair that is not compared: the two have other seeds or images; they are attacked in other ways."""
+INCOMPLETE, OTHER_ATTACK, UPPER_BOUND = "incomplete", "other attack", "upper bound"
+"""Cells of a pair that is not compared: the two have other seeds or images; they are attacked in other ways; a gate
+gives each image to one expert, and there is no worst case, only attacks that follow the straight-through gradient."""
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,7 @@ def _headline(setting: Setting) -> dict[tuple[str, tuple[str, float] | None], An
 def _accuracy(row: Any, seeds: int) -> str:
     if row is None:
         return ""
-    return percent(row.mean, row.std) + (f" ({row.seeds}/{seeds})" if row.seeds < seeds else "")
+    return mean_and_std(row.mean, row.std) + (f" ({row.seeds}/{seeds})" if row.seeds < seeds else "")
 
 
 def differences(settings: Sequence[Setting]) -> Table | None:
@@ -146,18 +147,16 @@ def differences(settings: Sequence[Setting]) -> Table | None:
     worst = next((name for name in ("worst_case", "pgd_restarts") if any(name in s.correct for s in settings)), None)
     attacks = [CLEAN, *([worst] if worst else [])]
     results = [[_compare(first, second, attack) for attack in attacks] for first, second in pairs]
-    tests = [
-        result.p if isinstance(result, Paired) else 1.0 for row in results for result in row if result != OTHER_ATTACK
-    ]
-    corrected = iter(holm(tests))
-    p = [[math.nan if result == OTHER_ATTACK else next(corrected) for result in row] for row in results]
+    p = np.array([[_p(result) for result in row] for row in results])
+    counted = ~np.isnan(p)
+    p[counted] = holm(p[counted])
     names = [f"{first.group.title} minus {second.group.title}" for first, second in pairs]
     return Table(
         "difference of the defended models between settings, percentage points",
         [(attack.removeprefix("pgd_"), "") for attack in attacks],
         [(name, [_interval(result) for result in row]) for name, row in zip(names, results, strict=True)],
-        frozenset((i, j) for i, row in enumerate(p) for j, value in enumerate(row) if value < ALPHA),
-        _notes(pairs, results, len(tests)),
+        frozenset((int(i), int(j)) for i, j in np.argwhere(p < ALPHA)),
+        _notes(pairs, results, int(counted.sum())),
         corner="settings",
     )
 
@@ -172,6 +171,8 @@ def _compare(first: Setting, second: Setting, attack: str) -> Paired | str:
     one, other = first.group.experiment, second.group.experiment
     if attack != CLEAN and (one.threat, one.evaluation) != (other.threat, other.evaluation):
         return OTHER_ATTACK
+    if attack not in (CLEAN, "worst_case") and (first.selects or second.selects):
+        return UPPER_BOUND
     arrays = [setting.correct.get(attack) for setting in (first, second)]
     if first.group.seeds != second.group.seeds or arrays[0] is None or arrays[1] is None:
         return INCOMPLETE
@@ -182,6 +183,11 @@ def _compare(first: Setting, second: Setting, attack: str) -> Paired | str:
     if any((result < 0).any() for result in results):
         return INCOMPLETE
     return paired(*results)
+
+
+def _p(result: Paired | str) -> float:
+    """The p-value that the correction counts: 1 for a pair that is incomplete, NaN for one that is no comparison."""
+    return result.p if isinstance(result, Paired) else 1.0 if result == INCOMPLETE else math.nan
 
 
 def _interval(result: Paired | str) -> str:
@@ -204,6 +210,11 @@ def _notes(
     if INCOMPLETE in cells:
         notes.append(
             "Incomplete: the two settings are not measured with the same seeds on the same images, and not compared."
+        )
+    if UPPER_BOUND in cells:
+        notes.append(
+            "Upper bound: the gate gives each image to one expert, and no attack was measured that does not follow the "
+            "straight-through gradient; `--stages evaluate` adds the worst case."
         )
     if OTHER_ATTACK in cells:
         notes.append(

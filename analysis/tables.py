@@ -19,13 +19,13 @@ import pandas as pd
 
 from analysis import paper
 from analysis.class_tables import class_tables
-from analysis.columns import CELL_FIELDS, COLUMN_FIELDS, ColumnKey, column_key, column_name, each, key_of_row
+from analysis.columns import CELL_FIELDS, ColumnKey, column_key, column_name, each, key_of_row
 from analysis.command import command
 from analysis.expert_tables import expert_tables
-from analysis.formats import FORMATS, Table
+from analysis.formats import FORMATS, Table, mean_and_std, signed
 from analysis.predictions import Predictions, read_predictions
 from analysis.results import Group, load
-from analysis.statistics import ALPHA, comparisons
+from analysis.statistics import ALPHA, WORST_CASES, comparisons
 from analysis.sweep_tables import Setting, setting_tables
 from dwf_cluster.console.command import Parser
 from dwf_cluster.evaluation.merge import wilson
@@ -34,21 +34,24 @@ from dwf_cluster.settings import printable, to_text
 
 _NO_CELL = (math.nan, math.nan)
 
+INCOMPLETE = "incomplete"
+"""The cell of a model that lacks a seed or a shard in a column of the primary family."""
+
 
 def accuracies(group: Group) -> pd.DataFrame:
     """The accuracy of every model in every column, from the `evaluations` of all seeds.
 
     Returns:
         One row for each model and column that was measured with any seed, models in the order of `Group.models` and
-        columns in that of the result table (`transfer` last): `model`, `attack`, `source`, `epsilon`, `steps`, `title`
-        (of the column), `seeds` (number measured), `mean`, `std` (sample, over seeds; NaN for one), `low`, `high` (95 %
-        Wilson interval of the mean, for the number of images of one seed), all 0..1, `examples`, and `paper`,
-        `paper_std` (0..1, NaN where the paper has no such cell).
+        columns in that of the result table (curves and `transfer` last): `model`, `attack`, `source`, `epsilon`,
+        `steps`, `title` (of the column), `seeds` (number measured), `mean`, `std` (sample, over seeds; NaN for one),
+        `low`, `high` (95 % Wilson interval of the mean, for the number of images of one seed), all 0..1, `examples`,
+        and `paper`, `paper_std` (0..1, NaN where the paper has no such cell).
     """
     measured: dict[tuple[str, ColumnKey], list[tuple[float, int]]] = {}
     for row in each(group.frame("evaluations", [*CELL_FIELDS, "accuracy", "examples"])):
         measured.setdefault((row.model, key_of_row(row)), []).append((row.accuracy, row.examples))
-    titles = {column_key(column): column_name(column) for column in group.columns}
+    titles = {column_key(column): column_name(column) for column in (*group.columns, *group.curve_columns)}
     transfers = {key: f"{key.attack} {key.source}" for _, key in measured if key not in titles}
     published = paper.published(group)
     rows = []
@@ -64,42 +67,56 @@ def accuracies(group: Group) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=names)
 
 
-def best(tests: pd.DataFrame) -> set[tuple[str, ColumnKey]]:
-    """Models, with the column, that are ahead of every other model there, each test significant after Holm.
+def bold_cells(tests: pd.DataFrame) -> set[tuple[str, ColumnKey]]:
+    """Models, with the column, whose lead is established; only columns of the primary family have such cells.
+
+    The defended model, if it is ahead of every rival and each of these tests is significant after the correction. A
+    rival, if it is ahead of the defended model and this test is.
 
     Args:
         tests: result of `statistics.comparisons`.
     """
     cells = set()
-    for _, rows in tests.groupby(COLUMN_FIELDS, dropna=False):
-        ahead = rows[rows.p_holm < ALPHA]
-        wins = pd.concat([ahead.model[ahead.difference > 0], ahead.other[ahead.difference < 0]]).value_counts()
-        rivals = len({*rows.model, *rows.other}) - 1
-        key = key_of_row(next(each(rows)))
-        cells |= {(str(model), key) for model, won in wins.items() if won == rivals}
+    primary = tests[tests.primary.astype(bool)]
+    for _, rows in primary.groupby("attack", sort=False):
+        family = list(each(rows))
+        key, defended = key_of_row(family[0]), str(family[0].model)
+        if all(row.p_corrected < ALPHA and row.difference > 0 for row in family):
+            cells.add((defended, key))
+        cells |= {(str(row.other), key) for row in family if row.p_corrected < ALPHA and row.difference < 0}
     return cells
 
 
 def table3(group: Group, measured: pd.DataFrame, tests: pd.DataFrame) -> Table:
-    """The paper's 17 columns.
+    """The worst case under the primary threat model, and the paper's 17 columns.
 
     Args:
         group: gives models and columns.
         measured: result of `accuracies`.
         tests: result of `statistics.comparisons`; they decide which cells are bold.
     """
-    title, proven = "accuracy in percent, the paper's table 3", best(tests)
-    notes = _notes(group, measured, len(tests), bool(proven))
-    return _accuracy_table(f"{group.title}: {title}", group, group.paper_columns, measured, proven, notes)
+    columns = [*_headline_columns(group), *group.paper_columns]
+    notes = [*_notes(group, measured, columns), *bold_notes(group, tests)]
+    title = f"{group.title}: accuracy in percent, the paper's table 3"
+    return _accuracy_table(title, group, columns, measured, tests, notes)
 
 
 def beyond(group: Group, measured: pd.DataFrame, tests: pd.DataFrame) -> Table | None:
-    """The columns that the paper does not have, or None if there are none; arguments as for `table3`."""
-    columns = [column for column in group.columns if column not in group.paper_columns]
+    """The columns that `table3` does not have, or None if there are none; arguments as for `table3`."""
+    shown = [*_headline_columns(group), *group.paper_columns]
+    columns = [column for column in group.columns if column not in shown]
     if not columns:
         return None
     title = f"{group.title}: accuracy in percent, beyond the paper"
-    return _accuracy_table(title, group, columns, measured, best(tests), [])
+    notes = [*_coverage_notes(group, measured, columns), "No cell can be bold: these columns are exploratory."]
+    return _accuracy_table(title, group, columns, measured, tests, notes)
+
+
+def _headline_columns(group: Group) -> list[Column]:
+    """The column `worst_case` under the primary threat model; none in the folders of earlier versions."""
+    threat = group.experiment.threat
+    at = (threat.norm, threat.epsilon)
+    return [column for column in group.columns if column.attack == "worst_case" and (column.norm, column.epsilon) == at]
 
 
 def _accuracy_table(
@@ -107,37 +124,81 @@ def _accuracy_table(
     group: Group,
     columns: Sequence[Column],
     measured: pd.DataFrame,
-    proven: set[tuple[str, ColumnKey]],
+    tests: pd.DataFrame,
     notes: Sequence[str],
 ) -> Table:
-    cells = _cells(measured)
+    cells, established = _cells(measured), bold_cells(tests)
+    missing = {(str(row.other), key_of_row(row)) for row in each(tests[tests.incomplete.astype(bool)])}
     keys = [column_key(column) for column in columns]
-    models = [model for model in group.models if any((model, key) in cells for key in keys)]
-    bold = {(i, j) for i, model in enumerate(models) for j, key in enumerate(keys) if (model, key) in proven}
+    models = [m for m in group.models if any((m, key) in cells or (m, key) in missing for key in keys)]
+
+    def cell(model: str, key: ColumnKey) -> str:
+        row = cells.get((model, key))
+        if row is None:
+            return INCOMPLETE if (model, key) in missing else ""
+        return percent(row) + (f" ({row.seeds}/{len(group.seeds)})" if row.seeds < len(group.seeds) else "")
+
     return Table(
         title,
         [_head(column) for column in columns],
-        [(model, [percent(cells.get((model, key))) for key in keys]) for model in models],
-        frozenset(bold),
+        [(model, [cell(model, key) for key in keys]) for model in models],
+        frozenset((i, j) for i, m in enumerate(models) for j, key in enumerate(keys) if (m, key) in established),
         notes,
         frozenset({len(models) - 1} - {0}),
     )
 
 
-def _notes(group: Group, measured: pd.DataFrame, tests: int, bold: bool) -> list[str]:
-    images = " or ".join(map(str, sorted(set(measured.examples))))
-    seeds = ", ".join(map(str, group.seeds))
-    proof = f"p < {ALPHA:.2g} in every paired test (McNemar, Holm over {tests} comparisons)"
-    partial = [f"{row.model} {row.title}" for row in each(measured) if row.seeds < len(group.seeds)]
+def _notes(group: Group, measured: pd.DataFrame, columns: Sequence[Column]) -> list[str]:
+    images, seeds = measured.examples.max(), ", ".join(map(str, group.seeds))
+    threats = "; ".join(f"{threat.norm} {threat.epsilon:.4g}" for threat in group.experiment.threats)
     return [
-        f"{images} test images; {'mean ± std over seeds' if len(group.seeds) > 1 else 'seed'} {seeds}. Second line of "
-        f"the heading: epsilon of fgsm, iterations of the other attacks (restarts: iterations x starts). Epsilons are "
-        f"in pixels of [0, 1]; that of PGD is {group.experiment.pgd.epsilon:.4g}.",
-        f"Bold: ahead of every other model of the column, {proof}."
-        if bold
-        else f"No cell is bold: no model is ahead of every other one of its column with {proof}.",
-        *([f"Not of all seeds yet: {', '.join(partial[:6])}{', ...' if len(partial) > 6 else ''}."] if partial else []),
+        f"{images} test images; {'mean ± std over seeds' if len(group.seeds) > 1 else 'seed'} {seeds}. "
+        f"Second line of the heading: epsilon of fgsm, iterations of the other attacks (restarts: iterations x "
+        f"starts). Epsilons are in pixels of [0, 1]; the other attacks have {threats}.",
+        *_coverage_notes(group, measured, columns),
     ]
+
+
+def _coverage_notes(group: Group, measured: pd.DataFrame, columns: Sequence[Column]) -> list[str]:
+    """What limits the numbers of these columns."""
+    keys = {column_key(column) for column in columns}
+    rows = (row for row in each(measured) if row.seeds < len(group.seeds) and key_of_row(row) in keys)
+    partial = [f"{row.model} {row.title}" for row in rows]
+    listed = f"{', '.join(partial[:6])}{', ...' if len(partial) > 6 else ''}"
+    return [
+        *getattr(group.experiment, "column_notes", ()),
+        *([f"In brackets seeds measured / all; incomplete, so not compared: {listed}."] if partial else []),
+    ]
+
+
+def bold_notes(group: Group, tests: pd.DataFrame) -> list[str]:
+    """The rule of bold cells, and the rivals that it leaves out."""
+    primary = tests[tests.primary.astype(bool)]
+    if primary.empty:
+        return ["No cell is bold: no two models have been tested yet."]
+    titles = {column_key(column): column_name(column) for column in group.columns}
+    names = dict.fromkeys(titles[key_of_row(row)] for row in each(primary))
+    incomplete = [f"{row.other} ({titles[key_of_row(row)]})" for row in each(primary[primary.incomplete.astype(bool)])]
+    no_worst_case = all(row.attack != WORST_CASES[0] for row in each(primary))
+    defended = group.defended
+    rule = (
+        f"in {' and '.join(names)} only, the {defended} if it is ahead of every rival (every other model), and a rival "
+        f"if it is ahead of the {defended}, with p < {ALPHA:.2g} in paired tests {tested_over(group)}, corrected over "
+        f"{len(primary)} comparisons (Hochberg over rivals, Bonferroni over columns)"
+    )
+    return [
+        f"Bold: {rule}." if bold_cells(tests) else f"No cell is bold. The rule: {rule}.",
+        "All other columns are exploratory: no test of them is corrected, and no claim rests on them.",
+        *(["These results have no column worst_case; PGD with restarts stands in for it."] if no_worst_case else []),
+        *([f"Incomplete, so no claim is made against: {', '.join(incomplete)}."] if incomplete else []),
+    ]
+
+
+def tested_over(group: Group) -> str:
+    """What the paired tests generalise over."""
+    if len(group.seeds) > 1:
+        return "over seeds and images"
+    return "over images (one seed: a statement about these trained models, not about the method)"
 
 
 def _cells(measured: pd.DataFrame) -> dict[tuple[str, ColumnKey], Any]:
@@ -151,17 +212,12 @@ def _head(column: Column) -> tuple[str, str]:
 
 def percent(row: Any) -> str:
     """A row of `accuracies` as `97.5 ± 0.4`; blank for None."""
-    return "" if row is None else _percent(row.mean, row.std)
+    return "" if row is None else mean_and_std(row.mean, row.std)
 
 
-def _percent(mean: float, std: float) -> str:
-    if math.isnan(mean):
-        return ""
-    return f"{100 * mean:.1f}" + ("" if math.isnan(std) else f" ± {100 * std:.1f}")
-
-
-def _signed(value: float) -> str:
-    return "" if math.isnan(value) else f"{round(value, 1) + 0.0:+.1f}"  # no -0.0
+def _difference(row: Any) -> str:
+    """Ours minus the paper's in points; blank for PGD, whose epsilon in the paper is another one."""
+    return "" if row is None or row.attack.startswith("pgd") else signed(100 * (row.mean - row.paper))
 
 
 def beside_paper(group: Group, measured: pd.DataFrame) -> Table | None:
@@ -175,8 +231,8 @@ def beside_paper(group: Group, measured: pd.DataFrame) -> Table | None:
         ours = [cells.get((model, column_key(column))) for column in columns]
         rows += [
             (model, [percent(row) for row in ours]),
-            (f"paper: {names[model]}", ["" if row is None else _percent(row.paper, row.paper_std) for row in ours]),
-            ("difference", ["" if row is None else _signed(100 * (row.mean - row.paper)) for row in ours]),
+            (f"paper: {names[model]}", ["" if row is None else mean_and_std(row.paper, row.paper_std) for row in ours]),
+            ("difference", [_difference(row) for row in ours]),
         ]
     if not rows:
         return None
@@ -190,32 +246,41 @@ def beside_paper(group: Group, measured: pd.DataFrame) -> Table | None:
 def against_defended(group: Group, tests: pd.DataFrame) -> Table | None:
     """Accuracy of the defended model minus that of each other model, in points, with 95 % intervals.
 
-    A cell is bold if p is below 0.05 after Holm.
+    The columns of the primary family come first. A cell is bold if the difference is established.
     """
     defended = group.defended
-    cells: dict[tuple[ColumnKey, str], tuple[str, bool]] = {}
-    for row in each(tests[(tests.model == defended) | (tests.other == defended)]):
-        sign, other = (1, row.other) if row.model == defended else (-1, row.model)
-        low, high = sorted((sign * row.low, sign * row.high))
-        text = f"{_signed(100 * sign * row.difference)} [{_signed(100 * low)}, {_signed(100 * high)}]"
-        cells[key_of_row(row), str(other)] = text, row.p_holm < ALPHA
+    rows = [row for row in each(tests) if row.model == defended]
+    cells = {(key_of_row(row), str(row.other)): row for row in rows}
     if not cells:
         return None
+    first = {key_of_row(row) for row in rows if row.primary}
     columns = [column for column in group.columns if any(key == column_key(column) for key, _ in cells)]
+    columns = sorted(columns, key=lambda column: column_key(column) not in first)  # stable
     others = [model for model in group.models if any(other == model for _, other in cells)]
-    shown = [[cells.get((column_key(column), other), ("", False)) for other in others] for column in columns]
+    shown = [[cells.get((column_key(column), other)) for other in others] for column in columns]
     return Table(
         f"{group.title}: {defended} minus each other model, percentage points",
         [(other, "") for other in others],
-        [(" ".join(_head(c)).strip(), [cell for cell, _ in row]) for c, row in zip(columns, shown, strict=True)],
-        frozenset((i, j) for i, row in enumerate(shown) for j, (_, proven) in enumerate(row) if proven),
+        [(" ".join(_head(c)).strip(), [_interval(row) for row in r]) for c, r in zip(columns, shown, strict=True)],
+        frozenset((i, j) for i, r in enumerate(shown) for j, row in enumerate(r) if row and row.p_corrected < ALPHA),
         notes=[
-            f"In brackets the 95 % bootstrap interval over images. Bold: p < {ALPHA:.2g} (McNemar on the same images, "
-            f"Holm over the {len(tests)} comparisons of all pairs of models in all columns).",
-            "These tests are statements about the trained models and further images, not about further seeds.",
+            f"In brackets the 95 % interval {tested_over(group)}, not corrected.",
+            f"Bold: an established difference, above the line only: p < {ALPHA:.2g}, corrected over "
+            f"{int(tests.primary.sum())} comparisons (Hochberg over rivals, Bonferroni over columns). Everything below "
+            f"the line is exploratory.",
         ],
+        lines=frozenset({len(first)} & set(range(1, len(columns)))),
         corner="attack",
     )
+
+
+def _interval(row: Any) -> str:
+    """A row of `comparisons` as `+1.2 [-0.3, +2.7]`."""
+    if row is None:
+        return ""
+    if row.incomplete:
+        return INCOMPLETE
+    return f"{signed(100 * row.difference)} [{signed(100 * row.low)}, {signed(100 * row.high)}]"
 
 
 def make_tables(group: Group, predictions: Predictions) -> tuple[pd.DataFrame, pd.DataFrame, list[Table], list[str]]:

@@ -5,6 +5,7 @@ The pipeline's tasks call the same `evaluation.run.evaluate` and `check`.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
@@ -21,11 +22,15 @@ from dwf_cluster.data.registry import DATASETS, Data, ImageFormat
 from dwf_cluster.data.sources import load as load_images
 from dwf_cluster.data.subsets import balanced
 from dwf_cluster.defences.build import trained
+from dwf_cluster.defences.registry import trained_sources
 from dwf_cluster.evaluation import run
+from dwf_cluster.evaluation.adversarial import AdversarialImages, Collector, Kind, concatenated
+from dwf_cluster.evaluation.check_cost import check_cost
 from dwf_cluster.evaluation.merge import merged_rows, worst_case_rows
 from dwf_cluster.evaluation.registry import CHECKS, PAPER, SUITES
 from dwf_cluster.evaluation.settings import Evaluation, Norm, Threat
-from dwf_cluster.evaluation.subject import Subject, isolated, kept, prepare
+from dwf_cluster.evaluation.stronger import stronger
+from dwf_cluster.evaluation.subject import Subject, isolated, kept, prepare, without_gradient
 from dwf_cluster.experiment import Experiment
 from dwf_cluster.models.mixture import Mixture
 from dwf_cluster.settings import InvalidInput, one_line
@@ -49,11 +54,13 @@ class Result:
             `norm` and whose epsilon is at most `epsilon`, and is classified correctly where clean images were tested.
         predictions: a row for each column and image: label, prediction, margin, confidence.
         checks: a row for each check for gradient masking; `fired` marks a sign.
+        adversarial: the adversarial images, if they were asked for.
     """
 
     evaluations: pd.DataFrame
     predictions: pd.DataFrame
     checks: pd.DataFrame
+    adversarial: AdversarialImages | None = None
 
 
 def evaluate(
@@ -68,11 +75,15 @@ def evaluate(
     device: torch.device | str | None = None,
     batch_size: int = 512,
     progress: bool = True,
+    adversarial: Kind | None = None,
 ) -> Result:
-    """Attack a classifier; a keyword for each setting, hence more than seven.
+    """Attack a classifier; a keyword for each setting, hence more than seven; long because their descriptions are.
 
     A copy of the model is attacked, in evaluation mode: the model and the global random states stay as they are.
     The model is named `model` in every table.
+
+    A model whose outputs have no gradient with respect to the pixels is a `UserWarning`: attacks that follow the
+    gradient cannot fool it.
 
     Args:
         model: any module, pixels in [0, 1] in, logits out, normalisation inside.
@@ -87,6 +98,7 @@ def evaluate(
         device: that computes; the model's own by default.
         batch_size: images attacked at once.
         progress: show a progress bar on stderr.
+        adversarial: keep the adversarial images: `float` as they are, `uint8` rounded within the ball; None: do not.
 
     Raises:
         InvalidInput: before any attack, if an argument cannot be used: one line with name, value and what is allowed.
@@ -101,14 +113,22 @@ def evaluate(
     beyond = tuple(name for name in names if name not in (PAPER, CHECKS))
     evaluation = Evaluation(**own, beyond=beyond, batch_size=batch_size)
     seed = _integer("seed", seed, 0, 2**31 - 1)
+    if adversarial not in (None, *get_args(Kind)):
+        raise InvalidInput(
+            f"adversarial: {adversarial!r} cannot be used: allowed are None, {', '.join(get_args(Kind))}"
+        )
     with isolated(seed), kept(model):
         subject = prepare(model, x, y, device, evaluation.batch_size)
-        rows = measure(subject, names, evaluation, (threat,), seed, progress)
+        if warning := without_gradient(subject):
+            warnings.warn(warning, stacklevel=2)
+        rows = measure(subject, names, evaluation, (threat,), seed, progress, adversarial=adversarial)
     shards, predicted = _table("shards", rows.shards), _table("predictions", rows.predictions)
     worst, worst_predictions = worst_case_rows(shards, predicted, MODEL, (threat,))
     evaluations = _table("evaluations", [*merged_rows(rows.shards), *worst])
     predictions = _table("predictions", [*rows.predictions, *worst_predictions])
-    return Result(evaluations.to_pandas(), predictions.to_pandas(), _table("checks", rows.checks).to_pandas())
+    checks = _table("checks", [*rows.checks, *(stronger(predicted, MODEL, threat) if CHECKS in names else ())])
+    images = concatenated(list(rows.adversarial.values())) if rows.adversarial else None
+    return Result(evaluations.to_pandas(), predictions.to_pandas(), checks.to_pandas(), images)
 
 
 def load(folder: str | Path, name: str | None = None) -> nn.Module:
@@ -139,11 +159,14 @@ def load(folder: str | Path, name: str | None = None) -> nn.Module:
         raise InvalidInput(f"name: {name!r} cannot be used: allowed are {', '.join(experiment.names)}")
     root, _, last = path.rpartition("/")
     store = Store(root or ("/" if path.startswith("/") else "."), last)
-    # `trained` would remove checkpoints that it cannot use; reading must not.
-    checkpoint, epochs = checkpoints.load_latest(store, name), experiment.spec(name).training.epochs
-    if checkpoint is None or checkpoint.epoch < epochs:
-        reached = checkpoint.epoch if checkpoint else 0
-        raise InvalidInput(f"name: {name!r} cannot be used: it is trained for {reached} of {epochs} epochs in {path}")
+    for source in trained_sources(experiment.models, name):
+        # `trained` would remove checkpoints that it cannot use; reading must not.
+        checkpoint, epochs = checkpoints.load_latest(store, source), experiment.spec(source).training.epochs
+        if checkpoint is None or checkpoint.epoch < epochs:
+            reached, model = (checkpoint.epoch if checkpoint else 0), "it" if source == name else source
+            raise InvalidInput(
+                f"name: {name!r} cannot be used: {model} is trained for {reached} of {epochs} epochs in {path}"
+            )
     return trained(experiment.models, name, _image_format(experiment.data), experiment.seed, store).eval()
 
 
@@ -162,11 +185,12 @@ def _image_format(data: Data) -> ImageFormat:
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows of the tables of these names."""
+    """Rows of the tables of these names, and the adversarial images of each suite, if they are kept."""
 
     shards: list[dict[str, Any]] = field(default_factory=list)
     predictions: list[dict[str, Any]] = field(default_factory=list)
     checks: list[dict[str, Any]] = field(default_factory=list)
+    adversarial: dict[str, AdversarialImages] = field(default_factory=dict)
 
 
 def measure(
@@ -177,31 +201,26 @@ def measure(
     seed: int,
     progress: bool,
     checked: np.ndarray[Any, Any] | None = None,
+    adversarial: Kind | None = None,
 ) -> Rows:
-    """Run suites on a model.
+    """Run suites on a model; it has more than seven parameters because `evaluate` has.
 
     Args:
         subject, suites, evaluation, threats, seed, progress: as of `evaluate`.
         checked: indices of the images that are checked for gradient masking; by default a class-balanced draw.
+        adversarial: keep the adversarial images, in this form; None: do not keep them.
 
     Raises:
         InvalidInput: before any attack, if the model lacks the gate or the classes that a suite needs.
     """
-    for suite in suites:
-        if SUITES[suite].needs_gate and not isinstance(subject.model, Mixture):
-            raise InvalidInput(
-                f"suites: {suite!r} cannot be used: the model has no experts and gate; allowed is a Mixture"
-            )
-        if SUITES[suite].classes > subject.classes:
-            raise InvalidInput(
-                f"suites: {suite!r} cannot be used: the model has {subject.classes} classes, "
-                f"allowed are {SUITES[suite].classes} or more"
-            )
+    _refuse_unfit(subject, suites)
     rows, name = Rows(), MODEL
     options: dict[str, Any] = {"seed": seed, "device": subject.device}
     networks = len(subject.model.experts) if isinstance(subject.model, Mixture) else 1
     checked = balanced(subject.y, evaluation.check_examples, "checks") if checked is None else checked
     costs = {suite: SUITES[suite].cost(evaluation, networks) for suite in suites}
+    if CHECKS in costs:
+        costs[CHECKS] = check_cost(evaluation, subject.x[0].size)
     examples = {suite: min(len(subject.y), SUITES[suite].examples(evaluation) or len(subject.y)) for suite in suites}
     examples |= {suite: len(checked) for suite in suites if suite == CHECKS}
     total = sum(cost * examples[suite] for suite, cost in costs.items())
@@ -214,6 +233,7 @@ def measure(
                 rows.checks.extend(run.check(subject.model, name, x, y, evaluation, threats[0], **options))
                 advance(suite, costs[suite] * len(y))
                 continue
+            collector = Collector(name, adversarial) if adversarial else None
             shards, predictions = run.evaluate(
                 {name: subject.model},
                 name,
@@ -223,11 +243,28 @@ def measure(
                 evaluation,
                 threats,
                 **options,
+                collector=collector,
                 on_batch=lambda images, suite=suite: advance(suite, costs[suite] * images),  # type: ignore[misc]
             )
             rows.shards.extend(shards)
             rows.predictions.extend(predictions)
+            if collector:
+                rows.adversarial[suite] = collector.images()
     return rows
+
+
+def _refuse_unfit(subject: Subject, suites: Sequence[str]) -> None:
+    """Refuse suites that need a gate, or more classes than the model has."""
+    for suite in suites:
+        if SUITES[suite].needs_gate and not isinstance(subject.model, Mixture):
+            raise InvalidInput(
+                f"suites: {suite!r} cannot be used: the model has no experts and gate; allowed is a Mixture"
+            )
+        if SUITES[suite].classes > subject.classes:
+            raise InvalidInput(
+                f"suites: {suite!r} cannot be used: the model has {subject.classes} classes, "
+                f"allowed are {SUITES[suite].classes} or more"
+            )
 
 
 def check_suites(suites: Sequence[str], norm: str) -> tuple[str, ...]:

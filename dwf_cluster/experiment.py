@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
@@ -38,13 +38,13 @@ ADDED_LATER = frozenset(
         "data.validation_examples",
         "experts.keep",
         "joint.keep",
+        "evaluation.corruptions",
+        "evaluation.corruption_severities",
         "fgsm.draw",
         "pgd.step_sizes",
         "pgd.random_start",
         "experts.attack_batchnorm",
         "joint.attack_batchnorm",
-        "evaluation.corruptions",
-        "evaluation.corruption_severities",
         "evaluation.norm",
         "evaluation.epsilon",
         "evaluation.step_size",
@@ -76,11 +76,15 @@ class Experiment(Settings):
     """Seed of every random draw."""
     checkpoint_minutes: Annotated[float, Field(gt=0, le=1_000_000)] = 10.0
     """Minutes between checkpoints within an epoch that takes longer. Changes no number, and no signature."""
+    save_adversarial: Literal["float", "uint8"] | None = None
+    """Keep the adversarial images of every evaluation, in one `.npz` file a shard: as they are, or rounded to uint8
+    within the ball. Changes no number, and no signature."""
     defence: Annotated[str, OneOf(recipe_names)] = "dwf"
     """The defence (or method) that the experiment is about; its last model is the defended one."""
     baselines: Annotated[tuple[Annotated[str, OneOf(recipe_names)], ...], BeforeValidator(as_tuple)] = ()
     """Defences and methods beside it, such as `fgsm-at` and `pgd-at`: ResNet-18 with half of each batch adversarial at
-    a fixed strength (FGSM at `pgd.epsilon`: our assumption; PGD with 10 iterations)."""
+    a fixed strength (PGD with 10 iterations). Our assumption: FGSM at `pgd.epsilon`. `pgd-at-matched` is `pgd-at` with
+    the compute of the whole defence; `controls` are the mixture's experts, alone and with equal weights."""
     data: Data = Data()
     model: Model = Model()
     gate: Gate = Gate()
@@ -95,6 +99,17 @@ class Experiment(Settings):
         names = self.names
         if repeated := next((name for name in names if names.count(name) > 1), None):
             raise ValueError(f"defence and baselines give two models the name {repeated!r}: allowed is one")
+        return self
+
+    @model_validator(mode="after")
+    def _models_have_their_parents(self) -> Experiment:
+        for spec in self.models:
+            if missing := next((parent for parent in spec.parents if parent not in self.names), None):
+                raise ValueError(
+                    f"{spec.name} is built from {missing}, which the experiment does not train: allowed is to add dwf"
+                )
+        if METHODS[self.defended.method].losses is None:
+            raise ValueError(f"defence {self.defence!r} trains no model: allowed is to add it to the baselines")
         return self
 
     @model_validator(mode="after")
@@ -122,7 +137,7 @@ class Experiment(Settings):
 
     @property
     def models(self) -> tuple[ModelSpec, ...]:
-        """Every model that is trained: those that the defended one starts from, the baselines, the defended model."""
+        """Every model: those that the defended one starts from, the baselines, the defended model."""
         *parents, defended = recipe(self.defence, self)
         return (*parents, *(spec for name in self.baselines for spec in recipe(name, self)), defended)
 
@@ -195,7 +210,8 @@ class Experiment(Settings):
     def signature(self) -> str:
         """Ten hexadecimal digits of the SHA-256 of the canonical JSON.
 
-        An `.npz` source counts with its content, not with its path; `checkpoint_minutes` does not count.
+        An `.npz` source counts with its content, not with its path; `checkpoint_minutes` and `save_adversarial`
+        do not count.
         """
         fields = self._deciding_fields()
         for name in ADDED_LATER:
@@ -230,7 +246,7 @@ class Experiment(Settings):
         )
 
     def _deciding_fields(self) -> dict[str, Any]:
-        fields = self.model_dump(mode="json", exclude={"checkpoint_minutes"})
+        fields = self.model_dump(mode="json", exclude={"checkpoint_minutes", "save_adversarial"})
         if self.data.sha256:
             fields["data"]["source"] = "npz"
         return fields

@@ -48,6 +48,7 @@ TINY = [
     "evaluation.shard_examples=24",
     "evaluation.probe_examples=40",
     "evaluation.probe_steps=2",
+    "save_adversarial=uint8",
 ]
 """Assignments with which the digits preset takes seconds: three experts, 96 images."""
 

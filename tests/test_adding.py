@@ -136,7 +136,7 @@ def dark(batch):
 CHECK = Addition(
     "dwf_cluster/evaluation/toy_check.py",
     """
-from dwf_cluster.evaluation.masking import Check
+from dwf_cluster.evaluation.significance import Check
 
 
 def large(inspection):
@@ -179,7 +179,40 @@ def counts(data):
     "FIGURES: Mapping[str, FigureEntry] = {",
     '"counts": FigureEntry("analysis.toy_figures:counts", "One bar for each model."),',
 )
-ADDITIONS = (BACKBONE, METHOD, CONTINUED, DEFENCE, ATTACK, SUITE, CHECK, DATASET, FIGURE)
+MASKED = Addition(
+    "dwf_cluster/defences/toy_masked.py",
+    """
+import torch
+from torch import nn
+
+from dwf_cluster.defences import adversarial
+from dwf_cluster.defences.adversarial import standard as losses
+
+
+class Selection(nn.Module):
+    # The brightness selects the class, without a gradient; the gradient is that of one pixel, which decides nothing.
+
+    def __init__(self, trained):
+        super().__init__()
+        self.trained = trained
+
+    def forward(self, x):
+        if self.training:
+            return self.trained(x)
+        brightness = (29.5 + 28 * torch.arange(7)) / 255
+        chosen = (x.mean((1, 2, 3))[:, None] - brightness).abs().argmin(1)
+        return 10 * nn.functional.one_hot(chosen, 7).float() + 0.01 * x[:, 0, 0, :1] * torch.arange(7.0)
+
+
+def build(spec, images, parents):
+    return Selection(adversarial.build(spec, images, parents))
+""",
+    "dwf_cluster/defences/registry.py",
+    "METHODS: Mapping[str, Method] = {",
+    '"masked": Method("dwf_cluster.defences.toy_masked:build", "dwf_cluster.defences.toy_masked:losses", '
+    "lambda spec: 3.0),",
+)
+ADDITIONS = (BACKBONE, METHOD, MASKED, CONTINUED, DEFENCE, ATTACK, SUITE, CHECK, DATASET, FIGURE)
 
 
 @pytest.fixture(scope="module")
@@ -197,7 +230,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
         assert text.count(addition.declaration) == 1
         registry.write_text(text.replace(addition.declaration, f"{addition.declaration}\n    {addition.entry}"))
     settings = ["data.source=stripes", "data.train_examples=null", "data.test_examples=null", "model.backbone=toy"]
-    settings += ["baselines=smooth,pair", "evaluation.beyond=dark"]
+    settings += ["baselines=smooth,masked,pair,controls", "evaluation.beyond=dark", "evaluation.check_examples=40"]
     printed = ""
     for command in (
         ["dwf_cluster.launch", "--local", "--cpus", "2", "--gpus", "0", "--set", *TINY, *settings],
@@ -230,6 +263,7 @@ def test_a_backbone_is_trained_and_attacked(run: tuple[Path, str]) -> None:
         "fgsm-1",
         "pgd-1",
         "smooth",
+        "masked",
         "parent",
         "child",
         "mixture",
@@ -270,6 +304,20 @@ def test_a_check_is_counted_and_reported(run: tuple[Path, str]) -> None:
     assert "warning: mixture, large: outputs are larger than nothing" in printed
 
 
+def test_a_masked_defence_is_found_in_a_whole_run(run: tuple[Path, str]) -> None:
+    experiment, printed = run
+    every = _table(experiment, "checks")
+    checks = every.query("model == 'masked'").set_index("check")
+    fired = set(checks.index[checks.fired])
+    assert {"black_box", "huge_epsilon", "stronger"} <= fired, checks.meaning.tolist()
+    assert checks.could_fire[checks.fired].all()
+    assert "made on 5 other models" in checks.meaning["transfer"]
+    assert "the strongest beside it is dark" in checks.meaning["stronger"]
+    assert "warning: masked, black_box: a black-box attack" in printed
+    others = every.query("model != 'masked' and check != 'large'")
+    assert len(others[others.fired]) <= 1, others[others.fired].meaning.tolist()
+
+
 def test_a_data_set_is_read_with_its_number_of_classes(run: tuple[Path, str]) -> None:
     experiment, _ = run
     assert set(_table(experiment, "predictions").label) == set(range(7))
@@ -280,3 +328,20 @@ def test_a_figure_is_drawn_beside_the_others_and_in_the_report(run: tuple[Path, 
     experiment, printed = run
     assert "counts.pdf" in printed
     assert "One bar for each model." in (experiment.parents[1] / "report.html").read_text()
+
+
+def test_controls_have_rows_and_are_reported_without_being_trained(run: tuple[Path, str]) -> None:
+    experiment, printed = run
+    controls = {"uniform", "joint-benign", "joint-fgsm-1", "joint-pgd-1", "joint-uniform"}
+    evaluations, jobs = _table(experiment, "evaluations"), _table(experiment, "jobs")
+    assert controls < set(evaluations.model)
+    assert not controls & set(_table(experiment, "metrics").model)
+    assert set(jobs[jobs.model.isin(controls)].stage) == {"evaluate"}
+    predictions = _table(experiment, "predictions")
+    weights = [gate for model in ("uniform", "joint-uniform") for gate in predictions[predictions.model == model].gate]
+    assert all(gate.tolist() == pytest.approx([1 / 3] * 3) for gate in weights)
+    assert predictions[predictions.model == "joint-pgd-1"].gate.isna().all()
+    attacks = {model: set(rows.attack) for model, rows in evaluations.groupby("model")}
+    assert attacks["joint-uniform"] == attacks["mixture"]
+    report = (experiment.parents[1] / "report.html").read_text()
+    assert all(name in report and name in printed for name in controls)

@@ -52,8 +52,9 @@ def test_the_papers_baselines_are_two_more_models_outside_the_mixture() -> None:
 
 
 def test_every_defence_and_every_method_without_parents_can_be_a_baseline_or_the_defence() -> None:
-    names = [name for name in recipe_names() if name not in ("dwf", "given")]  # `given` trains nothing
-    assert names == ["fgsm-at", "pgd-at", "standard", "fgsm", "pgd"]
+    # `given` and `controls` train nothing.
+    names = [name for name in recipe_names() if name not in ("dwf", "given", "controls")]
+    assert names == ["fgsm-at", "pgd-at", "pgd-at-matched", "standard", "fgsm", "pgd"]
     experiment = build("digits", 0, [f"baselines={','.join(names)}"])
     assert experiment.names == (
         "benign",
@@ -63,7 +64,9 @@ def test_every_defence_and_every_method_without_parents_can_be_a_baseline_or_the
     )
     for name in names:
         spec = experiment.spec(name)
-        assert (spec.parents, spec.training) == ((), experiment.experts.of_a_model)
+        training = experiment.experts.of_a_model
+        epochs = spec.training.epochs if name == "pgd-at-matched" else training.epochs
+        assert (spec.parents, spec.training) == ((), training.model_copy(update={"epochs": epochs}))
         alone = build("digits", 0, [f"defence={name}"])
         assert alone.models == (alone.defended,) == (spec,)
 
@@ -246,3 +249,38 @@ def test_a_models_signature_follows_the_settings_that_train_it() -> None:
     assert changed("evaluation.probe_steps=3") == every  # the probe is in their rows of metrics
     assert changed("evaluation.restarts=9") == set()
     assert len({build("digits").model_signature(name) for name in ("fgsm-1", "fgsm-2", "pgd-1")}) == 3
+
+
+ASSUMED = {
+    "baselines",
+    "data.padding",
+    "data.mean",
+    "data.std",
+    "data.crop_padding",
+    "data.flip",
+    "gate.hidden",
+    "gate.learning_rate",
+    "gate.weight_decay",
+    "fgsm.epsilons",
+    "fgsm.draw",
+    "pgd.epsilon",
+    "pgd.step_size",
+    "pgd.step_sizes",
+    "pgd.random_start",
+    *(
+        f"{stage}.{name}"
+        for stage in ("experts", "joint")
+        for name in ("epochs", "learning_rate", "batch_size", "weight_decay", "momentum", "attack_batchnorm", "keep")
+    ),
+    "evaluation.random_start",
+    "evaluation.restarts",
+    "evaluation.targets",
+    "evaluation.curve_multiples",
+}
+"""Fields whose value the paper's text does not show or does not decide, and those that our columns add."""
+
+
+def test_every_field_that_the_paper_leaves_open_says_so_in_the_same_words() -> None:
+    meanings = {field.name: field.meaning for field in fields_of_an_experiment()}
+    assert {name for name, meaning in meanings.items() if "Our assumption: " in meaning} == ASSUMED
+    assert {name for name, meaning in meanings.items() if "assum" in meaning.lower()} == ASSUMED

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,8 +16,10 @@ from dwf_cluster.attacks.gradient import margin, predict
 from dwf_cluster.data import sources
 from dwf_cluster.data.device import to_float
 from dwf_cluster.defences.build import trained
+from dwf_cluster.defences.registry import METHODS
 from dwf_cluster.experiment import Experiment
 from dwf_cluster.launch import main
+from dwf_cluster.plan import jobs
 from dwf_cluster.presets import build
 from dwf_cluster.store import tables
 
@@ -61,19 +64,42 @@ def experiment() -> Experiment:
 
 
 def _files(folder: Path) -> dict[str, tuple[bytes, int]]:
-    """Content and time of change of every file."""
-    return {str(path): (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.rglob("*") if path.is_file()}
+    """Content and time of change of every file of checkpoints and tables."""
+    paths = [path for part in ("checkpoints", "results") for path in folder.glob(f"*/{part}/**/*") if path.is_file()]
+    return {str(path): (path.read_bytes(), path.stat().st_mtime_ns) for path in paths}
 
 
-def test_the_same_command_uses_its_folder_and_skips_every_stage(
-    storage: Path, experiment: Experiment, capsys: pytest.CaptureFixture[str]
+def test_the_same_command_uses_its_folder_skips_every_stage_and_adds_the_worst_cases(
+    storage: Path, experiment: Experiment, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before = _files(storage)
-    assert main(["--local", "--gpus", "0", "--storage", str(storage), "--set", *ASSIGNMENTS]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[:3] == [f"{stage}: done already, skipped" for stage in ("experts", "joint", "evaluate")]
-    assert lines[-1] == str(storage / experiment.folder)
-    assert _files(storage) == before
+    # Without the attack on routing, which the version did not have: see the next test.
+    monkeypatch.setitem(METHODS, "dwf", replace(METHODS["dwf"], selects=lambda spec: False))
+    for _ in range(2):
+        before = _files(storage)
+        assert main(["--local", "--gpus", "0", "--storage", str(storage), "--set", *ASSIGNMENTS]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert lines[:3] == [f"{stage}: done already, skipped" for stage in ("experts", "joint", "evaluate")]
+        assert lines[-1] == str(storage / experiment.folder)
+        added = _files(storage).keys() - before.keys()
+        assert before.items() <= _files(storage).items()
+        if len(before) < len(_files(storage)):
+            names = {Path(path).stem for path in added}
+            assert names == {f"evaluate-{n}-{what}" for n in experiment.names for what in ("worst_case", "stronger")}
+    assert not added  # by the second command
+    rows = tables.read(experiment.store(str(storage)), "predictions").to_pandas()
+    within = rows[rows.epsilon.isna() | (rows.epsilon <= experiment.threat.epsilon)]
+    for model, own in within.groupby("model"):
+        attacks, worst = own[own.attack != "worst_case"], own[own.attack == "worst_case"]
+        robust = (attacks.prediction == attacks.label).groupby(attacks.example).all()
+        assert (worst.prediction == worst.label).tolist() == robust.sort_index().tolist(), model
+
+
+def test_its_hard_gate_lacks_only_the_attack_on_routing(storage: Path, experiment: Experiment) -> None:
+    pending = jobs.pending(experiment, experiment.store(str(storage)), sources.sizes(experiment.data))
+    assert [job.name for listed in pending.values() for job in listed] == [
+        "evaluate mixture pgd_route 0-15",
+        "evaluate mixture pgd_route 16-29",
+    ]
 
 
 def test_status_lists_it_as_done(storage: Path, experiment: Experiment) -> None:

@@ -16,7 +16,7 @@ _ACTIVATIONS = 110 << 10
 _MARGIN = 1.1
 """Factor on measured memory: other images and iterations need a little more."""
 
-_Group = tuple[str, str, bool, str | None]
+_Group = tuple[str, str, int, str | None]
 
 
 class Memory:
@@ -67,4 +67,4 @@ def estimate(job: Job) -> int:
 
 def _group(job: Job) -> _Group:
     """Key of the jobs that need about the same memory."""
-    return job.folder, job.stage, bool(job.spec.parents), job.suite
+    return job.folder, job.stage, job.spec.networks, job.suite

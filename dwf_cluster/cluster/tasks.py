@@ -31,6 +31,7 @@ from dwf_cluster.data.subsets import checked
 from dwf_cluster.defences.build import to_train, trained
 from dwf_cluster.defences.registry import METHODS
 from dwf_cluster.determinism import make_deterministic
+from dwf_cluster.evaluation.adversarial import Collector
 from dwf_cluster.evaluation.registry import CHECKS
 from dwf_cluster.evaluation.run import check, evaluate
 from dwf_cluster.plan.jobs import Job, is_trained, prepare_training
@@ -89,6 +90,8 @@ def run_job(job: Job, store: Store, images: ray.ObjectRef, allocation: Allocatio
 def _copy(job: Job, source: Store, store: Store) -> None:
     """Copy the results of another experiment's job. The file that marks the job as done is written last."""
     tables.copy(source, store, "jobs", job.file, state="shared")
+    if job.keeps_images and (images := source.read(job.images_file)) is not None:
+        store.write(job.images_file, images)
     for table in job.tables:
         tables.copy(source, store, table, job.model if table == "metrics" else job.file)
     if job.is_training:
@@ -163,13 +166,16 @@ def _evaluate(job: Job, store: Store, images: ray.ObjectRef, allocation: Allocat
     if job.suite == CHECKS:
         shard = checked(experiment.data.source, arrays.y_test, job.stop)
     x, y = arrays.x_test[shard], arrays.y_test[shard]
-    names = experiment.names if job.tests_transfer else (job.model,)
     seed, specs, evaluation = experiment.seed, experiment.models, experiment.evaluation
-    models = {name: trained(specs, name, arrays.format, seed, store).to(device) for name in names}
+    loaded: dict[str, torch.nn.Module] = {}
+    names = job.evaluated_with
+    models = {name: trained(specs, name, arrays.format, seed, store, loaded).to(device) for name in names}
     if job.suite == CHECKS:
-        checks = check(models[job.model], job.model, x, y, evaluation, experiment.threat, seed=seed, device=device)
+        model = models.pop(job.model)
+        checks = check(model, job.model, x, y, evaluation, experiment.threat, seed=seed, device=device, others=models)
         tables.write(store, CHECKS, job.file, checks)
         return
+    collector = Collector(job.model, experiment.save_adversarial) if experiment.save_adversarial else None
     rows, predictions = evaluate(
         models,
         job.model,
@@ -185,7 +191,12 @@ def _evaluate(job: Job, store: Store, images: ray.ObjectRef, allocation: Allocat
         corrupted={key: images[shard] for key, images in arrays.corrupted.items()}
         if experiment.corruption_files
         else {},
+        collector=collector,
     )
+    if collector:
+        store.write(job.images_file, collector.images().to_npz())
+    else:
+        store.remove(job.images_file)  # of an earlier run, whose rows are replaced too
     tables.write(store, "predictions", job.file, predictions)
     tables.write(store, "shards", job.file, rows)
 

@@ -107,6 +107,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         for name in names:
             if not getattr(options, option) and getattr(options, name) not in (None, []):
                 raise InvalidInput(f"--{name.replace('_', '-')}: cannot be used without --{option}")
+    if options.save_adversarial:  # a field of the experiment, so that jobs and trials have it
+        options.set.append(f"save_adversarial={options.save_adversarial}")
     if not (options.local or options.address or options.slurm or options.fetch_data or options.help_fields is not None):
         raise InvalidInput("one of the arguments --local --address --slurm is required")
     return options
@@ -182,6 +184,12 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--tensorboard", type=Path, metavar="FOLDER", help="write TensorBoard event files there during training"
+    )
+    parser.add_argument(
+        "--save-adversarial",
+        choices=("float", "uint8"),
+        help="keep the adversarial images of every evaluation, as they are or rounded to uint8 within the ball; "
+        "evaluations without them run again",
     )
     parser.add_argument(
         "--joint-workers",

@@ -69,12 +69,26 @@ def _parser() -> Parser:
         "--data-folder", type=Path, default=Path("data"), metavar="FOLDER", help="where data sets are (default: ./data)"
     )
     parser.add_argument("--out", metavar="FOLDER", help="write the tables of an experiment below this path or URL")
+    parser.add_argument(
+        "--save-adversarial",
+        choices=("float", "uint8"),
+        help="with --out: keep the adversarial images, as they are or rounded to uint8 within the ball",
+    )
+    parser.add_argument(
+        "--from",
+        dest="saved",
+        type=Path,
+        nargs="+",
+        metavar="FILE",
+        help="attack nothing: verify these files of adversarial images, and test the model on them",
+    )
     return parser
 
 
 def _run(options: argparse.Namespace) -> int:
     if options.out:
         check_url(options.out)
+    _refuse_combinations(options)
     file, _, function = options.model.rpartition(":")
     if not file.endswith(".py") or not function.isidentifier():
         raise InvalidInput(f"--model: {options.model!r} cannot be used: allowed is FILE.py:FUNCTION")
@@ -85,7 +99,7 @@ def _run(options: argparse.Namespace) -> int:
     from dwf_cluster.attacks.gradient import NotLogits
     from dwf_cluster.data import subsets
     from dwf_cluster.data.sources import DataUnavailable, load
-    from dwf_cluster.evaluation.subject import isolated, prepare
+    from dwf_cluster.evaluation.subject import isolated, prepare, without_gradient
 
     suites = check_suites(options.suites.split(","), options.norm)
     try:
@@ -97,13 +111,21 @@ def _run(options: argparse.Namespace) -> int:
             "evaluation.corruptions: 'files' cannot be used for a model of your own: allowed is generated"
         )
     model = _model(Path(file), function, options.weights)
+    if options.saved:
+        from dwf_cluster.console.saved_images import show_accuracies
+
+        show_accuracies(options.saved, model, images, options.device, experiment.evaluation.batch_size)
+        return 0
     pixels = images.x_test.transpose(0, 2, 3, 1)
     evaluation, threats, seed = experiment.evaluation, experiment.threats, experiment.seed
     try:
         with isolated(seed):
             subject = prepare(model, pixels, images.y_test, options.device, evaluation.batch_size)
+            if warning := without_gradient(subject):
+                print(f"warning: {warning}", file=sys.stderr)
             checked = subsets.checked(experiment.data.source, images.y_test, evaluation.check_examples)
-            rows = measure(subject, suites, evaluation, threats, seed, sys.stderr.isatty(), checked)
+            shown, kept = sys.stderr.isatty(), options.save_adversarial
+            rows = measure(subject, suites, evaluation, threats, seed, shown, checked, kept)
     except NotLogits as error:
         raise InvalidInput(f"--model: {options.model!r} cannot be used: {error}") from None
     with tempfile.TemporaryDirectory() as temporary:
@@ -113,6 +135,15 @@ def _run(options: argparse.Namespace) -> int:
     if options.out:
         print(store.root)
     return 0
+
+
+def _refuse_combinations(options: argparse.Namespace) -> None:
+    """Refuse options that have no meaning together."""
+    if options.save_adversarial and not options.out:
+        raise InvalidInput("--save-adversarial: cannot be used without --out")
+    for name in ("out", "epsilon", "step_size", "examples", "seed"):
+        if options.saved and getattr(options, name) is not None:
+            raise InvalidInput(f"--{name.replace('_', '-')}: cannot be used with --from, which attacks nothing")
 
 
 def _experiment(options: argparse.Namespace) -> Experiment:
@@ -213,6 +244,10 @@ def _write(store: Store, experiment: Experiment, rows: Rows) -> None:
         own = [row for row in rows.shards if row["family"] == suite]
         written = job(suite, own[0]["examples"])
         attacks = {row["attack"] for row in own}
+        if suite in rows.adversarial:
+            store.write(written.images_file, rows.adversarial[suite].to_npz())
+        else:
+            store.remove(written.images_file)  # of an earlier run of the same command
         tables.write(store, "predictions", written.file, [row for row in rows.predictions if row["attack"] in attacks])
         tables.write(store, "shards", written.file, own)
         shards[written.evaluation_file] = [written.file]

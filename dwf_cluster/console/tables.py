@@ -17,7 +17,8 @@ from dwf_cluster.evaluation.settings import Threat
 from dwf_cluster.experiment import Experiment
 from dwf_cluster.pipeline.sweep import Sweep
 from dwf_cluster.pipeline.trial_table import TrialTable, headline
-from dwf_cluster.plan.jobs import STAGES, Job, deduplicate, forward_flops, stored_bytes
+from dwf_cluster.plan.disk_space import stored_bytes
+from dwf_cluster.plan.jobs import STAGES, Job, deduplicate, forward_flops
 from dwf_cluster.plan.jobs import jobs as plan_jobs
 from dwf_cluster.plan.resources import Resources, allocate
 from dwf_cluster.plan.schedule import Allocation, Planned, lower_bound, timeline
@@ -199,8 +200,12 @@ def warnings(experiment: Experiment, store: Store) -> list[str]:
     models = experiment.names
     fired = sorted((row for row in rows if row["fired"]), key=lambda row: models.index(row["model"]))
     lines = [f"warning: {row['model']}, {row['check']}: {row['meaning']}" for row in fired]
-    checked = f"{len(rows)} checks of {len(models)} models on {rows[0]['examples'] if rows else 0} images"
-    return [*lines, f"signs of gradient masking: {len(lines) or 'none'} in {checked}"]
+    images = " and ".join(map(str, sorted({row["examples"] for row in rows}))) or 0
+    checked = f"{len(rows)} checks of {len(models)} models on {images} images"
+    # Rows of earlier versions do not say whether they could fire.
+    could = [bool(row["could_fire"]) for row in rows if row["could_fire"] is not None]
+    could_fire = f"; {sum(could)} of them could fire" if len(could) == len(rows) else ""
+    return [*lines, f"signs of gradient masking: {len(lines) or 'none'} in {checked}{could_fire}"]
 
 
 # ---------------------------------------------------------------------------------------------------- sweeps
@@ -210,7 +215,19 @@ def sweep_results(console: Console, sweep: Sweep, trials: TrialTable) -> None:
     """Print the results of a sweep: its trials, their means over seeds, and how to read the rest."""
     for table in sweep_tables(trials.rows, list(sweep.trials[0].varied)):
         show(console, table)
+    for note in _sweep_notes(sweep):
+        print(printable(note))
     print(f"trials: {trials.path}\nread them: import pandas; pandas.read_parquet({trials.path!r})")
+
+
+def _sweep_notes(sweep: Sweep) -> list[str]:
+    """The `column_notes` of the trials, such as that columns are upper bounds, with the settings that they apply to."""
+    settings: dict[str, dict[str, None]] = {}
+    for trial in sweep.trials:
+        for note in trial.experiment.column_notes:
+            settings.setdefault(note, {})[trial.setting] = None
+    everywhere = len(sweep.settings)
+    return [note if len(names) == everywhere else f"{'; '.join(names)}: {note}" for note, names in settings.items()]
 
 
 def sweep_tables(rows: Sequence[Mapping[str, Any]], fields: Sequence[str]) -> list[Table]:

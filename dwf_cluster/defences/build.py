@@ -47,16 +47,35 @@ def to_train(specs: Sequence[ModelSpec], name: str, images: ImageFormat, seed: i
     return untrained(spec, images, seed, parents)
 
 
-def trained(specs: Sequence[ModelSpec], name: str, images: ImageFormat, seed: int, store: Store) -> nn.Module:
-    """A trained model; arguments as of `to_train`.
+def trained(
+    specs: Sequence[ModelSpec],
+    name: str,
+    images: ImageFormat,
+    seed: int,
+    store: Store,
+    loaded: dict[str, nn.Module] | None = None,
+) -> nn.Module:
+    """A trained model, or one that is built from trained ones.
+
+    Args:
+        specs, name, images, seed, store: as for `to_train`.
+        loaded: models that this function has returned before, by name, which are not loaded again; this one is added.
+            Models that are built from others share their modules.
 
     Raises:
-        CheckpointLost: if the model is not trained to its last epoch.
+        CheckpointLost: if the model, or one that it is built from, is not trained to its last epoch.
     """
-    spec = _spec(specs, name)
-    model = _structure(specs, spec, images, seed)
-    model.load_state_dict(checkpoints.load_trained(store, name, spec.training.epochs).weights)
-    return model
+    loaded = {} if loaded is None else loaded
+    if name not in loaded:
+        spec = _spec(specs, name)
+        if METHODS[spec.method].losses is None:
+            parents = {parent: trained(specs, parent, images, seed, store, loaded) for parent in spec.parents}
+            loaded[name] = untrained(spec, images, seed, parents)
+        else:
+            model = _structure(specs, spec, images, seed)
+            model.load_state_dict(checkpoints.load_trained(store, name, spec.training.epochs).weights)
+            loaded[name] = model
+    return loaded[name]
 
 
 def _structure(specs: Sequence[ModelSpec], spec: ModelSpec, images: ImageFormat, seed: int) -> nn.Module:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+
 from dwf_cluster.defences.registry import METHODS, DefenceSettings, ModelSpec, single
 
 
@@ -31,13 +34,50 @@ def dwf(settings: DefenceSettings) -> tuple[ModelSpec, ...]:
 
 
 def fgsm_at(settings: DefenceSettings) -> tuple[ModelSpec, ...]:
-    """FGSM-AT: half of each batch is attacked, at PGD's epsilon (our assumption)."""
+    """FGSM-AT: half of each batch is attacked, at PGD's epsilon. Our assumption: this epsilon."""
     return (single("fgsm-at", "fgsm", settings, epsilons=(settings.pgd.epsilon,), fraction=0.5),)
 
 
 def pgd_at(settings: DefenceSettings) -> tuple[ModelSpec, ...]:
     """PGD-AT: half of each batch is attacked, by ten iterations."""
     return (single("pgd-at", "pgd", settings, steps=(10,), fraction=0.5),)
+
+
+def pgd_at_matched(settings: DefenceSettings) -> tuple[ModelSpec, ...]:
+    """PGD-AT, trained for as many forward passes as all models of `dwf` together: the rival at equal compute.
+
+    Everything but the number of epochs is that of `pgd-at`, so the two differ in compute alone. Half of each batch
+    stays clean because the mixture is trained on clean images too: a network trained on adversarial images only would
+    be more robust and less accurate, and neither difference would be the mixture's. The number of epochs is rounded
+    up. A long training may overfit (Rice et al. 2020), which would flatter the mixture: see `experts.keep`.
+    """
+    (spec,) = pgd_at(settings)
+    budget = sum(model.training.epochs * METHODS[model.method].passes(model) for model in dwf(settings))
+    epochs = math.ceil(budget / METHODS[spec.method].passes(spec) - 1e-9)  # a quotient is rounded
+    training = spec.training.model_copy(update={"epochs": epochs})
+    return (replace(spec, name="pgd-at-matched", training=training),)
+
+
+def controls(settings: DefenceSettings) -> tuple[ModelSpec, ...]:
+    """Controls of the mixture of `dwf`, built from what it trains: no training, only evaluations.
+
+    `joint-<expert>`: each expert as it is in the trained mixture; `joint-uniform`: these experts with equal weights;
+    `uniform`: the experts before the joint stage with equal weights.
+    """
+    *experts, mixture = dwf(settings)
+
+    def control(name: str, method: str, parents: tuple[str, ...], **options: int) -> ModelSpec:
+        return replace(mixture, name=name, method=method, options=tuple(options.items()), parents=parents, own_rates=())
+
+    joint = [
+        control(f"joint-{expert.name}", "expert", (mixture.name,), number=number)
+        for number, expert in enumerate(experts)
+    ]
+    return (
+        control("uniform", "uniform", mixture.parents),
+        *joint,
+        control("joint-uniform", "uniform", tuple(spec.name for spec in joint)),
+    )
 
 
 def given(settings: DefenceSettings) -> tuple[ModelSpec, ...]:

@@ -8,7 +8,7 @@ the defended model. To add a method or a defence: a file beside this one, and an
 from __future__ import annotations
 
 import pkgutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Annotated, Any, Literal, Protocol
@@ -26,11 +26,12 @@ class Gate(Settings):
     """The multilayer perceptron that weighs the experts, equation (2)."""
 
     hidden: Annotated[int, Field(ge=1, le=65_536)] = 128
-    """Units of its hidden layer (our assumption)."""
+    """Units of its hidden layer. Our assumption: 128; the paper calls the gate small."""
     learning_rate: Rate = 0.01
-    """Peak learning rate of its parameters in the joint stage (our assumption)."""
+    """Peak learning rate of its parameters. Our assumption: 0.01, in the joint stage only; the paper lists
+    hyper-parameters of the gate's own, epochs among them, and does not say when they are used."""
     weight_decay: Decay = 5e-4
-    """Weight decay of its parameters (our assumption)."""
+    """Weight decay of its parameters. Our assumption: 5e-4."""
     kind: Literal["soft", "hard"] = "soft"
     """`hard` gives each image to the one expert of the largest weight; gradients, those of attacks too, pass through
     the soft weights (straight-through estimator). That gradient is not the model's, so accuracies under attacks that
@@ -41,16 +42,16 @@ class Training(Settings):
     """SGD with momentum and weight decay, cosine annealing over all its steps, cross-entropy."""
 
     epochs: Count = 200
-    """Passes over the training images (our assumption: 200 for the experts, 50 for the joint stage)."""
+    """Passes over the training images. Our assumption: 200 for the experts, 50 for the joint stage."""
     learning_rate: Rate = 0.1
-    """Peak learning rate (our assumption: 0.1 for the experts, 0.01 for the joint stage)."""
+    """Peak learning rate. Our assumption: 0.1 for the experts, 0.01 for the joint stage."""
     batch_size: Count = 128
-    """Images of one step, over all workers; the joint stage trains on three versions of each
-    (our assumption: 128)."""
+    """Images of one step, over all workers; the joint stage trains on three versions of each.
+    Our assumption: 128."""
     weight_decay: Decay = 5e-4
-    """Weight decay (our assumption)."""
+    """Weight decay. Our assumption: 5e-4."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    """Momentum (our assumption)."""
+    """Momentum. Our assumption: 0.9."""
     accumulation: Count = 1
     """Cut each batch into n parts whose gradients are added up before the step: less memory, the same
     gradient, but BatchNorm then normalises with the statistics of a part."""
@@ -90,9 +91,9 @@ class Joint(Training):
     """How experts and gate are trained together, end to end (algorithm 3)."""
 
     epochs: Count = 50
-    """Passes over the training images (our assumption)."""
+    """Passes over the training images. Our assumption: 50."""
     learning_rate: Rate = 0.01
-    """Peak learning rate of the experts (our assumption)."""
+    """Peak learning rate of the experts. Our assumption: 0.01."""
     freeze_experts: bool = False
     """Train the gate alone: the experts stay as they were pre-trained. The paper freezes nothing."""
 
@@ -161,7 +162,8 @@ class Method:
         losses: `module:function` of `(spec, model, frozen, x, y, draws)`; a generator of `defences.loss.Loss`. It is
             called for each part of a batch: pixels `x` in [0, 1], labels `y`. After each loss that it yields, the
             optimiser takes a step, and `frozen()` is the changed model. Every batch needs the same number of losses,
-            one at least. A loss trains what has `requires_grad` and is reached through `model(...)`.
+            one at least. A loss trains what has `requires_grad` and is reached through `model(...)`. None: a model of
+            this method is not trained; it is what `build` makes of its trained parents, and has no checkpoint.
         passes: of a spec, forward passes through one backbone for one training image: an input gradient counts as 2
             and a training step as 3.
         options: of the settings, what a model of this method takes where its recipe does not say otherwise.
@@ -172,7 +174,7 @@ class Method:
     """
 
     build: str
-    losses: str
+    losses: str | None
     passes: Callable[[ModelSpec], float]
     options: Callable[[DefenceSettings], Mapping[str, Any]] = lambda settings: {}
     has_gate: bool = False
@@ -198,8 +200,13 @@ def _pgd_options(settings: DefenceSettings) -> dict[str, Any]:
     }
 
 
+def _no_passes(spec: ModelSpec) -> float:
+    return 0.0
+
+
 _ADVERSARIAL = "dwf_cluster.defences.adversarial"
 _DWF = "dwf_cluster.defences.dwf"
+_CONTROLS = "dwf_cluster.defences.controls"
 
 METHODS: Mapping[str, Method] = {
     "standard": Method(f"{_ADVERSARIAL}:build", f"{_ADVERSARIAL}:standard", lambda spec: 3.0),
@@ -231,9 +238,19 @@ METHODS: Mapping[str, Method] = {
         needs_parents=True,
         selects=lambda spec: spec.option("gate_kind") == "hard",
     ),
-    "given": Method("dwf_cluster.defences.given:build", "dwf_cluster.defences.given:losses", lambda spec: 0.0),
+    "uniform": Method(f"{_CONTROLS}:uniform", None, _no_passes, has_gate=True, needs_parents=True),
+    "expert": Method(f"{_CONTROLS}:expert", None, _no_passes, needs_parents=True),
+    "given": Method("dwf_cluster.defences.given:build", "dwf_cluster.defences.given:losses", _no_passes),
 }
 """Methods by name; a model of `given` is a user's own, which is measured and not trained."""
+
+
+def trained_sources(specs: Sequence[ModelSpec], name: str) -> tuple[str, ...]:
+    """The models whose checkpoints a model is loaded from: its own or, if it is not trained, those of its parents."""
+    spec = next(spec for spec in specs if spec.name == name)
+    if METHODS[spec.method].losses is not None:
+        return (name,)
+    return tuple(dict.fromkeys(source for parent in spec.parents for source in trained_sources(specs, parent)))
 
 
 # ------------------------------------------------------------------------------------------------ defences
@@ -261,6 +278,8 @@ DEFENCES: Mapping[str, str] = {
     "dwf": f"{_RECIPES}:dwf",
     "fgsm-at": f"{_RECIPES}:fgsm_at",
     "pgd-at": f"{_RECIPES}:pgd_at",
+    "pgd-at-matched": f"{_RECIPES}:pgd_at_matched",
+    "controls": f"{_RECIPES}:controls",
     "given": f"{_RECIPES}:given",
 }
 """`module:function` of each defence's recipe: from `DefenceSettings` to ModelSpecs, the defended model last. The module

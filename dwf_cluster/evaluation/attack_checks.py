@@ -18,8 +18,8 @@ from dwf_cluster.attacks.ball import Ball
 from dwf_cluster.attacks.gradient import NotLogits
 from dwf_cluster.attacks.pgd import Iterate, Remaining, pgd
 from dwf_cluster.attacks.square import square as square_attack
+from dwf_cluster.evaluation.check_cost import check_queries
 from dwf_cluster.evaluation.inspection import Inspection
-from dwf_cluster.evaluation.registry import check_queries
 from dwf_cluster.evaluation.significance import WIDE_TOLERANCE, Check, beyond, reversed_order
 
 HUGE = 1.0

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from dwf_cluster.evaluation.registry import worst_case_column
+from dwf_cluster.evaluation.registry import CHECKS, worst_case_column
 from dwf_cluster.evaluation.settings import Threat
+from dwf_cluster.evaluation.stronger import stronger
 from dwf_cluster.evaluation.worst_case import WorstCaseFile, largest_perturbation, worst_cases
 from dwf_cluster.store import tables
 from dwf_cluster.store.files import Store
@@ -59,7 +60,8 @@ def unmerged(store: Store, shards: Mapping[str, Sequence[str]], worst_cases: Seq
 def merge(store: Store, shards: Mapping[str, Sequence[str]], worst_cases: Sequence[WorstCaseFile] = ()) -> None:
     """Write the files of `evaluations` that are missing; arguments as of `unmerged`.
 
-    The worst cases come last: `predictions` before `evaluations`, whose file says that both are complete.
+    The worst cases come last: `predictions` and the check `stronger` before `evaluations`, whose file says that all
+    are complete.
     """
     missing = unmerged(store, shards, worst_cases)
     by_file = {worst.file: worst for worst in worst_cases}
@@ -69,6 +71,8 @@ def merge(store: Store, shards: Mapping[str, Sequence[str]], worst_cases: Sequen
             shard_rows, predicted = (tables.read(store, table, worst.shards) for table in ("shards", "predictions"))
             rows, predictions = worst_case_rows(shard_rows, predicted, worst.model, worst.threats)
             tables.write(store, "predictions", file, predictions)
+            if checks := stronger(predicted, worst.model, worst.threats[0]):
+                tables.write(store, CHECKS, worst.check_file, checks)
         else:
             rows = merged_rows(tables.read(store, "shards", shards[file]).to_pylist())
         tables.write(store, "evaluations", file, rows)

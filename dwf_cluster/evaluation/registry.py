@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from dwf_cluster.data.registry import CORRUPTIONS
+from dwf_cluster.evaluation.check_cost import check_cost
 from dwf_cluster.evaluation.column import (
     CURVES,
     EXPERT_SUITE,
@@ -35,6 +36,7 @@ TRANSFER = "transfer"
 
 ROUTE = "pgd_route"
 """The suite of the attack on expert and routing, which every model that selects one expert is measured by."""
+
 CORRUPTION = "corruption_"
 """The attack of a corruption's column is this and its name; `steps` is the severity, 1 to 5."""
 
@@ -46,12 +48,6 @@ AUTOATTACK_EXAMPLES = 1000
 
 WORST_CASE = "worst_case"
 """Not a suite: for each image, the worst case over the model's attacks (`evaluation.worst_case`)."""
-
-CHECK_QUERIES = 300, 5000
-"""Smallest and largest number of forward passes of the checks' black-box attack, for one image."""
-
-_VALUES = 3 * 32 * 32
-"""Values of an image of CIFAR-10, which AutoAttack gives 5,000 queries."""
 
 
 @dataclass(frozen=True)
@@ -243,36 +239,7 @@ CHECK_FUNCTIONS: Mapping[str, str] = {
 }
 """`module:function` of each check by name, in the order in which they run: the random draws of `restarts` and of
 `black_box` come from the same generators. A function takes an `evaluation.inspection.Inspection` and yields
-`evaluation.significance.Check`. The check `stronger` needs the predictions of all columns: `evaluation.stronger`."""
-
-
-def check_queries(values: int) -> int:
-    """Forward passes of the checks' black-box attack for one image: 5,000 for CIFAR-10, in proportion for others.
-
-    Args:
-        values: of an image: channels x height x width.
-
-    Returns:
-        At least 300, at most 5,000: AutoAttack gives images of any size 5,000.
-    """
-    smallest, largest = CHECK_QUERIES
-    return min(largest, max(smallest, largest * values // _VALUES))
-
-
-def check_cost(evaluation: Evaluation, values: int = _VALUES) -> float:
-    """Forward passes of the checks for one image that no attack fools, without those of `transfer`.
-
-    Args:
-        evaluation: the settings.
-        values: of an image: channels x height x width; by default CIFAR-10's.
-    """
-    runs = 4 + 4 + 4 + 2  # the long run, a restart, the margin's run, the huge epsilon; of `probe_steps` each
-    return 2 * runs * evaluation.probe_steps + check_queries(values)
-
-
-def check_transfer_cost(evaluation: Evaluation) -> float:
-    """Forward passes of the check `transfer` for one image and each network that images are made on."""
-    return 2 * evaluation.probe_steps
+`evaluation.significance.Check`. The check `stronger` reads the predictions of all columns: `evaluation.stronger`."""
 
 
 def extra_names() -> tuple[str, ...]:

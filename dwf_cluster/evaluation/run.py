@@ -5,7 +5,7 @@ from __future__ import annotations
 import pkgutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from dwf_cluster.attacks.ball import Ball
 from dwf_cluster.attacks.gradient import margin, predict
 from dwf_cluster.data.device import to_float
 from dwf_cluster.determinism import Draws
+from dwf_cluster.evaluation.adversarial import Collector
 from dwf_cluster.evaluation.inspection import Inspection
 from dwf_cluster.evaluation.masking import masking
 from dwf_cluster.evaluation.registry import CHECKS, SUITES, Column, columns
@@ -122,6 +123,7 @@ def evaluate(
     first: int = 0,
     experts: Sequence[str] = (),
     corrupted: Mapping[tuple[str, int], np.ndarray[Any, Any]] | None = None,
+    collector: Collector | None = None,
     on_batch: Callable[[int], None] = lambda examples: None,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Attack one model on a shard of the test images, which is read a batch at a time.
@@ -142,6 +144,7 @@ def evaluate(
         first: index of the shard's first image in the test set.
         experts: names of a mixture's experts, in the order of the gate's outputs; by default `expert-1` and so on.
         corrupted: the shard's corrupted images from files, if there are any, by corruption and severity.
+        collector: keeps the adversarial images; None: they are not kept.
         on_batch: called after each batch with its number of images.
 
     Returns:
@@ -173,6 +176,8 @@ def evaluate(
                 model = attacked.model or name
                 result = results.setdefault((model, attacked.column), ColumnResult())
                 result.record(frozen_models[model], attacked, x, y)
+                if collector and model == name:
+                    collector.add(attacked.column, x, attacked.x, y, result.prediction[-1], first + start)
                 result.seconds += time.perf_counter() - clock
                 clock = time.perf_counter()
         on_batch(len(y))
@@ -211,9 +216,7 @@ def check(
     generators = _generators(seed, name, CHECKS, range(len(y)))
     sources = {other: frozen(source) for other, source in (others or {}).items()}
     inspection = Inspection(frozen(model), x, y, threat, evaluation.probe_steps, generators, sources)
-    return [
-        {"model": name, **asdict(result), "fired": result.fired, "examples": len(y)} for result in masking(inspection)
-    ]
+    return [result.row(name, len(y)) for result in masking(inspection)]
 
 
 def _on_device(

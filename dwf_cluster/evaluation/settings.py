@@ -41,7 +41,7 @@ class Evaluation(Settings):
     """PGD columns, iterations, under each threat model."""
     restarts: Count = 3
     """Starts of the `pgd_restarts` column, the image itself and then random points of the ball; an image counts as
-    correct if it resists every iterate of each."""
+    correct if it resists every iterate of each. Our assumption: this rule; the paper says "3 restarts"."""
     restart_steps: Count = 100
     """Iterations from each start."""
     adaptive_steps: Count = 100

@@ -6,9 +6,16 @@ differ by no more than the tolerance of each check raise an alarm, whatever the 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-import torch
+import numpy as np
+
+if TYPE_CHECKING:
+    import torch
+
+    Images: TypeAlias = torch.Tensor | np.ndarray[Any, np.dtype[np.bool_]]
+    """Which of n images: bool, shape (n,)."""
 
 ALARM_RATE = 0.05
 """Largest probability, 0..1, that any of the tests raises an alarm for a model without gradient masking."""
@@ -53,10 +60,17 @@ class Check:
         """Whether it is a sign of masking."""
         return not self.value <= self.limit  # NaN is a sign
 
+    def row(self, model: str, examples: int) -> dict[str, Any]:
+        """As a row of the table `checks`.
 
-def beyond(
-    check: str, attacked: torch.Tensor, fooled: torch.Tensor, meaning: str, tolerance: float = TOLERANCE
-) -> Check:
+        Args:
+            model: that was checked.
+            examples: number of images that it was checked on.
+        """
+        return {"model": model, **asdict(self), "fired": self.fired, "examples": examples}
+
+
+def beyond(check: str, attacked: Images, fooled: Images, meaning: str, tolerance: float = TOLERANCE) -> Check:
     """Test whether an attack fools images that another attack leaves; exact binomial, one-sided.
 
     The null hypothesis: an image is left by the one and fooled by the other with a probability of at most `tolerance`.
@@ -83,7 +97,7 @@ def beyond(
     )
 
 
-def reversed_order(check: str, weak: torch.Tensor, strong: torch.Tensor, meaning: str) -> Check:
+def reversed_order(check: str, weak: Images, strong: Images, meaning: str) -> Check:
     """Test whether the weaker of two attacks fools more images than the stronger; exact McNemar test, one-sided.
 
     The null hypothesis: of the images that only one attack fools, the weak one fools at most half.

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from dwf_cluster.attacks.gradient import predict
+from dwf_cluster.attacks.gradient import differentiate, predict
 from dwf_cluster.data.device import to_float
 from dwf_cluster.evaluation.inspection import Inspection
 from dwf_cluster.evaluation.masking import train_mode
@@ -84,6 +84,20 @@ def prepare(
         if result.fired:
             raise InvalidInput(f"model: {type(model).__name__} cannot be used: {result.meaning}; allowed is none")
     return Subject(copied, pixels, labels, target, classes)
+
+
+def without_gradient(subject: Subject) -> str | None:
+    """A warning if no gradient of the loss reaches the pixels of any correctly classified image; else None.
+
+    Such a model keeps its clean accuracy under every attack that follows the gradient.
+    """
+    x = _tensor(subject.x[:_PROBED], subject.device)
+    y = torch.tensor(subject.y[:_PROBED], device=subject.device)
+    gradient, _, logits = differentiate(frozen(subject.model), x, y)
+    correct = logits.argmax(1) == y
+    if not bool(correct.any()) or bool(gradient[correct].any()):
+        return None
+    return "model: no gradient of the loss reaches the pixels, so white-box attacks cannot fool it and mean nothing"
 
 
 def _classes(model: nn.Module, x: torch.Tensor) -> int:

@@ -2,8 +2,8 @@
 
 An image counts as correct only if the model classifies it correctly under every attack that stays within the threat
 model: on the clean image, and under each attack of the same norm whose epsilon is at most the threat model's, images
-of other models (`transfer`) and `noise` included. Suites that measure a curve and common corruptions do not count. An
-attack that was run on a part of the test set counts for the images of that part.
+of other models (`transfer`) and `noise` included. Suites that measure a curve or a mixture's experts do not count, nor
+do common corruptions. An attack that was run on a part of the test set counts for the images of that part.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from dwf_cluster.evaluation.column import EXPERT
 from dwf_cluster.evaluation.registry import WORST_CASE, worst_case_column
 from dwf_cluster.evaluation.settings import Threat
 
-NOT_COUNTED = ("curve", "corruption", WORST_CASE)
+NOT_COUNTED = ("curve", "corruption", EXPERT, WORST_CASE)
 """How the names of the attacks begin that are no part of the worst case."""
 
 CLEAN = "clean"
@@ -43,6 +44,11 @@ class WorstCaseFile:
     def file(self) -> str:
         """Its name, without `.parquet`."""
         return f"evaluate-{self.model}-{WORST_CASE}"
+
+    @property
+    def check_file(self) -> str:
+        """The file of `checks` that is written with it."""
+        return f"evaluate-{self.model}-stronger"
 
 
 def worst_cases(predictions: pa.Table, model: str, threats: Iterable[Threat]) -> pa.Table:
@@ -73,12 +79,12 @@ def largest_perturbation(shards: pa.Table, model: str, threat: Threat) -> float:
         model: name of the model.
         threat: the threat model.
     """
-    own = shards.filter(pc.and_(pc.equal(shards["model"], model), _counts(shards, threat)))
+    own = shards.filter(pc.and_(pc.equal(shards["model"], model), counts(shards, threat)))
     return float(pc.max(own["perturbation"]).as_py() or 0.0)
 
 
 def _worst_case(rows: pa.Table, threat: Threat) -> pa.Table:
-    rows = rows.filter(_counts(rows, threat))
+    rows = rows.filter(counts(rows, threat))
     example, margin = rows["example"].to_numpy(), rows["margin"].to_numpy()
     fooled = rows["prediction"].to_numpy() != rows["label"].to_numpy()
     # Of an image's rows, those that fool the model first, in their order; then the others by their margin.
@@ -93,7 +99,7 @@ def _worst_case(rows: pa.Table, threat: Threat) -> pa.Table:
     return worst
 
 
-def _counts(rows: pa.Table, threat: Threat) -> pa.Array:
+def counts(rows: pa.Table, threat: Threat) -> pa.Array:
     """Which rows are of attacks that count for a threat model."""
     excluded = _any([pc.starts_with(rows["attack"], name) for name in NOT_COUNTED])
     within = pc.and_(pc.equal(rows["norm"], threat.norm), pc.less_equal(rows["epsilon"], threat.epsilon))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -102,9 +101,12 @@ def column_names(experiments: Iterable[Experiment]) -> dict[Column, str]:
         values = {field: [column.settings[field] for column in listed] for field in listed[0].settings}
         different = [field for field in values if len(set(values[field])) > 1]
         for column in listed:
-            parts = (f"{field}={to_text(column.settings[field])}" for field in different)
-            names[column] = " ".join([name, *parts])
+            names[column] = " ".join([name, *(_assigned(field, column.settings[field]) for field in different)])
     return names
+
+
+def _assigned(field: str, value: Any) -> str:
+    return f"{field}={f'{value:.6g}' if isinstance(value, float) else to_text(value)}"
 
 
 def results(experiment: Experiment, store: Store) -> dict[Column, float]:
@@ -122,13 +124,9 @@ def results(experiment: Experiment, store: Store) -> dict[Column, float]:
 
 
 def headline(accuracies: Mapping[str, float]) -> dict[str, float]:
-    """The results of a trial that fit on a line: clean, the worst case, the longest PGD, with restarts, adaptive."""
-    *_, longest = ["", *(_attack(name) for name in accuracies if name.startswith("pgd "))]
-    first = [name for name in accuracies if _attack(name) in ("clean", WORST_CASE)]
-    others = [n for n in accuracies if _attack(n) == longest or n.startswith(("restarts ", "adaptive "))]
-    return {name: accuracies[name] for name in (*first, *others)}
-
-
-def _attack(name: str) -> str:
-    """The name of a column without what `column_names` adds to tell columns of one attack apart."""
-    return re.split(r" (?=@|\w+=)", name)[0]
+    """The results of a trial that fit on a line: clean, worst case, the longest PGD, with restarts, adaptive."""
+    longest = max((int(title.split()[1]) for title in accuracies if title.startswith("pgd ")), default=0)
+    first = [title for title in accuracies if title == "clean" or title.startswith(WORST_CASE)]
+    starts = (f"pgd {longest} ", "restarts ", "adaptive ")  # at each epsilon
+    others = [title for title in accuracies if f"{title} ".startswith(starts)]
+    return {title: accuracies[title] for title in (*first, *others)}

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field, replace
 from itertools import chain
 
 from dwf_cluster.data.registry import Shape, Sizes
-from dwf_cluster.defences.registry import METHODS, ModelSpec, Training
-from dwf_cluster.evaluation.column import EXPERT_SUITE, expert_columns
-from dwf_cluster.evaluation.registry import CHECKS, PAPER, SUITES, TRANSFER, columns, threat_count
+from dwf_cluster.defences.registry import METHODS, ModelSpec, Training, trained_sources
+from dwf_cluster.evaluation.check_cost import check_cost, check_transfer_cost
+from dwf_cluster.evaluation.registry import CHECKS, PAPER, SUITES, TRANSFER, threat_count
 from dwf_cluster.experiment import Experiment
 from dwf_cluster.models.registry import BACKBONES
 from dwf_cluster.settings import InvalidInput
@@ -20,11 +20,11 @@ from dwf_cluster.store import Store, checkpoints
 EXPERTS, JOINT, EVALUATE = STAGES = ("experts", "joint", "evaluate")
 """The stages of the pipeline, in order: models without parents, models with parents, evaluations."""
 
+ADVERSARIAL = "adversarial"
+"""Folder of an experiment's adversarial images: one `.npz` file for each shard of an evaluation."""
+
 _SHARD_FLOP, _SHARD_EXAMPLES = 1e13, 8192
 """The largest evaluation task, up to a whole batch: minutes of a CPU core, and rows that fit into memory."""
-
-_ROW_BYTES, _FILE_BYTES = 8, 5000
-"""Measured sizes of a row of `predictions` without its gate, and of a file of a few rows."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +85,11 @@ class Job:
         return f"{self.evaluation_file}-{self.first:09d}"
 
     @property
+    def images_file(self) -> str:
+        """Path of its file of adversarial images, below the experiment's folder."""
+        return f"{ADVERSARIAL}/{self.file}.npz"
+
+    @property
     def evaluation_file(self) -> str:
         """Name of the file of `evaluations` that all shards of this evaluation are merged into."""
         return f"evaluate-{self.model}-{self.suite}"
@@ -94,7 +99,7 @@ class Job:
         """Its result, as in `inputs` of other jobs: the experiment's folder, and the model or the evaluation's file."""
         return self.folder, self.model if self.is_training else self.file
 
-    @property
+    @functools.cached_property
     def inputs(self) -> frozenset[tuple[str, str]]:
         """The outputs of other jobs that must exist before it starts."""
         if self.copy_of:
@@ -102,13 +107,25 @@ class Job:
         if self.is_training:
             names = self.spec.parents
         else:
-            names = self.experiment.names if self.tests_transfer else (self.model,)
+            names = tuple(n for name in self.evaluated_with for n in trained_sources(self.experiment.models, name))
         return frozenset((self.folder, name) for name in names)
+
+    @property
+    def evaluated_with(self) -> tuple[str, ...]:
+        """For an evaluation, the models that it needs: its own, and those that images are tested or made on."""
+        if self.tests_transfer:
+            return self.experiment.names
+        return (self.model, *(_check_sources(self.experiment, self.spec) if self.suite == CHECKS else ()))
 
     @property
     def tests_transfer(self) -> bool:
         """Whether its adversarial images are tested on all models."""
         return self.suite == PAPER and TRANSFER in self.experiment.evaluation.beyond
+
+    @property
+    def keeps_images(self) -> bool:
+        """Whether it writes a file of adversarial images."""
+        return self.suite not in (None, CHECKS) and self.experiment.save_adversarial is not None
 
     @property
     def tables(self) -> tuple[str, ...]:
@@ -134,19 +151,24 @@ def jobs(experiment: Experiment, stage: str, sizes: Sizes) -> list[Job]:
         job = functools.partial(Job, experiment, experiment.folder, spec, stage, spec.name)
         if stage == EVALUATE:
             listed += _evaluations(job, experiment, spec, sizes)
-        elif stage == (JOINT if spec.parents else EXPERTS):
+        elif METHODS[spec.method].losses is not None and stage == (JOINT if spec.parents else EXPERTS):
             listed.append(job(spec.training.epochs * sizes.train * METHODS[spec.method].passes(spec)))
     return sorted(listed, key=lambda job: -job.cost)
 
 
 def _evaluations(job: Callable[..., Job], experiment: Experiment, spec: ModelSpec, sizes: Sizes) -> Iterator[Job]:
     for suite in experiment.suites(spec):
-        cost = _passes(experiment, suite, spec) * spec.networks
+        cost = _passes(experiment, suite, spec, sizes.shape) * spec.networks
         test = min(sizes.test, SUITES[suite].examples(experiment.evaluation) or sizes.test)
         size = test if suite == CHECKS else _shard_size(experiment, spec, cost, sizes)
         for first in range(0, test, size):
             stop = min(first + size, test)
             yield job(cost * (stop - first), suite, first, stop)
+
+
+def _check_sources(experiment: Experiment, spec: ModelSpec) -> tuple[str, ...]:
+    """The models that the checks of a model make images on: all others without parents, which need no joint stage."""
+    return tuple(other.name for other in experiment.models if not other.parents and other.name != spec.name)
 
 
 def _shard_size(experiment: Experiment, spec: ModelSpec, cost: float, sizes: Sizes) -> int:
@@ -158,9 +180,12 @@ def _shard_size(experiment: Experiment, spec: ModelSpec, cost: float, sizes: Siz
     return evaluation.batch_size * max(1, -(-examples // evaluation.batch_size))
 
 
-def _passes(experiment: Experiment, suite: str, spec: ModelSpec) -> float:
-    """Passes through one backbone for one image that no attack fools."""
+def _passes(experiment: Experiment, suite: str, spec: ModelSpec, shape: Shape) -> float:
+    """Passes through one backbone of a model for one image that no attack fools, divided by its backbones."""
     evaluation = experiment.evaluation
+    if suite == CHECKS:
+        others = len(_check_sources(experiment, spec))
+        return check_cost(evaluation, math.prod(shape)) + others * check_transfer_cost(evaluation) / spec.networks
     cost = SUITES[suite].cost(evaluation, spec.networks)
     if suite == PAPER and TRANSFER in evaluation.beyond:
         cost += sum(other.networks for other in experiment.models)
@@ -170,19 +195,21 @@ def _passes(experiment: Experiment, suite: str, spec: ModelSpec) -> float:
 def pending(experiment: Experiment, store: Store, sizes: Sizes) -> dict[str, list[Job]]:
     """The jobs that are not done, by stage, in the order of `STAGES`.
 
-    An evaluation is done if the files of all its tables exist; a training if its row of `jobs` exists, its newest
-    checkpoint is of the last epoch, and `metrics` has a row for each epoch.
+    An evaluation is done if the files of all its tables exist, and that of its adversarial images, if they are to be
+    kept; a training if its row of `jobs` exists, its newest checkpoint is of the last epoch, and `metrics` has a row
+    for each epoch.
     """
     from dwf_cluster.store import tables  # which imports pyarrow; a typing mistake and `status` do not need it
 
     files = {table: tables.files(store, table) for table in ("predictions", "shards", CHECKS, "jobs")}
     epochs = tables.row_counts(store, "metrics", experiment.names)
+    kept = {name.removesuffix(".npz") for name in store.names(ADVERSARIAL)} if experiment.save_adversarial else set()
 
     def is_done(job: Job) -> bool:
         if job.file not in files["jobs"]:
             return False
         if not job.is_training:
-            return all(job.file in files[table] for table in job.tables)
+            return all(job.file in files[table] for table in job.tables) and (not job.keeps_images or job.file in kept)
         return epochs.get(job.model) == job.training.epochs and is_trained(job.spec, store)
 
     return {stage: [job for job in jobs(experiment, stage, sizes) if not is_done(job)] for stage in STAGES}
@@ -229,14 +256,20 @@ def deduplicate(waiting: Sequence[Job], done: Iterable[Job] = ()) -> list[Job]:
     """
     signatures: dict[tuple[str, str], str] = {}
 
+    def signature(job: Job, model: str) -> str:
+        key = job.folder, model
+        if key not in signatures:
+            signatures[key] = job.experiment.model_signature(model)
+        return signatures[key]
+
     def result(job: Job) -> tuple[object, ...]:
         if job.spec.parents or job.tests_transfer:
             return job.output
-        key = job.folder, job.model
-        if key not in signatures:
-            signatures[key] = job.experiment.model_signature(job.model)
-        evaluation = None if job.is_training else job.experiment.evaluation
-        return job.stage, signatures[key], evaluation, job.suite, job.first, job.stop
+        if job.is_training:
+            return job.stage, signature(job, job.model)
+        models = tuple(signature(job, name) for name in job.evaluated_with)
+        settings = job.experiment.evaluation, job.experiment.save_adversarial
+        return job.stage, models, settings, job.suite, job.first, job.stop
 
     first: dict[tuple[object, ...], Job] = {}
     for job in chain(done, waiting):
@@ -246,7 +279,7 @@ def deduplicate(waiting: Sequence[Job], done: Iterable[Job] = ()) -> list[Job]:
 
 
 def is_trained(spec: ModelSpec, store: Store) -> bool:
-    """Whether a model's training has ended."""
+    """Whether a model's training has ended; for a model that is not trained, ask for its `trained_sources`."""
     return checkpoints.latest_epoch(store, spec.name) >= spec.training.epochs
 
 
@@ -269,35 +302,6 @@ def select(waiting: Mapping[str, list[Job]], stages: Iterable[str]) -> list[Job]
                 f"allowed is --stages {','.join((*needed, stage))}"
             )
     return [job for stage in STAGES if stage in selected for job in waiting[stage]]
-
-
-def stored_bytes(experiments: Sequence[Experiment], sizes: Sizes) -> tuple[float, float]:
-    """Estimate what experiments store when they are done.
-
-    Returns:
-        Bytes of checkpoints (for each trained model the newest, and the one before with its momentum and best
-        weights; models that experiments share count once), and bytes of tables.
-    """
-    every = [job for experiment in experiments for stage in STAGES for job in jobs(experiment, stage, sizes)]
-    in_checkpoints = in_tables = 0.0
-    for job in deduplicate(every):
-        experiment, spec = job.experiment, job.spec
-        has_gate = METHODS[spec.method].has_gate
-        in_tables += _FILE_BYTES * (1 + len(job.tables))
-        if job.suite is not None:
-            others = (len(experiment.models) - 1) * len(experiment.threats) if job.tests_transfer else 0
-            listed = columns(experiment.evaluation, experiment.threats, job.suite)
-            if job.suite == EXPERT_SUITE:
-                listed = expert_columns(experiment.evaluation, experiment.threat, spec.parents)
-            rows = (len(listed) + others) * (job.stop - job.first)
-            in_tables += rows * (_ROW_BYTES + (4 * spec.networks if has_gate else 0))
-        elif not job.copy_of:
-            gate = experiment.gate.hidden * (math.prod(sizes.shape) + spec.networks) if has_gate else 0
-            backbone = BACKBONES[spec.backbone]
-            numbers = spec.networks * backbone.parameters(spec.width, sizes.shape[0]) + gate
-            copies = 3 if spec.training.keep == "best" else 2  # of all numbers, in a checkpoint before the last epoch
-            in_checkpoints += 4 * numbers * (1 + copies * (checkpoints.KEPT - 1))
-    return in_checkpoints, in_tables
 
 
 def forward_flops(spec: ModelSpec, shape: Shape) -> float:

@@ -65,10 +65,12 @@ class Schedule:
             slots: total number of GPUs or, without GPUs, of CPUs.
         """
         self._allocations, self._free_slots, self._last_stage = allocations, slots, len(STAGES) - 1
-        groups: dict[tuple[str, str, str], list[Job]] = {}
+        groups: dict[tuple[object, ...], list[Job]] = {}
         for job in jobs:
-            groups.setdefault((job.folder, job.stage, job.model), []).append(job)
-        # Only the longest job of each model is compared: there may be thousands of shards.
+            # Jobs that wait for other models, as the checks do, must not hold up the others of their model.
+            inputs = None if job.copy_of else job.inputs
+            groups.setdefault((job.folder, job.stage, job.model, inputs), []).append(job)
+        # Only the longest job of each group is compared: there may be thousands of shards.
         self._waiting = [deque(sorted(group, key=self._order)) for group in groups.values()]
         self._missing = {job.output for group in self._waiting for job in group}
 

@@ -91,7 +91,10 @@ def _backward(
     start, stop = len(indices) * rank // count, len(indices) * (rank + 1) // count
     cuts = torch.arange(start, stop).tensor_split(spec.training.accumulation)
     parts = [slice(int(cut[0]), int(cut[-1]) + 1) for cut in cuts if len(cut)]
-    method = pkgutil.resolve_name(METHODS[spec.method].losses)
+    name = METHODS[spec.method].losses
+    if name is None:
+        raise ValueError(f"method {spec.method}: its models are not trained")
+    method = pkgutil.resolve_name(name)
 
     def losses(part: slice) -> Iterator[Loss]:
         x, y = images.train_batch(indices, draws, part)

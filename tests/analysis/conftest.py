@@ -22,7 +22,8 @@ from .. import PATIENCE
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = 400
-FEW = ["experts.fgsm=1", "experts.pgd=2", "evaluation.beyond=pgd_gate,noise,transfer,experts"]
+CURVES = ["evaluation.curve_multiples=0.25,1,4", "evaluation.curve_steps=20", "evaluation.curve_restarts=3"]
+FEW = ["experts.fgsm=1", "experts.pgd=2", "evaluation.beyond=pgd_gate,noise,transfer,experts,curves", *CURVES]
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 

@@ -26,7 +26,7 @@ from benchmarks.analysis import make_up
 from dwf_cluster.defences import registry
 from dwf_cluster.defences.registry import DefenceSettings, ModelSpec
 from dwf_cluster.presets import build
-from tests.analysis.conftest import Call
+from tests.analysis.conftest import CURVES, Call
 
 NOTHING = Predictions({}, {})
 
@@ -70,6 +70,25 @@ def test_figure_7_shows_accuracy_over_iterations_without_the_papers(cifar10: Gro
     lines = {line.get_label(): np.asarray(line.get_xydata()) for line in figure.axes[0].lines}
     assert set(lines) == set(cifar10.models)
     assert lines["mixture"][:, 0].tolist() == [10, 20, 30, 40, 50]
+
+
+def test_the_curves_show_each_model_over_epsilon_steps_and_starts(cifar10: Group, data: FigureData) -> None:
+    epsilon = cifar10.experiment.threat.epsilon
+    expected = {
+        "curve_epsilon": [[epsilon / 4, epsilon, 4 * epsilon, 1.0]] * 2,  # PGD and APGD
+        "curve_steps": [[1, 2, 5, 10, 20]],
+        "curve_restarts": [[1, 2, 3]],
+    }
+    for name, panels in expected.items():
+        figure = draw(name, data)
+        assert figure is not None
+        for axes, attack, x in zip(figure.axes, (name, "curve_apgd"), panels, strict=False):
+            lines = {line.get_label(): np.asarray(line.get_xydata()) for line in axes.lines}
+            assert set(lines) >= set(cifar10.models)
+            assert lines["mixture"][:, 0].tolist() == pytest.approx(x)
+            rows = data.measured[(data.measured.model == "mixture") & (data.measured.attack == attack)]
+            assert lines["mixture"][:, 1] == pytest.approx(100 * rows["mean"].to_numpy())
+    assert not any(column.attack.startswith("curve") for column in cifar10.columns)
 
 
 def test_one_seed_has_no_band(digits_data: FigureData) -> None:
@@ -166,7 +185,7 @@ def test_more_kinds_than_colours_differ_in_dashes(tmp_path: Path, monkeypatch: p
 
 def test_models_of_another_version_are_drawn_in_grey_and_have_rows(tmp_path: Path, call: Call) -> None:
     """An experiment whose baselines this version does not know: neither figures nor tables nor the report fail."""
-    experiment = build("cifar10", 0, ["experts.fgsm=1", "experts.pgd=0", "evaluation.beyond=transfer"])
+    experiment = build("cifar10", 0, ["experts.fgsm=1", "experts.pgd=0", "evaluation.beyond=transfer,curves", *CURVES])
     folder = make_up(tmp_path, experiment, 100)
     fields = json.loads((folder / "experiment.json").read_text())
     (folder / "experiment.json").write_text(json.dumps({**fields, "baselines": ["fgsm-at", "later"]}))

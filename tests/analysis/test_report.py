@@ -127,8 +127,10 @@ def test_the_overview_shows_all_settings(browser: webdriver.Chrome, section: Sec
     assert _column(table, 0) == ["cifar10", "digits"]
     assert _column(table, 1) == ["3", "1"]
     (row,) = (cells for label, cells in section.tables[0].rows if label == "mixture")
-    shown = [_column(table, column)[0] for column in range(2, 6)]
-    assert shown == [row[0], row[-3], row[-2], row[-1]]
+    clean = [above for above, _ in section.tables[0].heads].index("clean")
+    heads = [button.text.split() for button in table.find_elements(By.CSS_SELECTOR, "thead button")]
+    for head, cell in (["clean"], row[clean]), (["pgd", "longest", "@0.03137"], row[-3]):
+        assert _column(table, heads.index(head))[0] == cell
 
 
 def test_a_group_without_evaluations_is_named_and_the_others_are_shown(storage: Path, tmp_path: Path) -> None:

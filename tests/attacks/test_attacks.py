@@ -233,7 +233,7 @@ def test_eot_averages_the_gradients_of_a_random_model() -> None:
 @settings(max_examples=25, deadline=None)
 @given(
     seed=st.integers(0, 1000),
-    norm=st.sampled_from(["linf", "l2"]),
+    norm=st.sampled_from(["linf", "l2", "l1"]),
     epsilon=st.floats(0.001, 1.0),
     step_size=st.floats(0.001, 1.0),
     steps=st.integers(1, 4),

@@ -40,6 +40,7 @@ from dwf_cluster.models.frozen import frozen
 from dwf_cluster.models.resnet import ResNet18
 
 from ..conftest import InDouble
+from .test_l1 import projected_by_bisection
 
 LINF, L2 = Ball("linf", 0.15), Ball("l2", 0.8)
 NORMS = pytest.mark.parametrize(("ball", "norm"), [(LINF, "Linf"), (L2, "L2")], ids=["linf", "l2"])
@@ -196,6 +197,24 @@ def test_l2_pgd_is_torchattacks(defended: Problem) -> None:
     _assert_same(_last(ours), theirs(problem.x, problem.y))
 
 
+class _FoolboxSlide(foolbox.attacks.SparseL1DescentAttack):  # type: ignore[misc,name-defined]
+    """The peer's own projection takes one value too many into its threshold, so it ends up to 2 % outside the ball."""
+
+    def project(self, x: object, x0: object, epsilon: float) -> object:
+        change = (x.raw - x0.raw).numpy()  # type: ignore[attr-defined]
+        projected = np.stack([projected_by_bisection(each, epsilon) for each in change])
+        return eagerpy.astensor(x0.raw + torch.tensor(projected))  # type: ignore[attr-defined]
+
+
+def test_l1_pgd_is_foolboxs_sparse_l1_descent_with_an_exact_projection(defended: Problem) -> None:
+    problem = defended.first(60).double()
+    last = _last(pgd(problem.model, problem.x, problem.y, Ball("l1", 3.0), step_size=0.7, steps=12))
+    peer = _FoolboxSlide(abs_stepsize=0.7, steps=12)
+    wrapped = foolbox.PyTorchModel(problem.model, bounds=(0, 1))
+    _assert_same(last, peer.run(wrapped, problem.x, foolbox.criteria.Misclassification(problem.y), epsilon=3.0))
+    assert float(Ball("l1", 3.0).distance(problem.x, last).max()) == pytest.approx(3.0)  # the projection was needed
+
+
 class _FoolboxCarliniWagner(foolbox.attacks.LinfPGD):  # type: ignore[misc,name-defined]
     def get_loss_fn(self, model: Callable[..., object], labels: object) -> Callable[..., object]:
         def loss(inputs: object) -> object:
@@ -254,7 +273,9 @@ def test_restarts_leave_as_many_images_robust_as_torchattacks(defended: Problem)
     assert abs(int(worst.robust.sum()) - theirs) <= 10
 
 
-@pytest.mark.parametrize("peer", ["torchattacks-linf", "foolbox-l2", "pyautoattack-linf", "pyautoattack-l2"])
+@pytest.mark.parametrize(
+    "peer", ["torchattacks-linf", "foolbox-l2", "foolbox-l1", "pyautoattack-linf", "pyautoattack-l2"]
+)
 def test_random_starts_are_distributed_as_the_peers(peer: str) -> None:
     """By a Kolmogorov-Smirnov test of single values and of whole lengths, on images far from 0 and 1."""
     model, x, y = (
@@ -262,13 +283,14 @@ def test_random_starts_are_distributed_as_the_peers(peer: str) -> None:
         torch.full((1000, 1, 8, 8), 0.5),
         torch.arange(1000) % 10,
     )
-    ball = replace(LINF if peer.endswith("linf") else L2, epsilon=0.3)
+    ball = Ball(peer.partition("-")[2], 0.3)  # type: ignore[arg-type]
     generators = [torch.Generator().manual_seed(i) for i in range(len(y))]
     torch.manual_seed(0)
     if peer == "torchattacks-linf":
         ours, theirs = ball.random_point(x, generators), torchattacks.PGD(model, eps=0.3, steps=0)(x, y)
-    elif peer == "foolbox-l2":
-        attack, wrapped = foolbox.attacks.L2PGD(steps=0), foolbox.PyTorchModel(model.eval(), bounds=(0, 1))
+    elif peer.startswith("foolbox"):
+        kind = {"l2": foolbox.attacks.L2PGD, "l1": foolbox.attacks.SparseL1DescentAttack}[ball.norm]
+        attack, wrapped = kind(steps=0, random_start=True), foolbox.PyTorchModel(model.eval(), bounds=(0, 1))
         ours = ball.random_point(x, generators)
         theirs = attack.run(wrapped, x, foolbox.criteria.Misclassification(y), epsilon=0.3)
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,10 @@ def network():
 
 def probabilities():
     return nn.Sequential(network(), nn.Softmax(1))
+
+def other():
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Flatten(), nn.Linear(192, classes))
 
 def failing():
     raise RuntimeError("first line\\nsecond line")
@@ -61,7 +66,7 @@ def test_tables_are_printed_and_an_experiment_is_written_that_analysis_reads(
     out, err = capsys.readouterr()
     assert not err
     assert "Accuracy in percent, 12 test images" in out
-    assert "11 checks of 1 models on 12 images" in out
+    assert "15 checks of 1 models on 12 images" in out
     written = Path(out.splitlines()[-1])
     assert written.parent == folder / "results"
     assert written.name.startswith("own_network-network-seed0-")
@@ -90,8 +95,8 @@ def test_weights_of_either_kind_are_loaded(folder: Path, capsys: pytest.CaptureF
     save_file(network.state_dict(), "weights.safetensors")
     for file in ("weights.pt", "weights.safetensors"):
         assert _evaluate(f"--weights={file}", "--out=results", suites="noise") == 0
-    printed = [line for line in capsys.readouterr().out.splitlines() if line.strip().startswith("model ")]
-    assert printed[1] == printed[3]
+    first, second = re.findall(r"^ *model +[\d.]+ .*$", capsys.readouterr().out, re.M)
+    assert first == second
     assert [path.name.split("-seed0")[0] for path in Path("results").iterdir()] == ["own_network-network-weights"]
 
 
@@ -124,18 +129,52 @@ def test_an_l2_suite_takes_its_ball_from_the_options(folder: Path) -> None:
         ("--epsilon: invalid float value: 'x'", ["--epsilon=x"]),
         ("device: 'gpu' cannot be used", ["--device=gpu"]),
         ("unrecognized arguments: --frob", ["--frob"]),
+        ("--from: 'none.npz' cannot be read: No such file", ["--from=none.npz"]),
+        ("own.npz: no array images: images, index,", ["--from=own.npz"]),
+        ("--epsilon: cannot be used with --from, which attacks nothing", ["--from=own.npz", "--epsilon=0.1"]),
     ],
 )
 def test_input_that_cannot_be_used_is_one_line_and_status_2(
     folder: Path, capsys: pytest.CaptureFixture[str], message: str, options: list[str]
 ) -> None:
-    assert _evaluate(*options, "--out=results") == 2
+    out_option = [] if any("--from" in option for option in options) else ["--out=results"]
+    assert _evaluate(*options, *out_option) == 2
     out, err = capsys.readouterr()
     assert not out
     assert message in err
     assert err.startswith("error: ")
     assert err.count("\n") == 1
     assert not Path("results").exists()
+
+
+@pytest.mark.parametrize("kind", ["float", "uint8"])
+def test_saved_images_are_verified_on_the_same_model_and_on_another(
+    folder: Path, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    assert _evaluate("--out=results", f"--save-adversarial={kind}", "--epsilon=0.1", suites="paper,noise") == 0
+    experiment = Path(capsys.readouterr().out.splitlines()[-1])
+    files = sorted(map(str, (experiment / "adversarial").iterdir()))
+    assert len(files) == 2
+    evaluations = analysis.load("results").evaluations.set_index("attack").accuracy
+    assert _evaluate("--from", *files) == 0
+    out, err = capsys.readouterr()
+    assert not err
+    assert f"Accuracy in percent on {17 * 16} saved images, each within its ball" in out
+    cells = {line.split()[1]: line.split() for line in out.splitlines() if line.split()[:1] == ["model"]}
+    assert float(cells["noise"][-2]) == pytest.approx(100 * evaluations["noise"], abs=0.05)
+    if kind == "float":
+        assert "every answer is the one that was saved" in out
+        assert cells["pgd_restarts"][-1] == "100.0"
+        assert float(cells["pgd_restarts"][6]) == pytest.approx(100 * evaluations["pgd_restarts"], abs=0.05)
+    assert _evaluate("--from", files[0], model="other") == 0
+    assert f"of {_count(files[0])} answers differ from the saved ones" in capsys.readouterr().out
+    assert _evaluate("--out=results", "--epsilon=0.1", suites="paper,noise") == 0
+    assert not list((experiment / "adversarial").iterdir())  # the rows were replaced
+
+
+def _count(file: str) -> int:
+    with np.load(file) as arrays:
+        return len(arrays["index"])
 
 
 def test_ctrl_c_is_status_130_and_writes_nothing(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import io
+from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from dwf_cluster.console.tables import plan, result_table, show, sweep_tables, transfer_table, warnings
 from dwf_cluster.data.registry import Sizes
-from dwf_cluster.evaluation.registry import CHECKS, columns, transfer_column
+from dwf_cluster.evaluation.registry import CHECKS, columns, transfer_column, worst_case_column
 from dwf_cluster.experiment import Experiment
 from dwf_cluster.plan.jobs import jobs
 from dwf_cluster.plan.resources import Resources
+from dwf_cluster.presets import build
 from dwf_cluster.store import Store, tables
+
+from ..conftest import TINY
 
 
 def _printed(table: Table) -> list[str]:
@@ -51,6 +56,28 @@ def test_the_result_table_has_models_down_columns_across_and_blanks_for_columns_
     assert benign == ["benign", *["10.0"] * without_gate]
 
 
+def test_the_worst_case_is_the_last_column_and_its_images_are_counted(store: Store, tiny: Experiment) -> None:
+    _write_evaluations(store, tiny)
+    row = {"model": "mixture", **worst_case_column(tiny.threat).settings, "examples": 40, "accuracy": 0.125}
+    tables.write(store, "evaluations", "another", [row])
+    lines = _printed(result_table(tiny, store))
+    assert lines[2].split()[-1] == "worst_case"
+    assert next(line.split() for line in lines if line.split()[:1] == ["mixture"])[-1] == "12.5"
+
+
+def test_a_table_says_below_it_which_accuracies_are_upper_bounds_and_what_autoattack_was_run_on(
+    tmp_path: Path, tiny: Experiment
+) -> None:
+    assert tiny.column_notes == ()
+    experiment = build("digits", 0, [*TINY, "gate.kind=hard", "evaluation.autoattack_examples=16"])
+    store = experiment.store(str(tmp_path))
+    _write_evaluations(store, experiment)
+    printed = " ".join(" ".join(_printed(result_table(experiment, store))).split())
+    assert "mixture: gives each image to one expert." in printed
+    assert "their accuracies are upper bounds" in printed
+    assert "autoattack: the first 16 test images" in printed
+
+
 def test_the_transfer_table_has_the_model_that_images_were_made_on_across(store: Store, tiny: Experiment) -> None:
     _write_evaluations(store, tiny)
     lines = [line.split() for line in _printed(transfer_table(tiny, store, tiny.threat)) if line.strip()]
@@ -59,8 +86,8 @@ def test_the_transfer_table_has_the_model_that_images_were_made_on_across(store:
 
 
 def test_each_sign_of_masking_is_a_warning_and_the_last_line_has_their_number(store: Store, tiny: Experiment) -> None:
-    check = {"model": "pgd-1", "check": "black_box", "value": 0.0, "limit": 0.05, "fired": False, "examples": 8}
-    checks = [{**check, "model": model, "meaning": "fine"} for model in tiny.names]
+    check = {"check": "black_box", "value": 0.0, "limit": 0.05, "fired": False, "examples": 8, "meaning": "fine"}
+    checks: list[dict[str, Any]] = [{**check, "model": model} for model in tiny.names]
     tables.write(store, "checks", "all", checks)
     assert warnings(tiny, store) == ["signs of gradient masking: none in 4 checks of 4 models on 8 images"]
     checks[2] |= {"value": 0.5, "fired": True, "meaning": "a black-box attack fools 50.0%"}
@@ -85,6 +112,17 @@ def test_a_mean_over_a_part_of_the_seeds_says_so() -> None:
     ]
     assert " ".join(" ".join(lines).split()).endswith("the mean leaves seeds out; do not compare it with the others")
     assert not any("parentheses" in line for line in _printed(sweep_tables(complete, fields)[1]))
+
+
+def test_the_number_of_checks_that_could_fire_follows_where_every_row_says_it(store: Store, tiny: Experiment) -> None:
+    check = {"check": "restarts", "value": 0.0, "limit": 0.1, "fired": False, "meaning": "fine", "examples": 8}
+    checks = [{**check, "model": model, "could_fire": model != "benign"} for model in tiny.names]
+    checks.append({**check, "model": "benign", "check": "stronger", "could_fire": False, "examples": 40})
+    tables.write(store, "checks", "all", checks)
+    told = "signs of gradient masking: none in 5 checks of 4 models on 8 and 40 images"
+    assert warnings(tiny, store) == [f"{told}; 3 of them could fire"]
+    tables.write(store, "checks", "all", [*checks, {**check, "model": "pgd-1"}])  # as earlier versions did
+    assert warnings(tiny, store) == [told.replace("5 checks", "6 checks")]
 
 
 def test_the_plan_takes_the_speed_of_each_stage_from_finished_jobs(store: Store, tiny: Experiment) -> None:

@@ -35,7 +35,12 @@ EVERYTHING = [
     "evaluation.pgd_steps=1,3",
     "evaluation.restart_steps=4",
     "evaluation.adaptive_steps=4",
-    "evaluation.beyond=pgd_gate,pgd_expert,pgd_momentum,pgd_cw,pgd_l2,apgd,apgd_l2,square,autoattack,noise,transfer",
+    "evaluation.beyond=pgd_gate,pgd_expert,pgd_route,pgd_momentum,pgd_cw,pgd_l2,pgd_l1,pgd_targeted,apgd,apgd_l2,"
+    "square,autoattack,noise,curves,transfer",
+    "evaluation.targets=2",
+    "evaluation.curve_multiples=0.5,1",
+    "evaluation.curve_steps=3",
+    "evaluation.curve_restarts=2",
     "evaluation.apgd_steps=6",
     "evaluation.square_queries=10",
 ]

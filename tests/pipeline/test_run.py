@@ -12,6 +12,7 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import psutil
 import pyarrow.parquet as pq
@@ -20,10 +21,12 @@ from safetensors.torch import load_file
 
 from dwf_cluster import status
 from dwf_cluster.data import sources
+from dwf_cluster.evaluation.adversarial import read, verify
 from dwf_cluster.evaluation.column import expert_columns
 from dwf_cluster.evaluation.registry import CHECKS, columns
 from dwf_cluster.experiment import Experiment
-from dwf_cluster.plan.jobs import stored_bytes
+from dwf_cluster.plan.disk_space import stored_bytes
+from dwf_cluster.plan.jobs import pending
 from dwf_cluster.presets import build
 from dwf_cluster.store import checkpoints, tables
 
@@ -56,10 +59,10 @@ def test_a_run_stores_checkpoints_tables_and_the_experiment(
     own = sum(len(columns(experiment.evaluation, experiment.threats, suite)) for suite in _suites(experiment))
     transferred = len(MODELS) * (len(MODELS) - 1)
     parts = len(expert_columns(experiment.evaluation, experiment.threat, experiment.defended.parents))
-    assert len(evaluations) == own + transferred + parts
+    assert len(evaluations) == own + transferred + parts + len(MODELS)  # with the worst case of each
     assert set(evaluations.examples) == {40}
     shards = pd.read_parquet(folder / "results" / "shards")
-    assert len(shards) == SHARDS * len(evaluations)
+    assert len(shards) == SHARDS * (own + transferred + parts)
     assert set(shards["first"]) == {0, 24}
     assert (evaluations.accuracy_low <= evaluations.accuracy).all()
     predictions = pd.read_parquet(folder / "results" / "predictions")
@@ -67,6 +70,42 @@ def test_a_run_stores_checkpoints_tables_and_the_experiment(
     gates = predictions[predictions.model == "mixture"].gate
     assert all(len(gate) == 3 and abs(sum(gate) - 1) < 1e-5 for gate in gates)
     assert predictions[predictions.model != "mixture"].gate.isna().all()
+
+
+def test_the_adversarial_images_of_every_shard_are_kept_and_can_be_verified(
+    reference_run: tuple[Path, subprocess.CompletedProcess[str]],
+) -> None:
+    folder, _ = reference_run
+    images = sources.load(build("digits", 0, TINY).data, Path())
+    files = sorted((folder / "adversarial").iterdir())
+    assert [file.stem for file in files] == sorted(f.stem for f in (folder / "results" / "shards").iterdir())
+    predictions = pd.read_parquet(folder / "results" / "predictions")
+    for file in files:
+        if "-experts-" in file.name:  # its images are about parts of the mixture
+            continue
+        kept = read(file)
+        verify(kept, images.x_test, images.y_test, file)
+        model = predictions[predictions.model == kept.source[0]]
+        for attack, steps in dict.fromkeys(zip(kept.attack, kept.steps, strict=True)):
+            own = (kept.attack == attack) & (kept.steps == steps)
+            rows = model[(model.attack == attack) & (model.steps.fillna(-1) == steps)]
+            rows = rows[rows.example.isin(kept.index)].sort_values(["epsilon", "example"])
+            order = np.lexsort((kept.index[own], kept.epsilon[own]))
+            assert kept.prediction[own][order].tolist() == rows.prediction.tolist()
+
+
+def test_an_evaluation_without_its_adversarial_images_is_pending_if_they_are_to_be_kept(
+    reference_run: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path
+) -> None:
+    folder = tmp_path / reference_run[0].name
+    shutil.copytree(reference_run[0], folder)
+    (removed, *_) = sorted((folder / "adversarial").iterdir())
+    removed.unlink()
+    for kept, expected in (("uint8", [removed.stem]), ("null", [])):
+        experiment = build("digits", 0, [*TINY, *LONG_EPOCHS, f"save_adversarial={kept}"])
+        assert experiment.folder == folder.name
+        waiting = pending(experiment, experiment.store(str(tmp_path)), sources.sizes(experiment.data))
+        assert [job.file for listed in waiting.values() for job in listed] == expected
 
 
 def test_every_job_has_a_readable_name_and_a_row(
@@ -98,14 +137,17 @@ def test_a_run_prints_progress_the_table_and_how_to_read_the_results(
     assert [row[0] for row in rows] == MODELS * 2  # the transfer matrix follows
     assert {len(row) for row in rows[4:]} == {1 + 3}
     assert re.search(
-        r"^signs of gradient masking: (\d+|none) in \d+ checks of 4 models on 8 images$", result.stdout, re.M
+        r"^signs of gradient masking: (\d+|none) in \d+ checks of 4 models on 8 and 40 images; \d+ of them could fire$",
+        result.stdout,
+        re.M,
     )
     evaluations = pd.read_parquet(folder / "results" / "evaluations").set_index(["model", "attack"])
     for row in rows[:4]:
-        assert len(row) == 1 + 15 + 2 * (row[0] == "mixture")
+        assert len(row) == 1 + 16 + 2 * (row[0] == "mixture")
         assert row[1] == f"{100 * evaluations.loc[(row[0], 'clean')].accuracy.item():.1f}"
         assert row[14] == f"{100 * evaluations.loc[(row[0], 'pgd_adaptive')].accuracy.item():.1f}"
-        assert row[-1] == f"{100 * evaluations.loc[(row[0], 'noise')].accuracy.item():.1f}"
+        assert row[-2] == f"{100 * evaluations.loc[(row[0], 'noise')].accuracy.item():.1f}"
+        assert row[-1] == f"{100 * evaluations.loc[(row[0], 'worst_case')].accuracy.item():.1f}"
     (line,) = (line for line in lines if line.startswith("read them: "))
     program = f"{line.removeprefix('read them: import pandas; ')}"
     assert len(eval(program, {"pandas": pd})) == len(evaluations)

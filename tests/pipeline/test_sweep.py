@@ -99,7 +99,7 @@ def test_experiments_that_differ_in_the_joint_stage_share_experts_and_their_eval
     assert {name for (n, name), origin in origins.items() if n == 0 and origin} == set()
     for number in (1, 2):
         alone = {name for (n, name), origin in origins.items() if n == number and origin is None}
-        assert alone == {name for n, name in origins if n == 0 and (name == "joint" or "mixture" in name)}
+        assert alone == {name for n, name in origins if n == number and (name == "joint" or "mixture" in name)}
         assert {origin for (n, _), origin in origins.items() if n == number} == {None, "0"}
 
 

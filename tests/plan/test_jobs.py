@@ -11,6 +11,7 @@ from dwf_cluster.data.registry import Sizes
 from dwf_cluster.evaluation.registry import SUITES
 from dwf_cluster.experiment import Experiment
 from dwf_cluster.models.resnet import ResNet18
+from dwf_cluster.plan.disk_space import stored_bytes
 from dwf_cluster.plan.jobs import (
     STAGES,
     Job,
@@ -20,7 +21,6 @@ from dwf_cluster.plan.jobs import (
     pending,
     prepare_training,
     select,
-    stored_bytes,
 )
 from dwf_cluster.presets import build
 from dwf_cluster.settings import InvalidInput
@@ -119,6 +119,8 @@ def _finish(store: Store, job: Job, metrics: bool = True) -> None:
     for table in (*job.tables, "jobs"):
         name, content = (job.model, rows) if table == "metrics" else (job.file, [{}])
         tables.write(store, table, name, content)
+    if job.keeps_images:
+        store.write(job.images_file, b"images")
 
 
 def _pending(experiment: Experiment, store: Store) -> set[str]:
@@ -140,6 +142,8 @@ def test_a_job_is_done_when_all_of_its_files_exist(store: Store, tiny: Experimen
         assert name in _pending(tiny, store)
         _finish(store, job)
         assert name not in _pending(tiny, store)
+    store.remove(job.images_file)
+    assert (name in _pending(tiny, store)) == job.keeps_images
 
 
 def test_missing_rows_are_restored_from_the_checkpoint(store: Store, tiny: Experiment) -> None:
@@ -218,8 +222,19 @@ def test_models_without_parents_and_their_evaluations_are_shared_and_others_are_
     assert _copies(experiment, build("digits", 1, tiny)) == set()
     trainings = {f"expert {name}" for name in ("benign", "fgsm-1", "pgd-1")}
     assert _copies(experiment, build("digits", 0, [*tiny, "evaluation.restarts=3"])) == trainings
-    no_pgd = {name for name in without_parents if "pgd-1" not in name}
+    # The checks of every model make images on every other one.
+    no_pgd = {name for name in without_parents if "pgd-1" not in name and "checks" not in name}
     assert _copies(experiment, build("digits", 0, [*tiny, "pgd.steps=3"])) == no_pgd
+
+
+def test_the_checks_wait_for_the_models_that_images_are_made_on_and_pay_for_them(tiny: Experiment) -> None:
+    job = _job(tiny, "evaluate pgd-1 checks 0-7")
+    assert job.inputs == {(tiny.folder, name) for name in ("benign", "fgsm-1", "pgd-1")}
+    mixture = _job(tiny, "evaluate mixture checks 0-7")
+    assert mixture.inputs == {(tiny.folder, name) for name in tiny.names}
+    steps, queries, sources = tiny.evaluation.probe_steps, 300, 3
+    own = 3 * (2 * 14 * steps + queries)  # three experts
+    assert mixture.cost == pytest.approx(8 * (own + sources * 2 * steps))
 
 
 def test_evaluations_that_are_transferred_to_all_models_are_not_shared() -> None:
