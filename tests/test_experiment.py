@@ -275,6 +275,7 @@ ASSUMED = {
     "evaluation.random_start",
     "evaluation.restarts",
     "evaluation.targets",
+    "evaluation.corruption_severities",
     "evaluation.curve_multiples",
     "evaluation.corruption_severities",
 }
