@@ -129,9 +129,8 @@ class Section:
     @cached_property
     def checks(self) -> pd.DataFrame:
         """The checks for gradient masking; those that have found a sign come first."""
-        names = ["seed", "model", "check", "value", "limit", "fired", "meaning", "examples"]
-        added = [name for name in ("could_fire", "p") if name in SCHEMAS["checks"].names]
-        checks = self.group.frame("checks", [*names, *added]).reindex(columns=[*names, "could_fire", "p"])
+        names = ["seed", "model", "check", "value", "limit", "p", "could_fire", "fired", "meaning", "examples"]
+        checks = self.group.frame("checks", names)
         return checks.sort_values("fired", ascending=False, kind="stable")
 
     @property

@@ -20,11 +20,12 @@ from analysis.columns import COLUMN_FIELDS, ColumnKey, column_key
 from analysis.predictions import Predictions
 from analysis.results import Group
 from dwf_cluster.evaluation.merge import CONFIDENCE
+from dwf_cluster.evaluation.registry import WORST_CASE
 
 _RESULTS = ["examples", "seeds", "difference", "low", "high", "p", "std", "p_corrected"]
 _COLUMNS = ["model", "other", *COLUMN_FIELDS, "primary", "incomplete", *_RESULTS]
 
-WORST_CASES = ("worst_case", "pgd_restarts")
+WORST_CASES = (WORST_CASE, "pgd_restarts")
 """Attacks whose column is the headline under attack: the first that was measured."""
 
 ALPHA = 1 - CONFIDENCE

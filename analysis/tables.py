@@ -25,11 +25,11 @@ from analysis.expert_tables import expert_tables
 from analysis.formats import FORMATS, Table, mean_and_std, signed
 from analysis.predictions import Predictions, read_predictions
 from analysis.results import Group, load
-from analysis.statistics import ALPHA, WORST_CASES, comparisons
+from analysis.statistics import ALPHA, comparisons
 from analysis.sweep_tables import Setting, setting_tables
 from dwf_cluster.console.command import Parser
 from dwf_cluster.evaluation.merge import wilson
-from dwf_cluster.evaluation.registry import Column
+from dwf_cluster.evaluation.registry import WORST_CASE, Column, worst_case_column
 from dwf_cluster.settings import printable, to_text
 
 _NO_CELL = (math.nan, math.nan)
@@ -95,7 +95,7 @@ def table3(group: Group, measured: pd.DataFrame, tests: pd.DataFrame) -> Table:
         measured: result of `accuracies`.
         tests: result of `statistics.comparisons`; they decide which cells are bold.
     """
-    columns = [*_headline_columns(group), *group.paper_columns]
+    columns = [*_headline_columns(group, measured), *group.paper_columns]
     notes = [*_notes(group, measured, columns), *bold_notes(group, tests)]
     title = f"{group.title}: accuracy in percent, the paper's table 3"
     return _accuracy_table(title, group, columns, measured, tests, notes)
@@ -103,8 +103,9 @@ def table3(group: Group, measured: pd.DataFrame, tests: pd.DataFrame) -> Table:
 
 def beyond(group: Group, measured: pd.DataFrame, tests: pd.DataFrame) -> Table | None:
     """The columns that `table3` does not have, or None if there are none; arguments as for `table3`."""
-    shown = [*_headline_columns(group), *group.paper_columns]
-    columns = [column for column in group.columns if column not in shown]
+    shown = [*_headline_columns(group, measured), *group.paper_columns]
+    measured_keys = {key_of_row(row) for row in each(measured)}
+    columns = [c for c in group.columns if c not in shown and column_key(c) in measured_keys]
     if not columns:
         return None
     title = f"{group.title}: accuracy in percent, beyond the paper"
@@ -112,11 +113,10 @@ def beyond(group: Group, measured: pd.DataFrame, tests: pd.DataFrame) -> Table |
     return _accuracy_table(title, group, columns, measured, tests, notes)
 
 
-def _headline_columns(group: Group) -> list[Column]:
+def _headline_columns(group: Group, measured: pd.DataFrame) -> list[Column]:
     """The column `worst_case` under the primary threat model; none in the folders of earlier versions."""
-    threat = group.experiment.threat
-    at = (threat.norm, threat.epsilon)
-    return [column for column in group.columns if column.attack == "worst_case" and (column.norm, column.epsilon) == at]
+    column = worst_case_column(group.experiment.threat)
+    return [column] if any(key_of_row(row) == column_key(column) for row in each(measured)) else []
 
 
 def _accuracy_table(
@@ -166,7 +166,7 @@ def _coverage_notes(group: Group, measured: pd.DataFrame, columns: Sequence[Colu
     partial = [f"{row.model} {row.title}" for row in rows]
     listed = f"{', '.join(partial[:6])}{', ...' if len(partial) > 6 else ''}"
     return [
-        *getattr(group.experiment, "column_notes", ()),
+        *group.experiment.column_notes,
         *([f"In brackets seeds measured / all; incomplete, so not compared: {listed}."] if partial else []),
     ]
 
@@ -179,7 +179,7 @@ def bold_notes(group: Group, tests: pd.DataFrame) -> list[str]:
     titles = {column_key(column): column_name(column) for column in group.columns}
     names = dict.fromkeys(titles[key_of_row(row)] for row in each(primary))
     incomplete = [f"{row.other} ({titles[key_of_row(row)]})" for row in each(primary[primary.incomplete.astype(bool)])]
-    no_worst_case = all(row.attack != WORST_CASES[0] for row in each(primary))
+    no_worst_case = all(row.attack != WORST_CASE for row in each(primary))
     defended = group.defended
     rule = (
         f"in {' and '.join(names)} only, the {defended} if it is ahead of every rival (every other model), and a rival "

@@ -178,17 +178,35 @@ def test_the_page_has_the_numbers_of_the_tables(browser: webdriver.Chrome, secti
         assert bold == sum(row == i for row, _ in section.tables[0].bold)
 
 
-def test_the_headline_says_established_only_if_the_test_is_significant(section: Section) -> None:
-    first, clean, pgd = section.headline
+def test_the_headline_says_established_only_if_every_test_is_significant(section: Section) -> None:
+    first, clean, worst, last = section.headline
     mean = section.measured.set_index(["model", "attack"]).loc[("mixture", "clean")]
     assert f"{100 * mean['mean']:.1f} ± {100 * mean['std']:.1f} % on clean images" in first
     assert "3 seeds" in first
-    undecided = replace(section, tests=section.tests.assign(p_holm=1.0))
-    assert "not established" in undecided.headline[2]
-    proven = replace(section, tests=section.tests.assign(p_holm=1e-9))
-    assert "is established" in proven.headline[2]
-    assert "paired t-test" in pgd
-    assert clean.startswith("On clean images the best other model is benign")
+    assert clean.startswith("On clean images: that the mixture is ahead of every rival is")
+    assert "Against the best rival, benign, the difference is" in clean
+    assert "not corrected for choosing this rival" in worst
+    assert "over seeds and images" in last
+
+    def with_p(p: float) -> Section:
+        tests = section.tests
+        return replace(
+            section, tests=tests.assign(difference=0.1, p_corrected=tests.p_corrected.where(~tests.primary, p))
+        )
+
+    assert "is not established. It is established against 0 of 6." in with_p(0.06).headline[2]
+    assert "is established. It is established against 6 of 6: " in with_p(0.04).headline[2]
+
+
+def test_the_headline_claims_nothing_against_an_incomplete_rival(section: Section) -> None:
+    tests = section.tests.assign(
+        difference=0.1, p_corrected=section.tests.p_corrected.where(~section.tests.primary, 0.01)
+    )
+    lacking = tests.primary & (tests.other == "benign") & (tests.attack == "clean")
+    tests.loc[lacking, ["incomplete", "difference", "p", "p_corrected"]] = [True, np.nan, np.nan, 1.0]
+    clean = replace(section, tests=tests).headline[1]
+    assert "is not established. It is established against 5 of 6: " in clean
+    assert "no claim is made against: benign." in clean
 
 
 def test_the_page_names_its_sources_and_the_commands_that_reproduce_it(html: str, storage: Path) -> None:
@@ -235,8 +253,19 @@ def test_signs_of_masking_are_a_warning_and_html_in_settings_is_escaped(storage:
     text = (folder / "experiment.json").read_text().replace('"source": "digits"', '"source": "<script>x.npz"')
     (folder / "experiment.json").write_text(text)
     html = page([str(folder)])
-    warning = "Signs of gradient masking: 1 in 8 checks of 4 models: benign more_steps (seed 0)."
+    warning = "Signs of gradient masking: 1 in 8 checks of 4 models; how many of them could fire was not recorded: "
+    warning += "benign more_steps (seed 0)."
     assert f'<p class="warning">{warning}</p>' in html
     assert "<details open><summary>All checks" in html
     assert "<script>x" not in html
     assert "&lt;script&gt;x.npz" in html
+
+
+def test_the_report_counts_the_checks_that_could_fire(section: Section) -> None:
+    checks = section.checks.assign(fired=False, could_fire=section.checks.check == section.checks.check.iloc[0])
+    counted = replace(section)
+    counted.__dict__["checks"] = checks
+    could = int(checks.could_fire.sum())
+    assert counted.masking == (
+        f"Signs of gradient masking: none in {len(checks)} checks of 7 models, {could} of which could fire."
+    )
