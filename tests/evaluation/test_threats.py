@@ -125,7 +125,7 @@ def test_targeted_pgd_is_one_run_for_each_other_label(images: Images) -> None:
         run = pgd(model, x, y, ball, step_size=step_size, steps=3, objective=target_margin, target=(y + shift) % 10)
         for iterate in run:
             robust &= predict(model, iterate.x).argmax(1) == y
-    rows, predictions = _evaluated(experiment, images, "fgsm-1", "pgd_targeted")
+    _, predictions = _evaluated(experiment, images, "fgsm-1", "pgd_targeted")
     assert _correct(predictions) == robust.tolist()
     one = build("digits", 0, [*EVERYTHING, "evaluation.targets=1", "evaluation.epsilon=0.03"])
     (only_the_likeliest,), _ = _evaluated(one, images, "fgsm-1", "pgd_targeted")
