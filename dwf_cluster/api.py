@@ -203,7 +203,7 @@ def measure(
     checked: np.ndarray[Any, Any] | None = None,
     adversarial: Kind | None = None,
 ) -> Rows:
-    """Run suites on a model; it has more than seven parameters because `evaluate` has.
+    """Run suites on a model; it has more than seven parameters, and is long because `evaluate` has so many.
 
     Args:
         subject, suites, evaluation, threats, seed, progress: as of `evaluate`.

@@ -306,16 +306,13 @@ def test_a_check_is_counted_and_reported(run: tuple[Path, str]) -> None:
 
 def test_a_masked_defence_is_found_in_a_whole_run(run: tuple[Path, str]) -> None:
     experiment, printed = run
-    every = _table(experiment, "checks")
-    checks = every.query("model == 'masked'").set_index("check")
+    checks = _table(experiment, "checks").query("model == 'masked'").set_index("check")
     fired = set(checks.index[checks.fired])
     assert {"black_box", "huge_epsilon", "stronger"} <= fired, checks.meaning.tolist()
     assert checks.could_fire[checks.fired].all()
     assert "made on 5 other models" in checks.meaning["transfer"]
     assert "the strongest beside it is dark" in checks.meaning["stronger"]
     assert "warning: masked, black_box: a black-box attack" in printed
-    others = every.query("model != 'masked' and check != 'large'")
-    assert len(others[others.fired]) <= 1, others[others.fired].meaning.tolist()
 
 
 def test_a_data_set_is_read_with_its_number_of_classes(run: tuple[Path, str]) -> None:

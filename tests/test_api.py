@@ -369,6 +369,19 @@ def test_l2_suites_use_the_given_ball(network: nn.Module) -> None:
     assert 0.2 < row.perturbation <= 0.3 + 1e-6
 
 
+@pytest.mark.parametrize(("norm", "radius", "step"), [("linf", 8 / 255, 2 / 255), ("l2", 0.5, 0.1), ("l1", 12, 1)])
+def test_every_norm_has_a_default_radius_and_measures_paper_and_checks(
+    network: nn.Module, norm: str, radius: float, step: float
+) -> None:
+    x, y = torch.rand(4, 1, 8, 8), torch.arange(4)
+    result = evaluate(network, x, y, norm=norm, progress=False)  # type: ignore[arg-type]
+    rows = result.evaluations[result.evaluations.attack.str.startswith("pgd")]
+    assert len(rows) == 7
+    assert set(zip(rows.norm, rows.epsilon, rows.step_size, strict=True)) == {(norm, radius, step)}
+    assert set(result.evaluations.norm[result.evaluations.attack == "fgsm"]) == {"linf"}
+    assert not result.checks.empty
+
+
 def test_the_progress_bar_is_on_stderr_or_nowhere(network: nn.Module, capfd: pytest.CaptureFixture[str]) -> None:
     for progress in (True, False):
         _measured(network, "noise", progress=progress)

@@ -275,6 +275,7 @@ ASSUMED = {
     "evaluation.random_start",
     "evaluation.restarts",
     "evaluation.targets",
+    "evaluation.corruption_severities",
     "evaluation.curve_multiples",
 }
 """Fields whose value the paper's text does not show or does not decide, and those that our columns add."""

@@ -175,7 +175,7 @@ def transfer_table(experiment: Experiment, store: Store, threat: Threat) -> Tabl
     """Accuracy in percent of each model (down) on the PGD images that were made on each other model (across)."""
     headings = {transfer_column(experiment.evaluation, threat, name): name for name in experiment.names}
     steps = next(iter(headings)).steps
-    epsilon = f", {threat.norm} epsilon {threat.epsilon:.4g}," if len(experiment.threats) > 1 else ""
+    epsilon = f" ({threat.norm}, epsilon {threat.epsilon:.4g})" if len(experiment.threats) > 1 else ""
     return _accuracies(experiment, store, f"On PGD-{steps}{epsilon} made on", headings)
 
 

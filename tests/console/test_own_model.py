@@ -76,7 +76,7 @@ def test_tables_are_printed_and_an_experiment_is_written_that_analysis_reads(
     assert set(evaluations.examples) == {12}
     assert (len(evaluations), len(results.checks), len(results.predictions)) == (
         19,
-        11,
+        15,
         19 * 12,
     )  # `worst_case` is the last
     assert set(evaluations[evaluations.attack == "pgd"].epsilon) == {0.1}
