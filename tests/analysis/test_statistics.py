@@ -172,7 +172,9 @@ def test_every_pair_is_compared_in_every_column_on_all_images(cifar10: Group, pr
     rows = comparisons(cifar10, predictions)
     models, pairs = len(cifar10.models), len(cifar10.models) * (len(cifar10.models) - 1) // 2
     assert models == 7
-    assert (rows.attack != "worst_case").sum() == (17 + 1) * pairs  # noise; only the mixture has a column pgd_gate
+    columns = [column for column in cifar10.columns if column.attack not in ("pgd_gate", "worst_case")]
+    assert len(columns) == 17 + 2  # noise and autoattack; only the mixture has a column pgd_gate
+    assert (rows.attack != "worst_case").sum() == len(columns) * pairs
     measured = cifar10.frame("evaluations")
     clean = measured[measured.attack == "clean"].groupby("model", observed=True).accuracy.mean()
     for row in each(rows[rows.attack == "clean"]):

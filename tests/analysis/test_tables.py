@@ -187,13 +187,16 @@ def test_the_defended_model_is_compared_with_each_other_model(cifar10: Group, te
 def test_columns_beyond_the_paper_have_a_table(cifar10: Group, measured: pd.DataFrame, tests: pd.DataFrame) -> None:
     other = beyond(cifar10, measured, tests)
     assert other is not None
-    assert other.heads == [("gate", "100"), ("noise", "")]
-    assert [[bool(cell) for cell in cells] for _, cells in other.rows] == [[False, True]] * 6 + [[True, True]]
+    assert other.heads == [("gate", "100"), ("noise", ""), ("autoattack", "")]
+    assert [[bool(cell) for cell in cells] for _, cells in other.rows] == [[False, True, True]] * 6 + [[True] * 3]
 
 
-def test_models_without_a_cell_have_no_row(cifar10: Group, measured: pd.DataFrame, tests: pd.DataFrame) -> None:
-    other = beyond(cifar10, measured[measured.attack != "noise"], tests)
+def test_models_and_columns_without_a_cell_are_left_out(
+    cifar10: Group, measured: pd.DataFrame, tests: pd.DataFrame
+) -> None:
+    other = beyond(cifar10, measured[~measured.attack.isin(["noise", "autoattack"])], tests)
     assert other is not None
+    assert other.heads == [("gate", "100")]
     assert [label for label, _ in other.rows] == ["mixture"]
 
 
