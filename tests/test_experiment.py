@@ -277,6 +277,7 @@ ASSUMED = {
     "evaluation.targets",
     "evaluation.corruption_severities",
     "evaluation.curve_multiples",
+    "evaluation.corruption_severities",
 }
 """Fields whose value the paper's text does not show or does not decide, and those that our columns add."""
 

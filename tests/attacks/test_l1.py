@@ -49,6 +49,10 @@ def test_an_l1_step_changes_one_value_in_a_hundred_and_none_that_would_leave_the
     step = ball.direction(gradient, at)
     assert int((step < 0).sum()) == changed
     assert not bool((step > 0).any())
+    at = torch.where(gradient < 0, 0.0, 0.5)
+    step = ball.direction(gradient, at)
+    assert int((step > 0).sum()) == changed
+    assert not bool((step < 0).any())
     assert not bool(ball.direction(torch.zeros_like(gradient), at).any())
 
 

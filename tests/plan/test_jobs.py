@@ -90,6 +90,16 @@ def test_the_storage_estimate_follows_the_size_of_the_networks() -> None:
     assert gates < 2 * one  # the experts are stored once
 
 
+def test_a_suite_costs_as_much_for_each_threat_model_that_it_attacks_under() -> None:
+    beyond = "evaluation.beyond=noise,pgd_l2,curves,transfer"
+    one, three = (
+        _costs(build("digits", 0, [beyond, f"evaluation.epsilon={epsilons}"]), "evaluate", test=9)
+        for epsilons in ("0.1", "0.1,0.2,0.3")
+    )
+    for suite, factor in (("paper", 3), ("noise", 3), ("pgd_l2", 1), ("curves", 1)):
+        assert three[f"evaluate benign {suite} 0-8"] == factor * one[f"evaluate benign {suite} 0-8"]
+
+
 def test_a_suite_with_a_number_of_examples_is_measured_on_the_first_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     of_first_70 = replace(SUITES["noise"], examples=lambda evaluation: 70)
     monkeypatch.setattr("dwf_cluster.evaluation.registry.SUITES", {**SUITES, "noise": of_first_70})
