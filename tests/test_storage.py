@@ -73,7 +73,8 @@ def test_a_run_on_s3_with_a_server_restart_gives_the_rows_of_a_run_in_a_folder(
     assert again.returncode == 0, again.stderr
     assert again.stdout.splitlines()[:3] == [f"{s}: done already, skipped" for s in ("experts", "joint", "evaluate")]
     (row,) = (line for line in status.lines(s3) if line.startswith("digits-seed0"))
-    assert row.split()[1:5] == ["done", "3/3", "1/1", "24/24"]
+    evaluations = int((pd.read_parquet(two_worker_run / "results" / "jobs").stage == "evaluate").sum())
+    assert row.split()[1:5] == ["done", "3/3", "1/1", f"{evaluations}/{evaluations}"]
     assert other.names("") == ["results"]
     for path in fsspec.filesystem("s3").find(s3):
         content = fsspec.filesystem("s3").cat_file(path)
