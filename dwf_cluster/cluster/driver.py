@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -35,6 +36,9 @@ class Cluster:
     def __init__(self, resources: Resources, dashboard: str = "", token_file: str = "", control: Any = None) -> None:
         import ray
 
+        # Ray prints the error of a job whose result nobody reads, as of those that end after the run has failed.
+        # Each job stores its log, and the run prints why it failed.
+        os.environ["RAY_IGNORE_UNHANDLED_ERRORS"] = "1"
         self._ray = ray
         # A trial of a sweep has a placement group without resources to compute with; jobs run outside of it.
         anywhere = ray.util.scheduling_strategies.PlacementGroupSchedulingStrategy(placement_group=None)
