@@ -13,7 +13,6 @@ import ipaddress
 import os
 import secrets
 import shlex
-import shutil
 import signal
 import socket
 import subprocess
@@ -25,7 +24,7 @@ from pathlib import Path
 
 from dwf_cluster.cluster import environment
 from dwf_cluster.cluster.failures import DRIVER
-from dwf_cluster.cluster.temporary import make_private, sockets_fit
+from dwf_cluster.cluster.temporary import make_private, remove, sockets_fit
 
 RESTARTS = DRIVER.retries or 0
 """How often a Ray cluster that was lost, or did not start, is started again within one allocation."""
@@ -90,7 +89,7 @@ def remove_old_folders(current: Path) -> None:
     for old in current.parent.glob(f"dwf-{environment.job_number()}-*"):
         with contextlib.suppress(FileNotFoundError):  # two nodes of a test cluster share one /tmp
             if old != current and old.lstat().st_uid == os.getuid():
-                shutil.rmtree(old, ignore_errors=True)
+                remove(str(old))
 
 
 def run(arguments: Sequence[str], resume_command: str) -> int:
@@ -158,7 +157,7 @@ def _run_cluster(arguments: Sequence[str], resume_command: str) -> str:
         return status.read_text() if status.exists() else ""
     finally:
         status.unlink(missing_ok=True)
-        shutil.rmtree(path, ignore_errors=True)
+        remove(str(path))
 
 
 def _srun() -> list[str]:

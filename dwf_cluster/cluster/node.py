@@ -9,7 +9,6 @@ from __future__ import annotations
 import ctypes
 import fcntl
 import os
-import shutil
 import signal
 import socket
 import struct
@@ -23,7 +22,7 @@ from typing import Any
 
 from dwf_cluster.cluster import allocation, connect, environment
 from dwf_cluster.cluster.share import claim_gpus, memory_share
-from dwf_cluster.cluster.temporary import make_private, set_environment
+from dwf_cluster.cluster.temporary import make_private, remove, set_environment
 
 LOSS_SECONDS = 5.0
 """How long a run that failed waits for its Ray to end, to distinguish a lost cluster from a failure of its own."""
@@ -56,7 +55,7 @@ def main(arguments: Sequence[str]) -> int:
         return _run_first_node(arguments) if environment.is_first_node() else _run_other_node()
     finally:
         if is_own:
-            shutil.rmtree(folder, ignore_errors=True)
+            remove(str(folder))
 
 
 def _make_folder(folder: Path, token: str) -> bool:

@@ -27,7 +27,8 @@ SPACE = 8 << 20
 _MAX_SOCKET_PATH = 103 if sys.platform == "darwin" else 107
 """Length limit in bytes."""
 
-_REMOVAL_ATTEMPTS = 20
+_REMOVAL_ATTEMPTS = 100
+"""One every tenth of a second. SLURM kills what is left of a job within seconds."""
 
 
 @contextlib.contextmanager
@@ -54,7 +55,7 @@ def folder(*, for_sockets: bool = False) -> Iterator[str]:
             raise _unusable(parent, error) from None
         yield path
     finally:
-        _remove(path)
+        remove(path)
         os.close(lock)
 
 
@@ -71,6 +72,15 @@ def used_by_children(folder: str) -> Iterator[None]:
             del os.environ["TMPDIR"]
         else:
             os.environ["TMPDIR"] = before
+
+
+def remove(path: str) -> None:
+    """Remove a folder. Processes of Ray may still write to it, so one attempt may not be enough."""
+    for _ in range(_REMOVAL_ATTEMPTS):
+        shutil.rmtree(path, ignore_errors=True)
+        if not os.path.lexists(path):
+            return
+        time.sleep(0.1)
 
 
 def remove_abandoned(parent: str) -> None:
@@ -92,7 +102,7 @@ def remove_abandoned(parent: str) -> None:
             for pid in _left_by_ray(path):
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
-            _remove(path)
+            remove(path)
         except (
             OSError
         ):  # its owner is alive, or the file system has no locks, so nothing shows that the owner has ended
@@ -199,15 +209,6 @@ def _unusable(parent: str, error: OSError) -> InvalidInput:
         f"TMPDIR: {parent!r} cannot be used: {error.strerror or error}; "
         f"allowed is a folder with {SPACE >> 20} MiB free that this user can write to"
     )
-
-
-def _remove(path: str) -> None:
-    """Remove a folder. Processes of Ray may still write to it, so one attempt may not be enough."""
-    for _ in range(_REMOVAL_ATTEMPTS):
-        shutil.rmtree(path, ignore_errors=True)
-        if not os.path.lexists(path):
-            return
-        time.sleep(0.1)
 
 
 def _left_by_ray(path: str) -> Iterator[int]:

@@ -487,6 +487,21 @@ def test_private_folders_of_earlier_starts_of_this_job_are_removed(
     assert {folder.name for folder in tmp_path.iterdir()} == {current.name, foreign.name, other_job.name}
 
 
+def test_a_private_folder_is_removed_although_a_dying_process_still_writes_to_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    (old := tmp_path / "dwf-7-old").mkdir()
+    write = "import sys; print(flush=True); [open(f'{sys.argv[1]}/{number}', 'w') for number in range(20_000)]"
+    with subprocess.Popen(
+        [sys.executable, "-c", write, old], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    ) as writer:
+        assert writer.stdout is not None
+        writer.stdout.readline()
+        allocation.remove_old_folders(tmp_path / "dwf-7-new")
+    assert not old.exists()
+
+
 @pytest.mark.parametrize("script", ["full_pipeline.sh", "sweep.sh"])
 def test_a_batch_script_uses_the_environment_beside_it_or_prints_what_to_do(tmp_path: Path, script: str) -> None:
     def run(**variables: str) -> subprocess.CompletedProcess[str]:

@@ -66,8 +66,8 @@ def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 def test_on_s3_no_write_begins_after_a_later_run_has_acquired_the_lock(s3: str, tmp_path: Path) -> None:
     history = _history(Store(s3, "digits-seed0-0123456789"), tmp_path)
-    for write, checked, acquired in history.late():
-        assert checked < acquired, f"before {write} the locks were read after a later run had acquired one"
+    for write, begun, acquired in history.late():
+        assert begun < acquired, f"{write} began after a later run had acquired the lock"
 
 
 @dataclass
@@ -78,13 +78,13 @@ class _History:
     files: set[str]
 
     def late(self) -> Iterator[tuple[str, float, float]]:
-        """Files that appeared after a later run acquired the lock: name, time of the last check, time of acquiring."""
-        checked = {event["file"]: event["time"] for event in self.events if event["what"] == "checks"}
+        """Files that appeared after a later run acquired the lock: name, begin of the last write, time of acquiring."""
+        begun = {event["file"]: event["begun"] for event in self.events if event["what"] == "writes"}
         for event in self.events:
             if event["what"] == "acquired":
                 for name in self.files - set(event["files"]):
                     if int(name[:5]) < event["run"]:
-                        yield name, checked[name], event["time"]
+                        yield name, begun[name], event["time"]
 
 
 def _history(store: Store, folder: Path) -> _History:
@@ -172,7 +172,7 @@ def _status(run: int, state: Any) -> Status:
 
 
 def _patch(store: Store, chance: random.Random, note: Callable[..., None]) -> None:
-    """Shorten the times, give this process its own machine and clock, log when it checks the locks, lose answers."""
+    """Shorten the times, give this process its own machine and clock, log its writes, lose answers."""
     patch, offset = pytest.MonkeyPatch(), timedelta(seconds=chance.uniform(-3600, 3600))
 
     def now() -> str:
@@ -186,9 +186,15 @@ def _patch(store: Store, chance: random.Random, note: Callable[..., None]) -> No
     put = Store._put
 
     def logged(self: Store, name: str, content: bytes, exclusive: bool) -> None:
-        if name.startswith(DATA):
-            note("checks", file=name.rpartition("/")[2])
-        put(self, name, content, exclusive)
+        begun, refused = time.monotonic(), False
+        try:
+            put(self, name, content, exclusive)
+        except LockLost:  # a repeat of a write whose answer was lost: it has sent nothing
+            refused = True
+            raise
+        finally:
+            if name.startswith(DATA) and not refused:
+                note("writes", file=name.rpartition("/")[2], begun=begun)
 
     patch.setattr(Store, "_put", logged)
 
