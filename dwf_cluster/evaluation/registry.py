@@ -206,7 +206,7 @@ SUITES: Mapping[str, Suite] = {
             for severity in sorted(set(e.corruption_severities))
         ],
         lambda e, networks: len(CORRUPTIONS) * len(set(e.corruption_severities)),
-        norms=("linf", "l2", "l1"),
+        norms=_ANY,
     ),
     CHECKS: Suite(
         "dwf_cluster.evaluation.run:check",
