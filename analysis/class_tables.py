@@ -10,7 +10,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from analysis.columns import ColumnKey
-from analysis.formats import Table
+from analysis.formats import Table, mean_and_std
 from analysis.predictions import BINS, Answers, Predictions
 from analysis.results import Group
 from dwf_cluster.evaluation.merge import wilson
@@ -129,7 +129,7 @@ def _by_class(group: Group, columns: list[AnsweredColumn]) -> Table:
     rows = []
     for label in shown:
         # A class may have no image in a column that was measured on a part of the test set.
-        cells = [_percent(f.loc[label, "mean"], f.loc[label, "std"]) if label in f.index else "" for f in frames]
+        cells = [mean_and_std(f.loc[label, "mean"], f.loc[label, "std"]) if label in f.index else "" for f in frames]
         row = worst.loc[label]
         interval = f"[{100 * row.low:.1f}, {100 * row.high:.1f}]"
         other = f"{int(row.other)} ({100 * row.share:.0f} %)" if row.other >= 0 else ""
@@ -166,7 +166,7 @@ def _calibration(group: Group, rated: list[tuple[str, pd.DataFrame | None]]) -> 
     rows = []
     for name, values in rated:
         if values is not None:
-            cells = [_percent(values[c].mean(), values[c].std()) for c in ("accuracy", "confidence", "ece", "mce")]
+            cells = [mean_and_std(values[c].mean(), values[c].std()) for c in ("accuracy", "confidence", "ece", "mce")]
             rows.append((name, [str(values["images"].min()), *cells]))
     heads = [("images", ""), ("accuracy", ""), ("confidence", ""), ("ECE", ""), ("MCE", "")]
     note = (
@@ -175,7 +175,3 @@ def _calibration(group: Group, rated: list[tuple[str, pd.DataFrame | None]]) -> 
     )
     title = f"{group.title}: calibration of the {group.defended}, percent"
     return Table(title, heads, rows, notes=[note], corner="images of") if rows else None
-
-
-def _percent(mean: float, std: float) -> str:
-    return f"{100 * mean:.1f}" + ("" if math.isnan(std) else f" ± {100 * std:.1f}")

@@ -9,7 +9,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from analysis.columns import ColumnKey, each, key_of_row
-from analysis.formats import Table
+from analysis.formats import Table, mean_and_std
 from analysis.predictions import Predictions
 from analysis.results import Group
 from dwf_cluster.evaluation.column import (
@@ -123,15 +123,15 @@ def _summary_table(group: Group, measured: pd.DataFrame, frame: pd.DataFrame) ->
         (
             str(name),
             [
-                _percent(row["weight_clean"]),
-                _percent(row["weight_pgd"]),
-                *(_percent(row[role], row[f"{role}_std"]) for role in _ROLES),
+                mean_and_std(row["weight_clean"]),
+                mean_and_std(row["weight_pgd"]),
+                *(mean_and_std(row[role], row[f"{role}_std"]) for role in _ROLES),
             ],
         )
         for name, row in frame.iterrows()
     ]
     complete = [whole.get(key) for key in (_CLEAN, _pgd_key(group))]
-    cells = ["" if row is None else _percent(row.mean, row.std) for row in complete]
+    cells = ["" if row is None else mean_and_std(row.mean, row.std) for row in complete]
     rows.append((f"whole {group.defended}", ["", "", *cells, *cells]))
     heads = [
         ("gate weight", "clean"),
@@ -154,13 +154,13 @@ def _transfer_table(group: Group, measured: pd.DataFrame) -> Table:
     other = matrix[~np.eye(len(matrix), dtype=bool)]
     note = (
         f"PGD-{longest_pgd(group.experiment.evaluation)} on the expert across, tested on the expert down. "
-        f"Mean {_percent(np.diag(matrix).mean())} % on an expert's own images, "
-        + (f"{_percent(other.mean())} % on those of another." if len(other) else "there is no other.")
+        f"Mean {mean_and_std(np.diag(matrix).mean())} % on an expert's own images, "
+        + (f"{mean_and_std(other.mean())} % on those of another." if len(other) else "there is no other.")
     )
     return Table(
         f"{group.title}: transfer between the experts of the {group.defended}, accuracy in percent",
         [("made on", name) for name in group.experts],
-        [(name, [_percent(value) for value in row]) for name, row in zip(group.experts, matrix, strict=True)],
+        [(name, [mean_and_std(value) for value in row]) for name, row in zip(group.experts, matrix, strict=True)],
         notes=[note],
         corner="tested on",
     )
@@ -191,9 +191,3 @@ def _correlation_table(group: Group, measured: pd.DataFrame, predictions: Predic
 def _pgd_key(group: Group) -> ColumnKey:
     threat = group.experiment.threat
     return ColumnKey("pgd", None, threat.norm, threat.epsilon, longest_pgd(group.experiment.evaluation))
-
-
-def _percent(mean: float, std: float = math.nan) -> str:
-    if math.isnan(mean):
-        return ""
-    return f"{100 * mean:.1f}" + ("" if math.isnan(std) else f" ± {100 * std:.1f}")

@@ -64,7 +64,7 @@ def markdown(table: Table) -> str:
     )
 
 
-def mean_and_std(mean: float, std: float) -> str:
+def mean_and_std(mean: float, std: float = math.nan) -> str:
     """A mean and a standard deviation (0..1) in percent, `97.5 ± 0.4`; NaN: blank, no standard deviation."""
     if math.isnan(mean):
         return ""
