@@ -29,7 +29,7 @@ def test_dry_run_prints_the_plan_longest_first_and_starts_and_writes_nothing(lau
     lines = result.stdout.splitlines()
     tasks = [line.split()[1:3] for line in lines if line.split()[:1] in (["experts"], ["joint"])]
     assert tasks == [["expert", "pgd-1"], ["expert", "fgsm-1"], ["expert", "benign"], ["joint", "2"]]
-    suites, shards = 4, 2
+    suites, shards = 5, 2
     assert sum("evaluate mixture" in line for line in lines) == suites * shards + 1  # and the checks
     assert lines[-1].startswith(str(launch.folder / "runs" / "digits-seed0-"))
     assert list(launch.folder.iterdir()) == []
