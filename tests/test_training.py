@@ -218,9 +218,9 @@ def test_training_without_an_attack_builds_no_frozen_model(
 ) -> None:
     built: list[nn.Module] = []
 
-    def counted(model: nn.Module) -> nn.Module:
+    def counted(model: nn.Module, batch_statistics: bool = False) -> nn.Module:
         built.append(model)
-        return frozen(model)
+        return frozen(model, batch_statistics=batch_statistics)
 
     for module in (step, probe):
         monkeypatch.setattr(module, "frozen", counted)

@@ -334,7 +334,7 @@ def test_one_cpu_or_two_and_a_repeated_shard_give_the_same_rows(
     assert code == 0, stderr
     assert_same(copy, reference_run[0])
     jobs = pd.read_parquet(copy / "results" / "jobs").set_index("task").attempts
-    again = set(jobs[jobs == 2].index)
+    again = set(jobs[jobs == 2].index) - {"joint"}  # whose checkpoint was damaged
     assert len(again) <= len(killed)  # the others were not run again
     assert set(jobs) <= {1, 2}
 
