@@ -14,7 +14,7 @@ from dwf_cluster.models.registry import BACKBONES
 from dwf_cluster.plan.jobs import STAGES, deduplicate, jobs
 from dwf_cluster.store import checkpoints
 
-_ROW_BYTES, _FILE_BYTES = 8, 5000
+_ROW_BYTES, _FILE_BYTES = 11, 5000
 """Measured sizes of a row of `predictions` without its gate, and of a file of a few rows."""
 
 
