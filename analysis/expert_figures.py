@@ -56,7 +56,7 @@ def dropped_expert(data: FigureData) -> Figure | None:
         return None
     steps = longest_pgd(data.group.experiment.evaluation)
     own = data.measured[(data.measured.model == data.group.defended) & data.measured.attack.isin(["clean", "pgd"])]
-    whole = {row.attack: row for row in each(own) if row.attack == "clean" or row.steps == steps}
+    whole = {row.attack: row for row in each(data.primary(own)) if row.attack == "clean" or row.steps == steps}
     figure, axes = new_figure(0.2 * len(frame) + 1.4)
     positions = np.arange(len(frame))
     for name, label, colour, marker in _CONDITIONS:

@@ -181,6 +181,8 @@ def main(arguments: Sequence[str]) -> None:
         data = FigureData(group, accuracies(group), read_predictions(group))
         for path in save(draw_all(data), Path(options.out) / group.name):
             print(path)
+        for note in group.experiment.selection_notes:
+            print(f"{group.title}: {note}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -35,7 +35,9 @@ def gate_by_class(data: FigureData) -> Figure | None:
     """Mean weight of each expert for each true class: on clean images, and under the longest PGD of the columns."""
     columns = _columns(data)
     shown = [column for column in columns if column.attack == "clean"]
-    shown += sorted((column for column in columns if column.attack == "pgd"), key=lambda column: column.steps or 0)[-1:]
+    epsilon = data.group.experiment.threat.epsilon
+    attacked = (column for column in columns if column.attack == "pgd" and column.epsilon == epsilon)
+    shown += sorted(attacked, key=lambda column: column.steps or 0)[-1:]
     if not shown:
         return None
     experts = list(data.group.experts)

@@ -30,7 +30,7 @@ from analysis.folder import ExperimentFolder
 from analysis.formats import Table
 from analysis.predictions import Predictions, read_predictions
 from analysis.results import Group, load
-from analysis.statistics import ALPHA
+from analysis.statistics import ALPHA, is_established
 from analysis.sweep_tables import Setting, setting_tables
 from dwf_cluster.console.command import Parser
 from dwf_cluster.presets import invocation
@@ -105,16 +105,26 @@ class Section:
             rows: of `comparisons`, one for each rival.
         """
         defended, condition = self.group.defended, _CONDITIONS[rows[0].attack]
-        proven = [row for row in rows if row.p_corrected < ALPHA]
-        ahead = [row.other for row in proven if row.difference > 0]
-        behind = [row.other for row in proven if row.difference < 0]
+        different = [row for row in rows if row.p_corrected < ALPHA]
+        ahead = [row.other for row in different if row.difference > 0]
+        behind = [row.other for row in different if row.difference < 0]
         incomplete = [row.other for row in rows if row.incomplete]
-        state = "established" if len(ahead) == len(rows) else "not established"
-        sentences = [
-            f"{condition[0].upper()}{condition[1:]}: that the {defended} is ahead of every rival is {state}. It is "
-            f"established against {len(ahead)} of {len(rows)}{': ' if ahead else ''}{', '.join(ahead)}"
-        ]
-        sentences += [f"It is established that the {defended} is behind {', '.join(behind)}"] if behind else []
+        listed = f"{len(ahead)} of {len(rows)}{': ' if ahead else ''}{', '.join(ahead)}"
+        where = f"{condition[0].upper()}{condition[1:]}"
+        if len(self.group.seeds) == 1:
+            sentences = [
+                f"{where}: one seed establishes nothing about the methods. Of these trained models, the {defended} is "
+                f"ahead of {listed}"
+            ]
+            sentences += [f"It is behind {', '.join(behind)}"] if behind else []
+        else:
+            state = (
+                "established" if all(is_established(row) and row.difference > 0 for row in rows) else "not established"
+            )
+            sentences = [
+                f"{where}: that the {defended} is ahead of every rival is {state}. It is established against {listed}"
+            ]
+            sentences += [f"It is established that the {defended} is behind {', '.join(behind)}"] if behind else []
         sentences += [f"Incomplete, so no claim is made against: {', '.join(incomplete)}"] if incomplete else []
         if complete := [row for row in rows if not row.incomplete]:
             best = min(complete, key=lambda row: float(row.difference))

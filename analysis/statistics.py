@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -171,15 +171,25 @@ def hochberg(p: ArrayLike) -> NDArray[np.float64]:
 def primary_columns(group: Group, predictions: Predictions) -> list[ColumnKey]:
     """The columns of the primary family: clean images, and the worst case under the primary threat model.
 
-    The worst case is `worst_case`, or, if no model has this column, `pgd_restarts`.
+    The worst case is `worst_case`, or, if no model has this column, `pgd_restarts`; not if a model gives each image to
+    one expert, because PGD's accuracies are upper bounds there.
     """
     measured = {key for _, key in predictions.correct}
     keys = [key for column in group.columns if (key := column_key(column)) in measured]
     threat = group.experiment.threat
     under_threat = [key for key in keys if (key.norm, key.epsilon) == (threat.norm, threat.epsilon)]
     clean = [key for key in keys if key.attack == "clean"]
-    worst = [key for attack in WORST_CASES for key in under_threat if key.attack == attack]
+    attacks = WORST_CASES[:1] if group.experiment.selecting else WORST_CASES
+    worst = [key for attack in attacks for key in under_threat if key.attack == attack]
     return clean + worst[:1]
+
+
+def is_established(row: Any) -> bool:
+    """Whether a row of `comparisons` shows a difference of methods: significant, and over more than one seed.
+
+    One seed shows a difference of two trained models; other seeds of equal methods differ too.
+    """
+    return bool(row.p_corrected < ALPHA and row.seeds > 1)
 
 
 def comparisons(group: Group, predictions: Predictions) -> pd.DataFrame:

@@ -20,7 +20,6 @@ from analysis.formats import Table, mean_and_std, signed
 from analysis.predictions import Predictions
 from analysis.results import Group
 from analysis.statistics import ALPHA, Paired, holm, paired, primary_columns
-from dwf_cluster.defences.registry import METHODS
 from dwf_cluster.evaluation.settings import Threat
 
 CLEAN = "clean"
@@ -68,8 +67,12 @@ class Setting:
     @property
     def selects(self) -> bool:
         """Whether the defended model gives each image to one expert."""
-        defended = self.group.experiment.defended
-        return METHODS[defended.method].selects(defended)
+        return self.group.defended in self.group.experiment.selecting
+
+    @property
+    def suites(self) -> set[str]:
+        """Names of the suites that the defended model is attacked by."""
+        return set(self.group.experiment.suites(self.group.experiment.defended))
 
 
 def setting_tables(settings: Sequence[Setting]) -> list[Table]:
@@ -139,7 +142,7 @@ def differences(settings: Sequence[Setting]) -> Table | None:
     """Accuracy of each setting minus that of each other one on the same images with the same seeds, in points.
 
     Compared are settings that share preset, data and number of test images; None if there are no two of these. A cell
-    is bold if p is below 0.05 after Holm, over all pairs, clean and worst case.
+    is bold if p is below 0.05 after Holm, over all pairs, clean and worst case, with several seeds.
     """
     pairs = [(a, b) for a, b in itertools.combinations(settings, 2) if _is_comparable(a, b)]
     if not pairs:
@@ -155,7 +158,7 @@ def differences(settings: Sequence[Setting]) -> Table | None:
         "difference of the defended models between settings, percentage points",
         [(attack.removeprefix("pgd_"), "") for attack in attacks],
         [(name, [_interval(result) for result in row]) for name, row in zip(names, results, strict=True)],
-        frozenset((int(i), int(j)) for i, j in np.argwhere(p < ALPHA)),
+        frozenset((int(i), int(j)) for i, j in np.argwhere(p < ALPHA) if len(pairs[i][0].group.seeds) > 1),
         _notes(pairs, results, int(counted.sum())),
         corner="settings",
     )
@@ -169,7 +172,8 @@ def _is_comparable(first: Setting, second: Setting) -> bool:
 def _compare(first: Setting, second: Setting, attack: str) -> Paired | str:
     """The paired test of two settings under an attack, or why there is none."""
     one, other = first.group.experiment, second.group.experiment
-    if attack != CLEAN and (one.threat, one.evaluation) != (other.threat, other.evaluation):
+    is_same = (one.threat, one.evaluation) == (other.threat, other.evaluation)
+    if attack != CLEAN and not (is_same and (first.suites == second.suites or attack != "worst_case")):
         return OTHER_ATTACK
     if attack not in (CLEAN, "worst_case") and (first.selects or second.selects):
         return UPPER_BOUND
@@ -205,7 +209,7 @@ def _notes(
     cells = {cell for row in results for cell in row if isinstance(cell, str)}
     notes = [
         f"Paired over {drawn}. In brackets the 95 % interval, not corrected. Bold: p < {ALPHA:.2g} after Holm over "
-        f"{tests} comparisons."
+        f"{tests} comparisons; never with one seed."
     ]
     if INCOMPLETE in cells:
         notes.append(
@@ -219,6 +223,7 @@ def _notes(
     if OTHER_ATTACK in cells:
         notes.append(
             "Other attack: the two settings are evaluated under different threat models or by different attacks; "
-            "evaluation.epsilon and evaluation.step_size give all settings one threat model."
+            "evaluation.epsilon and evaluation.step_size give all settings one threat model, and evaluation.beyond the "
+            "same attacks, such as pgd_route for soft gates too."
         )
     return notes

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from statistics import fmean, stdev
 from typing import Any
 
@@ -25,7 +25,7 @@ from analysis.expert_tables import expert_tables
 from analysis.formats import FORMATS, Table, mean_and_std, signed
 from analysis.predictions import Predictions, read_predictions
 from analysis.results import Group, load
-from analysis.statistics import ALPHA, comparisons
+from analysis.statistics import ALPHA, comparisons, is_established
 from analysis.sweep_tables import Setting, setting_tables
 from dwf_cluster.console.command import Parser
 from dwf_cluster.evaluation.merge import wilson
@@ -52,7 +52,12 @@ def accuracies(group: Group) -> pd.DataFrame:
     for row in each(group.frame("evaluations", [*CELL_FIELDS, "accuracy", "examples"])):
         measured.setdefault((row.model, key_of_row(row)), []).append((row.accuracy, row.examples))
     titles = {column_key(column): column_name(column) for column in (*group.columns, *group.curve_columns)}
-    transfers = {key: f"{key.attack} {key.source}" for _, key in measured if key not in titles}
+    several = len(group.experiment.threats) > 1
+    transfers = {
+        key: f"{key.attack} {key.source}{f' @{key.epsilon:.4g}' if several else ''}"
+        for _, key in measured
+        if key not in titles
+    }
     published = paper.published(group)
     rows = []
     for model in group.models:
@@ -70,8 +75,7 @@ def accuracies(group: Group) -> pd.DataFrame:
 def bold_cells(tests: pd.DataFrame) -> set[tuple[str, ColumnKey]]:
     """Models, with the column, whose lead is established; only columns of the primary family have such cells.
 
-    The defended model, if it is ahead of every rival and each of these tests is significant after the correction. A
-    rival, if it is ahead of the defended model and this test is.
+    The defended model, if its lead over every rival is established. A rival, if its lead over the defended model is.
 
     Args:
         tests: result of `statistics.comparisons`.
@@ -81,9 +85,9 @@ def bold_cells(tests: pd.DataFrame) -> set[tuple[str, ColumnKey]]:
     for _, rows in primary.groupby("attack", sort=False):
         family = list(each(rows))
         key, defended = key_of_row(family[0]), str(family[0].model)
-        if all(row.p_corrected < ALPHA and row.difference > 0 for row in family):
+        if all(is_established(row) and row.difference > 0 for row in family):
             cells.add((defended, key))
-        cells |= {(str(row.other), key) for row in family if row.p_corrected < ALPHA and row.difference < 0}
+        cells |= {(str(row.other), key) for row in family if is_established(row) and row.difference < 0}
     return cells
 
 
@@ -179,18 +183,37 @@ def bold_notes(group: Group, tests: pd.DataFrame) -> list[str]:
     titles = {column_key(column): column_name(column) for column in group.columns}
     names = dict.fromkeys(titles[key_of_row(row)] for row in each(primary))
     incomplete = [f"{row.other} ({titles[key_of_row(row)]})" for row in each(primary[primary.incomplete.astype(bool)])]
-    no_worst_case = all(row.attack != WORST_CASE for row in each(primary))
-    defended = group.defended
+    attacks, defended = {row.attack for row in each(primary)}, group.defended
+    stand_in = [
+        "These results have no column worst_case; PGD with restarts stands in for it."
+        if "pgd_restarts" in attacks
+        else "These results have no column worst_case, and PGD's accuracies are upper bounds where a gate gives each "
+        "image to one expert: nothing is tested under attack."
+    ]
     rule = (
         f"in {' and '.join(names)} only, the {defended} if it is ahead of every rival (every other model), and a rival "
         f"if it is ahead of the {defended}, with p < {ALPHA:.2g} in paired tests {tested_over(group)}, corrected over "
-        f"{len(primary)} comparisons (Hochberg over rivals, Bonferroni over columns)"
+        f"{len(primary)} comparisons (Hochberg over rivals, Bonferroni over columns); never with one seed"
     )
     return [
         f"Bold: {rule}." if bold_cells(tests) else f"No cell is bold. The rule: {rule}.",
         "All other columns are exploratory: no test of them is corrected, and no claim rests on them.",
-        *(["These results have no column worst_case; PGD with restarts stands in for it."] if no_worst_case else []),
+        *(stand_in if WORST_CASE not in attacks else []),
+        *_more_attacks(group, attacks),
         *([f"Incomplete, so no claim is made against: {', '.join(incomplete)}."] if incomplete else []),
+    ]
+
+
+def _more_attacks(group: Group, attacks: Collection[str]) -> list[str]:
+    """That the worst case of the defended model is over more attacks than that of others."""
+    experiment = group.experiment
+    suites = [experiment.suites(spec) for spec in (*experiment.models, experiment.defended)]
+    more = [suite for suite in suites[-1] if not all(suite in other for other in suites)]
+    if WORST_CASE not in attacks or not more:
+        return []
+    return [
+        f"The {group.defended} was attacked by {', '.join(more)} too, and not every rival was: its worst case is over "
+        "more attacks, which favours those rivals."
     ]
 
 
@@ -237,7 +260,7 @@ def beside_paper(group: Group, measured: pd.DataFrame) -> Table | None:
     if not rows:
         return None
     changed = ", ".join(printable(f"{name}={to_text(value)}", 100) for name, value in group.changed.items())
-    notes = [paper.pgd_warning(group)]
+    notes = [paper.pgd_warning(group), *group.experiment.column_notes]
     notes += [f"Settings that differ from the preset: {changed}."] if changed else []
     lines = frozenset(range(3, len(rows), 3))
     return Table(f"{group.title}: beside the paper", [_head(c) for c in columns], rows, frozenset(), notes, lines)
@@ -262,12 +285,13 @@ def against_defended(group: Group, tests: pd.DataFrame) -> Table | None:
         f"{group.title}: {defended} minus each other model, percentage points",
         [(other, "") for other in others],
         [(" ".join(_head(c)).strip(), [_interval(row) for row in r]) for c, r in zip(columns, shown, strict=True)],
-        frozenset((i, j) for i, r in enumerate(shown) for j, row in enumerate(r) if row and row.p_corrected < ALPHA),
+        frozenset((i, j) for i, r in enumerate(shown) for j, row in enumerate(r) if row and is_established(row)),
         notes=[
             f"In brackets the 95 % interval {tested_over(group)}, not corrected.",
             f"Bold: an established difference, above the line only: p < {ALPHA:.2g}, corrected over "
-            f"{int(tests.primary.sum())} comparisons (Hochberg over rivals, Bonferroni over columns). Everything below "
-            f"the line is exploratory.",
+            f"{int(tests.primary.sum())} comparisons (Hochberg over rivals, Bonferroni over columns), never with one "
+            f"seed. Everything below the line is exploratory.",
+            *group.experiment.column_notes,
         ],
         lines=frozenset({len(first)} & set(range(1, len(columns)))),
         corner="attack",

@@ -30,7 +30,7 @@ from dwf_cluster.evaluation.merge import merged_rows, worst_case_rows
 from dwf_cluster.evaluation.registry import CHECKS, PAPER, SUITES
 from dwf_cluster.evaluation.settings import Evaluation, Norm, Threat
 from dwf_cluster.evaluation.stronger import stronger
-from dwf_cluster.evaluation.subject import Subject, isolated, kept, prepare, without_gradient
+from dwf_cluster.evaluation.subject import Subject, isolated, kept, prepare, with_route, without_gradient
 from dwf_cluster.experiment import Experiment
 from dwf_cluster.models.mixture import Mixture
 from dwf_cluster.settings import InvalidInput, one_line
@@ -93,7 +93,8 @@ def evaluate(
         norm: `linf`, `l2` or `l1`; only suites of this norm can be asked for.
         epsilon, step_size: radius of the ball and length of a step, in `norm`, pixels in [0, 1]. By default 8/255 and
             2/255 for `linf`, 0.5 and 0.1 for `l2`, 12 and 1 for `l1`: customary ones for 32x32 colour images.
-        suites: keys of `evaluation.registry.SUITES`, with its default iterations; FGSM's epsilons are 0.01 to 0.09.
+        suites: keys of `evaluation.registry.SUITES`, with its default iterations; FGSM's epsilons are 0.01 to 0.09. A
+            `Mixture` whose gate gives each image to one expert is attacked by `pgd_route` too.
         seed: of the random starts.
         device: that computes; the model's own by default.
         batch_size: images attacked at once.
@@ -121,6 +122,9 @@ def evaluate(
         subject = prepare(model, x, y, device, evaluation.batch_size)
         if warning := without_gradient(subject):
             warnings.warn(warning, stacklevel=2)
+        names, added = with_route(subject, names)
+        if added:
+            warnings.warn(added, stacklevel=2)
         rows = measure(subject, names, evaluation, (threat,), seed, progress, adversarial=adversarial)
     shards, predicted = _table("shards", rows.shards), _table("predictions", rows.predictions)
     worst, worst_predictions = worst_case_rows(shards, predicted, MODEL, (threat,))

@@ -189,16 +189,28 @@ class Experiment(Settings):
         return all_columns(self.evaluation, self.threats, self.suites(self.defended))
 
     @property
+    def selecting(self) -> tuple[str, ...]:
+        """Names of the models that give each image to one expert."""
+        return tuple(spec.name for spec in self.models if METHODS[spec.method].selects(spec))
+
+    @property
+    def selection_notes(self) -> tuple[str, ...]:
+        """A sentence on the columns of these models, if there are any."""
+        if not self.selecting:
+            return ()
+        return (
+            f"{', '.join(self.selecting)}: gives each image to one expert. Attacks that follow the gradient of the "
+            "whole model (fgsm, PGD, gate, APGD, autoattack) follow the straight-through gradient there, which is not "
+            "the model's: their accuracies are upper bounds. route and expert do not follow it.",
+        )
+
+    @property
     def column_notes(self) -> tuple[str, ...]:
         """Sentences that every table of accuracies needs below it."""
-        notes = []
-        if selecting := [spec.name for spec in self.models if METHODS[spec.method].selects(spec)]:
-            notes.append(
-                f"{', '.join(selecting)}: gives each image to one expert. Attacks that follow the gradient of the "
-                "whole model (fgsm, PGD, gate, APGD, autoattack) follow the straight-through gradient there, which is "
-                "not the model's: their accuracies are upper bounds. route and expert do not follow it."
-            )
+        notes = list(self.selection_notes)
         examples = SUITES[AUTOATTACK].examples(self.evaluation)
+        if examples and self.data.test_examples:
+            examples = min(examples, self.data.test_examples)
         if examples and AUTOATTACK in self.suites(self.defended):
             notes.append(
                 f"autoattack: the first {examples:,} test images. worst_case takes, for each image, all attacks that "

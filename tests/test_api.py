@@ -474,3 +474,11 @@ def test_every_suite_that_needs_a_gate_attacks_a_mixture() -> None:
     mixture = Mixture(experts, Gate(2, (1, 8, 8), (0.5,), (0.25,), hidden=4))
     rows = _measured(mixture, "pgd_gate", x=X, y=Y)
     assert rows["evaluations"].attack.tolist() == ["pgd_gate", "worst_case"]
+
+
+def test_a_gate_that_gives_each_image_to_one_expert_is_attacked_by_its_routing_too() -> None:
+    experts = [nn.Sequential(nn.Flatten(), nn.Linear(64, 4)) for _ in range(2)]
+    mixture = Mixture(experts, Gate(2, (1, 8, 8), (0.5,), (0.25,), hidden=4, hard=True))
+    with pytest.warns(UserWarning, match="upper bounds, so pgd_route is measured too"):
+        rows = _measured(mixture, "noise", x=X, y=Y)
+    assert rows["evaluations"].attack.tolist() == ["noise", "pgd_route", "worst_case"]

@@ -99,7 +99,7 @@ def _run(options: argparse.Namespace) -> int:
     from dwf_cluster.attacks.gradient import NotLogits
     from dwf_cluster.data import subsets
     from dwf_cluster.data.sources import DataUnavailable, load
-    from dwf_cluster.evaluation.subject import isolated, prepare, without_gradient
+    from dwf_cluster.evaluation.subject import isolated, prepare, with_route, without_gradient
 
     suites = check_suites(options.suites.split(","), options.norm)
     try:
@@ -123,6 +123,10 @@ def _run(options: argparse.Namespace) -> int:
             subject = prepare(model, pixels, images.y_test, options.device, evaluation.batch_size)
             if warning := without_gradient(subject):
                 print(f"warning: {warning}", file=sys.stderr)
+            suites, added = with_route(subject, suites)
+            if added:
+                print(f"warning: {added}", file=sys.stderr)
+                experiment = _measured_by(experiment, suites)
             checked = subsets.checked(experiment.data.source, images.y_test, evaluation.check_examples)
             shown, kept = sys.stderr.isatty(), options.save_adversarial
             rows = measure(subject, suites, evaluation, threats, seed, shown, checked, kept)
@@ -168,6 +172,12 @@ def _experiment(options: argparse.Namespace) -> Experiment:
     return build(
         options.preset, options.seed, [f"{name}={value}" for name, value in fields.items() if value is not None]
     )
+
+
+def _measured_by(experiment: Experiment, suites: Sequence[str]) -> Experiment:
+    """The experiment with these suites; their columns are those of its result table."""
+    beyond = tuple(name for name in suites if name not in (PAPER, CHECKS))
+    return experiment.model_copy(update={"evaluation": experiment.evaluation.model_copy(update={"beyond": beyond})})
 
 
 def _name(options: argparse.Namespace) -> str:

@@ -176,7 +176,9 @@ def transfer_table(experiment: Experiment, store: Store, threat: Threat) -> Tabl
     headings = {transfer_column(experiment.evaluation, threat, name): name for name in experiment.names}
     steps = next(iter(headings)).steps
     epsilon = f" ({threat.norm}, epsilon {threat.epsilon:.4g})" if len(experiment.threats) > 1 else ""
-    return _accuracies(experiment, store, f"On PGD-{steps}{epsilon} made on", headings)
+    table = _accuracies(experiment, store, f"On PGD-{steps}{epsilon} made on", headings)
+    table.caption, table.caption_justify = "\n".join(experiment.selection_notes) or None, "left"
+    return table
 
 
 def _accuracies(experiment: Experiment, store: Store, title: str, headings: Mapping[Column, str]) -> Table:
@@ -255,10 +257,13 @@ def sweep_tables(rows: Sequence[Mapping[str, Any]], fields: Sequence[str]) -> li
         groups.setdefault(tuple(to_text(row[field]) for field in settings), []).append(row)
     for setting, group in groups.items():
         done = [row for row in group if row["state"] == "done"]
-        means = [_mean([100 * row[title] for row in done if row[title] is not None]) for title in titles]
-        if len(done) < len(group):
-            per_setting.caption = "(in parentheses): the mean leaves seeds out; do not compare it with the others"
-            means = [f"({mean})" if mean else "" for mean in means]
+        means = []
+        for title in titles:
+            values = [100 * row[title] for row in done if row[title] is not None]
+            is_partial = 0 < len(values) < len(group)
+            means.append(f"({_mean(values)})" if is_partial else _mean(values))
+            if is_partial:
+                per_setting.caption = "(in parentheses): the mean leaves seeds out; do not compare it with the others"
         per_setting.add_row(*setting, f"{len(done)} of {len(group)}", *means)
     return [per_trial, per_setting] if "seed" in fields else [per_trial]
 

@@ -19,8 +19,10 @@ from dwf_cluster.attacks.gradient import differentiate, predict
 from dwf_cluster.data.device import to_float
 from dwf_cluster.evaluation.inspection import Inspection
 from dwf_cluster.evaluation.masking import train_mode
+from dwf_cluster.evaluation.registry import CHECKS, ROUTE
 from dwf_cluster.evaluation.settings import Threat
 from dwf_cluster.models.frozen import frozen
+from dwf_cluster.models.mixture import Mixture
 from dwf_cluster.settings import InvalidInput, one_line
 
 _PROBED = 64
@@ -98,6 +100,29 @@ def without_gradient(subject: Subject) -> str | None:
     if not bool(correct.any()) or bool(gradient[correct].any()):
         return None
     return "model: no gradient of the loss reaches the pixels, so white-box attacks cannot fool it and mean nothing"
+
+
+def with_route(subject: Subject, suites: tuple[str, ...]) -> tuple[tuple[str, ...], str | None]:
+    """Add `pgd_route` to the attacks on a mixture whose gate gives each image to one expert.
+
+    Returns:
+        The suites, and a warning that names what the other attacks are worth; None for other models.
+    """
+    if set(suites) <= {CHECKS} or not _selects(subject):
+        return suites, None
+    return tuple(dict.fromkeys((*suites, ROUTE))), (
+        "model: its gate gives each image to one expert; accuracies under attacks that follow the straight-through "
+        f"gradient (fgsm, PGD, gate, APGD, autoattack) are upper bounds, so {ROUTE} is measured too"
+    )
+
+
+def _selects(subject: Subject) -> bool:
+    """Whether the model is a mixture whose gate gives each image to one expert, judged by the first images."""
+    if not isinstance(subject.model, Mixture):
+        return False
+    with torch.no_grad():
+        weights = subject.model.gate(_tensor(subject.x[:_PROBED], subject.device))
+    return bool(((weights == 0) | (weights == 1)).all())
 
 
 def _classes(model: nn.Module, x: torch.Tensor) -> int:

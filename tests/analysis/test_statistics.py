@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,12 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from analysis import Group
+from analysis import Group, load
 from analysis.columns import column_key, each, key_of_row
-from analysis.predictions import Predictions
+from analysis.predictions import Predictions, read_predictions
 from analysis.statistics import ALPHA, comparisons, hochberg, holm, paired, primary_columns, sign_flip
+from benchmarks.analysis import make_up
 from benchmarks.error_rates import candidates, draw, new_p, old_p, rejections
 from dwf_cluster.evaluation.merge import wilson
+from dwf_cluster.presets import build
 
 TOLERANCE = 0.001
 """Chance that a test whose false positive rate is exactly 5 % is found to be above it in these simulations."""
@@ -104,7 +107,10 @@ def test_what_are_no_results_of_the_same_images_is_refused(first: object, second
 def test_equal_methods_differ_in_at_most_five_percent_of_simulations(
     seeds: int, examples: int, seed_std: float
 ) -> None:
-    """With one seed the hypothesis is that the two trained models are equally accurate, so they have no spread."""
+    """With one seed the hypothesis is that the two trained models are equally accurate, so they have no spread.
+
+    Of equal methods with one seed nothing is established: `test_tables.test_one_seed_makes_no_cell_bold`.
+    """
     p = rejections(new_p, SIMULATIONS, 0.0, seeds, examples, seed_std)
     assert _is_at_most_five_percent(int((p < ALPHA).sum()), SIMULATIONS)
 
@@ -210,6 +216,15 @@ def test_results_with_a_worst_case_are_judged_by_it(cifar10: Group, predictions:
     correct = {(model, worst): array for (model, key), array in predictions.correct.items() if key == restarts}
     with_worst = Predictions(dict(predictions.correct) | correct, predictions.gates)
     assert primary_columns(group, with_worst)[-1] == worst
+
+
+def test_pgd_stands_in_for_no_worst_case_where_a_gate_gives_each_image_to_one_expert(tmp_path: Path) -> None:
+    families = {}
+    for kind in ("soft", "hard"):
+        make_up(tmp_path / kind, build("digits", 0, [f"gate.kind={kind}"]), 40)
+        (group,) = load(str(tmp_path / kind)).groups
+        families[kind] = [key.attack for key in primary_columns(group, read_predictions(group))]
+    assert families == {"soft": ["clean", "pgd_restarts"], "hard": ["clean"]}
 
 
 @pytest.mark.parametrize("missing", ["a shard", "a seed", "everything"])

@@ -21,19 +21,19 @@ from dwf_cluster.presets import build
 FEW = [
     "experts.fgsm=1",
     "experts.pgd=1",
-    "evaluation.beyond=",
+    "evaluation.beyond=pgd_route",
     "evaluation.fgsm_epsilons=0.1",
     "evaluation.pgd_steps=5",
 ]
 EXAMPLES = 60
-VARIED = ("gate.kind=hard", "gate.kind=soft", "gate.kind=soft joint.epochs=2", "pgd.epsilon=0.1")
+VARIED = ("gate.kind=hard", "gate.kind=soft", "gate.kind=soft joint.epochs=2", "pgd.epsilon=0.1", "model.width=64")
 
 Settings = dict[str, Setting]
 
 
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
-    """Four settings by their assignments, with seeds 0 and 1; that with two joint epochs has seed 0 only."""
+    """Settings by their assignments, with seeds 0 and 1; that with two joint epochs has seed 0 only."""
     settings = {}
     folder = tmp_path_factory.mktemp("settings")
     for varied in VARIED:
@@ -113,6 +113,28 @@ def test_settings_under_different_threat_models_are_compared_on_clean_images_onl
     assert table is not None
     assert "over 1 comparisons" in table.notes[0]
     assert "evaluation.epsilon" in table.notes[-1]
+
+
+def test_worst_cases_over_different_attacks_are_not_compared(settings: Settings) -> None:
+    """At width 64 AutoAttack is one of the attacks, whatever the settings of the evaluation."""
+    narrow, wide = (_with_worst_case(settings[name], 0.5) for name in ("gate.kind=soft", "model.width=64"))
+    table = differences([narrow, wide])
+    ((clean, worst),) = _cells(table).values()
+    assert (clean[-1], worst) == ("]", "other attack")
+    assert table is not None
+    assert "evaluation.beyond" in table.notes[-1]
+
+
+def test_no_difference_of_settings_with_one_seed_is_bold(settings: Settings) -> None:
+    one, other = (
+        replace(s, group=replace(s.group, runs=s.group.runs[:1]), correct={k: v[:1] for k, v in s.correct.items()})
+        for s in (
+            _with_worst_case(settings[f"gate.kind={kind}"], share) for kind, share in (("hard", 0.1), ("soft", 0.9))
+        )
+    )
+    table = differences([one, other])
+    assert table is not None
+    assert not table.bold
 
 
 def test_accuracies_under_different_threat_models_have_columns_of_their_own(settings: Settings) -> None:

@@ -63,7 +63,7 @@ def _family(*differences: tuple[str, float, float]) -> pd.DataFrame:
     """The mixture minus each rival on clean images: name, difference, corrected p."""
     frame = pd.DataFrame(differences, columns=["other", "difference", "p_corrected"])
     clean = {"attack": "clean", "source": None, "norm": None, "epsilon": np.nan, "steps": np.nan}
-    return frame.assign(model="mixture", primary=True, incomplete=frame.difference.isna(), **clean)
+    return frame.assign(model="mixture", primary=True, incomplete=frame.difference.isna(), seeds=3, **clean)
 
 
 CLEAN = ("clean", None, None, None, None)
@@ -77,6 +77,10 @@ def test_the_defended_model_is_bold_if_it_is_ahead_of_every_rival() -> None:
 
 def test_a_rival_is_bold_if_it_is_ahead_of_the_defended_model() -> None:
     assert bold_cells(_family(("a", -0.2, 0.001), ("b", 0.1, 0.001))) == {("a", CLEAN)}
+
+
+def test_one_seed_makes_no_cell_bold() -> None:
+    assert bold_cells(_family(("a", 0.2, 0.001), ("b", -0.2, 0.001)).assign(seeds=1)) == set()
 
 
 def test_an_exploratory_column_is_never_bold() -> None:

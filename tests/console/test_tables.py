@@ -112,6 +112,11 @@ def test_a_mean_over_a_part_of_the_seeds_says_so() -> None:
     ]
     assert " ".join(" ".join(lines).split()).endswith("the mean leaves seeds out; do not compare it with the others")
     assert not any("parentheses" in line for line in _printed(sweep_tables(complete, fields)[1]))
+    lacking = [
+        {**row("soft", seed, "done", 0.5), "worst_case": worst} for seed, worst in ((0, 0.5), (1, None), (2, 0.6))
+    ]
+    (line,) = (line for line in _printed(sweep_tables(lacking, fields)[1]) if line.strip().startswith("soft"))
+    assert line.split() == ["soft", "3", "of", "3", "50.0", "±", "0.0", "(55.0", "±", "7.1)"]
 
 
 def test_the_number_of_checks_that_could_fire_follows_where_every_row_says_it(store: Store, tiny: Experiment) -> None:
