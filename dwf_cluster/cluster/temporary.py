@@ -142,7 +142,9 @@ def set_environment(folder: str) -> None:
         RAY_USAGE_STATS_ENABLED="0",
         RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0",
         RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S="0",  # all results are in the store
-        RAY_DASHBOARD_SUBPROCESS_MODULE_WAIT_READY_TIMEOUT="300",  # seconds: a busy machine needs more than Ray's 30
+        # Seconds: a busy machine needs more than Ray's 60 and 30.
+        RAY_DASHBOARD_STARTUP_TIMEOUT_S="300",
+        RAY_DASHBOARD_SUBPROCESS_MODULE_WAIT_READY_TIMEOUT="300",
     )
 
 
