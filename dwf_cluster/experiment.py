@@ -16,7 +16,8 @@ from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from dwf_cluster.attacks.settings import Fgsm, Pgd
 from dwf_cluster.data.registry import DATASETS, Data
-from dwf_cluster.defences.registry import METHODS, Experts, Gate, Joint, ModelSpec, recipe, recipe_names
+from dwf_cluster.defences.registry import METHODS, ModelSpec, recipe, recipe_names
+from dwf_cluster.defences.settings import Experts, Gate, Joint
 from dwf_cluster.evaluation.registry import AUTOATTACK, ROUTE, SUITES, Column, all_columns, suite_names
 from dwf_cluster.evaluation.settings import Evaluation, Threat, threats
 from dwf_cluster.models.registry import Model
@@ -59,7 +60,8 @@ ADDED_LATER = frozenset(
         "evaluation.curve_restarts",
     }
 )
-"""Fields that were added after results were published: at their defaults they are no part of the signature."""
+"""Fields, and whole sections, that were added after results were published: at their defaults they are no part of the
+signature."""
 
 PAPER_WIDTH = 64
 """Width of the paper's networks."""
@@ -233,6 +235,8 @@ class Experiment(Settings):
             for parent in parents:
                 settings, values = settings.model_fields[parent].annotation, values[parent]
             default = settings.model_fields[leaf].default
+            if isinstance(default, Settings):
+                default = default.model_dump(mode="json")
             if values[leaf] == (list(default) if isinstance(default, tuple) else default):  # as in JSON
                 del values[leaf]
         return _digest(fields)[:10]

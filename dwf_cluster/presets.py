@@ -16,7 +16,7 @@ from typing import Any
 
 from dwf_cluster.attacks.settings import Fgsm, Pgd
 from dwf_cluster.data.registry import Data
-from dwf_cluster.defences.registry import Experts, Gate, Joint
+from dwf_cluster.defences.settings import Experts, Gate, Joint
 from dwf_cluster.evaluation.settings import Evaluation
 from dwf_cluster.experiment import Experiment
 from dwf_cluster.models.registry import Model

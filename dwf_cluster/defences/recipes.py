@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-from dwf_cluster.defences.registry import METHODS, DefenceSettings, ModelSpec, single
+from dwf_cluster.defences.registry import METHODS, ModelSpec, single
+from dwf_cluster.defences.settings import DefenceSettings
 
 
 def dwf(settings: DefenceSettings) -> tuple[ModelSpec, ...]:

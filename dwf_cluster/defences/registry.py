@@ -1,4 +1,4 @@
-"""Models, methods and defences by name, and their settings.
+"""Models, methods and defences by name.
 
 A *model* is a row of the result table; its ModelSpec says how it is built. A *method* is how a model is trained: two
 functions in a file of this folder. A *defence* is a paper's recipe: from settings to ModelSpecs, the last of which is
@@ -11,111 +11,11 @@ import pkgutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Annotated, Any, Literal, Protocol
+from typing import Any, Literal
 
-from pydantic import Field, model_validator
-
-from dwf_cluster.attacks.settings import Fgsm, Pgd
-from dwf_cluster.models.registry import Model
-from dwf_cluster.settings import Count, CountOrNone, Decay, Rate, Settings
-
-# ------------------------------------------------------------------------------------------------ settings
-
-
-class Gate(Settings):
-    """The multilayer perceptron that weighs the experts, equation (2)."""
-
-    hidden: Annotated[int, Field(ge=1, le=65_536)] = 128
-    """Units of its hidden layer. Our assumption: 128; the paper calls the gate small."""
-    learning_rate: Rate = 0.01
-    """Peak learning rate of its parameters. Our assumption: 0.01, in the joint stage only; the paper lists
-    hyper-parameters of the gate's own, epochs among them, and does not say when they are used."""
-    weight_decay: Decay = 5e-4
-    """Weight decay of its parameters. Our assumption: 5e-4."""
-    kind: Literal["soft", "hard"] = "soft"
-    """`hard` gives each image to the one expert of the largest weight; gradients, those of attacks too, pass through
-    the soft weights (straight-through estimator). That gradient is not the model's, so accuracies under attacks that
-    follow it are upper bounds; `pgd_route`, which does not, measures every hard gate. The paper's is soft."""
-
-
-class Training(Settings):
-    """SGD with momentum and weight decay, cosine annealing over all its steps, cross-entropy."""
-
-    epochs: Count = 200
-    """Passes over the training images. Our assumption: 200 for the experts, 50 for the joint stage."""
-    learning_rate: Rate = 0.1
-    """Peak learning rate. Our assumption: 0.1 for the experts, 0.01 for the joint stage."""
-    batch_size: Count = 128
-    """Images of one step, over all workers; the joint stage trains on three versions of each.
-    Our assumption: 128."""
-    weight_decay: Decay = 5e-4
-    """Weight decay. Our assumption: 5e-4."""
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    """Momentum. Our assumption: 0.9."""
-    accumulation: Count = 1
-    """Cut each batch into n parts whose gradients are added up before the step: less memory, the same
-    gradient, but BatchNorm then normalises with the statistics of a part."""
-    keep: Literal["last", "best"] = "last"
-    """Weights that are kept: of the last epoch, or of the one with the highest robust accuracy of the probe on the
-    validation images (of equal ones the first), as Rice et al. (2020) do against robust overfitting; `best` needs
-    `data.validation_examples`. Our assumption: the paper keeps the last."""
-    attack_batchnorm: Literal["eval", "train"] = "eval"
-    """How BatchNorm normalises while the model is attacked in training: `eval` with its running statistics, `train`
-    with those of the images under attack, as in a training step; the attack changes no statistics. Our assumption:
-    `eval`, the mode in which the model is evaluated."""
-
-    @property
-    def of_a_model(self) -> Training:
-        """These values without the fields of a subclass."""
-        return Training(**{name: getattr(self, name) for name in Training.model_fields})
-
-
-class Experts(Training):
-    """How many experts of each kind, and how each is trained (algorithms 1 and 2)."""
-
-    benign: CountOrNone = 1
-    """Experts trained on clean images."""
-    fgsm: CountOrNone = 4
-    """Experts trained on FGSM examples of a random epsilon."""
-    pgd: CountOrNone = 4
-    """Experts trained on PGD examples of a random number of iterations."""
-
-    @model_validator(mode="after")
-    def _at_least_one(self) -> Experts:
-        if self.benign + self.fgsm + self.pgd == 0:
-            raise ValueError("a mixture needs at least one expert (benign, fgsm or pgd)")
-        return self
-
-
-class Joint(Training):
-    """How experts and gate are trained together, end to end (algorithm 3)."""
-
-    epochs: Count = 50
-    """Passes over the training images. Our assumption: 50."""
-    learning_rate: Rate = 0.01
-    """Peak learning rate of the experts. Our assumption: 0.01."""
-    freeze_experts: bool = False
-    """Train the gate alone: the experts stay as they were pre-trained. The paper freezes nothing."""
-
-
-class DefenceSettings(Protocol):
-    """The settings that a defence's recipe may read; an Experiment has them."""
-
-    @property
-    def model(self) -> Model: ...
-    @property
-    def gate(self) -> Gate: ...
-    @property
-    def fgsm(self) -> Fgsm: ...
-    @property
-    def pgd(self) -> Pgd: ...
-    @property
-    def experts(self) -> Experts: ...
-    @property
-    def joint(self) -> Joint: ...
-
-
-# ------------------------------------------------------------------------------------- models and methods
+from dwf_cluster.data.registry import Shape
+from dwf_cluster.defences.settings import DefenceSettings, Training
+from dwf_cluster.models.registry import BACKBONES
 
 
 @dataclass(frozen=True)
@@ -147,8 +47,20 @@ class ModelSpec:
 
     @property
     def networks(self) -> int:
-        """How many backbones it consists of."""
-        return max(1, len(self.parents))
+        """How many experts it has: its option `experts`, or its parents; 1 without."""
+        return int(self.option("experts") or max(1, len(self.parents)))
+
+
+Group = Literal["plain", "adversarial training", "mixture", "control", "given"]
+"""The group of a model's row in the result table."""
+
+
+def _networks_flops(spec: ModelSpec, shape: Shape) -> float:
+    return spec.networks * BACKBONES[spec.backbone].flops(spec.width, shape)
+
+
+def _networks_parameters(spec: ModelSpec, channels: int) -> int:
+    return spec.networks * BACKBONES[spec.backbone].parameters(spec.width, channels)
 
 
 @dataclass(frozen=True)
@@ -171,6 +83,11 @@ class Method:
         needs_parents: whether its models start from others, so that only a defence's recipe can name one.
         selects: of a spec, whether the model has a gate that gives each image to one expert. The gradient that passes
             such a choice (straight-through) is not the model's, so the attacks that follow it leave an upper bound.
+        flops: floating-point operations of one forward pass of one image through the whole model, of (spec, shape of
+            the image); by default, of all its networks.
+        parameters: numbers in its state, buffers included, of (spec, channels of the image); by default, of all its
+            networks.
+        group: of its models' rows in the result table.
     """
 
     build: str
@@ -180,6 +97,9 @@ class Method:
     has_gate: bool = False
     needs_parents: bool = False
     selects: Callable[[ModelSpec], bool] = lambda spec: False
+    flops: Callable[[ModelSpec, Shape], float] = _networks_flops
+    parameters: Callable[[ModelSpec, int], int] = _networks_parameters
+    group: Group = "adversarial training"
 
 
 def _attacked_step(gradients: float, spec: ModelSpec) -> float:
@@ -209,7 +129,7 @@ _DWF = "dwf_cluster.defences.dwf"
 _CONTROLS = "dwf_cluster.defences.controls"
 
 METHODS: Mapping[str, Method] = {
-    "standard": Method(f"{_ADVERSARIAL}:build", f"{_ADVERSARIAL}:standard", lambda spec: 3.0),
+    "standard": Method(f"{_ADVERSARIAL}:build", f"{_ADVERSARIAL}:standard", lambda spec: 3.0, group="plain"),
     "fgsm": Method(
         f"{_ADVERSARIAL}:build",
         f"{_ADVERSARIAL}:fgsm",
@@ -237,10 +157,11 @@ METHODS: Mapping[str, Method] = {
         has_gate=True,
         needs_parents=True,
         selects=lambda spec: spec.option("gate_kind") == "hard",
+        group="mixture",
     ),
-    "uniform": Method(f"{_CONTROLS}:uniform", None, _no_passes, has_gate=True, needs_parents=True),
-    "expert": Method(f"{_CONTROLS}:expert", None, _no_passes, needs_parents=True),
-    "given": Method("dwf_cluster.defences.given:build", "dwf_cluster.defences.given:losses", _no_passes),
+    "uniform": Method(f"{_CONTROLS}:uniform", None, _no_passes, has_gate=True, needs_parents=True, group="control"),
+    "expert": Method(f"{_CONTROLS}:expert", None, _no_passes, needs_parents=True, group="control"),
+    "given": Method("dwf_cluster.defences.given:build", "dwf_cluster.defences.given:losses", _no_passes, group="given"),
 }
 """Methods by name; a model of `given` is a user's own, which is measured and not trained."""
 

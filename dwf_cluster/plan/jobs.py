@@ -9,11 +9,11 @@ from dataclasses import dataclass, field, replace
 from itertools import chain
 
 from dwf_cluster.data.registry import Shape, Sizes
-from dwf_cluster.defences.registry import METHODS, ModelSpec, Training, trained_sources
+from dwf_cluster.defences.registry import METHODS, ModelSpec, trained_sources
+from dwf_cluster.defences.settings import Training
 from dwf_cluster.evaluation.check_cost import check_cost, check_transfer_cost
 from dwf_cluster.evaluation.registry import CHECKS, PAPER, SUITES, TRANSFER, threat_count
 from dwf_cluster.experiment import Experiment
-from dwf_cluster.models.registry import BACKBONES
 from dwf_cluster.settings import InvalidInput
 from dwf_cluster.store import Store, checkpoints
 
@@ -305,10 +305,10 @@ def select(waiting: Mapping[str, list[Job]], stages: Iterable[str]) -> list[Job]
 
 
 def forward_flops(spec: ModelSpec, shape: Shape) -> float:
-    """Floating-point operations of one forward pass of one image through one backbone of a model.
+    """Floating-point operations of one forward pass of one image through one network of a model.
 
     Args:
         spec: the model.
         shape: (channels, height, width) of an image.
     """
-    return BACKBONES[spec.backbone].flops(spec.width, shape)
+    return METHODS[spec.method].flops(spec, shape) / spec.networks

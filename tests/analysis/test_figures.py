@@ -24,7 +24,8 @@ from analysis.tables import accuracies
 from analysis.training_figures import hours_of_training
 from benchmarks.analysis import make_up
 from dwf_cluster.defences import registry
-from dwf_cluster.defences.registry import DefenceSettings, ModelSpec
+from dwf_cluster.defences.registry import ModelSpec
+from dwf_cluster.defences.settings import DefenceSettings
 from dwf_cluster.presets import build
 from tests.analysis.conftest import CURVES, Call
 
