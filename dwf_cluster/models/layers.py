@@ -210,8 +210,8 @@ def _reduced(net: Layers, *paths: Path) -> None:
 def inception_v3(width: int, shape: Shape) -> Layers:
     """Inception-V3; `width` is 64."""
     net = Layers.of(shape)
-    net.conv_norm(32, 3, 1, 0)
-    net.conv_norm(32, 3, 1, 0)
+    net.conv_norm(32)
+    net.conv_norm(32)
     net.conv_norm(64)
     net.conv_norm(80, 1)
     net.conv_norm(192, 3, 1, 0)

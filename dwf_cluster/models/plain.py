@@ -92,9 +92,11 @@ def googlenet(images: ImageFormat, width: int) -> Normalized:
 
 
 def inception_v3(images: ImageFormat, width: int) -> Normalized:
-    """Inception-V3 (Szegedy et al. 2016): the stem has stride 1 and no poolings."""
+    """Inception-V3 (Szegedy et al. 2016): the stem has stride 1, padding in all 3x3 convolutions but its last, and no
+    poolings."""
     network = Inception3(images.classes, aux_logits=False, init_weights=False, dropout=0.0)
-    network.Conv2d_1a_3x3 = type(network.Conv2d_1a_3x3)(images.shape[0], 32, kernel_size=3)
+    network.Conv2d_1a_3x3 = type(network.Conv2d_1a_3x3)(images.shape[0], 32, kernel_size=3, padding=1)
+    network.Conv2d_2a_3x3.conv.padding = (1, 1)
     network.maxpool1 = network.maxpool2 = nn.Identity()
     return Normalized(images, _initialised(network))
 

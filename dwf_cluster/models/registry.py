@@ -71,8 +71,8 @@ BACKBONES: Mapping[str, Backbone] = {
     "densenet121": _densenet("plain:densenet121", (6, 12, 24, 16), 32, 64, 2),
     "densenet169": _densenet("plain:densenet169", (6, 12, 32, 32), 32, 64, 2),
     "densenet121-k12": _densenet("plain:densenet121_k12", (6, 12, 24, 16), 12, 24, 16),
-    "googlenet": _backbone("plain:googlenet", layers.googlenet, width_step=0),
-    "inception-v3": _backbone("plain:inception_v3", layers.inception_v3, 9, width_step=0),
+    "googlenet": _backbone("plain:googlenet", layers.googlenet, 2, 0),
+    "inception-v3": _backbone("plain:inception_v3", layers.inception_v3, 9, 0),
     "xception": _backbone("xception:xception", layers.xception, width_step=8),
     "mobilenet-v2": _backbone("plain:mobilenet_v2", layers.mobilenet_v2),
 }
