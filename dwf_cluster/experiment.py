@@ -204,9 +204,9 @@ class Experiment(Settings):
             return ()
         return (
             f"{', '.join(self.selecting)}: gives each image to one expert. Attacks that follow the gradient of the "
-            "whole model (fgsm, PGD, gate, APGD, autoattack) follow a straight-through gradient there, which is not the "
-            "model's, or that of the chosen expert alone: their accuracies are upper bounds. route and expert aim at "
-            "each expert.",
+            "whole model (fgsm, PGD, gate, APGD, autoattack) follow a straight-through gradient there, which is not "
+            "the model's, or that of the chosen expert alone: their accuracies are upper bounds. route and expert aim "
+            "at each expert.",
         )
 
     @property
