@@ -17,7 +17,7 @@ from pydantic import BeforeValidator, Field, ValidationError, model_validator
 from dwf_cluster.attacks.settings import Fgsm, Pgd
 from dwf_cluster.data.registry import DATASETS, Data
 from dwf_cluster.defences.registry import METHODS, ModelSpec, recipe, recipe_names
-from dwf_cluster.defences.settings import Experts, Gate, Joint
+from dwf_cluster.defences.settings import Experts, Gate, Joint, Soe
 from dwf_cluster.evaluation.registry import AUTOATTACK, ROUTE, SUITES, Column, all_columns, suite_names
 from dwf_cluster.evaluation.settings import Evaluation, Threat, threats
 from dwf_cluster.models.registry import Model
@@ -58,6 +58,7 @@ ADDED_LATER = frozenset(
         "evaluation.curve_multiples",
         "evaluation.curve_steps",
         "evaluation.curve_restarts",
+        "soe",
     }
 )
 """Fields, and whole sections, that were added after results were published: at their defaults they are no part of the
@@ -94,6 +95,7 @@ class Experiment(Settings):
     pgd: Pgd = Pgd()
     experts: Experts = Experts()
     joint: Joint = Joint()
+    soe: Soe = Soe()
     evaluation: Evaluation = Evaluation()
 
     @model_validator(mode="after")
@@ -202,8 +204,9 @@ class Experiment(Settings):
             return ()
         return (
             f"{', '.join(self.selecting)}: gives each image to one expert. Attacks that follow the gradient of the "
-            "whole model (fgsm, PGD, gate, APGD, autoattack) follow the straight-through gradient there, which is not "
-            "the model's: their accuracies are upper bounds. route and expert do not follow it.",
+            "whole model (fgsm, PGD, gate, APGD, autoattack) follow a straight-through gradient there, which is not "
+            "the model's, or that of the chosen expert alone: their accuracies are upper bounds. route and expert aim "
+            "at each expert.",
         )
 
     @property

@@ -29,7 +29,6 @@ from dwf_cluster.cluster.control import Claim
 from dwf_cluster.data.device import DeviceImages
 from dwf_cluster.data.subsets import checked
 from dwf_cluster.defences.build import to_train, trained
-from dwf_cluster.defences.registry import METHODS
 from dwf_cluster.determinism import make_deterministic
 from dwf_cluster.evaluation.adversarial import Collector
 from dwf_cluster.evaluation.registry import CHECKS
@@ -187,7 +186,7 @@ def _evaluate(job: Job, store: Store, images: ray.ObjectRef, allocation: Allocat
         seed=seed,
         device=device,
         first=job.first,
-        experts=job.spec.parents if METHODS[job.spec.method].has_gate else (),
+        experts=job.spec.experts,
         corrupted={key: images[shard] for key, images in arrays.corrupted.items()}
         if experiment.corruption_files
         else {},

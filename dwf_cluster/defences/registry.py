@@ -50,6 +50,16 @@ class ModelSpec:
         """How many experts it has: its option `experts`, or its parents; 1 without."""
         return int(self.option("experts") or max(1, len(self.parents)))
 
+    @property
+    def experts(self) -> tuple[str, ...]:
+        """Names of its experts, in the order of the gate's outputs: its parents, else `1` and so on; () without a gate.
+
+        A user's own model has no ModelSpec that knows its experts.
+        """
+        if not METHODS[self.method].has_gate:
+            return ()
+        return self.parents or tuple(str(number) for number in range(1, 1 + self.networks))
+
 
 Group = Literal["plain", "adversarial training", "mixture", "control", "given"]
 """The group of a model's row in the result table."""
@@ -82,7 +92,8 @@ class Method:
         has_gate: whether its models have `experts` and a `gate`, which attacks can aim at.
         needs_parents: whether its models start from others, so that only a defence's recipe can name one.
         selects: of a spec, whether the model has a gate that gives each image to one expert. The gradient that passes
-            such a choice (straight-through) is not the model's, so the attacks that follow it leave an upper bound.
+            such a choice (straight-through) or stops at it is not the model's, so the attacks that follow it leave an
+            upper bound.
         flops: floating-point operations of one forward pass of one image through the whole model, of (spec, shape of
             the image); by default, of all its networks.
         parameters: numbers in its state, buffers included, of (spec, channels of the image); by default, of all its
@@ -124,6 +135,17 @@ def _no_passes(spec: ModelSpec) -> float:
     return 0.0
 
 
+def _soe_options(settings: DefenceSettings) -> dict[str, Any]:
+    soe, pgd = settings.soe, settings.pgd
+    return {**soe.model_dump(), "epsilon": pgd.epsilon, "step_size": pgd.step_size}
+
+
+def _soe_passes(spec: ModelSpec) -> float:
+    """PGD through all sub-models, then a step on clean and adversarial images: `one_by_one` has a set of each."""
+    sets = spec.networks if spec.option("attack") == "one_by_one" else 1
+    return float(spec.networks * (2 * spec.option("steps") + 3 * (1 + sets)))
+
+
 _ADVERSARIAL = "dwf_cluster.defences.adversarial"
 _DWF = "dwf_cluster.defences.dwf"
 _CONTROLS = "dwf_cluster.defences.controls"
@@ -157,6 +179,15 @@ METHODS: Mapping[str, Method] = {
         has_gate=True,
         needs_parents=True,
         selects=lambda spec: spec.option("gate_kind") == "hard",
+        group="mixture",
+    ),
+    "soe": Method(
+        "dwf_cluster.defences.soe:build",
+        "dwf_cluster.defences.soe:losses",
+        _soe_passes,
+        _soe_options,
+        has_gate=True,
+        selects=lambda spec: True,
         group="mixture",
     ),
     "uniform": Method(f"{_CONTROLS}:uniform", None, _no_passes, has_gate=True, needs_parents=True, group="control"),

@@ -87,6 +87,24 @@ class Joint(Training):
     """Train the gate alone: the experts stay as they were pre-trained. The paper freezes nothing."""
 
 
+class Soe(Settings):
+    """Synergy of Experts (SoE, Cui et al. 2022): sub-models that report how sure they are; the surest one decides."""
+
+    experts: Annotated[int, Field(ge=2, le=100)] = 3
+    """Sub-models, each a whole network of `model.backbone`. The release has three ResNet-20."""
+    temperature: Annotated[float, Field(ge=0, le=1000)] = 1.0
+    """Factor of the confidences whose softmax weighs the sub-models' losses: 0 trains all of them alike, a large one
+    only the surest. As the release."""
+    confidence_weight: Annotated[float, Field(ge=0, le=1000)] = 1.0
+    """Weight of the loss that teaches a sub-model its confidence. As the release."""
+    attack: Literal["together", "one_by_one"] = "together"
+    """What PGD attacks in training: the whole model, or each sub-model alone, which gives as many adversarial images
+    per image as there are sub-models. As the release."""
+    steps: Count = 10
+    """Iterations of PGD in training, in steps of `pgd.step_size` within `pgd.epsilon`, from the image itself. Ten and
+    no random start, as the release; its step of 0.01 and epsilon of 0.03 give way to those of all other methods."""
+
+
 class DefenceSettings(Protocol):
     """The settings that a defence's recipe may read; an Experiment has them."""
 
@@ -102,3 +120,5 @@ class DefenceSettings(Protocol):
     def experts(self) -> Experts: ...
     @property
     def joint(self) -> Joint: ...
+    @property
+    def soe(self) -> Soe: ...
