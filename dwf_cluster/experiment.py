@@ -17,7 +17,7 @@ from pydantic import BeforeValidator, Field, ValidationError, model_validator
 from dwf_cluster.attacks.settings import Fgsm, Pgd
 from dwf_cluster.data.registry import DATASETS, Data
 from dwf_cluster.defences.registry import METHODS, ModelSpec, recipe, recipe_names
-from dwf_cluster.defences.settings import Experts, Gate, Joint
+from dwf_cluster.defences.settings import AdvMoe, Experts, Gate, Joint
 from dwf_cluster.evaluation.registry import AUTOATTACK, ROUTE, SUITES, Column, all_columns, suite_names
 from dwf_cluster.evaluation.settings import Evaluation, Threat, threats
 from dwf_cluster.models.registry import Model
@@ -58,6 +58,7 @@ ADDED_LATER = frozenset(
         "evaluation.curve_multiples",
         "evaluation.curve_steps",
         "evaluation.curve_restarts",
+        "advmoe",
     }
 )
 """Fields, and whole sections, that were added after results were published: at their defaults they are no part of the
@@ -94,6 +95,7 @@ class Experiment(Settings):
     pgd: Pgd = Pgd()
     experts: Experts = Experts()
     joint: Joint = Joint()
+    advmoe: AdvMoe = AdvMoe()
     evaluation: Evaluation = Evaluation()
 
     @model_validator(mode="after")

@@ -46,8 +46,11 @@ class WithoutExpert(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Pixels in [0, 1], shape (n, channels, height, width), to logits, shape (n, classes)."""
-        is_hard = isinstance(self.gate, Gate) and self.gate.hard
-        soft = self.gate.layers(x) if isinstance(self.gate, Gate) else self.gate(x)
+        is_hard = getattr(self.gate, "hard", False)
+        if is_hard and not isinstance(self.gate, Gate):
+            soft = self.gate.log_weights(x).exp()  # type: ignore[operator]
+        else:
+            soft = self.gate.layers(x) if isinstance(self.gate, Gate) else self.gate(x)
         weights = soft[:, self.kept] + _TINY
         weights = weights / weights.sum(1, keepdim=True)
         if is_hard:
