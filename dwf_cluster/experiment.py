@@ -17,7 +17,7 @@ from pydantic import BeforeValidator, Field, ValidationError, model_validator
 from dwf_cluster.attacks.settings import Fgsm, Pgd
 from dwf_cluster.data.registry import DATASETS, Data
 from dwf_cluster.defences.registry import METHODS, ModelSpec, recipe, recipe_names
-from dwf_cluster.defences.settings import Experts, Gate, Joint, Soe
+from dwf_cluster.defences.settings import AdvMoe, Experts, Gate, Joint, Soe
 from dwf_cluster.evaluation.registry import AUTOATTACK, ROUTE, SUITES, Column, all_columns, suite_names
 from dwf_cluster.evaluation.settings import Evaluation, Threat, threats
 from dwf_cluster.models.registry import Model
@@ -59,6 +59,7 @@ ADDED_LATER = frozenset(
         "evaluation.curve_steps",
         "evaluation.curve_restarts",
         "soe",
+        "advmoe",
     }
 )
 """Fields, and whole sections, that were added after results were published: at their defaults they are no part of the
@@ -96,6 +97,7 @@ class Experiment(Settings):
     experts: Experts = Experts()
     joint: Joint = Joint()
     soe: Soe = Soe()
+    advmoe: AdvMoe = AdvMoe()
     evaluation: Evaluation = Evaluation()
 
     @model_validator(mode="after")

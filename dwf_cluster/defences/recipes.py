@@ -81,6 +81,19 @@ def controls(settings: DefenceSettings) -> tuple[ModelSpec, ...]:
     )
 
 
+def advmoe(settings: DefenceSettings) -> tuple[ModelSpec, ...]:
+    """ADVMoE: one network of routed filters; its router has a learning rate of its own.
+
+    Raises:
+        ValueError: if the backbone is not ResNet-18, the only one whose routed form is known.
+    """
+    spec = single("advmoe", "advmoe", settings)
+    if spec.backbone != "resnet18":
+        raise ValueError(f"model.backbone: {spec.backbone!r} cannot be used with advmoe: allowed is resnet18")
+    own = settings.advmoe
+    return (replace(spec, own_rates=(("gate", own.router_learning_rate, own.router_weight_decay),)),)
+
+
 def given(settings: DefenceSettings) -> tuple[ModelSpec, ...]:
     """A model of the user's own, which is measured and not trained."""
     return (single("model", "given", settings),)

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from dwf_cluster.data.registry import Shape
 from dwf_cluster.defences.settings import DefenceSettings, Training
+from dwf_cluster.models import advmoe_size
 from dwf_cluster.models.registry import BACKBONES
 
 
@@ -131,6 +132,40 @@ def _pgd_options(settings: DefenceSettings) -> dict[str, Any]:
     }
 
 
+def _advmoe_options(settings: DefenceSettings) -> dict[str, Any]:
+    own = settings.advmoe
+    return {
+        "experts": own.experts,
+        "ratio": own.ratio,
+        "router": own.router,
+        "router_objective": own.router_objective,
+        "beta": own.beta,
+        "epsilon": settings.pgd.epsilon,
+        "steps": own.steps,
+        "step_size": own.step_size or settings.pgd.epsilon * 5 / 8,
+    }
+
+
+def _advmoe_passes(spec: ModelSpec) -> float:
+    """Two attacks on pathway and router, a step of the pathway's weights and one of the router's, on 2n images each."""
+    both = advmoe_size.flops(spec.width, spec.option("ratio"), (3, 32, 32))
+    pathway, router = (part / sum(both) for part in both)  # of a pass; hardly different for other shapes
+    attack = 1.0 + 2 * int(spec.option("steps"))
+    experts_step = 2 * (3 * pathway + router)
+    through_pathway = 2 * pathway if spec.option("router_objective") == "trades" else 0
+    return spec.networks * (2 * attack + experts_step + 2 * (3 * router + through_pathway))
+
+
+def _advmoe_flops(spec: ModelSpec, shape: Shape) -> float:
+    """Of the router and of one pathway: the others are not computed."""
+    return sum(advmoe_size.flops(spec.width, spec.option("ratio"), shape))
+
+
+def _advmoe_parameters(spec: ModelSpec, channels: int) -> int:
+    vectors = advmoe_size.LAYERS if spec.option("router") == "per-layer" else 1
+    return advmoe_size.parameters(spec.width, spec.option("ratio"), spec.networks, vectors, channels)
+
+
 def _no_passes(spec: ModelSpec) -> float:
     return 0.0
 
@@ -190,6 +225,17 @@ METHODS: Mapping[str, Method] = {
         selects=lambda spec: True,
         group="mixture",
     ),
+    "advmoe": Method(
+        "dwf_cluster.defences.advmoe:build",
+        "dwf_cluster.defences.advmoe:losses",
+        _advmoe_passes,
+        _advmoe_options,
+        has_gate=True,
+        selects=lambda spec: True,
+        flops=_advmoe_flops,
+        parameters=_advmoe_parameters,
+        group="mixture",
+    ),
     "uniform": Method(f"{_CONTROLS}:uniform", None, _no_passes, has_gate=True, needs_parents=True, group="control"),
     "expert": Method(f"{_CONTROLS}:expert", None, _no_passes, needs_parents=True, group="control"),
     "given": Method("dwf_cluster.defences.given:build", "dwf_cluster.defences.given:losses", _no_passes, group="given"),
@@ -231,6 +277,7 @@ DEFENCES: Mapping[str, str] = {
     "fgsm-at": f"{_RECIPES}:fgsm_at",
     "pgd-at": f"{_RECIPES}:pgd_at",
     "pgd-at-matched": f"{_RECIPES}:pgd_at_matched",
+    "advmoe": f"{_RECIPES}:advmoe",
     "controls": f"{_RECIPES}:controls",
     "given": f"{_RECIPES}:given",
 }
