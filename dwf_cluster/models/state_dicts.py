@@ -65,10 +65,10 @@ def matched(state: Mapping[str, torch.Tensor], model: nn.Module, backbone: str) 
         is_optional = name in normalisation or name.endswith("num_batches_tracked")
         if key not in state and not is_optional:
             raise Misfit(f"{key} is missing: allowed are all weights of {backbone}, as {source} names them")
-    last = max((key for key, name in names.items() if ours[name].dim() == 2), key=list(names).index)
-    first = min((key for key, name in names.items() if ours[name].dim() == 4), key=list(names).index, default=last)
-    for key in (last, first, *state):
-        _check(key, state[key], ours[names[key]], {last: "classes", first: "channels"}.get(key))
+    convolutions, linear = ([key for key, name in names.items() if ours[name].dim() == n] for n in (4, 2))
+    counted = dict.fromkeys(linear[-1:], "classes") | dict.fromkeys(convolutions[:1], "channels")
+    for key in (*counted, *state):  # these two first: their messages say what the user has mixed up
+        _check(key, state[key], ours[names[key]], counted.get(key))
     return {names[key]: tensor for key, tensor in state.items()}
 
 

@@ -26,12 +26,14 @@ from dwf_cluster.defences.build import to_train, trained
 from dwf_cluster.experiment import Experiment
 from dwf_cluster.launch import main
 from dwf_cluster.models.registry import BACKBONES
-from dwf_cluster.models.resnet import resnet18
-from dwf_cluster.models.state_dicts import FORMS
+from dwf_cluster.models.resnet import Normalize, resnet18
+from dwf_cluster.models.state_dicts import FORMS, Misfit, matched
 from dwf_cluster.pipeline.run import Run
 from dwf_cluster.pipeline.sweep import sweep
 from dwf_cluster.pipeline.trial_table import TrialTable
 from dwf_cluster.plan.jobs import EVALUATE, EXPERTS, deduplicate, jobs, pending
+from dwf_cluster.plan.resources import Resources, allocate
+from dwf_cluster.plan.schedule import Schedule
 from dwf_cluster.presets import build, invocation
 from dwf_cluster.settings import InvalidInput, to_text
 from dwf_cluster.status import _resume_command
@@ -189,6 +191,37 @@ def test_the_names_of_vgg_19_are_those_of_torchvisions_features_in_their_order()
     assert form.rename([])[:-2] == [f"features.{name}" for name in theirs]
 
 
+def _on_meta(make: Callable[[], nn.Module]) -> nn.Module:
+    """A network of shapes alone, behind a normalisation."""
+    with torch.device("meta"):
+        return nn.Sequential(Normalize([0.5] * 3, [0.5] * 3), make())
+
+
+def _vgg19() -> nn.Module:
+    return nn.Sequential(*torchvision.models.vgg19_bn().features, nn.Flatten(), nn.Linear(512, 10))
+
+
+def test_kuangliu_vgg_19_is_loaded_by_position() -> None:
+    model = _on_meta(_vgg19)
+    (form,) = FORMS["vgg19"]
+    ours = [name for name in model.state_dict() if not name.startswith("0.")]
+    renamed = dict(zip(form.rename(ours), ours, strict=True))
+    state = {name: model.state_dict()[own] for name, own in renamed.items()}
+    loaded = matched(state, model, "vgg19")
+    assert all(loaded[own] is state[name] for name, own in renamed.items())
+    hidden = state | {"classifier.0.weight": torch.zeros(4096, 512)}
+    with pytest.raises(Misfit, match=r"^classifier\.0\.weight is no weight of our vgg19: this one has hidden layers"):
+        matched(hidden, model, "vgg19")
+
+
+def test_torchvisions_names_fit_its_network_behind_a_normalisation() -> None:
+    model = _on_meta(torchvision.models.mobilenet_v2)
+    state = model[1].state_dict()
+    assert [*matched(state, model, "mobilenet-v2")] == [f"1.{name}" for name in state]
+    with pytest.raises(Misfit, match=r"^layers\.0\.conv1\.weight is no weight of our mobilenet-v2: kuangliu's has"):
+        matched({"layers.0.conv1.weight": torch.zeros(1)}, model, "mobilenet-v2")
+
+
 # ------------------------------------------------------------------------------------------ clean accuracy
 
 
@@ -294,6 +327,16 @@ def test_taking_over_is_a_short_job_that_every_evaluation_of_the_model_waits_for
     assert job in pending(experiment, store, size)[EXPERTS]
     store.write(f"results/jobs/{job.file}.parquet", b"")
     assert job not in pending(experiment, store, size)[EXPERTS]
+
+
+def test_weights_are_tested_before_hours_of_training(tmp_path: Path, network: nn.Module) -> None:
+    torch.save(network.state_dict(), tmp_path / "r18.pth")
+    experiment = _experiment(_entry(tmp_path / "r18.pth"))
+    experts = jobs(experiment, EXPERTS, sizes(experiment.data))
+    schedule = Schedule(experts, allocate(experts, Resources(1, 0)), 1)
+    first = schedule.start()
+    assert first is not None
+    assert first.model == "r18"
 
 
 def test_the_trials_of_a_sweep_share_the_weights(tmp_path: Path, network: nn.Module) -> None:
