@@ -451,7 +451,6 @@ CASES = [
     ("r18", {"file": "s3://key:secret@b/x.pth"}, "given.0.file: 's3://b/x.pth' with a password, a key or options"),
     ("r18", {"mean": [0.1] * 3, "std": [1.0] * 3}, "given: r18: mean and std of 3 channel(s) cannot be used: the im"),
     ("r18", {"std": None}, "given.0: mean and std need the same number of channels"),
-    ("r18", {"accuracy": None}, "given.0.accuracy: Field required"),
     ("r18", {"accuracy": 101}, "given.0.accuracy: 101 cannot be used: Input should be less than or equal to 100"),
     ("r18", {"backbone": "vit"}, "given.0.backbone: 'vit' cannot be used: allowed are resnet18"),
     ("r18", {"name": "../r18"}, "given.0.name: '../r18' cannot be used"),
@@ -494,6 +493,21 @@ def test_bad_weights_are_one_line_and_exit_status_2_and_nothing_is_written(
     assert printed.startswith(f"error: {message.format(file=file)}")
     assert "secret" not in printed
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("r18.pth", "given.0: 'r18.pth' cannot be used: Input should be an object"),
+        ("{}", "given: Input should be a valid array"),
+        ('[{"name": "r18"}]', "given.0.file: Field required"),
+        ('[{"name": "r18", "file": "r18.pth"}]', "given.0.accuracy: Field required"),
+    ],
+)
+def test_a_value_that_is_no_list_of_entries_is_refused(value: str, message: str) -> None:
+    with pytest.raises(InvalidInput) as error:
+        build("digits", 0, [f"given={value}"])
+    assert str(error.value) == message
 
 
 def test_a_file_that_changes_after_the_plan_is_refused(tmp_path: Path, network: nn.Module, data: Images) -> None:
