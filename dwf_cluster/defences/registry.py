@@ -91,7 +91,7 @@ class Method:
             and a training step as 3.
         options: of the settings, what a model of this method takes where its recipe does not say otherwise.
         has_gate: whether its models have `experts` and a `gate`, which attacks can aim at.
-        needs_parents: whether its models start from others, so that only a defence's recipe can name one.
+        needs_parents: whether its models start from others, or from a file, so that no name alone describes one.
         selects: of a spec, whether the model has a gate that gives each image to one expert. The gradient that passes
             such a choice (straight-through) or stops at it is not the model's, so the attacks that follow it leave an
             upper bound.
@@ -184,6 +184,10 @@ def _soe_passes(spec: ModelSpec) -> float:
 _ADVERSARIAL = "dwf_cluster.defences.adversarial"
 _DWF = "dwf_cluster.defences.dwf"
 _CONTROLS = "dwf_cluster.defences.controls"
+_GIVEN = "dwf_cluster.defences.given"
+
+WEIGHTS = "weights"
+"""The method of models whose weights come from a file of the user's."""
 
 METHODS: Mapping[str, Method] = {
     "standard": Method(f"{_ADVERSARIAL}:build", f"{_ADVERSARIAL}:standard", lambda spec: 3.0, group="plain"),
@@ -238,9 +242,13 @@ METHODS: Mapping[str, Method] = {
     ),
     "uniform": Method(f"{_CONTROLS}:uniform", None, _no_passes, has_gate=True, needs_parents=True, group="control"),
     "expert": Method(f"{_CONTROLS}:expert", None, _no_passes, needs_parents=True, group="control"),
-    "given": Method("dwf_cluster.defences.given:build", "dwf_cluster.defences.given:losses", _no_passes, group="given"),
+    "given": Method(f"{_GIVEN}:build", f"{_GIVEN}:losses", _no_passes, group="given"),
+    WEIGHTS: Method(
+        "dwf_cluster.defences.weights:build", f"{_GIVEN}:losses", _no_passes, needs_parents=True, group="given"
+    ),
 }
-"""Methods by name; a model of `given` is a user's own, which is measured and not trained."""
+"""Methods by name. A model of `given` is a user's own, which is measured and not trained. The weights of a model of
+`weights` are a user's own: `training.given` loads and tests them in the place of a training."""
 
 
 def trained_sources(specs: Sequence[ModelSpec], name: str) -> tuple[str, ...]:

@@ -12,9 +12,7 @@ from dwf_cluster.models.plain import Mean, Normalized
 
 
 def _conv_norm(inputs: int, outputs: int, kernel: int) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, bias=False), nn.BatchNorm2d(outputs)
-    )
+    return nn.Sequential(nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, bias=False), nn.BatchNorm2d(outputs))
 
 
 def _separable(inputs: int, outputs: int) -> nn.Sequential:
