@@ -86,7 +86,8 @@ class Experiment(Settings):
     baselines: Annotated[tuple[Annotated[str, OneOf(recipe_names)], ...], BeforeValidator(as_tuple)] = ()
     """Defences and methods beside it, such as `fgsm-at` and `pgd-at`: ResNet-18 with half of each batch adversarial at
     a fixed strength (PGD with 10 iterations). Our assumption: FGSM at `pgd.epsilon`. `pgd-at-matched` is `pgd-at` with
-    the compute of the whole defence; `controls` are the mixture's experts, alone and with equal weights."""
+    the compute of the whole defence; `controls` are the mixture's experts, alone and with equal weights;
+    `pgd-ensemble` is the mean of as many PGD-AT networks; `resnet18-wide` has three times the width."""
     data: Data = Data()
     model: Model = Model()
     gate: Gate = Gate()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dwf_cluster.cluster.failures import OUT_OF_MEMORY, Kind
+from dwf_cluster.models.registry import BACKBONES
 from dwf_cluster.plan.jobs import Job
 from dwf_cluster.plan.schedule import Allocation
 from dwf_cluster.store import Store, tables
@@ -16,7 +17,7 @@ _ACTIVATIONS = 110 << 10
 _MARGIN = 1.1
 """Factor on measured memory: other images and iterations need a little more."""
 
-_Group = tuple[str, str, int, str | None]
+_Group = tuple[object, ...]
 
 
 class Memory:
@@ -62,9 +63,12 @@ def estimate(job: Job) -> int:
         images = -(-job.training.batch_size // job.training.accumulation)
     else:
         images = settings.evaluation.batch_size
-    return _PROCESS + images * job.spec.networks * job.spec.width * _ACTIVATIONS
+    spec = job.spec
+    bytes_per_channel = BACKBONES[spec.backbone].activations * _ACTIVATIONS
+    return int(_PROCESS + images * spec.networks * spec.width * bytes_per_channel)
 
 
 def _group(job: Job) -> _Group:
     """Key of the jobs that need about the same memory."""
-    return job.folder, job.stage, job.spec.networks, job.suite
+    spec = job.spec
+    return job.folder, job.stage, spec.networks, spec.backbone, spec.width, job.suite
