@@ -41,7 +41,7 @@ def stored_bytes(experiments: Sequence[Experiment], sizes: Sizes) -> tuple[float
                 images = (job.stop - job.first) * sum(c.source is None and c.norm is not None for c in listed)
                 in_tables += images * math.prod(sizes.shape) * (4 if experiment.save_adversarial == "float" else 1)
         elif not job.copy_of:
-            gate = spec.option("gate_hidden", 0) * (math.prod(sizes.shape) + spec.networks)  # of `dwf`
+            gate = spec.option("gate_hidden", 0) * (math.prod(sizes.shape) + spec.networks)
             numbers = METHODS[spec.method].parameters(spec, sizes.shape[0]) + gate
             copies = 3 if spec.training.keep == "best" else 2  # of all numbers, in a checkpoint before the last epoch
             in_checkpoints += 4 * numbers * (1 + copies * (checkpoints.KEPT - 1))
