@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-from dwf_cluster.defences.registry import METHODS, ModelSpec, single
+from dwf_cluster.defences.registry import METHODS, ModelSpec, recipe, recipe_names, single
 from dwf_cluster.defences.settings import DefenceSettings
 
 
@@ -83,12 +83,16 @@ def pgd_ensemble(settings: DefenceSettings) -> tuple[ModelSpec, ...]:
 
 
 def resnet18_wide(settings: DefenceSettings) -> tuple[ModelSpec, ...]:
-    """ResNet-18 at three times `model.width`: about the size of a mixture of nine experts, in one network.
+    """ResNet-18 at three times `model.width`: parameters and operations of a mixture of nine experts, in one network.
 
-    Its training is that of `pgd-at`, with the compute of all trainings of `dwf` together.
+    It is trained as `random-at`, on the batches of the joint stage with the same random strengths, for as many epochs
+    as the compute of all trainings of `dwf` allows. So neither its size, nor its adversarial examples, nor its compute
+    differ from the mixture's, and what is left is the division into experts and the gate. A plain network of this size
+    would answer another question: whether size alone, without adversarial training, gives robustness. Versions without
+    `random-at` train it as `pgd-at`.
     """
-    (spec,) = pgd_at(settings)
-    wide = replace(spec, name="resnet18-wide", backbone="resnet18", width=3 * spec.width)
+    (spec,) = recipe("random-at" if "random-at" in recipe_names() else "pgd-at", settings)
+    wide = replace(spec, name="resnet18-wide", backbone="resnet18", width=3 * settings.model.width)
     return (_with_compute_of_dwf(wide, settings),)
 
 
