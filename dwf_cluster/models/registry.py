@@ -21,13 +21,11 @@ class Backbone:
             in [0, 1] in, logits out, normalisation inside.
         flops: floating-point operations of one forward pass of one image, of (width, shape of the image).
         parameters: numbers in its state, buffers included, of (width, channels of the image).
-        activations: memory of what a training step keeps of one image, divided by that of ResNet-18 of the same width.
     """
 
     build: str
     flops: Callable[[int, Shape], float]
     parameters: Callable[[int, int], int]
-    activations: float = 1.0
 
 
 def _resnet18_flops(width: int, shape: Shape) -> float:

@@ -271,6 +271,9 @@ def test_jobs_reserve_measured_or_estimated_memory_up_to_that_of_a_node(tiny: Ex
     wide = build("digits", 0, [*TINY, "defence=resnet18-wide", "baselines=[]"]).defended
     other = replace(second, spec=wide, model=wide.name)
     assert needs.need(other, allocation) != needs.need(second, allocation)  # a network of another size is estimated
+    deep = replace(second, spec=replace(second.spec, backbone="densenet169", width=64))
+    usual = replace(second, spec=replace(second.spec, width=64))
+    assert needs.need(deep, allocation) > 3 * needs.need(usual, allocation)
     assert Memory(100 << 20).need(first, allocation) == 100 << 20
     assert Memory(0).need(first, allocation) == 0
 
