@@ -34,7 +34,7 @@ def stored_bytes(experiments: Sequence[Experiment], sizes: Sizes) -> tuple[float
             others = (len(experiment.models) - 1) * len(experiment.threats) if job.tests_transfer else 0
             listed = columns(experiment.evaluation, experiment.threats, job.suite)
             if job.suite == EXPERT_SUITE:
-                listed = expert_columns(experiment.evaluation, experiment.threat, spec.parents)
+                listed = expert_columns(experiment.evaluation, experiment.threat, spec.experts)
             rows = (len(listed) + others) * (job.stop - job.first)
             in_tables += rows * (_ROW_BYTES + (4 * spec.networks if has_gate else 0))
             if job.keeps_images:
