@@ -30,7 +30,11 @@ class Cost:
 
 
 def costs(experiment: Experiment) -> dict[str, Cost]:
-    """Size and cost of each model by name; none for an `.npz` file, because its images may be elsewhere by now."""
+    """Size and cost of each model by name.
+
+    None for an `.npz` file, because its images may be elsewhere by now; nor for a model of the method `given`, whose
+    network is not known.
+    """
     if experiment.data.source not in DATASETS:
         return {}
     images = sizes(experiment.data)
@@ -50,6 +54,7 @@ def costs(experiment: Experiment) -> dict[str, Cost]:
             sum(passes[source] * forward_flops(specs[source], images.shape) for source in sources(name)),
         )
         for name, spec in specs.items()
+        if spec.method != "given"
     }
 
 

@@ -31,10 +31,6 @@ white, then those of Tol's muted scheme; colour-blind readers can distinguish ei
 DEFENDED = "#D55E00"
 """Colour of the paper's defence, `dwf`."""
 
-_METHODS = [method for method in METHODS if method != "dwf"]
-COLOURS: Mapping[str, str] = {m: PALETTE[i % len(PALETTE)] for i, m in enumerate(_METHODS)} | {"dwf": DEFENDED}
-"""Colour of each method, the same in every experiment."""
-
 _PALEST = 0.45
 """Share of white in the colour of the last kind of a method."""
 
@@ -121,6 +117,12 @@ class FigureData:
         return rows[rows.epsilon.isna() | ((rows.epsilon == threat.epsilon) & (rows.norm == threat.norm))]
 
 
+def method_colour(method: str) -> str:
+    """The colour of a method, the same in every experiment."""
+    others = [name for name in METHODS if name != "dwf"]
+    return DEFENDED if method == "dwf" else PALETTE[others.index(method) % len(PALETTE)]
+
+
 def model_colours(group: Group) -> dict[str, str]:
     """The colour of each model: its method's, in a shade for each kind.
 
@@ -135,7 +137,7 @@ def model_colours(group: Group) -> dict[str, str]:
         alike = [specs[name] for name in group.models if name in specs and specs[name].method == specs[model].method]
         kinds = list(dict.fromkeys(map(kind, alike)))
         white = _PALEST * kinds.index(kind(specs[model])) / max(1, len(kinds) - 1)
-        full = to_rgb(COLOURS[specs[model].method])
+        full = to_rgb(method_colour(specs[model].method))
         red, green, blue = ((1 - white) * part + white for part in full)
         colours[model] = to_hex((red, green, blue)).upper()
     return colours

@@ -10,7 +10,7 @@ import pandas as pd
 
 from analysis.columns import ColumnKey, column_key, each
 from analysis.results import Group, kind
-from dwf_cluster.defences.registry import recipe, recipe_names
+from dwf_cluster.defences.registry import ModelSpec, recipe, recipe_names
 from dwf_cluster.experiment import Experiment
 from dwf_cluster.models.registry import BACKBONES
 from dwf_cluster.settings import printable
@@ -64,10 +64,15 @@ def names(experiment: Experiment) -> dict[str, str]:
             continue
         wanted = recipe(name, experiment)[-1]
         backbone = name if name in BACKBONES else _BACKBONE
-        alike = (spec.name for spec in specs if kind(spec) == kind(wanted) and spec.backbone == backbone)
-        if model := next(alike, None):
+        alike = (spec for spec in specs if kind(spec) == kind(wanted) and _backbones(spec, experiment) == {backbone})
+        if model := next((spec.name for spec in alike), None):
             found[paper_name] = model
     return {model: paper_name for paper_name, model in found.items()}
+
+
+def _backbones(spec: ModelSpec, experiment: Experiment) -> set[str]:
+    """The backbones of a model and of those that it starts from."""
+    return {spec.backbone, *(experiment.spec(parent).backbone for parent in spec.parents)}
 
 
 def legend(experiment: Experiment, model: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 
 from dwf_cluster.defences.registry import METHODS, Group, ModelSpec
+from dwf_cluster.models.registry import BACKBONES
 
 HEADINGS: Mapping[Group, str] = {
     "plain": "plain networks",
@@ -15,7 +16,7 @@ HEADINGS: Mapping[Group, str] = {
 }
 """Headings of the groups in their order in the table; those of experts come after them."""
 
-PAPER_ORDER = (
+PAPER_BACKBONES = (
     "vgg19",
     "resnet18",
     "resnet34",
@@ -30,6 +31,9 @@ PAPER_ORDER = (
 )
 """Backbones in the order of the paper's table 3."""
 
+PAPER_METHODS = ("standard", "fgsm", "pgd", "soe", "advmoe", "dwf")
+"""Methods in the order of the paper's table 3."""
+
 
 def rows(specs: Sequence[ModelSpec], baselines: Collection[str] = ()) -> dict[str, tuple[ModelSpec, ...]]:
     """The rows of the result table, in groups.
@@ -43,8 +47,8 @@ def rows(specs: Sequence[ModelSpec], baselines: Collection[str] = ()) -> dict[st
         baselines: names of the baselines of the experiment.
 
     Returns:
-        Heading of each group that has rows, and its rows: plain networks in the paper's order, other models in the
-        order of `METHODS`, the defended model last in its group.
+        Heading of each group that has rows, and its rows: those of the paper in its order, then others in the order of
+        the registries, the defended model last in its group.
     """
     defended = specs[-1]
     owners: dict[str, str] = {}
@@ -73,11 +77,12 @@ def rows(specs: Sequence[ModelSpec], baselines: Collection[str] = ()) -> dict[st
 
 def _group(spec: ModelSpec, defended: ModelSpec) -> Group:
     """The group of its method; a control if only its width differs from the networks of the defended model."""
-    if not spec.parents and spec.backbone == defended.backbone and spec.width != defended.width:
-        return "control"
-    return METHODS[spec.method].group
+    group = METHODS[spec.method].group
+    is_single = group in ("plain", "adversarial training")
+    return "control" if is_single and spec.backbone == defended.backbone and spec.width != defended.width else group
 
 
 def _position(spec: ModelSpec) -> tuple[int, int]:
-    is_known = spec.backbone in PAPER_ORDER
-    return list(METHODS).index(spec.method), PAPER_ORDER.index(spec.backbone) if is_known else len(PAPER_ORDER)
+    """Place of the method and of the backbone: first the paper's in its order, then others in the registry's."""
+    methods, backbones = ([*order, *names] for order, names in ((PAPER_METHODS, METHODS), (PAPER_BACKBONES, BACKBONES)))
+    return methods.index(spec.method), backbones.index(spec.backbone)

@@ -25,13 +25,13 @@ from analysis.tables import accuracies, table3
 from benchmarks.analysis import make_up
 from dwf_cluster.defences import registry
 from dwf_cluster.defences.registry import METHODS, ModelSpec, single
-from dwf_cluster.defences.rows import PAPER_ORDER, rows
+from dwf_cluster.defences.rows import PAPER_BACKBONES, rows
 from dwf_cluster.defences.settings import DefenceSettings
 from dwf_cluster.experiment import Experiment
 from dwf_cluster.models.registry import BACKBONES
 from dwf_cluster.presets import build
 
-PLAIN = [name for name in PAPER_ORDER if name not in ("resnet18", "densenet121")]
+PLAIN = [name for name in PAPER_BACKBONES if name not in ("resnet18", "densenet121")]
 EXPERTS = ["experts.fgsm=1", "experts.pgd=1", "evaluation.beyond="]
 ROWS = [*reversed(PLAIN), "advmoe", "soe", "controls", "resnet18-wide", "ensemble", "pgd-at", "fgsm-at"]
 
@@ -70,7 +70,6 @@ def _every_row() -> Iterator[None]:
         mock.patch.dict(METHODS, {"soe": mixture, "advmoe": mixture}),
         mock.patch.dict(registry.DEFENCES, {name: f"{__name__}:{_attribute(name)}" for name in recipes}),
         mock.patch.dict(module.__dict__, {_attribute(name): function for name, function in recipes.items()}),
-        mock.patch.dict(drawing.COLOURS, {"soe": "#009E73", "advmoe": "#117733"}),
     ):
         yield
 
@@ -120,6 +119,12 @@ def test_a_plain_resnet18_takes_the_place_of_the_benign_expert() -> None:
     assert paper.names(experiment) == {"resnet18": "ResNet-18", "mixture": "DWF"}
 
 
+def test_given_weights_of_another_width_are_no_control(experiment: Experiment) -> None:
+    weights = replace(experiment.spec("benign"), name="mine", method="given", width=16)
+    groups = rows([weights, *experiment.models])
+    assert groups["given weights"] == (weights,)
+
+
 def test_an_expert_that_is_a_baseline_too_stays_among_its_like(experiment: Experiment) -> None:
     specs = experiment.models
     shared = tuple(replace(s, parents=("pgd-at", *s.parents)) if s.name == "ensemble" else s for s in specs)
@@ -136,6 +141,11 @@ def test_every_row_of_the_paper_has_its_name(experiment: Experiment) -> None:
     assert names["pgd-at"] == "ResNet-18 (PGD-AT)"  # not a member of the ensemble, which is trained alike
     assert names["densenet121-k12"] == "DenseNet-121"
     assert set(paper.RECIPES.values()) == in_paper
+
+
+def test_a_mixture_of_other_backbones_is_not_the_papers() -> None:
+    experiment = build("cifar10", 0, [*EXPERTS, "baselines=pgd-at", "model.backbone=vgg19"])
+    assert paper.names(experiment) == {"benign": "VGG-19"}
 
 
 def test_a_legend_has_the_papers_names(experiment: Experiment) -> None:
@@ -206,6 +216,10 @@ def test_the_heading_of_a_group_is_in_the_rule_above_it() -> None:
     lines = text(table).splitlines()
     assert [line.strip("─ ").split() for line in lines[2:]] == [["first"], ["a", "1"], ["second"], ["b", "2"], []]
     assert len({len(line) for line in lines[1:]}) == 1
+
+
+def test_every_method_has_a_colour_of_its_own() -> None:
+    assert len({drawing.method_colour(method) for method in METHODS}) == len(METHODS)
 
 
 def test_rows_of_one_method_share_a_colour_whatever_their_names(group: Group) -> None:
