@@ -119,6 +119,12 @@ def test_a_plain_resnet18_takes_the_place_of_the_benign_expert() -> None:
     assert paper.names(experiment) == {"resnet18": "ResNet-18", "mixture": "DWF"}
 
 
+def test_the_defended_model_is_the_last_of_its_group() -> None:
+    experiment = build("cifar10", 0, ["defence=fgsm-at", "baselines=pgd-at"])
+    groups = {heading: [spec.name for spec in specs] for heading, specs in rows(experiment.models).items()}
+    assert groups == {"adversarially trained": ["pgd-at", "fgsm-at"]}
+
+
 def test_given_weights_of_another_width_are_no_control(experiment: Experiment) -> None:
     weights = replace(experiment.spec("benign"), name="mine", method="given", width=16)
     groups = rows([weights, *experiment.models])
