@@ -39,8 +39,9 @@ def rows(specs: Sequence[ModelSpec], baselines: Collection[str] = ()) -> dict[st
     """The rows of the result table, in groups.
 
     A model that another one starts from is an expert, and experts have groups of their own at the end of the table.
-    There are two exceptions. One that is a baseline by itself stays among its like. A plain expert whose backbone no
-    other plain row has stands for that row: the benign expert of a mixture is the paper's ResNet-18.
+    There are two exceptions. The defended model, and one that is a baseline by itself, stay among their like. A plain
+    expert whose backbone no other plain row has stands for that row: the benign expert of a mixture is the paper's
+    ResNet-18.
 
     Args:
         specs: every model, the defended one last (`Experiment.models`).
@@ -58,7 +59,8 @@ def rows(specs: Sequence[ModelSpec], baselines: Collection[str] = ()) -> dict[st
     experts: list[ModelSpec] = []
     for spec in specs:
         group = _group(spec, defended)
-        if spec.name in owners and group in ("plain", "adversarial training") and spec.name not in baselines:
+        is_row = spec is defended or spec.name in baselines or group not in ("plain", "adversarial training")
+        if spec.name in owners and not is_row:
             experts.append(spec)
         else:
             groups[HEADINGS[group]].append(spec)

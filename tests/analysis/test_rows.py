@@ -125,6 +125,12 @@ def test_the_defended_model_is_the_last_of_its_group() -> None:
     assert groups == {"adversarially trained": ["pgd-at", "fgsm-at"]}
 
 
+def test_a_defended_model_that_a_control_starts_from_stays_among_its_like() -> None:
+    defended = build("cifar10", 0, ["defence=pgd-at"]).defended
+    control = replace(defended, name="mean", method="uniform", parents=("pgd-at",))
+    assert rows([control, defended]) == {"adversarially trained": (defended,), "controls": (control,)}
+
+
 def test_given_weights_of_another_width_are_no_control(experiment: Experiment) -> None:
     weights = replace(experiment.spec("benign"), name="mine", method="given", width=16)
     groups = rows([weights, *experiment.models])
