@@ -176,7 +176,7 @@ def test_a_network_of_this_package_keeps_its_own_normalisation(tmp_path: Path, d
         _take_over(refused, refused.store(str(tmp_path / "other")), data)
 
 
-@pytest.mark.parametrize("backbone", sorted({*FORMS} & {*BACKBONES} - {"vgg19"}))
+@pytest.mark.parametrize("backbone", [name for name in FORMS if name in BACKBONES and name.startswith("resnet")])
 def test_the_names_of_a_resnet_are_those_that_torchvision_has(backbone: str, data: Images) -> None:
     with torch.device("meta"):
         theirs = getattr(torchvision.models, backbone)().state_dict()
