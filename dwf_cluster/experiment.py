@@ -16,7 +16,7 @@ from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from dwf_cluster.attacks.settings import Fgsm, Pgd
 from dwf_cluster.data.registry import DATASETS, Data
-from dwf_cluster.defences.registry import METHODS, ModelSpec, recipe, recipe_names
+from dwf_cluster.defences.registry import METHODS, ModelSpec, fail_if_not_buildable, recipe, recipe_names
 from dwf_cluster.defences.settings import Experts, Gate, Joint
 from dwf_cluster.evaluation.registry import AUTOATTACK, ROUTE, SUITES, Column, all_columns, suite_names
 from dwf_cluster.evaluation.settings import Evaluation, Threat, threats
@@ -129,6 +129,14 @@ class Experiment(Settings):
             raise ValueError(
                 "evaluation.corruptions: 'files' cannot be used: they are of cifar10; allowed is generated"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _networks_can_be_built(self) -> Experiment:
+        # The size of the images of an .npz file is not known before it is read: `plan.jobs` looks at it.
+        dataset, padding = DATASETS.get(self.data.source), 2 * self.data.padding
+        smallest_side = min(dataset.shape[1:]) + padding if dataset else None
+        fail_if_not_buildable(self.models, smallest_side)
         return self
 
     @property

@@ -16,6 +16,7 @@ from typing import Any, Literal
 from dwf_cluster.data.registry import Shape
 from dwf_cluster.defences.settings import DefenceSettings, Training
 from dwf_cluster.models.registry import BACKBONES
+from dwf_cluster.settings import InvalidInput
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,8 @@ class ModelSpec:
 
     Attributes:
         name: as in every table: `benign`, `fgsm-2`, `mixture`.
-        backbone, width: its network, a key of `models.registry.BACKBONES`, and the network's width.
+        backbone, width: its network, a key of `models.registry.BACKBONES`, and the network's width. A mixture of
+            different networks has the first here, and all in its option `backbones`.
         method: how it is trained, a key of `METHODS`.
         training: epochs, learning rate, batch size and so on.
         options: what the method takes, such as epsilons and steps, as pairs of name and value.
@@ -50,17 +52,23 @@ class ModelSpec:
         """How many experts it has: its option `experts`, or its parents; 1 without."""
         return int(self.option("experts") or max(1, len(self.parents)))
 
+    @property
+    def backbones(self) -> tuple[str, ...]:
+        """The network of each expert; of a model without experts, its network."""
+        mixed: tuple[str, ...] = self.option("backbones", ())
+        return mixed or (self.backbone,) * self.networks
+
 
 Group = Literal["plain", "adversarial training", "mixture", "control", "given"]
 """The group of a model's row in the result table."""
 
 
 def _networks_flops(spec: ModelSpec, shape: Shape) -> float:
-    return spec.networks * BACKBONES[spec.backbone].flops(spec.width, shape)
+    return sum(BACKBONES[backbone].flops(spec.width, shape) for backbone in spec.backbones)
 
 
 def _networks_parameters(spec: ModelSpec, channels: int) -> int:
-    return spec.networks * BACKBONES[spec.backbone].parameters(spec.width, channels)
+    return sum(BACKBONES[backbone].parameters(spec.width, channels) for backbone in spec.backbones)
 
 
 @dataclass(frozen=True)
@@ -166,6 +174,31 @@ METHODS: Mapping[str, Method] = {
 """Methods by name; a model of `given` is a user's own, which is measured and not trained."""
 
 
+def fail_if_not_buildable(specs: Sequence[ModelSpec], side: int | None) -> None:
+    """Compare models with the widths and image sizes that their networks take.
+
+    Args:
+        specs: the models.
+        side: the smaller one of height and width of the images, with their padding; None: unknown.
+
+    Raises:
+        InvalidInput: for the first network that cannot be built or used.
+    """
+    for spec in specs:
+        for name in spec.backbones:
+            backbone = BACKBONES[name]
+            if not backbone.has_width(spec.width):
+                raise InvalidInput(
+                    f"model.width: {spec.width} cannot be used with {name}: allowed is {backbone.widths}"
+                )
+            if side is not None and side < backbone.smallest:
+                size = f"{backbone.smallest}x{backbone.smallest}"
+                raise InvalidInput(
+                    f"data.source: images with a side of {side} cannot be used with {name}: it needs {size} at least; "
+                    "data.padding adds pixels"
+                )
+
+
 def trained_sources(specs: Sequence[ModelSpec], name: str) -> tuple[str, ...]:
     """The models whose checkpoints a model is loaded from: its own or, if it is not trained, those of its parents."""
     spec = next(spec for spec in specs if spec.name == name)
@@ -177,19 +210,27 @@ def trained_sources(specs: Sequence[ModelSpec], name: str) -> tuple[str, ...]:
 # ------------------------------------------------------------------------------------------------ defences
 
 
-def single(name: str, method: str, settings: DefenceSettings, **options: Any) -> ModelSpec:
-    """A model without parents, with the experts' backbone and training.
+def single(
+    name: str, method: str, settings: DefenceSettings, backbone: str | None = None, /, **options: Any
+) -> ModelSpec:
+    """A model without parents, with the experts' width and training.
 
     Args:
         name: of the model.
         method: a key of `METHODS`.
-        settings: give backbone, training, and the method's options.
+        settings: give width, training, and the method's options.
+        backbone: a key of `BACKBONES`; None: the first of the settings.
         options: of the method, where they differ from the settings.
     """
     all_options = {**METHODS[method].options(settings), **options}
-    backbone = settings.model
+    model = settings.model
     return ModelSpec(
-        name, backbone.backbone, backbone.width, method, settings.experts.of_a_model, tuple(sorted(all_options.items()))
+        name,
+        backbone or model.backbone[0],
+        model.width,
+        method,
+        settings.experts.of_a_model,
+        tuple(sorted(all_options.items())),
     )
 
 
@@ -208,14 +249,17 @@ imports no torch, because a run is planned without it."""
 
 
 def recipe(name: str, settings: DefenceSettings) -> tuple[ModelSpec, ...]:
-    """The models of a defence, the defended model last; of a method, one model of the same name."""
+    """The models of a defence, the defended model last; of a method or a backbone, one model of the same name.
+
+    The model of a backbone is trained on clean images.
+    """
     if name not in DEFENCES:
-        return (single(name, name, settings),)
+        return (single(name, name, settings) if name in METHODS else single(name, "standard", settings, name),)
     specs: tuple[ModelSpec, ...] = pkgutil.resolve_name(DEFENCES[name])(settings)
     return specs
 
 
 def recipe_names() -> tuple[str, ...]:
-    """Names that `recipe` takes: every defence, and every method that can train a model without parents."""
+    """Names that `recipe` takes: every defence, method that can train a model without parents, and backbone."""
     trainable = (name for name, method in METHODS.items() if not method.needs_parents and name not in DEFENCES)
-    return (*DEFENCES, *trainable)
+    return (*dict.fromkeys((*DEFENCES, *trainable, *BACKBONES)),)

@@ -6,12 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from dwf_cluster.data.registry import Shape
 from dwf_cluster.models import layers
 from dwf_cluster.models.layers import Layers
-from dwf_cluster.settings import OneOf, Settings
+from dwf_cluster.settings import OneOf, Settings, as_tuple
 
 
 @dataclass(frozen=True)
@@ -80,9 +80,13 @@ BACKBONES: Mapping[str, Backbone] = {
 
 
 class Model(Settings):
-    """The backbone of every expert."""
+    """The backbones of the experts and of the models beside them."""
 
-    backbone: Annotated[str, OneOf(lambda: BACKBONES)] = "resnet18"
-    """Its network."""
+    backbone: Annotated[
+        tuple[Annotated[str, OneOf(lambda: BACKBONES)], ...], BeforeValidator(as_tuple), Field(min_length=1)
+    ] = ("resnet18",)
+    """Their network. Several are dealt to the experts of `dwf` in turn, in the order of the gate's outputs; every other
+    model has the first. A model that is named after a network has that network."""
     width: Annotated[int, Field(ge=1, le=1024)] = 64
-    """Channels of the first convolution; 64 is ResNet-18."""
+    """64 is the usual network; other widths scale its channels by width / 64. A ResNet's first convolution has so many
+    channels. `googlenet` and `inception-v3` have no other width."""

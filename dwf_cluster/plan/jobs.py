@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from itertools import chain
 
 from dwf_cluster.data.registry import Shape, Sizes
-from dwf_cluster.defences.registry import METHODS, ModelSpec, trained_sources
+from dwf_cluster.defences.registry import METHODS, ModelSpec, fail_if_not_buildable, trained_sources
 from dwf_cluster.defences.settings import Training
 from dwf_cluster.evaluation.check_cost import check_cost, check_transfer_cost
 from dwf_cluster.evaluation.registry import CHECKS, PAPER, SUITES, TRANSFER, threat_count
@@ -144,7 +144,11 @@ def jobs(experiment: Experiment, stage: str, sizes: Sizes) -> list[Job]:
         experiment: whose jobs.
         stage: one of `STAGES`.
         sizes: number of images, and their shape.
+
+    Raises:
+        InvalidInput: if a network of its models needs larger images.
     """
+    fail_if_not_buildable(experiment.models, min(sizes.shape[1:]))
     listed: list[Job] = []
     *others, defended = experiment.models
     for spec in (defended, *others):  # of jobs of equal cost, the defended model's start first
