@@ -145,12 +145,13 @@ def _cost(passes: float, flops: float) -> tuple[str, str]:
 
 
 def results(console: Console, experiment: Experiment, store: Store) -> None:
-    """Print the results of an experiment: its tables, signs of gradient masking, and how to read the rest."""
+    """Print the results of an experiment: tables, dead experts, signs of gradient masking, how to read the rest."""
     show(console, result_table(experiment, store))
     for threat in experiment.threats if "transfer" in experiment.evaluation.beyond else ():
         show(console, transfer_table(experiment, store, threat))
     evaluations, predictions = (store.path(tables.folder(table)) for table in ("evaluations", "predictions"))
     for line in (
+        *(f"warning: {sentence}" for sentence in tables.dead_experts(tables.read(store, "metrics").to_pylist())),
         *warnings(experiment, store),
         f"evaluations: {evaluations}",
         f"predictions: {predictions}",

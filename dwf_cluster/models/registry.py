@@ -11,7 +11,7 @@ from pydantic import BeforeValidator, Field
 from dwf_cluster.data.registry import Shape
 from dwf_cluster.models import layers
 from dwf_cluster.models.layers import Layers
-from dwf_cluster.settings import OneOf, Settings, as_tuple
+from dwf_cluster.settings import InvalidInput, OneOf, Settings, as_tuple
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,29 @@ BACKBONES: Mapping[str, Backbone] = {
     "mobilenet-v2": _backbone("plain:mobilenet_v2", layers.mobilenet_v2),
 }
 """Backbones by name. At width 64 each is the usual network; other widths scale its channels by width / 64."""
+
+
+def fail_if_not_buildable(name: str, width: int, side: int | None, field: str) -> None:
+    """Compare a width and a size of images with those that a backbone has and takes.
+
+    Args:
+        name: of the backbone.
+        width: of the network.
+        side: the smaller one of height and width of the images, with their padding; None: unknown.
+        field: that gives the width, for the message.
+
+    Raises:
+        InvalidInput: if the backbone has no such width, or needs larger images.
+    """
+    backbone = BACKBONES[name]
+    if not backbone.has_width(width):
+        raise InvalidInput(f"{field}: {width} cannot be used with {name}: allowed is {backbone.widths}")
+    if side is not None and side < backbone.smallest:
+        size = f"{backbone.smallest}x{backbone.smallest}"
+        raise InvalidInput(
+            f"data.source: images with a side of {side} cannot be used with {name}: allowed are {size} and larger; "
+            "data.padding adds pixels"
+        )
 
 
 class Model(Settings):

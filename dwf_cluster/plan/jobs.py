@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from itertools import chain
 
 from dwf_cluster.data.registry import Shape, Sizes
-from dwf_cluster.defences.registry import METHODS, ModelSpec, fail_if_not_buildable, trained_sources
+from dwf_cluster.defences.registry import METHODS, ModelSpec, trained_sources
 from dwf_cluster.defences.settings import Training
 from dwf_cluster.evaluation.check_cost import check_cost, check_transfer_cost
 from dwf_cluster.evaluation.registry import CHECKS, PAPER, SUITES, TRANSFER, threat_count
@@ -148,7 +148,7 @@ def jobs(experiment: Experiment, stage: str, sizes: Sizes) -> list[Job]:
     Raises:
         InvalidInput: if a network of its models needs larger images.
     """
-    fail_if_not_buildable(experiment.models, min(sizes.shape[1:]))
+    experiment.fail_if_not_buildable(min(sizes.shape[1:]))
     listed: list[Job] = []
     *others, defended = experiment.models
     for spec in (defended, *others):  # of jobs of equal cost, the defended model's start first
@@ -156,7 +156,8 @@ def jobs(experiment: Experiment, stage: str, sizes: Sizes) -> list[Job]:
         if stage == EVALUATE:
             listed += _evaluations(job, experiment, spec, sizes)
         elif METHODS[spec.method].losses is not None and stage == (JOINT if spec.parents else EXPERTS):
-            listed.append(job(spec.training.epochs * sizes.train * METHODS[spec.method].passes(spec)))
+            # Given weights are not trained, but tested.
+            listed.append(job(spec.training.epochs * sizes.train * METHODS[spec.method].passes(spec) or sizes.test))
     return sorted(listed, key=lambda job: -job.cost)
 
 

@@ -204,7 +204,7 @@ def test_a_backbones_name_is_a_row_trained_on_clean_images(name: str) -> None:
         (["model.width=32", "baselines=googlenet"], "model.width: 32 cannot be used with googlenet: allowed is 64"),
         (["model.backbone=inception-v3"], "model.width: 8 cannot be used with inception-v3: allowed is 64"),
         (["model.width=12", "baselines=xception"], "12 cannot be used with xception: allowed is multiples of 8"),
-        (["baselines=vgg19"], "data.source: images with a side of 8 cannot be used with vgg19: it needs 32x32 at"),
+        (["baselines=vgg19"], "data.source: images with a side of 8 cannot be used with vgg19: allowed are 32x32 and"),
         (["model.backbone=resnet19"], "model.backbone.0: 'resnet19' cannot be used: allowed are resnet18, "),
         (["model.backbone="], "model.backbone: '' cannot be used: "),
     ],
@@ -219,12 +219,19 @@ def test_a_network_that_cannot_be_built_is_refused_in_one_line(settings: list[st
 def test_small_images_of_a_file_are_refused_when_they_are_known(tmp_path: Path) -> None:
     file = write_npz(tmp_path / "images.npz")  # of 8x8
     experiment = build(str(file), 0, ["baselines=vgg19"])
-    with pytest.raises(InvalidInput, match="a side of 8 cannot be used with vgg19: it needs 32x32"):
+    with pytest.raises(InvalidInput, match="a side of 8 cannot be used with vgg19: allowed are 32x32"):
         jobs(experiment, "experts", sizes(experiment.data))
 
 
 def test_a_mixture_of_two_backbones_is_trained_and_loaded(tmp_path: Path) -> None:
-    settings = [*TINY, "model.backbone=resnet18,mobilenet-v2", "experts.fgsm=1", "experts.pgd=0"]
+    settings = [
+        *TINY,
+        "model.backbone=resnet18,mobilenet-v2",
+        "experts.fgsm=1",
+        "experts.pgd=0",
+        "experts.epochs=1",
+        "joint.epochs=1",
+    ]
     experiment = build("digits", 0, settings)
     store, images = experiment.store(str(tmp_path)), load(experiment.data, tmp_path)
     for name in experiment.names:
