@@ -17,11 +17,11 @@ from pydantic import BeforeValidator, Field, ValidationError, model_validator
 from dwf_cluster.attacks.settings import Fgsm, Pgd
 from dwf_cluster.data.registry import DATASETS, Data
 from dwf_cluster.defences.recipes import weights
-from dwf_cluster.defences.registry import METHODS, ModelSpec, recipe, recipe_names
+from dwf_cluster.defences.registry import METHODS, WEIGHTS, ModelSpec, recipe, recipe_names
 from dwf_cluster.defences.settings import AdvMoe, Experts, Gate, Given, Joint, Soe
 from dwf_cluster.evaluation.registry import AUTOATTACK, ROUTE, SUITES, Column, all_columns, suite_names
 from dwf_cluster.evaluation.settings import Evaluation, Threat, threats
-from dwf_cluster.models.registry import Model
+from dwf_cluster.models.registry import Model, fail_if_not_buildable
 from dwf_cluster.settings import (
     InvalidInput,
     Name,
@@ -140,6 +140,24 @@ class Experiment(Settings):
                 "evaluation.corruptions: 'files' cannot be used: they are of cifar10; allowed is generated"
             )
         return self
+
+    @model_validator(mode="after")
+    def _networks_can_be_built(self) -> Experiment:
+        # The size of the images of an .npz file is not known before it is read: `plan.jobs` looks at it.
+        dataset, padding = DATASETS.get(self.data.source), 2 * self.data.padding
+        self.fail_if_not_buildable(min(dataset.shape[1:]) + padding if dataset else None)
+        return self
+
+    def fail_if_not_buildable(self, side: int | None) -> None:
+        """Check every network's width and, if it is known, the smaller side of the padded images.
+
+        Raises:
+            InvalidInput: for the first network that has no such width, or needs larger images.
+        """
+        for spec in self.models:
+            field = "given.width" if spec.method == WEIGHTS else "model.width"
+            for name in spec.backbones:
+                fail_if_not_buildable(name, spec.width, side, field)
 
     @property
     def corruption_files(self) -> tuple[int, ...]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from dwf_cluster.defences.registry import METHODS, ModelSpec, recipe, recipe_names, single
 from dwf_cluster.defences.settings import DefenceSettings, Given, Training
@@ -15,23 +18,28 @@ def dwf(settings: DefenceSettings) -> tuple[ModelSpec, ...]:
     def names(kind: str, count: int) -> list[str]:
         return [kind] if kind == "benign" and count == 1 else [f"{kind}-{i + 1}" for i in range(count)]
 
-    counts = settings.experts
-    experts = (
-        *(single(name, "standard", settings) for name in names("benign", counts.benign)),
-        *(single(name, "fgsm", settings) for name in names("fgsm", counts.fgsm)),
-        *(single(name, "pgd", settings) for name in names("pgd", counts.pgd)),
-    )
+    counts, backbones = settings.experts, itertools.cycle(settings.model.backbone)
+    kinds = (("benign", "standard", counts.benign), ("fgsm", "fgsm", counts.fgsm), ("pgd", "pgd", counts.pgd))
+    experts = [
+        single(name, method, settings, next(backbones)) for kind, method, count in kinds for name in names(kind, count)
+    ]
     mixture = ModelSpec(
         "mixture",
-        settings.model.backbone,
+        experts[0].backbone,
         settings.model.width,
         "dwf",
         settings.joint.of_a_model,
-        tuple(sorted(METHODS["dwf"].options(settings).items())),
+        tuple(sorted({**METHODS["dwf"].options(settings), **_backbones(experts)}.items())),
         tuple(expert.name for expert in experts),
         (("gate", settings.gate.learning_rate, settings.gate.weight_decay),),
     )
     return (*experts, mixture)
+
+
+def _backbones(experts: Sequence[ModelSpec]) -> dict[str, Any]:
+    """The option `backbones` of a model of these experts; nothing if they have one network."""
+    backbones = tuple(expert.backbone for expert in experts)
+    return {} if len(set(backbones)) == 1 else {"backbones": backbones}
 
 
 def fgsm_at(settings: DefenceSettings) -> tuple[ModelSpec, ...]:
@@ -104,17 +112,20 @@ def controls(settings: DefenceSettings) -> tuple[ModelSpec, ...]:
     """
     *experts, mixture = dwf(settings)
 
-    def control(name: str, method: str, parents: tuple[str, ...], **options: int) -> ModelSpec:
+    def control(name: str, method: str, parents: tuple[str, ...], **options: Any) -> ModelSpec:
         return replace(mixture, name=name, method=method, options=tuple(options.items()), parents=parents, own_rates=())
 
     joint = [
-        control(f"joint-{expert.name}", "expert", (mixture.name,), number=number)
+        replace(
+            control(f"joint-{expert.name}", "expert", (mixture.name,), number=number),
+            backbone=expert.backbone,
+        )
         for number, expert in enumerate(experts)
     ]
     return (
-        control("uniform", "uniform", mixture.parents),
+        control("uniform", "uniform", mixture.parents, **_backbones(experts)),
         *joint,
-        control("joint-uniform", "uniform", tuple(spec.name for spec in joint)),
+        control("joint-uniform", "uniform", tuple(spec.name for spec in joint), **_backbones(experts)),
     )
 
 

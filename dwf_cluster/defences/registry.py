@@ -25,7 +25,8 @@ class ModelSpec:
 
     Attributes:
         name: as in every table: `benign`, `fgsm-2`, `mixture`.
-        backbone, width: its network, a key of `models.registry.BACKBONES`, and the network's width.
+        backbone, width: its network, a key of `models.registry.BACKBONES`, and the network's width. A mixture of
+            different networks has the first here, and all in its option `backbones`.
         method: how it is trained, a key of `METHODS`.
         training: epochs, learning rate, batch size and so on.
         options: what the method takes, such as epsilons and steps, as pairs of name and value.
@@ -52,6 +53,12 @@ class ModelSpec:
         return int(self.option("experts") or max(1, len(self.parents)))
 
     @property
+    def backbones(self) -> tuple[str, ...]:
+        """The network of each expert; of a model without experts, its network."""
+        mixed: tuple[str, ...] = self.option("backbones", ())
+        return mixed or (self.backbone,) * self.networks
+
+    @property
     def experts(self) -> tuple[str, ...]:
         """Names of its experts, in the order of the gate's outputs: its parents, else `1` and so on; () without a gate.
 
@@ -67,11 +74,11 @@ Group = Literal["plain", "adversarial training", "mixture", "control", "given"]
 
 
 def _networks_flops(spec: ModelSpec, shape: Shape) -> float:
-    return spec.networks * BACKBONES[spec.backbone].flops(spec.width, shape)
+    return sum(BACKBONES[backbone].flops(spec.width, shape) for backbone in spec.backbones)
 
 
 def _networks_parameters(spec: ModelSpec, channels: int) -> int:
-    return spec.networks * BACKBONES[spec.backbone].parameters(spec.width, channels)
+    return sum(BACKBONES[backbone].parameters(spec.width, channels) for backbone in spec.backbones)
 
 
 @dataclass(frozen=True)
@@ -262,19 +269,27 @@ def trained_sources(specs: Sequence[ModelSpec], name: str) -> tuple[str, ...]:
 # ------------------------------------------------------------------------------------------------ defences
 
 
-def single(name: str, method: str, settings: DefenceSettings, **options: Any) -> ModelSpec:
-    """A model without parents, with the experts' backbone and training.
+def single(
+    name: str, method: str, settings: DefenceSettings, backbone: str | None = None, /, **options: Any
+) -> ModelSpec:
+    """A model without parents, with the experts' width and training.
 
     Args:
         name: of the model.
         method: a key of `METHODS`.
-        settings: give backbone, training, and the method's options.
+        settings: give width, training, and the method's options.
+        backbone: a key of `BACKBONES`; None: the first of the settings.
         options: of the method, where they differ from the settings.
     """
     all_options = {**METHODS[method].options(settings), **options}
-    backbone = settings.model
+    model = settings.model
     return ModelSpec(
-        name, backbone.backbone, backbone.width, method, settings.experts.of_a_model, tuple(sorted(all_options.items()))
+        name,
+        backbone or model.backbone[0],
+        model.width,
+        method,
+        settings.experts.of_a_model,
+        tuple(sorted(all_options.items())),
     )
 
 
@@ -296,14 +311,17 @@ imports no torch, because a run is planned without it."""
 
 
 def recipe(name: str, settings: DefenceSettings) -> tuple[ModelSpec, ...]:
-    """The models of a defence, the defended model last; of a method, one model of the same name."""
+    """The models of a defence, the defended model last; of a method or a backbone, one model of the same name.
+
+    The model of a backbone is trained on clean images.
+    """
     if name not in DEFENCES:
-        return (single(name, name, settings),)
+        return (single(name, name, settings) if name in METHODS else single(name, "standard", settings, name),)
     specs: tuple[ModelSpec, ...] = pkgutil.resolve_name(DEFENCES[name])(settings)
     return specs
 
 
 def recipe_names() -> tuple[str, ...]:
-    """Names that `recipe` takes: every defence, and every method that can train a model without parents."""
+    """Names that `recipe` takes: every defence, method that can train a model without parents, and backbone."""
     trainable = (name for name, method in METHODS.items() if not method.needs_parents and name not in DEFENCES)
-    return (*DEFENCES, *trainable)
+    return (*dict.fromkeys((*DEFENCES, *trainable, *BACKBONES)),)

@@ -123,7 +123,9 @@ class _FrozenExperts(Experts):
         self.training = False
         shapes = [{name: tensor.shape for name, tensor in _state(expert).items()} for expert in self]
         kernels = [shape for shape in shapes[0].values() if len(shape) == 4]
-        self._width = kernels[0][0] if kernels and all(shape == shapes[0] for shape in shapes) else None
+        # Different networks may have weights of the same names and shapes.
+        structures = [(_structure(expert), shape) for expert, shape in zip(self, shapes, strict=True)]
+        self._width = kernels[0][0] if kernels and all(entry == structures[0] for entry in structures) else None
         self._stacked: dict[str, torch.Tensor] | None = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -139,6 +141,18 @@ class _FrozenExperts(Experts):
 
 def _state(module: nn.Module) -> dict[str, torch.Tensor]:
     return {**dict(module.named_parameters()), **dict(module.named_buffers())}
+
+
+def _structure(module: nn.Module) -> list[tuple[type[nn.Module], dict[str, Any]]]:
+    """The classes of a module's parts and their plain attributes, such as strides."""
+    plain = (bool, int, float, str, tuple, type(None))
+    return [
+        (
+            type(part),
+            {name: value for name, value in vars(part).items() if name not in _OWN and isinstance(value, plain)},
+        )
+        for part in module.modules()
+    ]
 
 
 def _is_foldable(model: nn.Module, done: dict[int, nn.Module]) -> bool:

@@ -6,8 +6,6 @@ workers, and the paper's text has no dropout. Auxiliary classifiers are left out
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import nn
 from torchvision.models import DenseNet, GoogLeNet, Inception3, MobileNetV2
@@ -73,9 +71,11 @@ def densenet121_k12(images: ImageFormat, width: int) -> Normalized:
     return _densenet(images, width, (6, 12, 24, 16), 12, 24)
 
 
-def _densenet(images: ImageFormat, width: int, blocks: Sequence[int], growth: int, first: int) -> Normalized:
+def _densenet(
+    images: ImageFormat, width: int, blocks: tuple[int, int, int, int], growth: int, first: int
+) -> Normalized:
     growth, first = growth * width // 64, first * width // 64
-    network = DenseNet(growth, tuple(blocks), first, num_classes=images.classes)  # type: ignore[arg-type]
+    network = DenseNet(growth, blocks, first, num_classes=images.classes)
     features = network.features
     features.conv0 = nn.Conv2d(images.shape[0], first, 3, padding=1, bias=False)
     nn.init.kaiming_normal_(features.conv0.weight)

@@ -6,12 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from dwf_cluster.data.registry import Shape
 from dwf_cluster.models import layers
 from dwf_cluster.models.layers import Layers
-from dwf_cluster.settings import OneOf, Settings
+from dwf_cluster.settings import InvalidInput, OneOf, Settings, as_tuple
 
 
 @dataclass(frozen=True)
@@ -79,10 +79,37 @@ BACKBONES: Mapping[str, Backbone] = {
 """Backbones by name. At width 64 each is the usual network; other widths scale its channels by width / 64."""
 
 
-class Model(Settings):
-    """The backbone of every expert."""
+def fail_if_not_buildable(name: str, width: int, side: int | None, field: str) -> None:
+    """Compare a width and a size of images with those that a backbone has and takes.
 
-    backbone: Annotated[str, OneOf(lambda: BACKBONES)] = "resnet18"
-    """Its network."""
+    Args:
+        name: of the backbone.
+        width: of the network.
+        side: the smaller one of height and width of the images, with their padding; None: unknown.
+        field: that gives the width, for the message.
+
+    Raises:
+        InvalidInput: if the backbone has no such width, or needs larger images.
+    """
+    backbone = BACKBONES[name]
+    if not backbone.has_width(width):
+        raise InvalidInput(f"{field}: {width} cannot be used with {name}: allowed is {backbone.widths}")
+    if side is not None and side < backbone.smallest:
+        size = f"{backbone.smallest}x{backbone.smallest}"
+        raise InvalidInput(
+            f"data.source: images with a side of {side} cannot be used with {name}: allowed are {size} and larger; "
+            "data.padding adds pixels"
+        )
+
+
+class Model(Settings):
+    """The backbones of the experts and of the models beside them."""
+
+    backbone: Annotated[
+        tuple[Annotated[str, OneOf(lambda: BACKBONES)], ...], BeforeValidator(as_tuple), Field(min_length=1)
+    ] = ("resnet18",)
+    """Their network. Several are dealt to the experts of `dwf` in turn, in the order of the gate's outputs; every other
+    model has the first. A model that is named after a network has that network."""
     width: Annotated[int, Field(ge=1, le=1024)] = 64
-    """Channels of the first convolution; 64 is ResNet-18."""
+    """64 is the usual network; other widths scale its channels by width / 64. A ResNet's first convolution has so many
+    channels. `googlenet` and `inception-v3` have no other width."""

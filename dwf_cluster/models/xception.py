@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -33,7 +35,7 @@ class Block(nn.Module):
 
     def __init__(self, channels: tuple[int, ...], stride: int, starts_active: bool) -> None:
         super().__init__()
-        pairs = zip(channels, channels[1:], strict=False)
+        pairs = itertools.pairwise(channels)
         self.convolutions = nn.ModuleList(_separable(inputs, outputs) for inputs, outputs in pairs)
         self.pool = nn.MaxPool2d(3, stride, padding=1) if stride else nn.Identity()
         shortcut = nn.Conv2d(channels[0], channels[-1], 1)
@@ -48,8 +50,8 @@ class Block(nn.Module):
             out = convolution(F.relu(out) if number else out)
         # A slice and a 1x1 convolution: see `models.resnet`.
         skipped = x[:, :, :: self.stride, :: self.stride] if self.stride > 1 else x
-        shortcut: torch.Tensor = self.shortcut(skipped)
-        return self.pool(out) + shortcut
+        total: torch.Tensor = self.pool(out) + self.shortcut(skipped)
+        return total
 
 
 def xception(images: ImageFormat, width: int) -> Normalized:

@@ -151,7 +151,11 @@ def jobs(experiment: Experiment, stage: str, sizes: Sizes) -> list[Job]:
         experiment: whose jobs.
         stage: one of `STAGES`.
         sizes: number of images, and their shape.
+
+    Raises:
+        InvalidInput: if a network of its models needs larger images.
     """
+    experiment.fail_if_not_buildable(min(sizes.shape[1:]))
     listed: list[Job] = []
     *others, defended = experiment.models
     for spec in (defended, *others):  # of jobs of equal cost, the defended model's start first
