@@ -26,8 +26,9 @@ from dwf_cluster.defences import advmoe
 from dwf_cluster.defences.build import to_train
 from dwf_cluster.defences.registry import METHODS
 from dwf_cluster.determinism import Draws
-from dwf_cluster.evaluation.registry import PAPER
+from dwf_cluster.evaluation.registry import PAPER, ROUTE
 from dwf_cluster.evaluation.run import evaluate
+from dwf_cluster.evaluation.subject import Subject, with_route
 from dwf_cluster.experiment import Experiment
 from dwf_cluster.models.advmoe import AdvMoE, Router
 from dwf_cluster.models.frozen import frozen
@@ -270,6 +271,7 @@ def test_every_suite_of_a_mixture_measures_it(images: Images, router: str) -> No
     x = images.x_test[:12]
     y = model.eval()(to_float(torch.tensor(x)).double()).argmax(1).numpy()
     suites = experiment.suites(experiment.spec("advmoe"))
+    assert with_route(Subject(model, x, y, CPU, 10), (PAPER,))[0] == (PAPER, ROUTE)
     assert {PAPER, "pgd_gate", "pgd_expert", "pgd_route", "experts"} <= set(suites)
     for suite in suites[:-1]:  # the last one is `checks`
         rows, predictions = evaluate(
