@@ -53,9 +53,9 @@ def _curves(data: FigureData, rows: pd.DataFrame, x_label: str, attack: str, wit
 def experts_and_mixture(data: FigureData) -> Figure | None:
     """Accuracy of the defended model and of each of its experts, in each column of the paper's table."""
     group = data.group
-    if not group.experts:
-        return None
     rows = data.measured[data.measured.model.isin([*group.experts, group.defended])]
+    if not rows.model.isin(group.experts).any():  # none, or none that is a model of its own
+        return None
     measured = set(rows.attack[rows.model == group.defended])
     columns = [column for column in group.paper_columns if column.attack in measured]
     if not columns:

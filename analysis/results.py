@@ -82,8 +82,9 @@ class Group:
 
     @property
     def experts(self) -> tuple[str, ...]:
-        """Parents of the defended model; for a mixture, in the order of the gate's outputs."""
-        return self.experiment.defended.parents
+        """Names of the defended model's experts, in the order of the gate's outputs; without a gate, its parents."""
+        defended = self.experiment.defended
+        return defended.experts or defended.parents
 
     @property
     def columns(self) -> tuple[Column, ...]:

@@ -23,7 +23,7 @@ from analysis.folder import ExperimentFolder
 from analysis.results import load
 from dwf_cluster.console.command import Parser
 from dwf_cluster.defences.registry import METHODS
-from dwf_cluster.plan.jobs import is_trained
+from dwf_cluster.plan.jobs import EXPERTS, JOINT, is_trained
 from dwf_cluster.settings import InvalidInput
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def attack(run: ExperimentFolder, data_folder: Path) -> Attacked:
     from dwf_cluster.data.sources import load as load_images
     from dwf_cluster.defences.build import trained
     from dwf_cluster.models.frozen import frozen
-    from dwf_cluster.models.mixture import Mixture
+    from dwf_cluster.models.mixture import Gated
 
     experiment = run.experiment
     defended = experiment.defended
@@ -79,11 +79,12 @@ def attack(run: ExperimentFolder, data_folder: Path) -> Attacked:
         raise InvalidInput(f"{run.url}: cannot be used: its defended model {defended.name} has no gate")
     if not is_trained(defended, run.store):
         raise InvalidInput(
-            f"{run.url}: cannot be used: its {defended.name} has no checkpoint, `--stages joint` makes it"
+            f"{run.url}: cannot be used: its {defended.name} has no checkpoint, "
+            f"`--stages {JOINT if defended.parents else EXPERTS}` makes it"
         )
     images = load_images(experiment.data, data_folder)
     model = frozen(trained(experiment.models, defended.name, images.format, experiment.seed, run.store))
-    assert isinstance(model, Mixture)
+    assert isinstance(model, Gated)
 
     x, y = to_float(torch.tensor(images.x_test[:IMAGES])), torch.tensor(images.y_test[:IMAGES])
     ball, steps = Ball("linf", experiment.pgd.epsilon), max(experiment.evaluation.pgd_steps)
@@ -99,7 +100,7 @@ def attack(run: ExperimentFolder, data_folder: Path) -> Attacked:
 def draw(run: ExperimentFolder, shown: Attacked) -> Figure:
     """One column for each image: clean, perturbation (grey is none), attacked, gate weights before and after."""
     experiment, epsilon = run.experiment, run.experiment.pgd.epsilon
-    experts = list(experiment.defended.parents)
+    experts = list(experiment.defended.experts)
     figure = Figure(figsize=(6.5, 5.2))
     rows = figure.subplots(4, len(shown.label), squeeze=False, height_ratios=[1, 1, 1, 0.09 * len(experts) + 0.4])
     clean, attacked = shown.x

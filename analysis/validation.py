@@ -87,7 +87,7 @@ def validate(rows: pa.Table, table: str, experiment: Experiment, allow_other_mod
         _among(rows, "seed", [experiment.seed])
     for name in ("model", "source"):
         if name in names and not allow_other_models:
-            experts = _numbered_experts(experiment) if name == "source" else ()
+            experts = _expert_names(experiment) if name == "source" else ()
             _among(rows, name, (*experiment.names, *experts, None))  # null in `model` has been refused above
     largest = _max_examples(experiment)
     ranges = {**_RANGES, "examples": (1, largest), "example": (0, largest - 1)}
@@ -102,9 +102,10 @@ def validate(rows: pa.Table, table: str, experiment: Experiment, allow_other_mod
         _refuse_duplicates(rows, CELL_FIELDS)
 
 
-def _numbered_experts(experiment: Experiment) -> Sequence[str]:
-    """Names that the experts of a user's own mixture may have: no ModelSpec knows how many it has."""
-    return [f"expert-{i}" for i in range(1, 101)] if experiment.defended.method == "given" else ()
+def _expert_names(experiment: Experiment) -> Sequence[str]:
+    """Names of experts that are no models; of a user's own mixture, for no ModelSpec knows how many it has, many."""
+    named = dict.fromkeys(name for spec in experiment.models for name in spec.experts if name not in experiment.names)
+    return [*named, *(f"expert-{i}" for i in range(1, 101) if experiment.defended.method == "given")]
 
 
 def _max_examples(experiment: Experiment) -> int:

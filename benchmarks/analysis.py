@@ -79,7 +79,7 @@ def make_up(storage: Path, experiment: Experiment, examples: int, classes: int =
                 continue
             listed = columns(experiment.evaluation, experiment.threats, suite)
             if suite == EXPERT_SUITE:
-                listed = expert_columns(experiment.evaluation, experiment.threat, spec.parents)
+                listed = expert_columns(experiment.evaluation, experiment.threat, spec.experts)
             cells = [(spec, column) for column in listed]
             if suite == PAPER and TRANSFER in experiment.evaluation.beyond:
                 transferred = transfer_column(experiment.evaluation, experiment.threat, spec.name)
@@ -132,14 +132,14 @@ def _outcome(
     elif column.attack.startswith(EXPERT) and column.source is not None:
         is_own = column.attack.endswith(f"_{column.source}")  # an expert on the images of its own PGD
         strength = (0.9 if is_own else 0.5) if column.epsilon else 0.0
-        strength += 0.02 * spec.parents.index(column.source)
+        strength += 0.02 * spec.experts.index(column.source)
     share = np.clip(clean - lost * strength + skill, 0.02, 0.99)
     is_correct = 0.8 * test_set.hardness + 0.2 * random.random(images) < share
     wrong = (label + random.integers(1, test_set.classes, images)) % test_set.classes
     margin = np.abs(random.normal(2, 1, images)).astype(np.float32)
     gate = None
     if METHODS[spec.method].has_gate:
-        experts = [experiment.spec(name).method for name in spec.parents]
+        experts = [experiment.spec(name).method if spec.parents else None for name in spec.experts]
         matching = {"clean": "standard", "fgsm": "fgsm"}.get(column.attack, "pgd")
         logits = random.normal(0, 0.4, (images, len(experts))) + [1.5 * (expert == matching) for expert in experts]
         logits[np.arange(images), label % len(experts)] += 0.8

@@ -32,7 +32,7 @@ from dwf_cluster.evaluation.settings import Evaluation, Norm, Threat
 from dwf_cluster.evaluation.stronger import stronger
 from dwf_cluster.evaluation.subject import Subject, isolated, kept, prepare, with_route, without_gradient
 from dwf_cluster.experiment import Experiment
-from dwf_cluster.models.mixture import Mixture
+from dwf_cluster.models.mixture import Gated
 from dwf_cluster.settings import InvalidInput, one_line
 from dwf_cluster.store import RowLabels, Store, check_url, checkpoints, tables
 
@@ -220,7 +220,7 @@ def measure(
     _refuse_unfit(subject, suites)
     rows, name = Rows(), MODEL
     options: dict[str, Any] = {"seed": seed, "device": subject.device}
-    networks = len(subject.model.experts) if isinstance(subject.model, Mixture) else 1
+    networks = len(subject.model.experts) if isinstance(subject.model, Gated) else 1
     checked = balanced(subject.y, evaluation.check_examples, "checks") if checked is None else checked
     costs = {suite: SUITES[suite].cost(evaluation, networks) for suite in suites}
     if CHECKS in costs:
@@ -260,7 +260,7 @@ def measure(
 def _refuse_unfit(subject: Subject, suites: Sequence[str]) -> None:
     """Refuse suites that need a gate, or more classes than the model has."""
     for suite in suites:
-        if SUITES[suite].needs_gate and not isinstance(subject.model, Mixture):
+        if SUITES[suite].needs_gate and not isinstance(subject.model, Gated):
             raise InvalidInput(
                 f"suites: {suite!r} cannot be used: the model has no experts and gate; allowed is a Mixture"
             )

@@ -16,13 +16,15 @@ from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from dwf_cluster.attacks.settings import Fgsm, Pgd
 from dwf_cluster.data.registry import DATASETS, Data
+from dwf_cluster.defences.recipes import weights
 from dwf_cluster.defences.registry import METHODS, ModelSpec, recipe, recipe_names
-from dwf_cluster.defences.settings import AdvMoe, Experts, Gate, Joint
+from dwf_cluster.defences.settings import AdvMoe, Experts, Gate, Given, Joint, Soe
 from dwf_cluster.evaluation.registry import AUTOATTACK, ROUTE, SUITES, Column, all_columns, suite_names
 from dwf_cluster.evaluation.settings import Evaluation, Threat, threats
 from dwf_cluster.models.registry import Model
 from dwf_cluster.settings import (
     InvalidInput,
+    Name,
     OneOf,
     Settings,
     as_tuple,
@@ -33,6 +35,7 @@ from dwf_cluster.store import RowLabels, Store
 ADDED_LATER = frozenset(
     {
         "defence",
+        "given",
         "model.backbone",
         "gate.kind",
         "joint.freeze_experts",
@@ -58,6 +61,7 @@ ADDED_LATER = frozenset(
         "evaluation.curve_multiples",
         "evaluation.curve_steps",
         "evaluation.curve_restarts",
+        "soe",
         "advmoe",
     }
 )
@@ -66,8 +70,6 @@ signature."""
 
 PAPER_WIDTH = 64
 """Width of the paper's networks."""
-
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 
 
 class Experiment(Settings):
@@ -88,6 +90,9 @@ class Experiment(Settings):
     """Defences and methods beside it, such as `fgsm-at` and `pgd-at`: ResNet-18 with half of each batch adversarial at
     a fixed strength (PGD with 10 iterations). Our assumption: FGSM at `pgd.epsilon`. `pgd-at-matched` is `pgd-at` with
     the compute of the whole defence; `controls` are the mixture's experts, alone and with equal weights."""
+    given: Annotated[tuple[Given, ...], BeforeValidator(as_tuple)] = ()
+    """Networks beside it whose weights the user has, as a JSON list: `[{"name": "r18", "file": "resnet18.pth",
+    "accuracy": 93.02}]`. They are tested, stored and attacked, and not trained. The fields of an entry:"""
     data: Data = Data()
     model: Model = Model()
     gate: Gate = Gate()
@@ -95,6 +100,7 @@ class Experiment(Settings):
     pgd: Pgd = Pgd()
     experts: Experts = Experts()
     joint: Joint = Joint()
+    soe: Soe = Soe()
     advmoe: AdvMoe = AdvMoe()
     evaluation: Evaluation = Evaluation()
 
@@ -102,7 +108,8 @@ class Experiment(Settings):
     def _models_have_names_of_their_own(self) -> Experiment:
         names = self.names
         if repeated := next((name for name in names if names.count(name) > 1), None):
-            raise ValueError(f"defence and baselines give two models the name {repeated!r}: allowed is one")
+            sources = "defence, baselines and given" if self.given else "defence and baselines"
+            raise ValueError(f"{sources} give two models the name {repeated!r}: allowed is one")
         return self
 
     @model_validator(mode="after")
@@ -141,9 +148,11 @@ class Experiment(Settings):
 
     @property
     def models(self) -> tuple[ModelSpec, ...]:
-        """Every model: those that the defended one starts from, the baselines, the defended model."""
+        """Every model: those that the defended one starts from, the baselines, those with given weights, the defended
+        model."""
         *parents, defended = recipe(self.defence, self)
-        return (*parents, *(spec for name in self.baselines for spec in recipe(name, self)), defended)
+        baselines = (spec for name in self.baselines for spec in recipe(name, self))
+        return (*parents, *baselines, *map(weights, self.given), defended)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -204,8 +213,9 @@ class Experiment(Settings):
             return ()
         return (
             f"{', '.join(self.selecting)}: gives each image to one expert. Attacks that follow the gradient of the "
-            "whole model (fgsm, PGD, gate, APGD, autoattack) follow the straight-through gradient there, which is not "
-            "the model's: their accuracies are upper bounds. route and expert do not follow it.",
+            "whole model (fgsm, PGD, gate, APGD, autoattack) follow a straight-through gradient there, which is not "
+            "the model's, or that of the chosen expert alone: their accuracies are upper bounds. route and expert aim "
+            "at each expert.",
         )
 
     @property
@@ -226,8 +236,8 @@ class Experiment(Settings):
     def signature(self) -> str:
         """Ten hexadecimal digits of the SHA-256 of the canonical JSON.
 
-        An `.npz` source counts with its content, not with its path; `checkpoint_minutes` and `save_adversarial`
-        do not count.
+        An `.npz` source and a file of given weights count with their content, not with their path; the accuracy that
+        these weights are expected to have, `checkpoint_minutes` and `save_adversarial` do not count.
         """
         fields = self._deciding_fields()
         for name in ADDED_LATER:
@@ -267,6 +277,10 @@ class Experiment(Settings):
         fields = self.model_dump(mode="json", exclude={"checkpoint_minutes", "save_adversarial"})
         if self.data.sha256:
             fields["data"]["source"] = "npz"
+        for entry in fields["given"]:
+            del entry["accuracy"]
+            if entry["sha256"]:
+                del entry["file"]
         return fields
 
     @property

@@ -16,11 +16,12 @@ from typing import Any
 
 from dwf_cluster.attacks.settings import Fgsm, Pgd
 from dwf_cluster.data.registry import Data
-from dwf_cluster.defences.settings import Experts, Gate, Joint
+from dwf_cluster.defences.settings import Experts, Gate, Given, Joint
 from dwf_cluster.evaluation.settings import Evaluation
 from dwf_cluster.experiment import Experiment
 from dwf_cluster.models.registry import Model
 from dwf_cluster.settings import MAX_JSON_BYTES, FieldDescription, InvalidInput, describe, flat, regular_file
+from dwf_cluster.store import outside
 
 _CIFAR10 = Experiment(
     baselines=("fgsm-at", "pgd-at"),
@@ -89,7 +90,7 @@ def build(preset: str, seed: int | None = None, assignments: Sequence[str] = ())
     Raises:
         InvalidInput: for the first value that cannot be used.
     """
-    experiment = assemble(preset, seed, assignments)
+    experiment = _with_weights(assemble(preset, seed, assignments))
     if not experiment.data.source.endswith(".npz"):
         return experiment
     status = regular_file(experiment.data.source, "data.source")
@@ -102,7 +103,7 @@ def build(preset: str, seed: int | None = None, assignments: Sequence[str] = ())
 
 
 def assemble(preset: str, seed: int | None, assignments: Sequence[str]) -> Experiment:
-    """As `build`, but an `.npz` file is not read and has no digest."""
+    """As `build`, but an `.npz` file and files of given weights are not read and have no digests."""
     if preset in PRESETS:
         fields = PRESETS[preset][0].model_dump(mode="json")
     elif preset.endswith(".npz"):
@@ -119,7 +120,20 @@ def assemble(preset: str, seed: int | None, assignments: Sequence[str]) -> Exper
     if seed is not None:
         fields["seed"] = seed
     fields["data"]["sha256"] = None
-    return Experiment.from_json(json.dumps(fields))
+    experiment = Experiment.from_json(json.dumps(fields))
+    given = tuple(entry.model_copy(update={"sha256": None}) for entry in experiment.given)
+    return experiment.model_copy(update={"given": given})
+
+
+def _with_weights(experiment: Experiment) -> Experiment:
+    """The experiment with the digests of the files of given weights, and paths that are valid in every folder."""
+
+    def digested(number: int, entry: Given) -> Given:
+        digest = outside.sha256(entry.file, f"given.{number}.file")
+        return entry.model_copy(update={"file": outside.absolute(entry.file), "sha256": digest})
+
+    given = tuple(digested(number, entry) for number, entry in enumerate(experiment.given))
+    return experiment.model_copy(update={"given": given})
 
 
 def invocation(experiment: Experiment) -> tuple[str, dict[str, Any]]:
@@ -137,6 +151,7 @@ def invocation(experiment: Experiment) -> tuple[str, dict[str, Any]]:
         preset, base = "cifar10", PRESETS["cifar10"][0]
     known = flat(base.model_dump(mode="json"))
     fields = flat(experiment.model_dump(mode="json"))
+    fields["given"] = [{name: entry[name] for name in entry if name != "sha256"} for entry in fields["given"]]
     return preset, {n: v for n, v in fields.items() if v != known[n] and n not in ("seed", "data.sha256")}
 
 

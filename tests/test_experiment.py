@@ -54,7 +54,7 @@ def test_the_papers_baselines_are_two_more_models_outside_the_mixture() -> None:
 def test_every_defence_and_every_method_without_parents_can_be_a_baseline_or_the_defence() -> None:
     # `given` and `controls` train nothing.
     names = [name for name in recipe_names() if name not in ("dwf", "given", "controls")]
-    assert names == ["fgsm-at", "pgd-at", "pgd-at-matched", "advmoe", "standard", "fgsm", "pgd"]
+    assert names == ["fgsm-at", "pgd-at", "pgd-at-matched", "advmoe", "standard", "fgsm", "pgd", "soe"]
     experiment = build("digits", 0, [f"baselines={','.join(names)}"])
     assert experiment.names == (
         "benign",

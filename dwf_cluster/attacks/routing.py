@@ -19,7 +19,7 @@ def gate_aimed(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> tuple[torc
     The second part grows when the gate weighs experts that fail, even if the sum of logits is still correct.
 
     Args:
-        model: frozen model of a `Mixture`.
+        model: frozen model with experts and a gate, `models.mixture.Gated`.
         x, y: as for any objective.
     """
     weights, logits = model.gate(x), model.experts(x)  # type: ignore[operator]

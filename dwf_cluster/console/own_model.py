@@ -166,6 +166,7 @@ def _experiment(options: argparse.Namespace) -> Experiment:
         "data.test_examples": options.examples,
         "evaluation.beyond": ",".join(name for name in suites if name not in (PAPER, CHECKS)),
         "baselines": "",
+        "given": "",
         "defence": DEFENCE,
         "preset": _name(options),
     }

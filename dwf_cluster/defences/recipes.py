@@ -6,7 +6,7 @@ import math
 from dataclasses import replace
 
 from dwf_cluster.defences.registry import METHODS, ModelSpec, single
-from dwf_cluster.defences.settings import DefenceSettings
+from dwf_cluster.defences.settings import DefenceSettings, Given, Training
 
 
 def dwf(settings: DefenceSettings) -> tuple[ModelSpec, ...]:
@@ -92,6 +92,13 @@ def advmoe(settings: DefenceSettings) -> tuple[ModelSpec, ...]:
         raise ValueError(f"model.backbone: {spec.backbone!r} cannot be used with advmoe: allowed is resnet18")
     own = settings.advmoe
     return (replace(spec, own_rates=(("gate", own.router_learning_rate, own.router_weight_decay),)),)
+
+
+def weights(entry: Given) -> ModelSpec:
+    """A network with the user's weights. Its training is one epoch without steps."""
+    options = entry.model_dump(include={"file", "sha256", "mean", "std", "accuracy"})
+    training = Training(epochs=1)  # whatever the experts' is: experiments share the model
+    return ModelSpec(entry.name, entry.backbone, entry.width, "weights", training, tuple(sorted(options.items())))
 
 
 def given(settings: DefenceSettings) -> tuple[ModelSpec, ...]:

@@ -51,6 +51,16 @@ class ModelSpec:
         """How many experts it has: its option `experts`, or its parents; 1 without."""
         return int(self.option("experts") or max(1, len(self.parents)))
 
+    @property
+    def experts(self) -> tuple[str, ...]:
+        """Names of its experts, in the order of the gate's outputs: its parents, else `1` and so on; () without a gate.
+
+        A user's own model has no ModelSpec that knows its experts.
+        """
+        if not METHODS[self.method].has_gate:
+            return ()
+        return self.parents or tuple(str(number) for number in range(1, 1 + self.networks))
+
 
 Group = Literal["plain", "adversarial training", "mixture", "control", "given"]
 """The group of a model's row in the result table."""
@@ -81,9 +91,10 @@ class Method:
             and a training step as 3.
         options: of the settings, what a model of this method takes where its recipe does not say otherwise.
         has_gate: whether its models have `experts` and a `gate`, which attacks can aim at.
-        needs_parents: whether its models start from others, so that only a defence's recipe can name one.
+        needs_parents: whether its models start from others, or from a file, so that no name alone describes one.
         selects: of a spec, whether the model has a gate that gives each image to one expert. The gradient that passes
-            such a choice (straight-through) is not the model's, so the attacks that follow it leave an upper bound.
+            such a choice (straight-through) or stops at it is not the model's, so the attacks that follow it leave an
+            upper bound.
         flops: floating-point operations of one forward pass of one image through the whole model, of (spec, shape of
             the image); by default, of all its networks.
         parameters: numbers in its state, buffers included, of (spec, channels of the image); by default, of all its
@@ -159,9 +170,24 @@ def _no_passes(spec: ModelSpec) -> float:
     return 0.0
 
 
+def _soe_options(settings: DefenceSettings) -> dict[str, Any]:
+    soe, pgd = settings.soe, settings.pgd
+    return {**soe.model_dump(), "epsilon": pgd.epsilon, "step_size": pgd.step_size}
+
+
+def _soe_passes(spec: ModelSpec) -> float:
+    """PGD through all sub-models, then a step on clean and adversarial images: `one_by_one` has a set of each."""
+    sets = spec.networks if spec.option("attack") == "one_by_one" else 1
+    return float(spec.networks * (2 * spec.option("steps") + 3 * (1 + sets)))
+
+
 _ADVERSARIAL = "dwf_cluster.defences.adversarial"
 _DWF = "dwf_cluster.defences.dwf"
 _CONTROLS = "dwf_cluster.defences.controls"
+_GIVEN = "dwf_cluster.defences.given"
+
+WEIGHTS = "weights"
+"""The method of models whose weights come from a file of the user's."""
 
 METHODS: Mapping[str, Method] = {
     "standard": Method(f"{_ADVERSARIAL}:build", f"{_ADVERSARIAL}:standard", lambda spec: 3.0, group="plain"),
@@ -194,6 +220,15 @@ METHODS: Mapping[str, Method] = {
         selects=lambda spec: spec.option("gate_kind") == "hard",
         group="mixture",
     ),
+    "soe": Method(
+        "dwf_cluster.defences.soe:build",
+        "dwf_cluster.defences.soe:losses",
+        _soe_passes,
+        _soe_options,
+        has_gate=True,
+        selects=lambda spec: True,
+        group="mixture",
+    ),
     "advmoe": Method(
         "dwf_cluster.defences.advmoe:build",
         "dwf_cluster.defences.advmoe:losses",
@@ -207,9 +242,13 @@ METHODS: Mapping[str, Method] = {
     ),
     "uniform": Method(f"{_CONTROLS}:uniform", None, _no_passes, has_gate=True, needs_parents=True, group="control"),
     "expert": Method(f"{_CONTROLS}:expert", None, _no_passes, needs_parents=True, group="control"),
-    "given": Method("dwf_cluster.defences.given:build", "dwf_cluster.defences.given:losses", _no_passes, group="given"),
+    "given": Method(f"{_GIVEN}:build", f"{_GIVEN}:losses", _no_passes, group="given"),
+    WEIGHTS: Method(
+        "dwf_cluster.defences.weights:build", f"{_GIVEN}:losses", _no_passes, needs_parents=True, group="given"
+    ),
 }
-"""Methods by name; a model of `given` is a user's own, which is measured and not trained."""
+"""Methods by name. A model of `given` is a user's own, which is measured and not trained. The weights of a model of
+`weights` are a user's own: `training.given` loads and tests them in the place of a training."""
 
 
 def trained_sources(specs: Sequence[ModelSpec], name: str) -> tuple[str, ...]:

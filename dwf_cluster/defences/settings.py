@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, Protocol
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from dwf_cluster.attacks.settings import Fgsm, Pgd
-from dwf_cluster.models.registry import Model
-from dwf_cluster.settings import Count, CountOrNone, Decay, Pixels, Rate, Settings
+from dwf_cluster.models.registry import BACKBONES, Model
+from dwf_cluster.settings import Count, CountOrNone, Decay, Name, OneOf, PerChannel, Pixels, Rate, Settings, Spreads
+from dwf_cluster.store import checkpoints
 
 
 class Gate(Settings):
@@ -87,6 +88,24 @@ class Joint(Training):
     """Train the gate alone: the experts stay as they were pre-trained. The paper freezes nothing."""
 
 
+class Soe(Settings):
+    """Synergy of Experts (SoE, Cui et al. 2022): sub-models that report how sure they are; the surest one decides."""
+
+    experts: Annotated[int, Field(ge=2, le=100)] = 3
+    """Sub-models, each a whole network of `model.backbone`. The release has three ResNet-20."""
+    temperature: Annotated[float, Field(ge=0, le=1000)] = 1.0
+    """Factor of the confidences whose softmax weighs the sub-models' losses: 0 trains all of them alike, a large one
+    only the surest. As the release."""
+    confidence_weight: Annotated[float, Field(ge=0, le=1000)] = 1.0
+    """Weight of the loss that teaches a sub-model its confidence. As the release."""
+    attack: Literal["together", "one_by_one"] = "together"
+    """What PGD attacks in training: the whole model, or each sub-model alone, which gives as many adversarial images
+    per image as there are sub-models. As the release."""
+    steps: Count = 10
+    """Iterations of PGD in training, in steps of `pgd.step_size` within `pgd.epsilon`, from the image itself. Ten and
+    no random start, as the release; its step of 0.01 and epsilon of 0.03 give way to those of all other methods."""
+
+
 class AdvMoe(Settings):
     """ADVMoE: a ResNet-18 whose residual convolutions own groups of filters, and a router that chooses among them.
 
@@ -118,6 +137,44 @@ class AdvMoe(Settings):
     """Of an iteration, pixels in [0, 1]; null: 5/8 of `pgd.epsilon`, which is the release's 5/255 at 8/255."""
 
 
+class Given(Settings):
+    """A network whose weights the user has: a row of the result table that is not trained here."""
+
+    name: Name
+    """Of the row, in every table."""
+    file: Annotated[str, Field(min_length=1)]
+    """Path or URL of the checkpoint: a state dict of torch (`.pt`, `.pth`, `.bin`; itself, or below `net`, `state_dict`
+    or `model`) or of safetensors, with our names, kuangliu's, torchvision's or timm's. No code in it is run. The
+    signature follows its content, not its path."""
+    backbone: Annotated[str, OneOf(lambda: BACKBONES)] = "resnet18"
+    """Its network."""
+    width: Annotated[int, Field(ge=1, le=1024)] = 64
+    """Channels of its first convolution."""
+    mean: PerChannel | None = None
+    """Mean of each channel that it was trained with, pixels in [0, 1]; null: the file's own, or that of the images."""
+    std: Spreads | None = None
+    """Standard deviation of each channel that it was trained with; null: as `mean`."""
+    accuracy: Annotated[float, Field(ge=0, le=100)]
+    """Its clean accuracy in percent on all test images. The model is refused before it is attacked if it differs by
+    more than 0.5 points: weights may fit in all names and shapes and still be another network's. No part of the
+    signature."""
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None = None
+    """Digest of the file; filled in when the file is read."""
+
+    @field_validator("name")
+    @classmethod
+    def _has_a_folder_of_its_own(cls, name: str) -> str:
+        if checkpoints.model_name(name) != name:
+            raise ValueError(f"the checkpoints of {checkpoints.model_name(name)} have this name: allowed is another")
+        return name
+
+    @model_validator(mode="after")
+    def _one_std_for_each_mean(self) -> Given:
+        if (self.mean is None) != (self.std is None) or len(self.mean or ()) != len(self.std or ()):
+            raise ValueError("mean and std need the same number of channels, or null for both")
+        return self
+
+
 class DefenceSettings(Protocol):
     """The settings that a defence's recipe may read; an Experiment has them."""
 
@@ -133,5 +190,7 @@ class DefenceSettings(Protocol):
     def experts(self) -> Experts: ...
     @property
     def joint(self) -> Joint: ...
+    @property
+    def soe(self) -> Soe: ...
     @property
     def advmoe(self) -> AdvMoe: ...

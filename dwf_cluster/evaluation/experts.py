@@ -22,7 +22,7 @@ from dwf_cluster.evaluation.column import (
 )
 from dwf_cluster.evaluation.run import Attacked, Batch
 from dwf_cluster.models.frozen import frozen
-from dwf_cluster.models.mixture import Gate, Mixture, mix
+from dwf_cluster.models.mixture import Gate, Gated, mix
 
 _TINY = 1e-30
 """Added to the remaining gate weights: if all of them have underflowed to 0, the remaining experts weigh the same."""
@@ -31,14 +31,15 @@ _TINY = 1e-30
 class WithoutExpert(nn.Module):
     """A mixture without one of its experts; the gate's other weights are scaled so that they sum to 1.
 
-    A hard gate chooses the remaining expert of the largest soft weight, with the straight-through gradient of `Gate`.
+    A hard gate chooses the remaining expert of the largest soft weight: a `Gate` with its straight-through gradient,
+    any other without a gradient.
 
     Args:
         mixture: frozen, of two experts or more.
         dropped: index of the expert.
     """
 
-    def __init__(self, mixture: Mixture, dropped: int) -> None:
+    def __init__(self, mixture: Gated, dropped: int) -> None:
         super().__init__()
         self.kept = [i for i in range(len(mixture.experts)) if i != dropped]
         self.gate = mixture.gate
@@ -46,17 +47,22 @@ class WithoutExpert(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Pixels in [0, 1], shape (n, channels, height, width), to logits, shape (n, classes)."""
-        is_hard = getattr(self.gate, "hard", False)
-        if is_hard and not isinstance(self.gate, Gate):
-            soft = self.gate.log_weights(x).exp()  # type: ignore[operator]
-        else:
-            soft = self.gate.layers(x) if isinstance(self.gate, Gate) else self.gate(x)
+        return mix(self._weights(x), self.experts(x))
+
+    def _weights(self, x: torch.Tensor) -> torch.Tensor:
+        """Weights of the remaining experts, shape (n, remaining experts)."""
+        if not isinstance(self.gate, Gate) and getattr(self.gate, "hard", False):
+            with torch.no_grad():
+                scores = self.gate.log_weights(x)[:, self.kept]  # type: ignore[operator]
+            return F.one_hot(scores.argmax(1), len(self.kept)).to(x.dtype)
+        is_hard = isinstance(self.gate, Gate) and self.gate.hard
+        soft: torch.Tensor = self.gate.layers(x) if isinstance(self.gate, Gate) else self.gate(x)
         weights = soft[:, self.kept] + _TINY
         weights = weights / weights.sum(1, keepdim=True)
         if is_hard:
             chosen = F.one_hot(weights.argmax(1), weights.shape[1]).to(weights.dtype)
             weights = chosen + (weights - weights.detach())
-        return mix(weights, self.experts(x))
+        return weights
 
 
 def experts(batch: Batch) -> Iterator[Attacked]:
@@ -67,7 +73,7 @@ def experts(batch: Batch) -> Iterator[Attacked]:
     is weaker.
     """
     mixture, x = batch.model, batch.x
-    assert isinstance(mixture, Mixture)
+    assert isinstance(mixture, Gated)
     columns = {
         (column.attack, column.source): column
         for column in expert_columns(batch.evaluation, batch.threat, batch.experts)
@@ -90,7 +96,7 @@ def experts(batch: Batch) -> Iterator[Attacked]:
         yield Attacked(columns[EXPERT_DROPPED_PGD, name], moved, predict(rest, moved), count)
 
 
-def _of_each(mixture: Mixture, x: torch.Tensor) -> list[torch.Tensor]:
+def _of_each(mixture: Gated, x: torch.Tensor) -> list[torch.Tensor]:
     """Logits of each expert, shape (n, classes)."""
     return [predict(expert, x) for expert in mixture.experts]
 

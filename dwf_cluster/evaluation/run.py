@@ -22,7 +22,7 @@ from dwf_cluster.evaluation.masking import masking
 from dwf_cluster.evaluation.registry import CHECKS, SUITES, Column, columns
 from dwf_cluster.evaluation.settings import Evaluation, Threat
 from dwf_cluster.models.frozen import frozen
-from dwf_cluster.models.mixture import Mixture
+from dwf_cluster.models.mixture import Gated
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class ColumnResult:
         """
         logits = predict(model, attacked.x) if attacked.logits is None else attacked.logits
         with torch.no_grad():
-            self.gate.append(model.gate(attacked.x).cpu() if isinstance(model, Mixture) else None)
+            self.gate.append(model.gate(attacked.x).cpu() if isinstance(model, Gated) else None)
         self.prediction.append(logits.argmax(1).cpu())
         self.margin.append(margin(logits, y).cpu())
         self.confidence.append(logits.softmax(1).amax(1).cpu())
@@ -155,7 +155,7 @@ def evaluate(
         NotLogits: if a model returns NaN or probabilities.
     """
     frozen_models = {other: frozen(model) for other, model in models.items()}
-    if isinstance(models[name], Mixture) and not experts:
+    if isinstance(models[name], Gated) and not experts:
         experts = [f"expert-{i}" for i in range(1, 1 + len(frozen_models[name].experts))]  # type: ignore[arg-type]
     listed = columns(evaluation, threats, suite)
     results = {(name, column): ColumnResult() for column in listed}

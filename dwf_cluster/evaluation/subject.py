@@ -22,7 +22,7 @@ from dwf_cluster.evaluation.masking import train_mode
 from dwf_cluster.evaluation.registry import CHECKS, ROUTE
 from dwf_cluster.evaluation.settings import Threat
 from dwf_cluster.models.frozen import frozen
-from dwf_cluster.models.mixture import Mixture
+from dwf_cluster.models.mixture import Gated
 from dwf_cluster.settings import InvalidInput, one_line
 
 _PROBED = 64
@@ -111,14 +111,14 @@ def with_route(subject: Subject, suites: tuple[str, ...]) -> tuple[tuple[str, ..
     if set(suites) <= {CHECKS} or not _selects(subject):
         return suites, None
     return tuple(dict.fromkeys((*suites, ROUTE))), (
-        "model: its gate gives each image to one expert; accuracies under attacks that follow the straight-through "
+        "model: its gate gives each image to one expert; accuracies under attacks that follow the whole model's "
         f"gradient (fgsm, PGD, gate, APGD, autoattack) are upper bounds, so {ROUTE} is measured too"
     )
 
 
 def _selects(subject: Subject) -> bool:
     """Whether the model is a mixture whose gate gives each image to one expert, judged by the first images."""
-    if not isinstance(subject.model, Mixture):
+    if not isinstance(subject.model, Gated):
         return False
     if getattr(subject.model.gate, "hard", False):  # with a choice in each layer, the weights are their means
         return True

@@ -66,7 +66,22 @@ class Experts(nn.ModuleList):
         return torch.stack([expert(x) for expert in self], dim=1)
 
 
-class Mixture(nn.Module):
+class Gated(nn.Module):
+    """A classifier with experts and a gate, which attacks can aim at and analyses read.
+
+    A gate that gives each image to one expert has `hard = True`, and `log_weights(x)`: logarithms of soft weights whose
+    largest is that expert's.
+
+    Attributes:
+        experts: classifiers of the images that the model classifies.
+        gate: their weights, shape (n, experts); the model's logits are `mix(gate(x), experts(x))`.
+    """
+
+    experts: Experts
+    gate: nn.Module
+
+
+class Mixture(Gated):
     """Equation (1): y(x) = sum_i g_i(x) f_i(x), over logits; every expert always runs.
 
     Args:

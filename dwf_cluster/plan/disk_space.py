@@ -10,7 +10,6 @@ from dwf_cluster.defences.registry import METHODS
 from dwf_cluster.evaluation.column import EXPERT_SUITE, expert_columns
 from dwf_cluster.evaluation.registry import columns
 from dwf_cluster.experiment import Experiment
-from dwf_cluster.models.registry import BACKBONES
 from dwf_cluster.plan.jobs import STAGES, deduplicate, jobs
 from dwf_cluster.store import checkpoints
 
@@ -35,16 +34,15 @@ def stored_bytes(experiments: Sequence[Experiment], sizes: Sizes) -> tuple[float
             others = (len(experiment.models) - 1) * len(experiment.threats) if job.tests_transfer else 0
             listed = columns(experiment.evaluation, experiment.threats, job.suite)
             if job.suite == EXPERT_SUITE:
-                listed = expert_columns(experiment.evaluation, experiment.threat, spec.parents)
+                listed = expert_columns(experiment.evaluation, experiment.threat, spec.experts)
             rows = (len(listed) + others) * (job.stop - job.first)
             in_tables += rows * (_ROW_BYTES + (4 * spec.networks if has_gate else 0))
             if job.keeps_images:
                 images = (job.stop - job.first) * sum(c.source is None and c.norm is not None for c in listed)
                 in_tables += images * math.prod(sizes.shape) * (4 if experiment.save_adversarial == "float" else 1)
         elif not job.copy_of:
-            gate = experiment.gate.hidden * (math.prod(sizes.shape) + spec.networks) if has_gate else 0
-            backbone = BACKBONES[spec.backbone]
-            numbers = spec.networks * backbone.parameters(spec.width, sizes.shape[0]) + gate
+            gate = spec.option("gate_hidden", 0) * (math.prod(sizes.shape) + spec.networks)
+            numbers = METHODS[spec.method].parameters(spec, sizes.shape[0]) + gate
             copies = 3 if spec.training.keep == "best" else 2  # of all numbers, in a checkpoint before the last epoch
             in_checkpoints += 4 * numbers * (1 + copies * (checkpoints.KEPT - 1))
     return in_checkpoints, in_tables

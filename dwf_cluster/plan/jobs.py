@@ -152,7 +152,8 @@ def jobs(experiment: Experiment, stage: str, sizes: Sizes) -> list[Job]:
         if stage == EVALUATE:
             listed += _evaluations(job, experiment, spec, sizes)
         elif METHODS[spec.method].losses is not None and stage == (JOINT if spec.parents else EXPERTS):
-            listed.append(job(spec.training.epochs * sizes.train * METHODS[spec.method].passes(spec)))
+            # Given weights are not trained, but tested.
+            listed.append(job(spec.training.epochs * sizes.train * METHODS[spec.method].passes(spec) or sizes.test))
     return sorted(listed, key=lambda job: -job.cost)
 
 

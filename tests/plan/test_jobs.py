@@ -10,7 +10,7 @@ import torch
 from dwf_cluster.data.registry import Sizes
 from dwf_cluster.evaluation.registry import SUITES
 from dwf_cluster.experiment import Experiment
-from dwf_cluster.models.resnet import ResNet18
+from dwf_cluster.models.resnet import ResNet
 from dwf_cluster.plan.disk_space import stored_bytes
 from dwf_cluster.plan.jobs import (
     STAGES,
@@ -78,7 +78,7 @@ def test_shards_are_whole_batches_cover_the_test_set_and_take_minutes() -> None:
 
 def test_the_storage_estimate_follows_the_size_of_the_networks() -> None:
     experiment = build("cifar10", 0, ["model.width=16"])
-    state = ResNet18(10, (0.5,) * 3, (0.5,) * 3, 16).state_dict()
+    state = ResNet(10, (0.5,) * 3, (0.5,) * 3, 16).state_dict()
     backbone = sum(tensor.numel() for tensor in state.values())
     alone, _ = stored_bytes([build("cifar10", 0, ["model.width=16", "defence=standard", "baselines=[]"])], CIFAR10)
     newest, previous_with_momentum, float_bytes = 1, 2, 4
