@@ -139,7 +139,18 @@ def test_the_plan_takes_the_speed_of_each_stage_from_finished_jobs(store: Store,
         row = {"stage": "experts", "state": "done", "attempts": 1, "seconds": 10.0}
         tables.write(store, "jobs", job.file, [row])
     _, lines = plan([tiny], {}, experts, sizes, resources, store.url)
-    speed = (experts[0].cost + experts[1].cost) / 20
-    total = sum(job.cost for job in experts) / speed
+    speed = (experts[0].flop + experts[1].flop) / 20
+    total = sum(job.flop for job in experts) / speed
     assert lines[0] == f"makespan: 0:00:{total:02.0f}"
     assert lines[2].endswith("measured on finished jobs")
+
+
+def test_the_plan_adds_up_passes_of_equal_networks_and_operations_of_all(store: Store) -> None:
+    sizes, resources = Sizes(96, 40, (1, 8, 8)), Resources(cpus=1, gpus=0)
+    for baselines, passes_are_added in (("pgd-at", True), ("pgd-at,resnet18-wide", False)):
+        experiment = build("digits", 0, [*TINY, f"baselines={baselines}"])
+        trainings = jobs(experiment, "experts", sizes)
+        table, _ = plan([experiment], {}, trainings, sizes, resources, store.url)
+        passes, tera = (list(column.cells)[-1] for column in table.columns[-2:])
+        assert passes == (f"{sum(job.cost for job in trainings) / 1e6:.3f}" if passes_are_added else "")
+        assert float(str(tera)) == round(sum(job.flop for job in trainings) / 1e12, 3) > 0
