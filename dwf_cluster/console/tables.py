@@ -12,6 +12,7 @@ from rich.table import Table
 
 from dwf_cluster.console.prune import format_bytes
 from dwf_cluster.data.registry import Sizes
+from dwf_cluster.defences.rows import rows as table_rows
 from dwf_cluster.evaluation.registry import Column, transfer_column
 from dwf_cluster.evaluation.settings import Threat
 from dwf_cluster.experiment import Experiment
@@ -190,10 +191,12 @@ def _accuracies(experiment: Experiment, store: Store, title: str, headings: Mapp
     table.add_column("model", no_wrap=True)
     for heading in headings.values():
         table.add_column(heading, justify="right", no_wrap=True)
-    for model in experiment.names:
-        cells = [accuracy.get((model, *column.settings.values())) for column in headings]
-        if any(cell is not None for cell in cells):  # else another run is still evaluating it
-            table.add_row(model, *("" if cell is None else f"{100 * cell:.1f}" for cell in cells))
+    for specs in table_rows(experiment.models, experiment.baselines).values():
+        table.add_section()
+        for model in (spec.name for spec in specs):
+            cells = [accuracy.get((model, *column.settings.values())) for column in headings]
+            if any(cell is not None for cell in cells):  # else another run is still evaluating it
+                table.add_row(model, *("" if cell is None else f"{100 * cell:.1f}" for cell in cells))
     return table
 
 
