@@ -35,7 +35,7 @@ from analysis.sweep_tables import Setting, setting_tables
 from dwf_cluster.console.command import Parser
 from dwf_cluster.presets import invocation
 from dwf_cluster.settings import to_text
-from dwf_cluster.store.tables import SCHEMAS
+from dwf_cluster.store.tables import SCHEMAS, dead_experts
 
 _CONDITIONS = {
     "clean": "on clean images",
@@ -157,6 +157,15 @@ class Section:
         fired = [f"{row.model} {row.check} (seed {row.seed})" for row in each(checks[checks.fired])]
         listed = f": {', '.join(fired[:8])}{', ...' * (len(fired) > 8)}" if fired else ""
         return f"Signs of gradient masking: {len(fired) or 'none'} in {ran}{listed}."
+
+    @property
+    def dead_experts(self) -> list[str]:
+        """A sentence for each expert that its gate gives no image in the last epoch."""
+        return [
+            f"Warning: seed {run.experiment.seed}, {sentence}."
+            for run in self.group.runs
+            for sentence in dead_experts(run.rows("metrics", ["model", "epoch", "expert_shares"]).to_pylist())
+        ]
 
     @property
     def recount(self) -> str:

@@ -33,7 +33,7 @@ from dwf_cluster.evaluation.run import evaluate
 from dwf_cluster.experiment import Experiment
 from dwf_cluster.models.frozen import frozen
 from dwf_cluster.models.mixture import Gate, Mixture
-from dwf_cluster.models.resnet import ResNet18
+from dwf_cluster.models.resnet import ResNet
 from dwf_cluster.presets import build
 
 EPSILON, STEP_SIZE = 0.15, 0.03
@@ -61,10 +61,10 @@ def images() -> tuple[torch.Tensor, torch.Tensor]:
     return (x * 255).round() / 255, torch.tensor(digits.target)
 
 
-def trained(x: torch.Tensor, y: torch.Tensor, adversarial: bool) -> ResNet18:
+def trained(x: torch.Tensor, y: torch.Tensor, adversarial: bool) -> ResNet:
     """Train for two epochs on clean images, or for four on those of a short PGD."""
     torch.manual_seed(0)
-    model = ResNet18(10, (0.3,) * 3, (0.35,) * 3, width=16).to(memory_format=torch.channels_last)
+    model = ResNet(10, (0.3,) * 3, (0.35,) * 3, width=16).to(memory_format=torch.channels_last)
     epochs, ball = (4 if adversarial else 2), Ball("linf", EPSILON)
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, epochs * -(-len(x) // 64))

@@ -16,13 +16,15 @@ from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from dwf_cluster.attacks.settings import Fgsm, Pgd
 from dwf_cluster.data.registry import DATASETS, Data
+from dwf_cluster.defences.recipes import weights
 from dwf_cluster.defences.registry import METHODS, ModelSpec, recipe, recipe_names
-from dwf_cluster.defences.settings import Experts, Gate, Joint, Soe
+from dwf_cluster.defences.settings import AdvMoe, Experts, Gate, Given, Joint, Soe
 from dwf_cluster.evaluation.registry import AUTOATTACK, ROUTE, SUITES, Column, all_columns, suite_names
 from dwf_cluster.evaluation.settings import Evaluation, Threat, threats
 from dwf_cluster.models.registry import Model
 from dwf_cluster.settings import (
     InvalidInput,
+    Name,
     OneOf,
     Settings,
     as_tuple,
@@ -33,6 +35,7 @@ from dwf_cluster.store import RowLabels, Store
 ADDED_LATER = frozenset(
     {
         "defence",
+        "given",
         "model.backbone",
         "gate.kind",
         "joint.freeze_experts",
@@ -59,6 +62,7 @@ ADDED_LATER = frozenset(
         "evaluation.curve_steps",
         "evaluation.curve_restarts",
         "soe",
+        "advmoe",
     }
 )
 """Fields, and whole sections, that were added after results were published: at their defaults they are no part of the
@@ -66,8 +70,6 @@ signature."""
 
 PAPER_WIDTH = 64
 """Width of the paper's networks."""
-
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 
 
 class Experiment(Settings):
@@ -87,7 +89,11 @@ class Experiment(Settings):
     baselines: Annotated[tuple[Annotated[str, OneOf(recipe_names)], ...], BeforeValidator(as_tuple)] = ()
     """Defences and methods beside it, such as `fgsm-at` and `pgd-at`: ResNet-18 with half of each batch adversarial at
     a fixed strength (PGD with 10 iterations). Our assumption: FGSM at `pgd.epsilon`. `pgd-at-matched` is `pgd-at` with
-    the compute of the whole defence; `controls` are the mixture's experts, alone and with equal weights."""
+    the compute of the whole defence; `controls` are the mixture's experts, alone and with equal weights;
+    `pgd-ensemble` is the mean of as many PGD-AT networks; `resnet18-wide` has three times the width."""
+    given: Annotated[tuple[Given, ...], BeforeValidator(as_tuple)] = ()
+    """Networks beside it whose weights the user has, as a JSON list: `[{"name": "r18", "file": "resnet18.pth",
+    "accuracy": 93.02}]`. They are tested, stored and attacked, and not trained. The fields of an entry:"""
     data: Data = Data()
     model: Model = Model()
     gate: Gate = Gate()
@@ -96,13 +102,15 @@ class Experiment(Settings):
     experts: Experts = Experts()
     joint: Joint = Joint()
     soe: Soe = Soe()
+    advmoe: AdvMoe = AdvMoe()
     evaluation: Evaluation = Evaluation()
 
     @model_validator(mode="after")
     def _models_have_names_of_their_own(self) -> Experiment:
         names = self.names
         if repeated := next((name for name in names if names.count(name) > 1), None):
-            raise ValueError(f"defence and baselines give two models the name {repeated!r}: allowed is one")
+            sources = "defence, baselines and given" if self.given else "defence and baselines"
+            raise ValueError(f"{sources} give two models the name {repeated!r}: allowed is one")
         return self
 
     @model_validator(mode="after")
@@ -141,9 +149,11 @@ class Experiment(Settings):
 
     @property
     def models(self) -> tuple[ModelSpec, ...]:
-        """Every model: those that the defended one starts from, the baselines, the defended model."""
+        """Every model: those that the defended one starts from, the baselines, those with given weights, the defended
+        model."""
         *parents, defended = recipe(self.defence, self)
-        return (*parents, *(spec for name in self.baselines for spec in recipe(name, self)), defended)
+        baselines = (spec for name in self.baselines for spec in recipe(name, self))
+        return (*parents, *baselines, *map(weights, self.given), defended)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -227,8 +237,8 @@ class Experiment(Settings):
     def signature(self) -> str:
         """Ten hexadecimal digits of the SHA-256 of the canonical JSON.
 
-        An `.npz` source counts with its content, not with its path; `checkpoint_minutes` and `save_adversarial`
-        do not count.
+        An `.npz` source and a file of given weights count with their content, not with their path; the accuracy that
+        these weights are expected to have, `checkpoint_minutes` and `save_adversarial` do not count.
         """
         fields = self._deciding_fields()
         for name in ADDED_LATER:
@@ -268,6 +278,10 @@ class Experiment(Settings):
         fields = self.model_dump(mode="json", exclude={"checkpoint_minutes", "save_adversarial"})
         if self.data.sha256:
             fields["data"]["source"] = "npz"
+        for entry in fields["given"]:
+            del entry["accuracy"]
+            if entry["sha256"]:
+                del entry["file"]
         return fields
 
     @property

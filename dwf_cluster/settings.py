@@ -84,6 +84,7 @@ def as_tuple(value: Any) -> Any:
     return value
 
 
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 Count = Annotated[int, Field(ge=1, le=1_000_000_000)]
 CountOrNone = Annotated[int, Field(ge=0, le=1_000)]
 Rate = Annotated[float, Field(gt=0, le=100)]
@@ -120,7 +121,8 @@ class OneOf:
 def to_text(value: Any) -> str:
     """A field's value as text, as in an assignment `FIELD=VALUE`."""
     if isinstance(value, list | tuple):
-        return ",".join(map(str, value))
+        values = [item.model_dump(mode="json") if isinstance(item, Settings) else item for item in value]
+        return json.dumps(values) if any(isinstance(item, Mapping) for item in values) else ",".join(map(str, values))
     return value if isinstance(value, str) else json.dumps(value)
 
 
@@ -170,12 +172,14 @@ def regular_file(path: str, field: str) -> os.stat_result:
 
 @dataclass(frozen=True)
 class FieldDescription:
-    """One field: its dotted name, its type in words, its default (the paper's), its meaning."""
+    """One field: its dotted name, its type in words, its default (the paper's), its meaning; `entries`: the fields of
+    each entry, if it is a list of settings."""
 
     name: str
     type: str
     default: str
     meaning: str
+    entries: tuple[FieldDescription, ...] = ()
 
 
 def describe(part: type[BaseModel], prefix: str = "") -> Iterator[FieldDescription]:
@@ -184,18 +188,19 @@ def describe(part: type[BaseModel], prefix: str = "") -> Iterator[FieldDescripti
         if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
             yield from describe(info.annotation, f"{prefix}{name}.")
         else:
-            default = info.default
-            text = (
-                ",".join(f"{v:g}" if isinstance(v, float) else str(v) for v in default)
-                if isinstance(default, tuple)
-                else f"{default:.4g}"
-                if isinstance(default, float)
-                else json.dumps(default)
-            )
+            text = "required" if info.is_required() else _default_in_words(info.default)
             meaning = " ".join((info.description or "").split())
             # pydantic takes the outermost Annotated apart.
             annotation = Annotated[(info.annotation, *info.metadata)] if info.metadata else info.annotation
-            yield FieldDescription(prefix + name, _type_in_words(annotation), text, meaning)
+            (first, *_) = get_args(info.annotation) or (None,)
+            entries = tuple(describe(first)) if isinstance(first, type) and issubclass(first, BaseModel) else ()
+            yield FieldDescription(prefix + name, _type_in_words(annotation), text, meaning, entries)
+
+
+def _default_in_words(default: Any) -> str:
+    if isinstance(default, tuple):
+        return ",".join(f"{v:g}" if isinstance(v, float) else str(v) for v in default)
+    return f"{default:.4g}" if isinstance(default, float) else json.dumps(default)
 
 
 def _type_in_words(annotation: Any) -> str:
@@ -209,4 +214,6 @@ def _type_in_words(annotation: Any) -> str:
         return f"{_type_in_words(arguments[0])},..."
     if origin is Literal:
         return "|".join(map(str, arguments))
+    if issubclass(annotation, BaseModel):
+        return "{" + ",".join(annotation.model_fields) + "}"
     return {"int": "integer", "float": "number", "bool": "true|false", "str": "text"}[annotation.__name__]

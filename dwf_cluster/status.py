@@ -145,7 +145,9 @@ def _resume_command(content: bytes | StorageFailed | None, folder: str, storage:
     words = ["python", "-m", "dwf_cluster.launch", "--slurm" if on_slurm else "--local", "--preset", preset]
     words += ["--seed", str(experiment.seed), "--storage", storage]
     command = shlex.join([*words, "--set", *assignments] if assignments else words)
-    is_same = experiment.folder == folder and assembled.model_copy(update={"data": data}) == experiment
+    digests = [entry.sha256 for entry in experiment.given]
+    given = tuple(e.model_copy(update={"sha256": d}) for e, d in zip(assembled.given, digests, strict=False))
+    is_same = experiment.folder == folder and assembled.model_copy(update={"data": data, "given": given}) == experiment
     return command if is_same and command.isprintable() and not preset.startswith("-") else UNKNOWN_COMMAND
 
 

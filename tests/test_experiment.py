@@ -52,9 +52,9 @@ def test_the_papers_baselines_are_two_more_models_outside_the_mixture() -> None:
 
 
 def test_every_defence_and_every_method_without_parents_can_be_a_baseline_or_the_defence() -> None:
-    # `given` and `controls` train nothing.
-    names = [name for name in recipe_names() if name not in ("dwf", "given", "controls")]
-    assert names == ["fgsm-at", "pgd-at", "pgd-at-matched", "standard", "fgsm", "pgd", "soe"]
+    # `given` and `controls` train nothing, and `pgd-ensemble` several models.
+    names = [name for name in recipe_names() if name not in ("dwf", "given", "controls", "pgd-ensemble")]
+    assert names == ["fgsm-at", "pgd-at", "pgd-at-matched", "advmoe", "resnet18-wide", "standard", "fgsm", "pgd", "soe"]
     experiment = build("digits", 0, [f"baselines={','.join(names)}"])
     assert experiment.names == (
         "benign",
@@ -65,7 +65,7 @@ def test_every_defence_and_every_method_without_parents_can_be_a_baseline_or_the
     for name in names:
         spec = experiment.spec(name)
         training = experiment.experts.of_a_model
-        epochs = spec.training.epochs if name == "pgd-at-matched" else training.epochs
+        epochs = spec.training.epochs if name in ("pgd-at-matched", "resnet18-wide") else training.epochs
         assert (spec.parents, spec.training) == ((), training.model_copy(update={"epochs": epochs}))
         alone = build("digits", 0, [f"defence={name}"])
         assert alone.models == (alone.defended,) == (spec,)
@@ -252,6 +252,8 @@ def test_a_models_signature_follows_the_settings_that_train_it() -> None:
 
 
 ASSUMED = {
+    "advmoe.router_learning_rate",
+    "advmoe.router_objective",
     "baselines",
     "data.padding",
     "data.mean",

@@ -23,7 +23,7 @@ def gate_aimed(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> tuple[torc
         x, y: as for any objective.
     """
     weights, logits = model.gate(x), model.experts(x)  # type: ignore[operator]
-    mixed = mix(weights, logits)
+    mixed = mix(weights, logits) if getattr(model, "is_weighted_sum", True) else model(x)
     each = F.cross_entropy(logits.transpose(1, 2), y[:, None].expand(-1, logits.shape[1]), reduction="none")
     return F.cross_entropy(mixed, y, reduction="none") + (weights * each).sum(1), mixed
 

@@ -29,6 +29,7 @@ from dwf_cluster.cluster.control import Claim
 from dwf_cluster.data.device import DeviceImages
 from dwf_cluster.data.subsets import checked
 from dwf_cluster.defences.build import to_train, trained
+from dwf_cluster.defences.registry import WEIGHTS
 from dwf_cluster.determinism import make_deterministic
 from dwf_cluster.evaluation.adversarial import Collector
 from dwf_cluster.evaluation.registry import CHECKS
@@ -37,6 +38,7 @@ from dwf_cluster.plan.jobs import Job, is_trained, prepare_training
 from dwf_cluster.plan.schedule import Allocation
 from dwf_cluster.store import Store, checkpoints, tables
 from dwf_cluster.store.job_log import recorded
+from dwf_cluster.training.given import take_over
 from dwf_cluster.training.loop import Stopped, Task, train
 from dwf_cluster.training.probe import Probe
 
@@ -146,8 +148,12 @@ def _train(job: Job, store: Store, images: ray.ObjectRef, allocation: Allocation
         lambda: is_paused or job.folder in listener.folders,
     )
     try:
-        model = to_train(experiment.models, job.model, arrays.format, experiment.seed, store)
-        train(task, model.to(device), DeviceImages(arrays, experiment.data, device))
+        model = to_train(experiment.models, job.model, arrays.format, experiment.seed, store).to(device)
+        if job.spec.method == WEIGHTS:
+            whole_test = arrays.whole_test or (arrays.x_test, arrays.y_test)
+            take_over(task, model, DeviceImages(arrays, experiment.data, device), *whole_test)
+        else:
+            train(task, model, DeviceImages(arrays, experiment.data, device))
     except Stopped:
         return  # Ray Train would take an exception for a failure
     except Exception:

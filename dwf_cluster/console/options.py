@@ -281,5 +281,12 @@ def help_fields(part: str) -> str:
     if not chosen:
         parts = dict.fromkeys(field.name.partition(".")[0] for field in fields)
         raise InvalidInput(f"--help-fields: {part[:80]!r} cannot be used: allowed are {', '.join(parts)}")
-    lines = (f"  {field.name} ({field.type}; {field.default})\n      {field.meaning}" for field in chosen)
+    lines = [
+        line
+        for field in chosen
+        for line in (
+            f"  {field.name} ({field.type}; {field.default})\n      {field.meaning}",
+            *(f"      {entry.name} ({entry.type}; {entry.default}): {entry.meaning}" for entry in field.entries),
+        )
+    ]
     return "\n".join(["fields for --set FIELD=VALUE (type; default before the preset):", *lines])

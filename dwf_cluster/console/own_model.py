@@ -166,6 +166,7 @@ def _experiment(options: argparse.Namespace) -> Experiment:
         "data.test_examples": options.examples,
         "evaluation.beyond": ",".join(name for name in suites if name not in (PAPER, CHECKS)),
         "baselines": "",
+        "given": "",
         "defence": DEFENCE,
         "preset": _name(options),
     }
@@ -247,7 +248,7 @@ def _write(store: Store, experiment: Experiment, rows: Rows) -> None:
     spec = experiment.defended
 
     def job(suite: str, examples: int) -> Job:
-        return Job(experiment, experiment.folder, spec, EVALUATE, spec.name, 0.0, suite, 0, examples)
+        return Job(experiment, experiment.folder, spec, EVALUATE, spec.name, 0.0, 0.0, suite, 0, examples)
 
     shards: dict[str, list[str]] = {}
     for suite in dict.fromkeys([row["family"] for row in rows.shards]):

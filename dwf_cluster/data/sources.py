@@ -38,6 +38,7 @@ class Images:
             of predictions is an index of this array.
         corrupted: the test images in corrupted forms, by corruption and severity, where they were read from files
             (`data.corruption_files.read`); as x_test.
+        whole_test: all test images and their labels, where x_test is a part of them and given weights are tested.
     """
 
     x_train: Bytes
@@ -51,6 +52,7 @@ class Images:
     y_validation: Labels = field(default_factory=lambda: np.zeros(0, np.int64))
     test_index: Labels = field(default_factory=lambda: np.zeros(0, np.int64))
     corrupted: Mapping[tuple[str, int], Bytes] = field(default_factory=dict)
+    whole_test: tuple[Bytes, Labels] | None = None
 
     @property
     def format(self) -> ImageFormat:

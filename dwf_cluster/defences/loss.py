@@ -19,10 +19,12 @@ class Loss(NamedTuple):
     Attributes:
         total: summed over rows, shape ().
         rows: number of images that it is summed over; every version of an image counts.
+        name: in the line that ends a run whose loss is not finite.
     """
 
     total: torch.Tensor
     rows: int
+    name: str = "the loss"
 
 
 def cross_entropy(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> Loss:

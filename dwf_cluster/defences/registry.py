@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from dwf_cluster.data.registry import Shape
 from dwf_cluster.defences.settings import DefenceSettings, Training
+from dwf_cluster.models import advmoe_size
 from dwf_cluster.models.registry import BACKBONES
 
 
@@ -86,11 +87,11 @@ class Method:
             optimiser takes a step, and `frozen()` is the changed model. Every batch needs the same number of losses,
             one at least. A loss trains what has `requires_grad` and is reached through `model(...)`. None: a model of
             this method is not trained; it is what `build` makes of its trained parents, and has no checkpoint.
-        passes: of a spec, forward passes through one backbone for one training image: an input gradient counts as 2
-            and a training step as 3.
+        passes: of a spec, forward passes through one of its networks, of `flops` / `spec.networks` operations, for one
+            training image: an input gradient counts as 2 and a training step as 3.
         options: of the settings, what a model of this method takes where its recipe does not say otherwise.
         has_gate: whether its models have `experts` and a `gate`, which attacks can aim at.
-        needs_parents: whether its models start from others, so that only a defence's recipe can name one.
+        needs_parents: whether its models start from others, or from a file, so that no name alone describes one.
         selects: of a spec, whether the model has a gate that gives each image to one expert. The gradient that passes
             such a choice (straight-through) or stops at it is not the model's, so the attacks that follow it leave an
             upper bound.
@@ -131,6 +132,40 @@ def _pgd_options(settings: DefenceSettings) -> dict[str, Any]:
     }
 
 
+def _advmoe_options(settings: DefenceSettings) -> dict[str, Any]:
+    own = settings.advmoe
+    return {
+        "experts": own.experts,
+        "ratio": own.ratio,
+        "router": own.router,
+        "router_objective": own.router_objective,
+        "beta": own.beta,
+        "epsilon": settings.pgd.epsilon,
+        "steps": own.steps,
+        "step_size": own.step_size or settings.pgd.epsilon * 5 / 8,
+    }
+
+
+def _advmoe_passes(spec: ModelSpec) -> float:
+    """Two attacks on pathway and router, a step of the pathway's weights and one of the router's, on 2n images each."""
+    both = advmoe_size.flops(spec.width, spec.option("ratio"), (3, 32, 32))
+    pathway, router = (part / sum(both) for part in both)  # of a pass; hardly different for other shapes
+    attack = 1.0 + 2 * int(spec.option("steps"))
+    experts_step = 2 * (3 * pathway + router)
+    through_pathway = 2 * pathway if spec.option("router_objective") == "trades" else 0
+    return spec.networks * (2 * attack + experts_step + 2 * (3 * router + through_pathway))
+
+
+def _advmoe_flops(spec: ModelSpec, shape: Shape) -> float:
+    """Of the router and of one pathway: the others are not computed."""
+    return sum(advmoe_size.flops(spec.width, spec.option("ratio"), shape))
+
+
+def _advmoe_parameters(spec: ModelSpec, channels: int) -> int:
+    vectors = advmoe_size.LAYERS if spec.option("router") == "per-layer" else 1
+    return advmoe_size.parameters(spec.width, spec.option("ratio"), spec.networks, vectors, channels)
+
+
 def _no_passes(spec: ModelSpec) -> float:
     return 0.0
 
@@ -149,6 +184,10 @@ def _soe_passes(spec: ModelSpec) -> float:
 _ADVERSARIAL = "dwf_cluster.defences.adversarial"
 _DWF = "dwf_cluster.defences.dwf"
 _CONTROLS = "dwf_cluster.defences.controls"
+_GIVEN = "dwf_cluster.defences.given"
+
+WEIGHTS = "weights"
+"""The method of models whose weights come from a file of the user's."""
 
 METHODS: Mapping[str, Method] = {
     "standard": Method(f"{_ADVERSARIAL}:build", f"{_ADVERSARIAL}:standard", lambda spec: 3.0, group="plain"),
@@ -190,11 +229,26 @@ METHODS: Mapping[str, Method] = {
         selects=lambda spec: True,
         group="mixture",
     ),
+    "advmoe": Method(
+        "dwf_cluster.defences.advmoe:build",
+        "dwf_cluster.defences.advmoe:losses",
+        _advmoe_passes,
+        _advmoe_options,
+        has_gate=True,
+        selects=lambda spec: True,
+        flops=_advmoe_flops,
+        parameters=_advmoe_parameters,
+        group="mixture",
+    ),
     "uniform": Method(f"{_CONTROLS}:uniform", None, _no_passes, has_gate=True, needs_parents=True, group="control"),
     "expert": Method(f"{_CONTROLS}:expert", None, _no_passes, needs_parents=True, group="control"),
-    "given": Method("dwf_cluster.defences.given:build", "dwf_cluster.defences.given:losses", _no_passes, group="given"),
+    "given": Method(f"{_GIVEN}:build", f"{_GIVEN}:losses", _no_passes, group="given"),
+    WEIGHTS: Method(
+        "dwf_cluster.defences.weights:build", f"{_GIVEN}:losses", _no_passes, needs_parents=True, group="given"
+    ),
 }
-"""Methods by name; a model of `given` is a user's own, which is measured and not trained."""
+"""Methods by name. A model of `given` is a user's own, which is measured and not trained. The weights of a model of
+`weights` are a user's own: `training.given` loads and tests them in the place of a training."""
 
 
 def trained_sources(specs: Sequence[ModelSpec], name: str) -> tuple[str, ...]:
@@ -231,7 +285,10 @@ DEFENCES: Mapping[str, str] = {
     "fgsm-at": f"{_RECIPES}:fgsm_at",
     "pgd-at": f"{_RECIPES}:pgd_at",
     "pgd-at-matched": f"{_RECIPES}:pgd_at_matched",
+    "advmoe": f"{_RECIPES}:advmoe",
     "controls": f"{_RECIPES}:controls",
+    "pgd-ensemble": f"{_RECIPES}:pgd_ensemble",
+    "resnet18-wide": f"{_RECIPES}:resnet18_wide",
     "given": f"{_RECIPES}:given",
 }
 """`module:function` of each defence's recipe: from `DefenceSettings` to ModelSpecs, the defended model last. The module

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, Protocol
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from dwf_cluster.attacks.settings import Fgsm, Pgd
-from dwf_cluster.models.registry import Model
-from dwf_cluster.settings import Count, CountOrNone, Decay, Rate, Settings
+from dwf_cluster.models.registry import BACKBONES, Model
+from dwf_cluster.settings import Count, CountOrNone, Decay, Name, OneOf, PerChannel, Pixels, Rate, Settings, Spreads
+from dwf_cluster.store import checkpoints
 
 
 class Gate(Settings):
@@ -105,6 +106,75 @@ class Soe(Settings):
     no random start, as the release; its step of 0.01 and epsilon of 0.03 give way to those of all other methods."""
 
 
+class AdvMoe(Settings):
+    """ADVMoE: a ResNet-18 whose residual convolutions own groups of filters, and a router that chooses among them.
+
+    The training's other values are those of `experts`.
+    """
+
+    experts: Annotated[int, Field(ge=2, le=100)] = 2
+    """Groups of filters; 2 as in the default of the authors' release."""
+    ratio: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """Width of a group relative to `model.width`, rounded to whole channels; 0.5 as in the default of the release."""
+    router: Literal["shared", "per-layer"] = "shared"
+    """`shared`: one score vector steers all 16 convolutions, as released. `per-layer`: one vector for each, as the
+    paper describes. Our reading: one network with an output for each layer, not 16 networks."""
+    router_objective: Literal["label-modulo", "trades"] = "label-modulo"
+    """What the router is trained for. `label-modulo`: to predict the label modulo the number of experts, on clean and
+    attacked images, as released; the paper does not mention it. `trades`: the TRADES loss of the routed network
+    through the straight-through estimator, the lower level of the paper's bi-level problem. Our assumption: the
+    release's, because the published numbers are those of the authors' code."""
+    router_learning_rate: Rate = 0.01
+    """Peak learning rate of the router. Our assumption: 0.01. With 0.1, the release's, users report scores that become
+    NaN."""
+    router_weight_decay: Decay = 5e-4
+    """Weight decay of the router; as released."""
+    beta: Annotated[float, Field(ge=0, le=1000)] = 6.0
+    """Weight of the divergences between attacked and clean outputs; 6 as released."""
+    steps: Count = 2
+    """Iterations of the attack in training; 2 as released."""
+    step_size: Pixels | None = None
+    """Of an iteration, pixels in [0, 1]; null: 5/8 of `pgd.epsilon`, which is the release's 5/255 at 8/255."""
+
+
+class Given(Settings):
+    """A network whose weights the user has: a row of the result table that is not trained here."""
+
+    name: Name
+    """Of the row, in every table."""
+    file: Annotated[str, Field(min_length=1)]
+    """Path or URL of the checkpoint: a state dict of torch (`.pt`, `.pth`, `.bin`; itself, or below `net`, `state_dict`
+    or `model`) or of safetensors, with our names, kuangliu's, torchvision's or timm's. No code in it is run. The
+    signature follows its content, not its path."""
+    backbone: Annotated[str, OneOf(lambda: BACKBONES)] = "resnet18"
+    """Its network."""
+    width: Annotated[int, Field(ge=1, le=1024)] = 64
+    """Channels of its first convolution."""
+    mean: PerChannel | None = None
+    """Mean of each channel that it was trained with, pixels in [0, 1]; null: the file's own, or that of the images."""
+    std: Spreads | None = None
+    """Standard deviation of each channel that it was trained with; null: as `mean`."""
+    accuracy: Annotated[float, Field(ge=0, le=100)]
+    """Its clean accuracy in percent on all test images. The model is refused before it is attacked if it differs by
+    more than 0.5 points: weights may fit in all names and shapes and still be another network's. No part of the
+    signature."""
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None = None
+    """Digest of the file; filled in when the file is read."""
+
+    @field_validator("name")
+    @classmethod
+    def _has_a_folder_of_its_own(cls, name: str) -> str:
+        if checkpoints.model_name(name) != name:
+            raise ValueError(f"the checkpoints of {checkpoints.model_name(name)} have this name: allowed is another")
+        return name
+
+    @model_validator(mode="after")
+    def _one_std_for_each_mean(self) -> Given:
+        if (self.mean is None) != (self.std is None) or len(self.mean or ()) != len(self.std or ()):
+            raise ValueError("mean and std need the same number of channels, or null for both")
+        return self
+
+
 class DefenceSettings(Protocol):
     """The settings that a defence's recipe may read; an Experiment has them."""
 
@@ -122,3 +192,5 @@ class DefenceSettings(Protocol):
     def joint(self) -> Joint: ...
     @property
     def soe(self) -> Soe: ...
+    @property
+    def advmoe(self) -> AdvMoe: ...

@@ -89,6 +89,9 @@ class Mixture(Gated):
         gate: weights for them, shape (n, number of experts).
     """
 
+    is_weighted_sum = True
+    """Whether the logits are those of equation (1), so that weights and experts' logits give them without a pass."""
+
     def __init__(self, experts: Iterable[nn.Module], gate: nn.Module) -> None:
         super().__init__()
         self.experts = Experts(experts)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
 from pydantic import Field
 
 from dwf_cluster.data.registry import Shape
+from dwf_cluster.models import layers
+from dwf_cluster.models.layers import Layers
 from dwf_cluster.settings import OneOf, Settings
 
 
@@ -21,37 +23,60 @@ class Backbone:
             in [0, 1] in, logits out, normalisation inside.
         flops: floating-point operations of one forward pass of one image, of (width, shape of the image).
         parameters: numbers in its state, buffers included, of (width, channels of the image).
+        smallest: pixels that an image needs, at least, in height and width.
+        width_step: allowed widths are its multiples; 0: only 64, because its construction has no other.
     """
 
     build: str
     flops: Callable[[int, Shape], float]
     parameters: Callable[[int, int], int]
+    smallest: int = 1
+    width_step: int = 1
+
+    @property
+    def widths(self) -> str:
+        """The allowed widths, for people."""
+        return f"multiples of {self.width_step}" if self.width_step else "64"
+
+    def has_width(self, width: int) -> bool:
+        """Whether the network can be built with this width."""
+        return width % self.width_step == 0 if self.width_step else width == 64
 
 
-def _resnet18_flops(width: int, shape: Shape) -> float:
-    channels, rows, columns = shape
-    macs = 9 * channels * width * rows * columns
-    for level, pairs in enumerate(((1, 1), (1, 2), (2, 4), (4, 8))):
-        inputs, outputs = (pair * width for pair in pairs)
-        rows, columns = (rows, columns) if level == 0 else (-(-rows // 2), -(-columns // 2))
-        shortcut = 0 if inputs == outputs else inputs * outputs
-        macs += rows * columns * (9 * inputs * outputs + 3 * 9 * outputs * outputs + shortcut)
-    return 2.0 * macs
+def _backbone(build: str, count: Callable[[int, Shape], Layers], smallest: int = 1, width_step: int = 1) -> Backbone:
+    """A backbone whose layers are counted by a function of `models.layers`."""
+    return Backbone(
+        f"dwf_cluster.models.{build}",
+        lambda width, shape: 2.0 * count(width, shape).macs,
+        lambda width, channels: count(width, (channels, 32, 32)).numbers,
+        smallest,
+        width_step,
+    )
 
 
-def _resnet18_parameters(width: int, channels: int) -> int:
-    """Convolutions, four vectors for each BatchNorm, and the last layer for ten classes."""
-    w = width
-    count = 9 * channels * w + 4 * w + 10 * (8 * w + 1)
-    for inputs, outputs in ((w, w), (w, 2 * w), (2 * w, 4 * w), (4 * w, 8 * w)):
-        shortcut = 0 if inputs == outputs else inputs * outputs + 4 * outputs
-        count += 9 * inputs * outputs + 3 * 9 * outputs * outputs + 4 * 4 * outputs + shortcut
-    return count
+def _resnet(build: str, blocks: Sequence[int], expansion: int) -> Backbone:
+    return _backbone(build, lambda width, shape: layers.resnet(width, shape, blocks, expansion))
+
+
+def _densenet(build: str, blocks: Sequence[int], growth: int, first: int, width_step: int) -> Backbone:
+    count = lambda width, shape: layers.densenet(width, shape, blocks, growth, first)  # noqa: E731 - of two lines
+    return _backbone(build, count, 8, width_step)
 
 
 BACKBONES: Mapping[str, Backbone] = {
-    "resnet18": Backbone("dwf_cluster.models.resnet:resnet18", _resnet18_flops, _resnet18_parameters),
+    "resnet18": _resnet("resnet:resnet18", (2, 2, 2, 2), 1),
+    "resnet34": _resnet("resnet:resnet34", (3, 4, 6, 3), 1),
+    "resnet50": _resnet("resnet:resnet50", (3, 4, 6, 3), 4),
+    "vgg19": _backbone("plain:vgg19", layers.vgg19, 32),
+    "densenet121": _densenet("plain:densenet121", (6, 12, 24, 16), 32, 64, 2),
+    "densenet169": _densenet("plain:densenet169", (6, 12, 32, 32), 32, 64, 2),
+    "densenet121-k12": _densenet("plain:densenet121_k12", (6, 12, 24, 16), 12, 24, 16),
+    "googlenet": _backbone("plain:googlenet", layers.googlenet, 2, 0),
+    "inception-v3": _backbone("plain:inception_v3", layers.inception_v3, 9, 0),
+    "xception": _backbone("xception:xception", layers.xception, width_step=8),
+    "mobilenet-v2": _backbone("plain:mobilenet_v2", layers.mobilenet_v2),
 }
+"""Backbones by name. At width 64 each is the usual network; other widths scale its channels by width / 64."""
 
 
 class Model(Settings):

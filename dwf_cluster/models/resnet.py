@@ -1,4 +1,4 @@
-"""ResNet-18 in its CIFAR form (He et al. 2016; 3x3 stem, no max-pooling), with a variable width."""
+"""ResNets in their CIFAR form (He et al. 2016; 3x3 stem, no max-pooling), with a variable width."""
 
 from __future__ import annotations
 
@@ -37,44 +37,98 @@ def _conv_norm(inputs: int, outputs: int, kernel: int, stride: int) -> nn.Sequen
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions and a shortcut (a 1x1 convolution where the shape changes)."""
+    """Two 3x3 convolutions and a shortcut (a 1x1 convolution where the shape changes).
 
-    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+    Args:
+        inputs: input channels.
+        planes: channels of the convolutions, and of the output.
+        stride: of the first convolution.
+    """
+
+    expansion = 1
+    """Output channels divided by `planes`."""
+
+    def __init__(self, inputs: int, planes: int, stride: int) -> None:
         super().__init__()
-        self.first = _conv_norm(inputs, outputs, 3, stride)
-        self.second = _conv_norm(outputs, outputs, 3, 1)
-        same = stride == 1 and inputs == outputs
-        self.shortcut = nn.Identity() if same else _conv_norm(inputs, outputs, 1, 1)
+        self.first = _conv_norm(inputs, planes, 3, stride)
+        self.second = _conv_norm(planes, planes, 3, 1)
+        self.shortcut = _shortcut(inputs, planes, stride)
         self.stride = stride
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        # A slice and a 1x1 convolution of stride 1 are a 1x1 convolution of stride 2, whose weight gradient
-        # oneDNN writes past its workspace for few channels in channels_last (its issue 6035).
-        skipped = x if self.stride == 1 else x[:, :, :: self.stride, :: self.stride]
         out = self.second(F.relu(self.first(x), inplace=True))
-        out += self.shortcut(skipped)
+        out += self.shortcut(_strided(x, self.stride))
         return F.relu(out, inplace=True)
 
 
-class ResNet18(nn.Module):
-    """ResNet-18 for small images.
+class Bottleneck(nn.Module):
+    """A 1x1, a 3x3 and a 1x1 convolution to four times the channels, and a shortcut; arguments as of `BasicBlock`.
+
+    The 3x3 convolution has the stride, as in kuangliu's and torchvision's networks.
+    """
+
+    expansion = 4
+    """Output channels divided by `planes`."""
+
+    def __init__(self, inputs: int, planes: int, stride: int) -> None:
+        super().__init__()
+        outputs = self.expansion * planes
+        self.first = _conv_norm(inputs, planes, 1, 1)
+        self.second = _conv_norm(planes, planes, 3, stride)
+        self.third = _conv_norm(planes, outputs, 1, 1)
+        self.shortcut = _shortcut(inputs, outputs, stride)
+        self.stride = stride
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out = F.relu(self.second(F.relu(self.first(x), inplace=True)), inplace=True)
+        out = self.third(out)
+        out += self.shortcut(_strided(x, self.stride))
+        return F.relu(out, inplace=True)
+
+
+def _shortcut(inputs: int, outputs: int, stride: int) -> nn.Module:
+    return nn.Identity() if stride == 1 and inputs == outputs else _conv_norm(inputs, outputs, 1, 1)
+
+
+def _strided(x: torch.Tensor, stride: int) -> torch.Tensor:
+    """The input of a shortcut.
+
+    A slice and a 1x1 convolution of stride 1 are a 1x1 convolution of stride 2, whose weight gradient oneDNN writes
+    past its workspace for few channels in channels_last (its issue 6035).
+    """
+    return x if stride == 1 else x[:, :, ::stride, ::stride]
+
+
+class ResNet(nn.Module):
+    """A ResNet for small images, four levels of blocks.
 
     Args:
         classes: number of logits.
         mean, std: per channel, of pixels in [0, 1]; their number is the number of input channels.
-        width: channels of the first convolution; 64 gives the usual 11.17 million parameters.
+        width: channels of the first convolution; 64 is the usual network.
+        blocks: number of blocks of each level.
+        block: `BasicBlock` or `Bottleneck`.
     """
 
-    def __init__(self, classes: int, mean: Sequence[float], std: Sequence[float], width: int = 64) -> None:
+    def __init__(
+        self,
+        classes: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+        width: int = 64,
+        blocks: Sequence[int] = (2, 2, 2, 2),
+        block: type[BasicBlock | Bottleneck] = BasicBlock,
+    ) -> None:
         super().__init__()
         self.normalize = Normalize(mean, std)
         self.stem = _conv_norm(len(mean), width, 3, 1)
-        plan = [(1, 1), (1, 1), (1, 2), (2, 1), (2, 2), (4, 1), (4, 2), (8, 1)]  # (input width, stride)
-        outputs = [1, 1, 2, 2, 4, 4, 8, 8]
-        self.blocks = nn.Sequential(
-            *(BasicBlock(i * width, o * width, s) for (i, s), o in zip(plan, outputs, strict=True))
-        )
-        self.classifier = nn.Linear(8 * width, classes)
+        listed, inputs = list[nn.Module](), width
+        for level, count in enumerate(blocks):
+            for number in range(count):
+                listed.append(block(inputs, width << level, 2 if level and not number else 1))
+                inputs = block.expansion * (width << level)
+        self.blocks = nn.Sequential(*listed)
+        self.classifier = nn.Linear(inputs, classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -87,6 +141,16 @@ class ResNet18(nn.Module):
         return logits
 
 
-def resnet18(images: ImageFormat, width: int) -> ResNet18:
-    """The backbone `resnet18` for images of this format."""
-    return ResNet18(images.classes, images.mean, images.std, width)
+def resnet18(images: ImageFormat, width: int) -> ResNet:
+    """The backbone `resnet18` for images of this format; 11.17 million parameters at width 64."""
+    return ResNet(images.classes, images.mean, images.std, width)
+
+
+def resnet34(images: ImageFormat, width: int) -> ResNet:
+    """The backbone `resnet34` for images of this format; 21.28 million parameters at width 64."""
+    return ResNet(images.classes, images.mean, images.std, width, (3, 4, 6, 3))
+
+
+def resnet50(images: ImageFormat, width: int) -> ResNet:
+    """The backbone `resnet50` for images of this format; 23.52 million parameters at width 64."""
+    return ResNet(images.classes, images.mean, images.std, width, (3, 4, 6, 3), Bottleneck)

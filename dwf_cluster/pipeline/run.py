@@ -11,6 +11,7 @@ from pathlib import Path
 from dwf_cluster.cluster.driver import Cluster
 from dwf_cluster.cluster.events import Connected, Listener, Listeners, Planned
 from dwf_cluster.data import corruption_files, sources
+from dwf_cluster.defences.registry import WEIGHTS
 from dwf_cluster.evaluation.registry import SUITES
 from dwf_cluster.experiment import Experiment
 from dwf_cluster.pipeline.stages import Connection, pending_jobs, repair_status
@@ -93,6 +94,10 @@ class Run:
             images = replace(images, corrupted=corrupted)
         for experiment in experiments:
             _check_classes(experiment, images.classes)
+            _check_weights(experiment, experiment.store(self.storage), images)
+        if data.test_examples is not None and any(experiment.given for experiment in experiments):
+            whole = sources.load(data.model_copy(update={"test_examples": None}), self.data_folder)
+            images = replace(images, whole_test=(whole.x_test, whole.y_test))
         with self.connect() as cluster:
             self.emit(Connected(cluster.dashboard, cluster.token_file))
             storage = Store(self.storage, "").url  # absolute: trials have working directories of their own
@@ -125,6 +130,15 @@ def _check_methods(experiment: Experiment) -> None:
             f"{'defence' if spec == experiment.defended else 'baselines'}: 'given' cannot be used: allowed are methods "
             "that train a model; `dwf evaluate` measures a model of your own"
         )
+
+
+def _check_weights(experiment: Experiment, store: Store, images: sources.Images) -> None:
+    """Fail if given weights that are not in the store yet cannot be loaded; their accuracy is not tested here."""
+    for spec in experiment.models:
+        if spec.method == WEIGHTS and not jobs.is_trained(spec, store):
+            from dwf_cluster.defences import weights  # imports torch, which a run without them does not need here
+
+            weights.load(spec, weights.build(spec, images.format, {}))
 
 
 def _check_classes(experiment: Experiment, classes: int) -> None:

@@ -1,8 +1,8 @@
 """Which job starts next: one rule, which the real run and the planned timeline both follow.
 
-Models without parents come first, over all experiments, the longest before the others; then models with parents; then
-evaluations. So with several seeds no GPU waits for one seed's slowest expert while another seed has an expert to train.
-Evaluations of trained models fill the time until a model with parents can start.
+Models without parents come first, over all experiments: given weights, then the longest before the others. Models with
+parents follow, then evaluations. So with several seeds no GPU waits for one seed's slowest expert while another seed
+has an expert to train. Evaluations of trained models fill the time until a model with parents can start.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from dwf_cluster.defences.registry import WEIGHTS
 from dwf_cluster.plan.jobs import STAGES, Job
 
 _ROUNDING = 1e-9
@@ -50,8 +51,8 @@ class Allocation:
 
 
 def duration(job: Job, allocation: Allocation) -> float:
-    """Planned length of a job, in passes of one GPU or CPU, if several share its work evenly."""
-    return job.cost / allocation.slots
+    """Planned length of a job, in FLOP of one GPU or CPU, if several share its work evenly."""
+    return job.flop / allocation.slots
 
 
 class Schedule:
@@ -98,9 +99,11 @@ class Schedule:
         else:
             self._last_stage = min(self._last_stage, STAGES.index(job.stage))
 
-    def _order(self, job: Job) -> tuple[int, float, float]:
+    def _order(self, job: Job) -> tuple[int, bool, float, float]:
         allocation = self._allocations[job]
-        return STAGES.index(job.stage), -duration(job, allocation), -allocation.slots
+        # Given weights first: whether they are refused must not wait for hours of training.
+        is_trained = job.spec.method != WEIGHTS
+        return STAGES.index(job.stage), is_trained, -duration(job, allocation), -allocation.slots
 
 
 @dataclass(frozen=True)
@@ -108,7 +111,7 @@ class Planned:
     """When and where a job is to run.
 
     Attributes:
-        start, end: since the start of the first job; passes of one GPU or CPU or, with `speeds`, seconds.
+        start, end: since the start of the first job; FLOP of one GPU or CPU or, with `speeds`, seconds.
         devices: numbers of its GPUs or CPUs, counted over all nodes.
     """
 
@@ -124,7 +127,7 @@ def timeline(
 
     Args:
         jobs, allocations, slots: as in `Schedule`.
-        speeds: of each stage, passes a second of one GPU or CPU.
+        speeds: of each stage, FLOP/s of one GPU or CPU.
     """
     schedule, now, running = Schedule(jobs, allocations, slots), 0.0, list[tuple[float, int, Job]]()
     free = [1.0] * math.ceil(slots)

@@ -64,6 +64,7 @@ SCHEMAS: Mapping[str, pa.Schema] = {
         ("device", pa.string()),
         ("probe_split", pa.string()),
         ("kept", pa.bool_()),
+        ("expert_shares", pa.list_(pa.float32())),
     ),
     "evaluations": _schema(
         *COLUMN,
@@ -201,6 +202,28 @@ def metrics_until(store: Store, model: str, epoch: int) -> list[dict[str, Any]]:
     """The rows of a model's first `epoch` epochs, in order."""
     rows: list[dict[str, Any]] = read(store, "metrics", [model]).sort_by("epoch").to_pylist()
     return [row for row in rows if row["epoch"] <= epoch]
+
+
+def dead_experts(rows: Iterable[Mapping[str, Any]]) -> list[str]:
+    """A sentence for each expert that its gate gives no image of the probe in the model's last epoch.
+
+    Such an expert is not trained any more, and the model is smaller than it looks.
+
+    Args:
+        rows: of `metrics`, of one experiment.
+    """
+    last: dict[str, Mapping[str, Any]] = {}
+    for row in rows:
+        if row["epoch"] >= last.get(row["model"], row)["epoch"]:
+            last[row["model"]] = row
+    return [
+        f"{row['model']}: its gate gives expert {number} of {len(row['expert_shares'])} no image of the probe in epoch "
+        f"{row['epoch']}"
+        for row in last.values()
+        if row["expert_shares"] is not None
+        for number, share in enumerate(row["expert_shares"], start=1)
+        if share == 0
+    ]
 
 
 def remove(store: Store, table: str, file: str) -> None:

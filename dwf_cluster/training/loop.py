@@ -182,6 +182,7 @@ def _epoch(
         "clean_accuracy": probed.clean,
         "probe_pgd_accuracy": probed.robust,
         "probe_split": probed.split,
+        "expert_shares": probed.expert_shares,
         "learning_rate": optimizer.param_groups[0]["lr"],
         "images_per_second": len(images.x_train) / seconds,
         "seconds": seconds,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from dwf_cluster.attacks.ball import Ball
@@ -13,6 +14,10 @@ from dwf_cluster.data.device import DeviceImages
 from dwf_cluster.determinism import Draws
 from dwf_cluster.evaluation.settings import Threat
 from dwf_cluster.models.frozen import frozen
+from dwf_cluster.models.mixture import Gated
+
+_GATE_IMAGES = 128
+"""Images that the gate of a mixture sees at a time: one that is a network needs memory for each."""
 
 
 @dataclass(frozen=True)
@@ -42,11 +47,14 @@ class ProbeResult:
     Attributes:
         clean, robust: accuracy, 0..1, on clean images and under PGD.
         split: `validation` or `train`, the images that they were measured on.
+        expert_shares: mean weight of each expert of a mixture on the clean images: of a gate that chooses, the share
+            of the images that each expert gets. None for other models.
     """
 
     clean: float
     robust: float
     split: str
+    expert_shares: list[float] | None = None
 
 
 def run_probe(model: nn.Module, images: DeviceImages, probe: Probe, key: tuple[int | str, ...] = ()) -> ProbeResult:
@@ -73,4 +81,13 @@ def run_probe(model: nn.Module, images: DeviceImages, probe: Probe, key: tuple[i
         clean = first.logits
     attacked = predict(frozen_model, last.x)
     clean_accuracy, robust = (float((logits.argmax(1) == y).double().mean()) for logits in (clean, attacked))
-    return ProbeResult(clean_accuracy, robust, split)
+    return ProbeResult(clean_accuracy, robust, split, _expert_shares(frozen_model, x))
+
+
+def _expert_shares(model: nn.Module, x: torch.Tensor) -> list[float] | None:
+    if not isinstance(model, Gated):
+        return None
+    with torch.no_grad():
+        weights = torch.cat([model.gate(part) for part in torch.split(x, _GATE_IMAGES)])
+    shares: list[float] = weights.mean(0).tolist()
+    return shares

@@ -55,14 +55,14 @@ def train_batch(
     by_batch = spec.training.attack_batchnorm == "train"
     frozen_model = functools.cache(functools.partial(frozen, model, batch_statistics=by_batch))
     means = list[float]()
-    for share in _backward(spec, parallel, frozen_model, images, indices, draws):
+    for share, name in _backward(spec, parallel, frozen_model, images, indices, draws):
         # The request to stop is reduced with the loss, so all workers see it after the same step.
         reduced = torch.stack([share, torch.full_like(share, is_stopping)])
         if dist.is_initialized():
             dist.all_reduce(reduced)
         mean, stops = reduced.tolist()
         if not math.isfinite(mean):
-            raise NotLogits(f"the loss became {mean}")
+            raise NotLogits(f"{name} became {mean}")
         means.append(mean)
         is_stopping = stops > 0
         optimizer.step()
@@ -81,11 +81,12 @@ def _backward(
     images: DeviceImages,
     indices: torch.Tensor,
     draws: Draws,
-) -> Iterator[torch.Tensor]:
+) -> Iterator[tuple[torch.Tensor, str]]:
     """Add up the gradients of a batch, cut into its parts, for one loss of the method after the other.
 
     Yields:
-        For each loss, when all its gradients are computed: this worker's share of the mean over the batch, shape ().
+        For each loss, when all its gradients are computed: this worker's share of the mean over the batch, shape (),
+        and the loss's name.
     """
     rank, count = workers()
     start, stop = len(indices) * rank // count, len(indices) * (rank + 1) // count
@@ -102,7 +103,7 @@ def _backward(
 
     generators = [losses(part) for part in parts]
     while True:
-        share, ended = torch.zeros((), device=indices.device), 0
+        share, ended, loss_name = torch.zeros((), device=indices.device), 0, ""
         for number, (part, generator) in enumerate(zip(parts, generators, strict=True), start=1):
             is_not_last = isinstance(parallel, DistributedDataParallel) and number < len(parts)
             with parallel.no_sync() if is_not_last else nullcontext():  # type: ignore[operator]
@@ -115,11 +116,12 @@ def _backward(
                 mean = loss.total * (count / (versions * len(indices)))
                 mean.backward()  # type: ignore[no-untyped-call]
             share += mean.detach() / count
+            loss_name = loss.name
         if ended == len(parts):
             return
         if ended:
             raise ValueError(f"method {spec.method}: more losses for one part of a batch than for another")
-        yield share
+        yield share, loss_name
 
 
 def workers() -> tuple[int, int]:

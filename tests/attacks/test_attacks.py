@@ -23,7 +23,7 @@ from dwf_cluster.attacks.routing import gate_aimed
 from dwf_cluster.attacks.square import square
 from dwf_cluster.models.frozen import frozen
 from dwf_cluster.models.mixture import Gate, Mixture
-from dwf_cluster.models.resnet import ResNet18
+from dwf_cluster.models.resnet import ResNet
 
 LINF, L2 = Ball("linf", 0.1), Ball("l2", 0.8)
 
@@ -36,7 +36,7 @@ def _problem(seed: int = 0, count: int = 6) -> tuple[nn.Module, torch.Tensor, to
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = ResNet18(5, (0.5,), (0.25,), width=4).double()
+        model = ResNet(5, (0.5,), (0.25,), width=4).double()
     x = torch.rand(count, 1, 8, 8, generator=generator, dtype=torch.float64)
     for _ in range(3):
         model(torch.rand(32, 1, 8, 8, generator=generator, dtype=torch.float64))
@@ -201,7 +201,7 @@ def test_momentum_adds_up_gradients_of_equal_weight() -> None:
 
 def test_the_gate_aimed_loss_is_the_mixtures_and_that_of_a_drawn_expert() -> None:
     torch.manual_seed(0)
-    experts = [ResNet18(5, (0.5,), (0.25,), width=4) for _ in range(3)]
+    experts = [ResNet(5, (0.5,), (0.25,), width=4) for _ in range(3)]
     frozen_model = frozen(Mixture(experts, Gate(3, (1, 8, 8), (0.5,), (0.25,), hidden=8)).double())
     x, y = torch.rand(4, 1, 8, 8, dtype=torch.float64), torch.tensor([0, 1, 2, 3])
     loss, logits = gate_aimed(frozen_model, x, y)

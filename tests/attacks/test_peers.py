@@ -37,7 +37,7 @@ from dwf_cluster.attacks.gradient import carlini_wagner, cross_entropy, differen
 from dwf_cluster.attacks.pgd import Iterate, Remaining, WorstCase, fgsm, pgd
 from dwf_cluster.attacks.square import square
 from dwf_cluster.models.frozen import frozen
-from dwf_cluster.models.resnet import ResNet18
+from dwf_cluster.models.resnet import ResNet
 
 from ..conftest import InDouble
 from .test_l1 import projected_by_bisection
@@ -90,7 +90,7 @@ def _train(epsilon: float, epochs: int) -> Problem:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         train, test = torch.randperm(len(x)).split([len(x) - 360, 360])
-        model, ball = ResNet18(10, (0.3,), (0.38,), width=8), Ball("linf", epsilon)
+        model, ball = ResNet(10, (0.3,), (0.38,), width=8), Ball("linf", epsilon)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
         batches = [batch for _ in range(epochs) for batch in train[torch.randperm(len(train))].split(64)]
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=len(batches))

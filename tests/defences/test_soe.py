@@ -216,6 +216,9 @@ def test_sub_models_start_from_different_weights_and_all_of_them_learn(
     for one, other in itertools.combinations(weights, 2):
         assert not torch.equal(one, other)  # type: ignore[arg-type]
     assert trained.gate(torch.rand(4, 1, 8, 8)).shape == (4, 3)
+    shares = [row["expert_shares"] for row in tables.read(finished, "metrics").to_pylist()]
+    assert [len(epoch) for epoch in shares] == [3, 3]
+    assert all(sum(epoch) == pytest.approx(1) for epoch in shares)
 
 
 def test_every_suite_measures_it_and_the_analysis_accepts_its_rows(

@@ -12,13 +12,13 @@ from torch.nn.utils import parametrizations
 from dwf_cluster.attacks.gradient import differentiate
 from dwf_cluster.models.frozen import frozen
 from dwf_cluster.models.mixture import Gate, Mixture
-from dwf_cluster.models.resnet import ResNet18
+from dwf_cluster.models.resnet import ResNet
 
 
 def _mixture() -> Mixture:
     """In double precision: rounding must not decide on which side of zero a ReLU's input lies."""
     torch.manual_seed(0)
-    experts = [ResNet18(10, (0.5,), (0.25,), width=4) for _ in range(3)]
+    experts = [ResNet(10, (0.5,), (0.25,), width=4) for _ in range(3)]
     mixture = Mixture(experts, Gate(3, (1, 8, 8), (0.5,), (0.25,), hidden=8)).double()
     for _ in range(4):
         mixture(torch.rand(32, 1, 8, 8, dtype=torch.float64) * 2)
@@ -55,7 +55,7 @@ def test_few_images_pass_all_experts_at_once_with_the_same_logits(count: int, pa
 
 
 def test_experts_of_different_shapes_run_one_by_one() -> None:
-    experts = [ResNet18(10, (0.5,), (0.25,), width=width).double() for width in (2, 4)]
+    experts = [ResNet(10, (0.5,), (0.25,), width=width).double() for width in (2, 4)]
     mixture = Mixture(experts, Gate(2, (1, 8, 8), (0.5,), (0.25,), hidden=8).double())
     x = torch.rand(4, 1, 8, 8, dtype=torch.float64)
     torch.testing.assert_close(frozen(mixture)(x), mixture.eval()(x))

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from dwf_cluster.models.mixture import Gate, Mixture
-from dwf_cluster.models.resnet import ResNet18
+from dwf_cluster.models.resnet import ResNet
 from dwf_cluster.plan.jobs import forward_flops
 from dwf_cluster.presets import build
 
@@ -17,20 +17,20 @@ MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
 
 
 def test_width_64_has_the_papers_11_17_million_parameters() -> None:
-    model = ResNet18(10, MEAN, STD)
+    model = ResNet(10, MEAN, STD)
     assert sum(parameter.numel() for parameter in model.parameters()) == 11_173_962
 
 
 def test_any_image_size_and_width_gives_one_logit_a_class() -> None:
     for shape in ((1, 8, 8), (3, 32, 32), (2, 9, 7)):
-        model = ResNet18(7, (0.5,) * shape[0], (0.2,) * shape[0], width=3).eval()
+        model = ResNet(7, (0.5,) * shape[0], (0.2,) * shape[0], width=3).eval()
         assert model(torch.rand(2, *shape)).shape == (2, 7)
 
 
 def test_normalisation_is_inside_and_saved_as_buffers() -> None:
-    model = ResNet18(10, MEAN, STD, width=4).eval()
+    model = ResNet(10, MEAN, STD, width=4).eval()
     assert {"normalize.mean", "normalize.std"} <= set(model.state_dict())
-    plain = ResNet18(10, (0.0,) * 3, (1.0,) * 3, width=4).eval()
+    plain = ResNet(10, (0.0,) * 3, (1.0,) * 3, width=4).eval()
     plain.load_state_dict({**model.state_dict(), **{k: v for k, v in plain.state_dict().items() if "normalize" in k}})
     x = torch.rand(2, 3, 8, 8)
     by_hand = (x - torch.tensor(MEAN).view(1, 3, 1, 1)) / torch.tensor(STD).view(1, 3, 1, 1)
@@ -38,7 +38,7 @@ def test_normalisation_is_inside_and_saved_as_buffers() -> None:
 
 
 def test_mixture_is_equation_1_the_gates_weighted_sum_of_logits() -> None:
-    experts = [ResNet18(10, MEAN, STD, width=width).eval() for width in (2, 3, 4)]
+    experts = [ResNet(10, MEAN, STD, width=width).eval() for width in (2, 3, 4)]
     mixture = Mixture(experts, Gate(3, (3, 8, 8), MEAN, STD, hidden=5)).eval()
     x = torch.rand(4, 3, 8, 8)
     weights = mixture.gate(x)
@@ -57,7 +57,7 @@ def test_the_operation_count_of_the_plan_is_that_of_the_network() -> None:
     from torch.utils.flop_counter import FlopCounterMode
 
     for width, shape in ((64, (3, 32, 32)), (8, (1, 9, 9))):
-        model = ResNet18(10, (0.5,) * shape[0], (0.2,) * shape[0], width)
+        model = ResNet(10, (0.5,) * shape[0], (0.2,) * shape[0], width)
         with FlopCounterMode(display=False) as counter:
             model.eval()(torch.rand(1, *shape))
         counted = counter.get_total_flops() - 2 * 8 * width * 10  # the plan leaves the last layer out
@@ -68,7 +68,7 @@ def test_the_operation_count_of_the_plan_is_that_of_the_network() -> None:
 def test_weight_gradients_in_channels_last_are_those_of_the_plain_layout(width: int) -> None:
     """oneDNN corrupted memory here for few channels (its issue 6035), and gave wrong gradients before that."""
     torch.manual_seed(0)
-    plain = ResNet18(10, (0.5,), (0.25,), width)
+    plain = ResNet(10, (0.5,), (0.25,), width)
     last = copy.deepcopy(plain).to(memory_format=torch.channels_last)
     x, y = torch.rand(32, 1, 8, 8), torch.arange(32) % 10
     for _ in range(5):

@@ -1,0 +1,209 @@
+"""State dicts of other sources: the names that they give to the weights of our backbones, and what fits them."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+
+import torch
+from torch import nn
+
+from dwf_cluster.models.resnet import Normalize
+
+_WRAPPERS = ("module.", "_orig_mod.", "model.")
+"""Prefixes of every name that DataParallel, torch.compile and a module around the network add."""
+
+
+class Misfit(ValueError):
+    """Weights that are not those of a backbone. Its text is one line: the first that does not fit, what is allowed."""
+
+
+@dataclass(frozen=True)
+class Form:
+    """How a source names the weights of a backbone.
+
+    Attributes:
+        source: of checkpoints with these names.
+        rename: from the names of our weights, in their order, without those of the normalisation, to the source's.
+    """
+
+    source: str
+    rename: Callable[[Sequence[str]], Sequence[str]]
+
+
+def matched(state: Mapping[str, torch.Tensor], model: nn.Module, backbone: str) -> dict[str, torch.Tensor]:
+    """The weights of a state dict by the names of our backbone, complete and of the right shapes.
+
+    The form is the one that most names agree with. The names of our own state dicts, and of torchvision's where the
+    backbone is built from torchvision's network, need no rules. What a state dict may lack: mean and std of the
+    normalisation, and the counters of BatchNorm, which nothing reads here.
+
+    Args:
+        state: tensors by name, as saved.
+        model: the backbone, untrained.
+        backbone: its name in `models.registry.BACKBONES`.
+
+    Returns:
+        A part of the model's state dict, for `load_state_dict`.
+
+    Raises:
+        Misfit: if a name is unknown or missing, or a shape or type differs.
+    """
+    state, ours = _unwrapped(state), model.state_dict()
+    normalisation = [key for key in ours if _is_normalisation(model, key)]
+    weights = [key for key in ours if key not in normalisation]
+    forms = {form.source: _names(form, weights) for form in (*FORMS.get(backbone, ()), _OWN, _BARE)}
+    source = max(forms, key=lambda name: len(forms[name].keys() & state.keys()))
+    names = forms[source] | {key: key for key in normalisation}
+    for key in state:
+        if key not in names:
+            raise Misfit(_unknown(key, backbone, source, forms, state))
+    for key, name in names.items():
+        is_optional = name in normalisation or name.endswith("num_batches_tracked")
+        if key not in state and not is_optional:
+            raise Misfit(f"{key} is missing: allowed are all weights of {backbone}, as {source} names them")
+    convolutions, linear = ([key for key, name in names.items() if ours[name].dim() == n] for n in (4, 2))
+    counted = dict.fromkeys(linear[-1:], "classes") | dict.fromkeys(convolutions[:1], "channels")
+    for key in (*counted, *state):  # these two first: their messages say what the user has mixed up
+        _check(key, state[key], ours[names[key]], counted.get(key))
+    return {names[key]: tensor for key, tensor in state.items()}
+
+
+def _unwrapped(state: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+    """The state dict without prefixes that all of its names have."""
+    while prefix := next((p for p in _WRAPPERS if state and all(key.startswith(p) for key in state)), None):
+        state = {key.removeprefix(prefix): tensor for key, tensor in state.items()}
+    return state
+
+
+def _is_normalisation(model: nn.Module, key: str) -> bool:
+    return isinstance(model.get_submodule(key.rpartition(".")[0]), Normalize)
+
+
+def _names(form: Form, weights: Sequence[str]) -> dict[str, str]:
+    """Our names of weights by the source's; empty if the form does not have as many weights."""
+    renamed = form.rename(weights)
+    return dict(zip(renamed, weights, strict=True)) if len(renamed) == len(weights) else {}
+
+
+def _unknown(
+    key: str, backbone: str, source: str, forms: Mapping[str, Mapping[str, str]], state: Mapping[str, torch.Tensor]
+) -> str:
+    """Why a name is refused: a known structure that differs, or the nearest known name."""
+    for pattern, reason in DIFFERENT.get(backbone, ()):
+        if any(re.search(pattern, name) for name in state):
+            return f"{key} is no weight of our {backbone}: {reason}"
+    agrees = forms[source].keys() & state.keys()
+    # If nothing agrees with any form, the nearest name may be of any.
+    near = dict.fromkeys(forms[source], source) if agrees else {n: s for s, names in forms.items() for n in names}
+    missing = [name for name in near if name not in state]
+    close = difflib.get_close_matches(key, missing, n=1, cutoff=0.0)
+    nearest = f"; the nearest known name is {close[0]} ({near[close[0]]})" if close else ""
+    return f"{key} is no weight of {backbone}{nearest}"
+
+
+def _check(key: str, tensor: torch.Tensor, ours: torch.Tensor, meaning: str | None) -> None:
+    """Refuse a tensor of another shape or kind; `meaning`: what its first or second dimension counts."""
+    theirs, allowed = tuple(tensor.shape), tuple(ours.shape)
+    if theirs != allowed:
+        dimension = {"classes": 0, "channels": 1}.get(meaning or "", -1)
+        others = [(t, a) for i, (t, a) in enumerate(zip(theirs, allowed, strict=False)) if i != dimension]
+        if meaning and len(theirs) == len(allowed) and all(t == a for t, a in others):
+            raise Misfit(f"{key} is for {theirs[dimension]} {meaning}: the images have {allowed[dimension]}")
+        raise Misfit(f"{key} has shape {theirs}: allowed is {allowed}; do backbone and width fit?")
+    if tensor.is_floating_point() != ours.is_floating_point():
+        raise Misfit(f"{key} is of type {tensor.dtype}: allowed are floating-point numbers, as {ours.dtype}")
+
+
+# ---------------------------------------------------------------------------------------------------- forms
+
+
+def _by_rules(*rules: tuple[str, str | Callable[[re.Match[str]], str]]) -> Callable[[Sequence[str]], Sequence[str]]:
+    """Renaming by regular expressions, each applied to every name, in this order."""
+
+    def rename(weights: Sequence[str]) -> list[str]:
+        renamed = list(weights)
+        for pattern, replacement in rules:
+            renamed = [re.sub(pattern, replacement, name) for name in renamed]
+        return renamed
+
+    return rename
+
+
+def _resnet(blocks: Sequence[int], shortcut: str, last: str) -> Callable[[Sequence[str]], Sequence[str]]:
+    """Names of a ResNet: our `blocks.n.first` is `layerS.B` with `conv1` and `bn1`.
+
+    Args:
+        blocks: number of blocks in each of the four stages.
+        shortcut, last: names of a block's shortcut and of the linear layer.
+    """
+    places = [f"layer{stage}.{block}" for stage, count in enumerate(blocks, 1) for block in range(count)]
+    layers = [(rf"\.{name}\.0\.", f".conv{n}.") for n, name in enumerate(("first", "second", "third"), 1)]
+    layers += [(rf"\.{name}\.1\.", f".bn{n}.") for n, name in enumerate(("first", "second", "third"), 1)]
+    return _by_rules(
+        (r"^stem\.0\.", "conv1."),
+        (r"^stem\.1\.", "bn1."),
+        (r"^blocks\.(\d+)(?=\.)", lambda match: places[int(match[1])]),
+        *layers,
+        (r"\.shortcut\.", f".{shortcut}."),
+        (r"^classifier\.", f"{last}."),
+    )
+
+
+def _vgg19(weights: Sequence[str]) -> list[str]:
+    """Names of VGG-19 with BatchNorm by position, as the layers of its `features` are numbered, then `classifier`."""
+    names, layer = [], 0
+    for convolutions in (2, 2, 4, 4, 4):
+        for _ in range(convolutions):
+            names += [f"features.{layer}.{kind}" for kind in ("weight", "bias")]
+            statistics = ("running_mean", "running_var", "num_batches_tracked")
+            names += [f"features.{layer + 1}.{kind}" for kind in ("weight", "bias", *statistics)]
+            layer += 3  # convolution, BatchNorm, ReLU
+        layer += 1  # max-pooling
+    return [*names, "classifier.weight", "classifier.bias"]
+
+
+def _without_prefix(weights: Sequence[str]) -> list[str]:
+    """Our names without the modules around the network that all of them have."""
+    parts = [name.split(".") for name in weights]
+    levels = zip(*(modules[:-1] for modules in parts), strict=False)
+    common = len(list(takewhile(lambda names: len(set(names)) == 1, levels)))
+    return [".".join(modules[common:]) for modules in parts]
+
+
+_OWN = Form("this package", list)
+_BARE = Form("torchvision", _without_prefix)
+"""For backbones that are torchvision's network behind a normalisation."""
+
+
+def _resnet_forms(*blocks: int) -> tuple[Form, ...]:
+    return (
+        Form("kuangliu", _resnet(blocks, "shortcut", "linear")),
+        Form("torchvision or timm", _resnet(blocks, "downsample", "fc")),
+    )
+
+
+FORMS: Mapping[str, tuple[Form, ...]] = {
+    "resnet18": _resnet_forms(2, 2, 2, 2),
+    "resnet34": _resnet_forms(3, 4, 6, 3),
+    "resnet50": _resnet_forms(3, 4, 6, 3),
+    "vgg19": (Form("kuangliu", _vgg19),),
+}
+"""Forms whose names differ from ours, by backbone."""
+
+_DENSENET = (
+    (r"^dense\d\.", "kuangliu's puts new features before the old ones; allowed are torchvision's names and order"),
+    (r"^features\.norm0\.", "this one has a norm and a max-pooling behind its first convolution; allowed are none"),
+)
+
+DIFFERENT: Mapping[str, tuple[tuple[str, str], ...]] = {
+    "vgg19": ((r"^classifier\.\d", "this one has hidden layers of 4096 units; allowed is kuangliu's, which has none"),),
+    "densenet121": _DENSENET,
+    "densenet169": _DENSENET,
+    "googlenet": ((r"^pre_?layers?\.", "kuangliu's and weiaicunzai's have other branches; allowed is torchvision's"),),
+    "mobilenet-v2": ((r"^layers\.\d", "kuangliu's has more shortcuts, and no ReLU6; allowed is torchvision's"),),
+}
+"""Names that tell a known structure that is not ours, by backbone, and how it differs."""
