@@ -18,7 +18,7 @@ from dwf_cluster.attacks.settings import Fgsm, Pgd
 from dwf_cluster.data.registry import DATASETS, Data
 from dwf_cluster.defences.recipes import weights
 from dwf_cluster.defences.registry import METHODS, WEIGHTS, ModelSpec, recipe, recipe_names
-from dwf_cluster.defences.settings import AdvMoe, Experts, Gate, Given, Joint, Soe
+from dwf_cluster.defences.settings import AdvMoe, Experts, Free, Gate, Given, Joint, NFgsm, Soe, Trades
 from dwf_cluster.evaluation.registry import AUTOATTACK, ROUTE, SUITES, Column, all_columns, suite_names
 from dwf_cluster.evaluation.settings import Evaluation, Threat, threats
 from dwf_cluster.models.registry import Model, fail_if_not_buildable
@@ -63,6 +63,9 @@ ADDED_LATER = frozenset(
         "evaluation.curve_restarts",
         "soe",
         "advmoe",
+        "trades",
+        "free",
+        "n_fgsm",
     }
 )
 """Fields, and whole sections, that were added after results were published: at their defaults they are no part of the
@@ -103,6 +106,9 @@ class Experiment(Settings):
     joint: Joint = Joint()
     soe: Soe = Soe()
     advmoe: AdvMoe = AdvMoe()
+    trades: Trades = Trades()
+    free: Free = Free()
+    n_fgsm: NFgsm = NFgsm()
     evaluation: Evaluation = Evaluation()
 
     @model_validator(mode="after")

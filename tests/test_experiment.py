@@ -56,7 +56,9 @@ def test_every_defence_and_every_method_without_parents_can_be_a_baseline_or_the
     # `given` and `controls` train nothing, and `pgd-ensemble` several models.
     others = ("dwf", "given", "controls", "pgd-ensemble", *BACKBONES)
     names = [name for name in recipe_names() if name not in others]
-    assert names == ["fgsm-at", "pgd-at", "pgd-at-matched", "advmoe", "resnet18-wide", "standard", "fgsm", "pgd", "soe"]
+    with_recipes = ["fgsm-at", "pgd-at", "pgd-at-matched", "advmoe", "free", "resnet18-wide"]
+    methods = ["standard", "fgsm", "pgd", "trades", "fgsm-rs", "n-fgsm", "random-at", "soe"]
+    assert names == [*with_recipes, *methods]
     experiment = build("digits", 0, [f"baselines={','.join(names)}"])
     assert experiment.names == (
         "benign",
@@ -67,7 +69,7 @@ def test_every_defence_and_every_method_without_parents_can_be_a_baseline_or_the
     for name in names:
         spec = experiment.spec(name)
         training = experiment.experts.of_a_model
-        epochs = spec.training.epochs if name in ("pgd-at-matched", "resnet18-wide") else training.epochs
+        epochs = spec.training.epochs if name in ("pgd-at-matched", "resnet18-wide", "free") else training.epochs
         assert (spec.parents, spec.training) == ((), training.model_copy(update={"epochs": epochs}))
         alone = build("digits", 0, [f"defence={name}"])
         assert alone.models == (alone.defended,) == (spec,)

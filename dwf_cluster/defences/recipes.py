@@ -104,6 +104,13 @@ def resnet18_wide(settings: DefenceSettings) -> tuple[ModelSpec, ...]:
     return (_with_compute_of_dwf(wide, settings),)
 
 
+def free(settings: DefenceSettings) -> tuple[ModelSpec, ...]:
+    """Free adversarial training: epochs are divided by the replays, rounded up, so that it takes as many steps."""
+    spec = single("free", "free", settings)
+    epochs = math.ceil(spec.training.epochs / settings.free.replays)
+    return (replace(spec, training=spec.training.model_copy(update={"epochs": epochs})),)
+
+
 def controls(settings: DefenceSettings) -> tuple[ModelSpec, ...]:
     """Controls of the mixture of `dwf`, built from what it trains: no training, only evaluations.
 

@@ -14,6 +14,7 @@ from statistics import fmean
 from typing import Any, Literal
 
 from dwf_cluster.data.registry import Shape
+from dwf_cluster.defences import options
 from dwf_cluster.defences.settings import DefenceSettings, Training
 from dwf_cluster.models import advmoe_size
 from dwf_cluster.models.registry import BACKBONES
@@ -94,6 +95,9 @@ class Method:
             optimiser takes a step, and `frozen()` is the changed model. Every batch needs the same number of losses,
             one at least. A loss trains what has `requires_grad` and is reached through `model(...)`. None: a model of
             this method is not trained; it is what `build` makes of its trained parents, and has no checkpoint.
+        keeps_perturbation: whether `losses` takes one more argument: a perturbation of shape of `x`, which it changes
+            in place. There is one for each position of a batch, zero before the first batch; the training loop passes
+            it from batch to batch and saves it in checkpoints.
         passes: of a spec, forward passes through one of its networks, of `flops` / `spec.networks` operations, for one
             training image: an input gradient counts as 2 and a training step as 3.
         options: of the settings, what a model of this method takes where its recipe does not say otherwise.
@@ -113,6 +117,7 @@ class Method:
     losses: str | None
     passes: Callable[[ModelSpec], float]
     options: Callable[[DefenceSettings], Mapping[str, Any]] = lambda settings: {}
+    keeps_perturbation: bool = False
     has_gate: bool = False
     needs_parents: bool = False
     selects: Callable[[ModelSpec], bool] = lambda spec: False
@@ -123,34 +128,6 @@ class Method:
 
 def _attacked_step(gradients: float, spec: ModelSpec) -> float:
     return 3 + 2 * gradients * float(spec.option("fraction", 1.0))
-
-
-def _fgsm_options(settings: DefenceSettings) -> dict[str, Any]:
-    return {"epsilons": settings.fgsm.epsilons, "epsilon_draw": settings.fgsm.draw}
-
-
-def _pgd_options(settings: DefenceSettings) -> dict[str, Any]:
-    pgd = settings.pgd
-    return {
-        "epsilon": pgd.epsilon,
-        "step_sizes": pgd.step_sizes or (pgd.step_size,),
-        "steps": pgd.steps,
-        "random_start": pgd.random_start,
-    }
-
-
-def _advmoe_options(settings: DefenceSettings) -> dict[str, Any]:
-    own = settings.advmoe
-    return {
-        "experts": own.experts,
-        "ratio": own.ratio,
-        "router": own.router,
-        "router_objective": own.router_objective,
-        "beta": own.beta,
-        "epsilon": settings.pgd.epsilon,
-        "steps": own.steps,
-        "step_size": own.step_size or settings.pgd.epsilon * 5 / 8,
-    }
 
 
 def _advmoe_passes(spec: ModelSpec) -> float:
@@ -173,13 +150,14 @@ def _advmoe_parameters(spec: ModelSpec, channels: int) -> int:
     return advmoe_size.parameters(spec.width, spec.option("ratio"), spec.networks, vectors, channels)
 
 
+def _three_versions(spec: ModelSpec) -> float:
+    """Passes of `dwf.losses`: the first of PGD's gradients is FGSM's too, unless PGD starts elsewhere."""
+    gradients = fmean(spec.option("steps")) + float(spec.option("random_start"))
+    return spec.networks * (2 * gradients + 9)
+
+
 def _no_passes(spec: ModelSpec) -> float:
     return 0.0
-
-
-def _soe_options(settings: DefenceSettings) -> dict[str, Any]:
-    soe, pgd = settings.soe, settings.pgd
-    return {**soe.model_dump(), "epsilon": pgd.epsilon, "step_size": pgd.step_size}
 
 
 def _soe_passes(spec: ModelSpec) -> float:
@@ -202,22 +180,53 @@ METHODS: Mapping[str, Method] = {
         f"{_ADVERSARIAL}:build",
         f"{_ADVERSARIAL}:fgsm",
         lambda spec: _attacked_step(1, spec),
-        _fgsm_options,
+        options.fgsm,
     ),
     "pgd": Method(
         f"{_ADVERSARIAL}:build",
         f"{_ADVERSARIAL}:pgd",
         lambda spec: _attacked_step(fmean(spec.option("steps")), spec),
-        _pgd_options,
+        options.pgd,
+    ),
+    "trades": Method(
+        f"{_ADVERSARIAL}:build",
+        f"{_ADVERSARIAL}:trades",
+        # The attack's target costs a forward pass; clean and adversarial images a training step each.
+        lambda spec: 1 + 2 * float(spec.option("steps")) + 6,
+        options.trades,
+    ),
+    "free": Method(
+        f"{_ADVERSARIAL}:build",
+        f"{_ADVERSARIAL}:free",
+        lambda spec: 3 * float(spec.option("replays")),  # the gradient of the pixels comes with the weights'
+        lambda settings: {"epsilon": settings.pgd.epsilon, "replays": settings.free.replays},
+        keeps_perturbation=True,
+    ),
+    "fgsm-rs": Method(
+        f"{_ADVERSARIAL}:build",
+        f"{_ADVERSARIAL}:fgsm_rs",
+        lambda spec: 5.0,
+        lambda settings: {"epsilon": settings.pgd.epsilon},
+    ),
+    "n-fgsm": Method(
+        f"{_ADVERSARIAL}:build",
+        f"{_ADVERSARIAL}:n_fgsm",
+        lambda spec: 5.0,
+        lambda settings: {"epsilon": settings.pgd.epsilon, "noise": settings.n_fgsm.noise},
+    ),
+    "random-at": Method(
+        f"{_ADVERSARIAL}:build",
+        f"{_DWF}:losses",
+        _three_versions,
+        lambda settings: {**options.fgsm(settings), **options.pgd(settings)},
     ),
     "dwf": Method(
         f"{_DWF}:build",
         f"{_DWF}:losses",
-        # Three versions of each image; the first of PGD's gradients is FGSM's too, unless PGD starts elsewhere.
-        lambda spec: len(spec.parents) * (2 * (fmean(spec.option("steps")) + spec.option("random_start")) + 9),
+        _three_versions,
         lambda settings: {
-            **_fgsm_options(settings),
-            **_pgd_options(settings),
+            **options.fgsm(settings),
+            **options.pgd(settings),
             "gate_hidden": settings.gate.hidden,
             "gate_kind": settings.gate.kind,
             "freeze_experts": settings.joint.freeze_experts,
@@ -231,7 +240,7 @@ METHODS: Mapping[str, Method] = {
         "dwf_cluster.defences.soe:build",
         "dwf_cluster.defences.soe:losses",
         _soe_passes,
-        _soe_options,
+        options.soe,
         has_gate=True,
         selects=lambda spec: True,
         group="mixture",
@@ -240,7 +249,7 @@ METHODS: Mapping[str, Method] = {
         "dwf_cluster.defences.advmoe:build",
         "dwf_cluster.defences.advmoe:losses",
         _advmoe_passes,
-        _advmoe_options,
+        options.advmoe,
         has_gate=True,
         selects=lambda spec: True,
         flops=_advmoe_flops,
@@ -301,6 +310,7 @@ DEFENCES: Mapping[str, str] = {
     "pgd-at": f"{_RECIPES}:pgd_at",
     "pgd-at-matched": f"{_RECIPES}:pgd_at_matched",
     "advmoe": f"{_RECIPES}:advmoe",
+    "free": f"{_RECIPES}:free",
     "controls": f"{_RECIPES}:controls",
     "pgd-ensemble": f"{_RECIPES}:pgd_ensemble",
     "resnet18-wide": f"{_RECIPES}:resnet18_wide",

@@ -175,6 +175,30 @@ class Given(Settings):
         return self
 
 
+class Trades(Settings):
+    """TRADES (Zhang et al. 2019): cross-entropy of clean images plus beta times KL(clean, adversarial)."""
+
+    beta: Annotated[float, Field(gt=0, le=1000)] = 6.0
+    """Weight of the Kullback-Leibler divergence. The authors' value for CIFAR-10; larger is more robust."""
+    steps: Count = 10
+    """Iterations of the attack in training, of length `pgd.step_size` within `pgd.epsilon`. The authors' value."""
+
+
+class Free(Settings):
+    """Free adversarial training (Shafahi et al. 2019)."""
+
+    replays: Count = 8
+    """Steps on each batch. The number of epochs is `experts.epochs` divided by it, rounded up. The authors' value for
+    CIFAR-10."""
+
+
+class NFgsm(Settings):
+    """N-FGSM (de Jorge et al. 2022): FGSM from a noisy image, not clipped to epsilon."""
+
+    noise: Annotated[float, Field(gt=0, le=100)] = 2.0
+    """Largest noise of a pixel, in units of `pgd.epsilon`. The authors' value for CIFAR-10."""
+
+
 class DefenceSettings(Protocol):
     """The settings that a defence's recipe may read; an Experiment has them."""
 
@@ -194,3 +218,9 @@ class DefenceSettings(Protocol):
     def soe(self) -> Soe: ...
     @property
     def advmoe(self) -> AdvMoe: ...
+    @property
+    def trades(self) -> Trades: ...
+    @property
+    def free(self) -> Free: ...
+    @property
+    def n_fgsm(self) -> NFgsm: ...

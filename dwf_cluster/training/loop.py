@@ -13,11 +13,11 @@ from torch import nn
 
 from dwf_cluster.attacks.gradient import NotLogits
 from dwf_cluster.data.device import DeviceImages
-from dwf_cluster.defences.registry import ModelSpec
+from dwf_cluster.defences.registry import METHODS, ModelSpec
 from dwf_cluster.determinism import Draws
 from dwf_cluster.store import Store, checkpoints, tables
 from dwf_cluster.training.probe import Probe, run_probe
-from dwf_cluster.training.step import distributed, train_batch, workers
+from dwf_cluster.training.step import Batch, distributed, train_batch, workers
 
 
 class NonFiniteLoss(RuntimeError):
@@ -58,6 +58,7 @@ class _Progress:
     """The completed epochs and their rows of `metrics`; the completed steps of the running epoch, with their sums.
 
     `best`: for `keep=best`, the model's tensors after the best epoch so far, on the CPU; before the first epoch, none.
+    `perturbation`: what a method keeps from batch to batch, shape (batch size, channels, height, width).
     """
 
     epoch: int = 0
@@ -66,6 +67,7 @@ class _Progress:
     seconds: float = 0.0
     metrics: list[dict[str, Any]] = field(default_factory=list)
     best: dict[str, torch.Tensor] = field(default_factory=dict)
+    perturbation: torch.Tensor | None = None
 
     def followed_by(self, row: dict[str, Any], model: nn.Module, keep: str) -> _Progress:
         """The progress after one more epoch, whose row of `metrics` this is; `kept` marks the epoch that is kept."""
@@ -73,10 +75,11 @@ class _Progress:
         kept = kept_epoch(metrics, keep)
         if keep == "best" and kept == row["epoch"]:
             best = {name: tensor.detach().to("cpu", copy=True) for name, tensor in model.state_dict().items()}
-        return _Progress(self.epoch + 1, metrics=[{**r, "kept": r["epoch"] == kept} for r in metrics], best=best)
+        rows = [{**r, "kept": r["epoch"] == kept} for r in metrics]
+        return _Progress(self.epoch + 1, metrics=rows, best=best, perturbation=self.perturbation)
 
 
-_COUNTS = tuple(field.name for field in fields(_Progress) if field.name != "best")
+_COUNTS = tuple(field.name for field in fields(_Progress) if field.name not in ("best", "perturbation"))
 """The fields of a progress that are stored in a checkpoint's `state.json`; the others are tensors."""
 
 
@@ -112,6 +115,9 @@ def train(task: Task, model: nn.Module, images: DeviceImages) -> nn.Module:
     model.to(memory_format=torch.channels_last)
     optimizer = _optimizer(model, task.spec)
     progress = _restore(task, model, optimizer)
+    if METHODS[task.spec.method].keeps_perturbation and progress.perturbation is None:
+        shape = (task.spec.training.batch_size, *images.x_train.shape[1:])
+        progress.perturbation = torch.zeros(shape, device=images.x_train.device)
     parallel, training = distributed(model) if count > 1 else model, task.spec.training
     while progress.epoch < training.epochs:
         row = _epoch(task, progress, model, parallel, optimizer, images)
@@ -151,10 +157,8 @@ def _epoch(
             factor = (1 + math.cos(math.pi * step / last)) / 2
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * factor
-            draws = Draws((*key, step - first))
-            loss, is_stopping = train_batch(
-                task.spec, parallel, optimizer, images, indices, draws, is_stopping=task.stopping()
-            )
+            batch = Batch(indices, Draws((*key, step - first)), progress.perturbation)
+            loss, is_stopping = train_batch(task.spec, parallel, optimizer, images, batch, is_stopping=task.stopping())
             progress.loss += loss * len(indices)
             progress.steps += 1
             now = time.perf_counter()
@@ -215,6 +219,8 @@ def _save(task: Task, model: nn.Module, optimizer: torch.optim.SGD, progress: _P
         if momentum is not None:
             tensors[f"momentum.{name}"] = momentum
     tensors |= {} if trained else {f"best.{name}": tensor for name, tensor in progress.best.items()}
+    if progress.perturbation is not None and not trained:
+        tensors["perturbation"] = progress.perturbation
     counts = {name: getattr(progress, name) for name in _COUNTS}
     state = {"stage": task.stage, "epochs": task.spec.training.epochs, **counts}
     checkpoints.save(task.store, task.spec.name, progress.epoch, progress.steps, tensors, state)
@@ -235,4 +241,7 @@ def _restore(task: Task, model: nn.Module, optimizer: torch.optim.SGD) -> _Progr
     state = checkpoint.state
     if "metrics" not in state:  # saved by an earlier version
         state = {**state, "metrics": tables.metrics_until(task.store, task.spec.name, checkpoint.epoch)}
-    return _Progress(**{name: state[name] for name in _COUNTS}, best=best)
+    perturbation = checkpoint.tensors.get("perturbation")
+    if perturbation is not None:
+        perturbation = perturbation.to(next(model.parameters()).device)
+    return _Progress(**{name: state[name] for name in _COUNTS}, best=best, perturbation=perturbation)

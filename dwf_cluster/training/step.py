@@ -7,7 +7,7 @@ import math
 import pkgutil
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -22,13 +22,33 @@ from dwf_cluster.determinism import Draws
 from dwf_cluster.models.frozen import frozen
 
 
+@dataclass(frozen=True)
+class Batch:
+    """One batch of training, over all workers.
+
+    Attributes:
+        indices: of its training images, shape (n,).
+        draws: its random draws.
+        perturbation: of methods that keep one (`defences.registry.Method`), shape (n or more, channels, height, width).
+            Changed in place; the same on all workers before and after the batch.
+    """
+
+    indices: torch.Tensor
+    draws: Draws
+    perturbation: torch.Tensor | None = None
+
+    def rows(self) -> tuple[int, int]:
+        """The first image of this worker's part of the batch, and the one after its last."""
+        rank, count = workers()
+        return len(self.indices) * rank // count, len(self.indices) * (rank + 1) // count
+
+
 def train_batch(
     spec: ModelSpec,
     parallel: nn.Module,
     optimizer: torch.optim.SGD,
     images: DeviceImages,
-    indices: torch.Tensor,
-    draws: Draws,
+    batch: Batch,
     *,
     is_stopping: bool,
 ) -> tuple[float, bool]:
@@ -39,8 +59,7 @@ def train_batch(
         parallel: the model, wrapped by DDP if there are several workers.
         optimizer: of the model.
         images: the data set.
-        indices: the batch's training images, over all workers.
-        draws: random draws of the batch.
+        batch: its images and random draws.
         is_stopping: whether this worker was asked to stop.
 
     Returns:
@@ -55,7 +74,7 @@ def train_batch(
     by_batch = spec.training.attack_batchnorm == "train"
     frozen_model = functools.cache(functools.partial(frozen, model, batch_statistics=by_batch))
     means = list[float]()
-    for share, name in _backward(spec, parallel, frozen_model, images, indices, draws):
+    for share, name in _backward(spec, parallel, frozen_model, images, batch):
         # The request to stop is reduced with the loss, so all workers see it after the same step.
         reduced = torch.stack([share, torch.full_like(share, is_stopping)])
         if dist.is_initialized():
@@ -71,6 +90,7 @@ def train_batch(
         _average_statistics(model)
     if not means:
         raise ValueError(f"method {spec.method}: no loss for a batch; a method yields one at least")
+    _exchange_perturbation(batch)
     return sum(means) / len(means), is_stopping
 
 
@@ -79,8 +99,7 @@ def _backward(
     parallel: nn.Module,
     frozen_model: Callable[[], nn.Module],
     images: DeviceImages,
-    indices: torch.Tensor,
-    draws: Draws,
+    batch: Batch,
 ) -> Iterator[tuple[torch.Tensor, str]]:
     """Add up the gradients of a batch, cut into its parts, for one loss of the method after the other.
 
@@ -88,9 +107,9 @@ def _backward(
         For each loss, when all its gradients are computed: this worker's share of the mean over the batch, shape (),
         and the loss's name.
     """
-    rank, count = workers()
-    start, stop = len(indices) * rank // count, len(indices) * (rank + 1) // count
-    cuts = torch.arange(start, stop).tensor_split(spec.training.accumulation)
+    _, count = workers()
+    indices, draws = batch.indices, batch.draws
+    cuts = torch.arange(*batch.rows()).tensor_split(spec.training.accumulation)
     parts = [slice(int(cut[0]), int(cut[-1]) + 1) for cut in cuts if len(cut)]
     name = METHODS[spec.method].losses
     if name is None:
@@ -99,7 +118,8 @@ def _backward(
 
     def losses(part: slice) -> Iterator[Loss]:
         x, y = images.train_batch(indices, draws, part)
-        yield from method(spec, parallel, frozen_model, x, y, replace(draws, first=part.start))
+        kept = () if batch.perturbation is None else (batch.perturbation[part],)
+        yield from method(spec, parallel, frozen_model, x, y, replace(draws, first=part.start), *kept)
 
     generators = [losses(part) for part in parts]
     while True:
@@ -139,6 +159,15 @@ def distributed(model: nn.Module) -> DistributedDataParallel:
     Buffers need no broadcast: every worker holds the same ones after each step (`_average_statistics`).
     """
     return DistributedDataParallel(model, find_unused_parameters=True, broadcast_buffers=False)
+
+
+def _exchange_perturbation(batch: Batch) -> None:
+    """Give all workers all rows of the perturbation; each has changed its own. A row of zeros adds nothing."""
+    if batch.perturbation is None or workers()[1] == 1:
+        return
+    changed, (start, stop) = batch.perturbation[: len(batch.indices)], batch.rows()
+    changed[:start], changed[stop:] = 0, 0
+    dist.all_reduce(changed)
 
 
 def _average_statistics(model: nn.Module) -> None:

@@ -1,0 +1,50 @@
+"""What the methods of `registry.METHODS` take of the settings: options of a ModelSpec, by name. Imports no torch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dwf_cluster.defences.settings import DefenceSettings
+
+
+def fgsm(settings: DefenceSettings) -> dict[str, Any]:
+    """The strengths of FGSM."""
+    return {"epsilons": settings.fgsm.epsilons, "epsilon_draw": settings.fgsm.draw}
+
+
+def pgd(settings: DefenceSettings) -> dict[str, Any]:
+    """The strengths of PGD."""
+    pgd = settings.pgd
+    return {
+        "epsilon": pgd.epsilon,
+        "step_sizes": pgd.step_sizes or (pgd.step_size,),
+        "steps": pgd.steps,
+        "random_start": pgd.random_start,
+    }
+
+
+def advmoe(settings: DefenceSettings) -> dict[str, Any]:
+    """ADVMoE's form, router and attack."""
+    own = settings.advmoe
+    return {
+        "experts": own.experts,
+        "ratio": own.ratio,
+        "router": own.router,
+        "router_objective": own.router_objective,
+        "beta": own.beta,
+        "epsilon": settings.pgd.epsilon,
+        "steps": own.steps,
+        "step_size": own.step_size or settings.pgd.epsilon * 5 / 8,
+    }
+
+
+def trades(settings: DefenceSettings) -> dict[str, Any]:
+    """TRADES' weight and attack."""
+    trades, pgd = settings.trades, settings.pgd
+    return {"beta": trades.beta, "epsilon": pgd.epsilon, "step_size": pgd.step_size, "steps": trades.steps}
+
+
+def soe(settings: DefenceSettings) -> dict[str, Any]:
+    """SoE's sub-models and attack."""
+    soe, pgd = settings.soe, settings.pgd
+    return {**soe.model_dump(), "epsilon": pgd.epsilon, "step_size": pgd.step_size}
