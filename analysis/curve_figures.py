@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
-from analysis.drawing import FigureData, new_figure
+from analysis.drawing import FigureData, add_legend, new_figure, with_legend
 
 _NORMS = {"linf": "L-infinity", "l2": "L2", "l1": "L1"}
 
@@ -20,7 +20,7 @@ def over_epsilon(data: FigureData) -> Figure | None:
     if not shown:
         return None
     threat = data.group.experiment.threat
-    figure, panels = new_figure(3.0, 1, len(shown), sharey=True, squeeze=False)
+    figure, panels = new_figure(with_legend(3.0, len(data.group.models)), 1, len(shown), sharey=True, squeeze=False)
     for axes, (attack, name) in zip(panels[0], shown.items(), strict=True):
         rows = measured[measured.attack == attack]
         _lines(axes, data, rows.assign(x=rows.epsilon.astype(float)))
@@ -35,7 +35,7 @@ def over_steps(data: FigureData) -> Figure | None:
     rows = data.measured[data.measured.attack == "curve_steps"]
     if rows.empty:
         return None
-    figure, axes = new_figure(3.0)
+    figure, axes = new_figure(with_legend(3.0, len(data.group.models)))
     _lines(axes, data, rows.assign(x=rows.steps.astype(float)))
     _logarithmic(axes)
     epsilon = data.group.experiment.threat.epsilon
@@ -48,7 +48,7 @@ def over_restarts(data: FigureData) -> Figure | None:
     rows = data.measured[data.measured.attack == "curve_restarts"]
     if rows.empty:
         return None
-    figure, axes = new_figure(3.0)
+    figure, axes = new_figure(with_legend(3.0, len(data.group.models)))
     steps, epsilon = data.group.experiment.evaluation.restart_steps, data.group.experiment.threat.epsilon
     _lines(axes, data, rows.assign(x=rows.steps.astype(float) / steps))
     axes.xaxis.get_major_locator().set_params(integer=True)
@@ -76,5 +76,5 @@ def _logarithmic(axes: Axes) -> None:
 
 def _finished(figure: Figure, first: Axes) -> Figure:
     first.set_ylabel("accuracy (%)")
-    figure.legend(*first.get_legend_handles_labels(), loc="outside right center")
+    add_legend(figure, first)
     return figure

@@ -1,4 +1,4 @@
-"""Shared by all figures: the results that they show, the style, and the colour, dashes and marker of each model."""
+"""Shared by all figures: the results that they show, the style, and the look of each model."""
 
 from __future__ import annotations
 
@@ -13,24 +13,36 @@ import numpy as np
 import pandas as pd
 from matplotlib import rc_context
 from matplotlib.axes import Axes
+from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 
 from analysis.columns import each
 from analysis.predictions import Predictions
 from analysis.results import Group, kind
+from dwf_cluster.defences.registry import METHODS
 
-PALETTE = ("#000000", "#0072B2", "#E69F00", "#56B4E9", "#CC79A7", "#009E73")
-"""Colours of kinds of models in the order of their appearance, repeated where there are more kinds. Okabe and Ito's,
-which colour-blind readers can distinguish, without the yellow, which is hard to see on white."""
+PALETTE = (
+    *("#000000", "#0072B2", "#E69F00", "#56B4E9", "#CC79A7", "#009E73"),
+    *("#332288", "#882255", "#999933", "#44AA99", "#AA4499", "#117733", "#CC6677", "#DDCC77"),
+)
+"""Colours of methods, except that of the paper's defence: Okabe and Ito's without the yellow, which is hard to see on
+white, then those of Tol's muted scheme; colour-blind readers can distinguish either."""
 
 DEFENDED = "#D55E00"
-"""Colour of the defended model."""
+"""Colour of the paper's defence, `dwf`."""
+
+_PALEST = 0.45
+"""Share of white in the colour of the last kind of a method."""
 
 UNDESCRIBED = "#777777"
 """Colour of models that no ModelSpec describes."""
 
 _DASHES = ("-", "--", "-.", ":")
 _MARKERS = "os^Dv<>PX*"
+_BESIDE = 20  # entries of a legend: more stand below the figure, in columns
+_LEGEND_COLUMNS = 3
+_MANY_COLUMNS = 20  # of a matrix: more have small labels
+_LEGIBLE = 4.5  # points
 _TEXT_WIDTH = 6.5  # inches: that of a page's text, so that text of 8 points is printed at that size
 _STYLE: dict[Any, Any] = {
     "font.size": 8,
@@ -75,11 +87,11 @@ class FigureData:
 
     @cached_property
     def styles(self) -> dict[str, dict[str, Any]]:
-        """Style of each model: colours distinguish kinds; dashes and markers, models of one colour."""
-        colours = model_colours(self.group)
+        """Style of each model: colours distinguish methods; shades, dashes and markers, models of one method."""
+        methods = {spec.name: spec.method for spec in self.group.experiment.models}
         styles = {}
-        for model, colour in colours.items():
-            i = [other for other in colours if colours[other] == colour].index(model)
+        for model, colour in model_colours(self.group).items():
+            i = [other for other in self.group.models if methods.get(other) == methods.get(model)].index(model)
             style: dict[str, Any] = {
                 "color": colour,
                 "linestyle": _DASHES[i % len(_DASHES)],
@@ -91,7 +103,7 @@ class FigureData:
         return styles
 
     def by_model(self, rows: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
-        """Rows of each model; the defended model last, so that it is drawn on top."""
+        """Rows of each model that has any, in the order of the result table."""
         models = self.group.models
         return [(model, rows[rows.model == model]) for model in models if (rows.model == model).any()]
 
@@ -105,22 +117,52 @@ class FigureData:
         return rows[rows.epsilon.isna() | ((rows.epsilon == threat.epsilon) & (rows.norm == threat.norm))]
 
 
+def method_colour(method: str) -> str:
+    """The colour of a method, the same in every experiment."""
+    others = [name for name in METHODS if name != "dwf"]
+    return DEFENDED if method == "dwf" else PALETTE[others.index(method) % len(PALETTE)]
+
+
 def model_colours(group: Group) -> dict[str, str]:
-    """The colour of each model: models whose ModelSpecs differ only in their names are one kind and share a colour."""
-    experiment = group.experiment
-    specs = {spec.name: spec for spec in experiment.models}
-    kinds = list(dict.fromkeys(kind(spec) for spec in specs.values() if spec != experiment.defended))
-    colours = dict.fromkeys(group.models, UNDESCRIBED)
-    for model, spec in specs.items():
-        if spec != experiment.defended:
-            colours[model] = PALETTE[kinds.index(kind(spec)) % len(PALETTE)]
-    return colours | {group.defended: DEFENDED}
+    """The colour of each model: its method's, in a shade for each kind.
+
+    Models whose ModelSpecs differ only in their names are one kind. A method's first kind has its full colour.
+    """
+    specs = {spec.name: spec for spec in group.experiment.models}
+    colours = {}
+    for model in group.models:
+        if model not in specs:
+            colours[model] = UNDESCRIBED
+            continue
+        alike = [specs[name] for name in group.models if name in specs and specs[name].method == specs[model].method]
+        kinds = list(dict.fromkeys(map(kind, alike)))
+        white = _PALEST * kinds.index(kind(specs[model])) / max(1, len(kinds) - 1)
+        full = to_rgb(method_colour(specs[model].method))
+        red, green, blue = ((1 - white) * part + white for part in full)
+        colours[model] = to_hex((red, green, blue)).upper()
+    return colours
 
 
 def new_figure(height: float, rows: int = 1, columns: int = 1, **panels: Any) -> tuple[Figure, Any]:
     """A figure as wide as a page's text, height in inches, and its axes."""
     figure = Figure(figsize=(_TEXT_WIDTH, height))
     return figure, figure.subplots(rows, columns, **panels)
+
+
+def with_legend(height: float, entries: int) -> float:
+    """Height of a figure in inches with the legend that `add_legend` draws; at least `height`."""
+    if entries > _BESIDE:
+        return height + 0.145 * -(-entries // _LEGEND_COLUMNS) + 0.1
+    return max(height, 0.175 * entries + 0.3)
+
+
+def add_legend(figure: Figure, axes: Axes) -> None:
+    """Explain what axes show: beside them or, if that is much, below them."""
+    handles, labels = axes.get_legend_handles_labels()
+    if len(labels) > _BESIDE:
+        figure.legend(handles, labels, loc="outside lower center", ncols=_LEGEND_COLUMNS, fontsize=7)
+    else:
+        figure.legend(handles, labels, loc="outside right center")
 
 
 def point(axes: Axes, label: str, x: tuple[float, float], y: Any, style: Mapping[str, Any]) -> None:
@@ -149,7 +191,7 @@ def point(axes: Axes, label: str, x: tuple[float, float], y: Any, style: Mapping
 def heat_map(
     axes: Axes, values: np.ndarray[Any, Any], rows: Sequence[str], columns: Sequence[str], top: float | None = None
 ) -> None:
-    """Draw a matrix as colours with the numbers in it; NaN stays empty.
+    """Draw a matrix as colours, with the numbers in it where they are legible; NaN stays empty.
 
     Args:
         axes: where to draw.
@@ -158,13 +200,19 @@ def heat_map(
         top: the value of the brightest colour, the largest value by default.
     """
     axes.imshow(values, vmin=0, vmax=top, aspect="auto")
+    is_large = len(columns) > _MANY_COLUMNS
+    size = min(7.0, 140 / len(columns))
     half = (top or float(np.nanmax(values))) / 2
     for (i, j), value in np.ndenumerate(values):
-        if not np.isnan(value):
+        if not np.isnan(value) and size >= _LEGIBLE:
             colour = "white" if value < half else "black"
-            axes.text(j, i, f"{value:.0f}", ha="center", va="center", fontsize=7, color=colour)
-    axes.set_yticks(range(len(rows)), rows)
-    axes.set_xticks(range(len(columns)), columns, rotation=45, ha="right", rotation_mode="anchor")
+            axes.text(j, i, f"{value:.0f}", ha="center", va="center", fontsize=size, color=colour)
+    labels = 6 if is_large else 8  # points
+    axes.set_yticks(range(len(rows)), rows, fontsize=labels)
+    rotation = 90 if is_large else 45
+    axes.set_xticks(
+        range(len(columns)), columns, rotation=rotation, ha="right", rotation_mode="anchor", fontsize=labels
+    )
     axes.grid(visible=False)
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0)

@@ -45,12 +45,13 @@ class FigureEntry:
 FIGURES: Mapping[str, FigureEntry] = {
     "fgsm": FigureEntry(
         "analysis.accuracy_figures:fgsm",
-        "Accuracy over FGSM's epsilon, with clean images at 0 (the paper's figure 6). Bands: one standard deviation "
-        "over seeds.",
+        "Accuracy over FGSM's epsilon, with clean images at 0 (the paper's figure 6, and its names). Bands: one "
+        "standard deviation over seeds.",
     ),
     "pgd": FigureEntry(
         "analysis.accuracy_figures:pgd",
-        "Accuracy over PGD's iterations (the paper's figure 7). Bands: one standard deviation over seeds.",
+        "Accuracy over PGD's iterations (the paper's figure 7, and its names). Bands: one standard deviation over "
+        "seeds.",
     ),
     "curve_epsilon": FigureEntry(
         "analysis.curve_figures:over_epsilon",
@@ -82,6 +83,11 @@ FIGURES: Mapping[str, FigureEntry] = {
     "cost": FigureEntry(
         "analysis.training_figures:cost",
         "Hours of training (steps only; the mixture with its experts) against accuracy under PGD with restarts.",
+    ),
+    "compute": FigureEntry(
+        "analysis.training_figures:compute",
+        "Compute of training (a model with everything it starts from: the mixture with its experts) against accuracy "
+        "in the worst case; floating-point operations of the passes that the methods need, not measured ones.",
     ),
     "gate_by_attack": FigureEntry(
         "analysis.gate_figures:gate_by_attack",

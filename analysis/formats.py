@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,7 @@ class Table:
         notes: the lines below the table.
         lines: rows with a rule above them.
         corner: heading of the labels' column.
+        groups: rows that begin a group, and its heading, which is a line above the row.
     """
 
     title: str
@@ -29,6 +30,7 @@ class Table:
     notes: Sequence[str] = ()
     lines: frozenset[int] = frozenset()
     corner: str = "model"
+    groups: Mapping[int, str] = field(default_factory=dict)
 
 
 def text(table: Table) -> str:
@@ -46,18 +48,22 @@ def text(table: Table) -> str:
         return "  ".join(aligned).rstrip()
 
     rule = "─" * (sum(widths) + 2 * len(widths) - 2)
-    rows = [part for i, row in enumerate(body) for part in ([rule] if i in table.lines else []) + [line(row)]]
+    rows = []
+    for i, row in enumerate(body):
+        rows += [f"── {table.groups[i]} {rule}"[: len(rule)]] if i in table.groups else [rule] * (i in table.lines)
+        rows.append(line(row))
     notes = [note.replace("Bold:", "*:").replace("is bold", "has a *") for note in table.notes]
-    return "\n".join([table.title, *map(line, heads), rule, *rows, rule, *notes]) + "\n"
+    above = [] if 0 in table.groups else [rule]  # the heading of the first group is in the rule
+    return "\n".join([table.title, *map(line, heads), *above, *rows, rule, *notes]) + "\n"
 
 
 def markdown(table: Table) -> str:
     """GitHub Markdown."""
     heads = [table.corner, *(f"{above} {below}".strip() for above, below in table.heads)]
-    rows = [
-        [label, *(f"**{cell}**" if (i, j) in table.bold else cell for j, cell in enumerate(cells))]
-        for i, (label, cells) in enumerate(table.rows)
-    ]
+    rows = []
+    for i, (label, cells) in enumerate(table.rows):
+        rows += [[f"*{table.groups[i]}*", *[""] * len(table.heads)]] if i in table.groups else []
+        rows.append([label, *(f"**{cell}**" if (i, j) in table.bold else cell for j, cell in enumerate(cells))])
     lines = [heads, ["---", *["---:"] * len(table.heads)], *rows]
     return "\n\n".join(
         [f"**{table.title}**", "\n".join(f"| {' | '.join(cells)} |" for cells in lines), *table.notes, ""]
@@ -89,6 +95,9 @@ def latex(table: Table) -> str:
     heads = [rf"{table.corner} & {above} \\"] + [rules, rf" & {below} \\"] * any(head for _, head in table.heads)
     body = []
     for i, (label, cells) in enumerate(table.rows):
+        if i in table.groups:
+            group = rf"\multicolumn{{{1 + len(table.heads)}}}{{l}}{{\textit{{{table.groups[i].translate(_LATEX)}}}}} \\"
+            body += [r"\midrule"] * (i > 0) + [group]
         escaped = [
             rf"\textbf{{{cell.translate(_LATEX)}}}" if (i, j) in table.bold else cell.translate(_LATEX)
             for j, cell in enumerate(cells)

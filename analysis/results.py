@@ -15,6 +15,7 @@ import pyarrow.dataset as ds
 
 from analysis.folder import ExperimentFolder, find
 from dwf_cluster.defences.registry import ModelSpec
+from dwf_cluster.defences.rows import rows
 from dwf_cluster.evaluation.column import CURVES
 from dwf_cluster.evaluation.registry import PAPER, Column, all_columns, columns
 from dwf_cluster.experiment import Experiment
@@ -69,11 +70,21 @@ class Group:
         return re.sub(r"[^A-Za-z0-9.=_-]+", "-", self.title).strip("-")
 
     @cached_property
+    def sections(self) -> dict[str, tuple[str, ...]]:
+        """Heading and models of each group of rows of the result table, in the table's order.
+
+        The groups of `defences.rows`, then models that no ModelSpec describes, of another version.
+        """
+        experiment = self.experiment
+        groups = rows(experiment.models, experiment.baselines)
+        sections = {heading: tuple(spec.name for spec in specs) for heading, specs in groups.items()}
+        undescribed = tuple(dict.fromkeys(name for run in self.runs for name in run.undescribed_models()))
+        return sections | ({"of another version": undescribed} if undescribed else {})
+
+    @property
     def models(self) -> tuple[str, ...]:
-        """Parents of the defended model, baselines, models that no ModelSpec describes, the defended model."""
-        *others, defended = self.experiment.names
-        undescribed = dict.fromkeys(name for run in self.runs for name in run.undescribed_models())
-        return (*others, *undescribed, defended)
+        """The models in the order of the result table's rows."""
+        return tuple(model for models in self.sections.values() for model in models)
 
     @property
     def defended(self) -> str:
@@ -119,8 +130,8 @@ class Group:
         Raises:
             InvalidInput: as `ExperimentFolder.rows`.
         """
-        rows = pa.concat_tables([run.rows(table, columns, where) for run in self.runs])
-        frame: pd.DataFrame = rows.to_pandas(strings_to_categorical=True)
+        merged = pa.concat_tables([run.rows(table, columns, where) for run in self.runs])
+        frame: pd.DataFrame = merged.to_pandas(strings_to_categorical=True)
         return frame.assign(group=pd.Categorical([self.title] * len(frame), [self.title]))
 
 

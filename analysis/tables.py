@@ -9,67 +9,42 @@ and its place in `make_tables`.
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Collection, Sequence
-from statistics import fmean, stdev
+from dataclasses import replace
 from typing import Any
 
 import pandas as pd
 
 from analysis import paper
+from analysis.accuracies import accuracies, cells_of, head, percent
 from analysis.class_tables import class_tables
-from analysis.columns import CELL_FIELDS, ColumnKey, column_key, column_name, each, key_of_row
+from analysis.columns import ColumnKey, column_key, column_name, each, key_of_row
 from analysis.command import command
+from analysis.cost import SIZE_HEADS, SIZE_NOTE, costs, size_cells
 from analysis.expert_tables import expert_tables
-from analysis.formats import FORMATS, Table, mean_and_std, signed
+from analysis.formats import FORMATS, Table, signed
+from analysis.paper_tables import beside_paper, equivalents
 from analysis.predictions import Predictions, read_predictions
 from analysis.results import Group, load
 from analysis.statistics import ALPHA, comparisons, is_established
 from analysis.sweep_tables import Setting, setting_tables
 from dwf_cluster.console.command import Parser
-from dwf_cluster.evaluation.merge import wilson
 from dwf_cluster.evaluation.registry import WORST_CASE, Column, worst_case_column
-from dwf_cluster.settings import printable, to_text
 
-_NO_CELL = (math.nan, math.nan)
+__all__ = [
+    "accuracies",
+    "against_defended",
+    "beside_paper",
+    "beyond",
+    "equivalents",
+    "make_tables",
+    "percent",
+    "table3",
+]
 
 INCOMPLETE = "incomplete"
 """The cell of a model that lacks a seed or a shard in a column of the primary family."""
-
-
-def accuracies(group: Group) -> pd.DataFrame:
-    """The accuracy of every model in every column, from the `evaluations` of all seeds.
-
-    Returns:
-        One row for each model and column that was measured with any seed, models in the order of `Group.models` and
-        columns in that of the result table (curves and `transfer` last): `model`, `attack`, `source`, `epsilon`,
-        `steps`, `title` (of the column), `seeds` (number measured), `mean`, `std` (sample, over seeds; NaN for one),
-        `low`, `high` (95 % Wilson interval of the mean, for the number of images of one seed), all 0..1, `examples`,
-        and `paper`, `paper_std` (0..1, NaN where the paper has no such cell).
-    """
-    measured: dict[tuple[str, ColumnKey], list[tuple[float, int]]] = {}
-    for row in each(group.frame("evaluations", [*CELL_FIELDS, "accuracy", "examples"])):
-        measured.setdefault((row.model, key_of_row(row)), []).append((row.accuracy, row.examples))
-    titles = {column_key(column): column_name(column) for column in (*group.columns, *group.curve_columns)}
-    several = len(group.experiment.threats) > 1
-    transfers = {
-        key: f"{key.attack} {key.source}{f' @{key.epsilon:.4g}' if several else ''}"
-        for _, key in measured
-        if key not in titles
-    }
-    published = paper.published(group)
-    rows = []
-    for model in group.models:
-        for key, title in (titles | transfers).items():
-            if cell := measured.get((model, key)):
-                values, examples = [accuracy for accuracy, _ in cell], min(count for _, count in cell)
-                mean, std = fmean(values), stdev(values) if len(values) > 1 else math.nan
-                interval = wilson(round(mean * examples), examples)
-                paper_cell = published.get((model, key), _NO_CELL)
-                rows.append((model, *key, title, len(values), mean, std, *interval, examples, *paper_cell))
-    names = [*CELL_FIELDS, "title", "seeds", "mean", "std", "low", "high", "examples", "paper", "paper_std"]
-    return pd.DataFrame(rows, columns=names)
 
 
 def bold_cells(tests: pd.DataFrame) -> set[tuple[str, ColumnKey]]:
@@ -92,7 +67,7 @@ def bold_cells(tests: pd.DataFrame) -> set[tuple[str, ColumnKey]]:
 
 
 def table3(group: Group, measured: pd.DataFrame, tests: pd.DataFrame) -> Table:
-    """The worst case under the primary threat model, and the paper's 17 columns.
+    """The worst case under the primary threat model, the paper's 17 columns, and the size and cost of each model.
 
     Args:
         group: gives models and columns.
@@ -102,7 +77,11 @@ def table3(group: Group, measured: pd.DataFrame, tests: pd.DataFrame) -> Table:
     columns = [*_headline_columns(group, measured), *group.paper_columns]
     notes = [*_notes(group, measured, columns), *bold_notes(group, tests)]
     title = f"{group.title}: accuracy in percent, the paper's table 3"
-    return _accuracy_table(title, group, columns, measured, tests, notes)
+    table = _accuracy_table(title, group, columns, measured, tests, notes)
+    if not (sizes := costs(group.experiment)):
+        return table
+    rows = [(model, [*cells, *size_cells(sizes.get(model))]) for model, cells in table.rows]
+    return replace(table, heads=[*table.heads, *SIZE_HEADS], rows=rows, notes=[*notes, SIZE_NOTE])
 
 
 def beyond(group: Group, measured: pd.DataFrame, tests: pd.DataFrame) -> Table | None:
@@ -131,7 +110,7 @@ def _accuracy_table(
     tests: pd.DataFrame,
     notes: Sequence[str],
 ) -> Table:
-    cells, established = _cells(measured), bold_cells(tests)
+    cells, established = cells_of(measured), bold_cells(tests)
     missing = {(str(row.other), key_of_row(row)) for row in each(tests[tests.incomplete.astype(bool)])}
     keys = [column_key(column) for column in columns]
     models = [m for m in group.models if any((m, key) in cells or (m, key) in missing for key in keys)]
@@ -144,12 +123,21 @@ def _accuracy_table(
 
     return Table(
         title,
-        [_head(column) for column in columns],
+        [head(column) for column in columns],
         [(model, [cell(model, key) for key in keys]) for model in models],
         frozenset((i, j) for i, m in enumerate(models) for j, key in enumerate(keys) if (m, key) in established),
         notes,
-        frozenset({len(models) - 1} - {0}),
+        groups=_group_headings(group, models),
     )
+
+
+def _group_headings(group: Group, models: Sequence[str]) -> dict[int, str]:
+    """The first row of each group of models, and its heading; none if all models are of one group."""
+    headings = {model: heading for heading, members in group.sections.items() for model in members}
+    first: dict[str, int] = {}
+    for i, model in enumerate(models):
+        first.setdefault(headings[model], i)
+    return {i: heading for heading, i in first.items()} if len(first) > 1 else {}
 
 
 def _notes(group: Group, measured: pd.DataFrame, columns: Sequence[Column]) -> list[str]:
@@ -224,48 +212,6 @@ def tested_over(group: Group) -> str:
     return "over images (one seed: a statement about these trained models, not about the method)"
 
 
-def _cells(measured: pd.DataFrame) -> dict[tuple[str, ColumnKey], Any]:
-    return {(row.model, key_of_row(row)): row for row in each(measured)}
-
-
-def _head(column: Column) -> tuple[str, str]:
-    above, below = column.title.split("\n")
-    return above, below
-
-
-def percent(row: Any) -> str:
-    """A row of `accuracies` as `97.5 ± 0.4`; blank for None."""
-    return "" if row is None else mean_and_std(row.mean, row.std)
-
-
-def _difference(row: Any) -> str:
-    """Ours minus the paper's in points; blank for PGD, whose epsilon in the paper is another one."""
-    return "" if row is None or row.attack.startswith("pgd") else signed(100 * (row.mean - row.paper))
-
-
-def beside_paper(group: Group, measured: pd.DataFrame) -> Table | None:
-    """Our cells, the paper's and the difference, for the models and columns that both have; None if there are none."""
-    cells = _cells(measured)
-    shared = {cell for cell, row in cells.items() if not math.isnan(row.paper)}
-    columns = [column for column in group.paper_columns if any(key == column_key(column) for _, key in shared)]
-    names = paper.names(group.experiment)
-    rows: list[tuple[str, list[str]]] = []
-    for model in (model for model in group.models if any(model == name for name, _ in shared)):
-        ours = [cells.get((model, column_key(column))) for column in columns]
-        rows += [
-            (model, [percent(row) for row in ours]),
-            (f"paper: {names[model]}", ["" if row is None else mean_and_std(row.paper, row.paper_std) for row in ours]),
-            ("difference", [_difference(row) for row in ours]),
-        ]
-    if not rows:
-        return None
-    changed = ", ".join(printable(f"{name}={to_text(value)}", 100) for name, value in group.changed.items())
-    notes = [paper.pgd_warning(group), *group.experiment.column_notes]
-    notes += [f"Settings that differ from the preset: {changed}."] if changed else []
-    lines = frozenset(range(3, len(rows), 3))
-    return Table(f"{group.title}: beside the paper", [_head(c) for c in columns], rows, frozenset(), notes, lines)
-
-
 def against_defended(group: Group, tests: pd.DataFrame) -> Table | None:
     """Accuracy of the defended model minus that of each other model, in points, with 95 % intervals.
 
@@ -284,7 +230,7 @@ def against_defended(group: Group, tests: pd.DataFrame) -> Table | None:
     return Table(
         f"{group.title}: {defended} minus each other model, percentage points",
         [(other, "") for other in others],
-        [(" ".join(_head(c)).strip(), [_interval(row) for row in r]) for c, r in zip(columns, shown, strict=True)],
+        [(" ".join(head(c)).strip(), [_interval(row) for row in r]) for c, r in zip(columns, shown, strict=True)],
         frozenset((i, j) for i, r in enumerate(shown) for j, row in enumerate(r) if row and is_established(row)),
         notes=[
             f"In brackets the 95 % interval {tested_over(group)}, not corrected.",
@@ -311,7 +257,13 @@ def make_tables(group: Group, predictions: Predictions) -> tuple[pd.DataFrame, p
     """Accuracies, tests, the tables made of them, and remarks on tables that could not be made."""
     measured, tests = accuracies(group), comparisons(group, predictions)
     beside = beside_paper(group, measured)
-    tables = [table3(group, measured, tests), beyond(group, measured, tests), beside, against_defended(group, tests)]
+    tables = [
+        table3(group, measured, tests),
+        equivalents(group, measured),
+        beyond(group, measured, tests),
+        beside,
+        against_defended(group, tests),
+    ]
     by_class, unrated = class_tables(group, predictions)
     tables += [*expert_tables(group, measured, predictions), *by_class]
     remarks = [*([] if beside else [paper.why_not_compared(group)]), *unrated]

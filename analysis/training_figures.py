@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
-from analysis.drawing import FigureData, new_figure, point
+from analysis import paper
+from analysis.cost import costs
+from analysis.drawing import FigureData, add_legend, new_figure, point, with_legend
 from analysis.results import Group
+from dwf_cluster.evaluation.registry import WORST_CASE
 from dwf_cluster.plan.jobs import EVALUATE
 
 _MARKED_EPOCHS = 10
 """The most epochs of a curve with a marker at each."""
+
+_WIDE_LEGEND = 12
+"""The most models whose names stand in six columns of a legend."""
+
+_FEW_DECADES = 4
+"""Decades of an axis from which on only powers of ten are labelled."""
 
 
 def training(data: FigureData) -> Figure | None:
@@ -22,7 +33,9 @@ def training(data: FigureData) -> Figure | None:
     metrics = data.group.frame("metrics", columns)
     if metrics.empty:
         return None
-    figure, panels = new_figure(2.6, 1, 3)
+    models = metrics.model.nunique()
+    columns_of_legend = 6 if models <= _WIDE_LEGEND else 4
+    figure, panels = new_figure(2.3 + 0.15 * -(-models // columns_of_legend), 1, 3)
     titles = {"loss": "Training loss", "clean_accuracy": "Clean accuracy (%)", "probe_pgd_accuracy": "PGD probe (%)"}
     for axes, (name, title) in zip(panels, titles.items(), strict=True):
         for model, rows in data.by_model(metrics):
@@ -31,7 +44,7 @@ def training(data: FigureData) -> Figure | None:
             axes.plot(mean.index, mean, label=model if name == "loss" else None, **style)
         axes.set(title=title, xlabel="epoch", ylim=(0, None) if name == "loss" else (-2, 102))
         axes.xaxis.get_major_locator().set_params(integer=True)
-    figure.legend(loc="outside lower center", ncols=6)
+    figure.legend(loc="outside lower center", ncols=columns_of_legend)
     return figure
 
 
@@ -42,20 +55,36 @@ def cost(data: FigureData) -> Figure | None:
     models = [model for model in data.group.models if model in robust and model in hours.index]
     if not models:
         return None
-    figure, axes = new_figure(3.4)
-    for model in models:
-        point(axes, model, (hours[model], math.nan), robust[model], data.styles[model])
-    axes.set_xscale("log")
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
-    axes.xaxis.set_major_formatter("{x:g}")
-    axes.xaxis.set_minor_locator(NullLocator())
     unit = "GPU-hours" if hours.attrs["gpu"] else "hours of CPU jobs"
-    axes.set(
-        xlabel=f"{unit} of training, a seed",
-        ylabel="accuracy under PGD, restarts (%)",
-        title="Cost against robustness",
-    )
-    figure.legend(loc="outside right center")
+    x = {model: hours[model] for model in models}
+    return _against_cost(data, x, robust, f"{unit} of training, a seed", "accuracy under PGD, restarts (%)")
+
+
+def compute(data: FigureData) -> Figure | None:
+    """Compute of training of each model and of all it starts from, against accuracy in the worst case."""
+    worst = data.by_attack(WORST_CASE)
+    robust = worst or data.by_attack("pgd_restarts")
+    x = {m: cost.flops / 1e12 for m, cost in costs(data.group.experiment).items() if m in robust and cost.flops}
+    x = {model: x[model] for model in data.group.models if model in x}
+    label = "accuracy in the worst case (%)" if worst else "accuracy under PGD, restarts (%)"
+    return _against_cost(data, x, robust, "TFLOP of training, with all that a model starts from", label) if x else None
+
+
+def _against_cost(
+    data: FigureData, x: Mapping[str, float], robust: Mapping[str, Any], x_label: str, y_label: str
+) -> Figure:
+    """A point for each model: its cost, on a logarithmic axis, and its row of `tables.accuracies`."""
+    figure, axes = new_figure(with_legend(3.4, len(x)))
+    for model, cost in x.items():
+        label = paper.legend(data.group.experiment, model)
+        point(axes, label, (cost, math.nan), robust[model], data.styles[model])
+    axes.set_xscale("log")
+    few = math.log10(max(x.values()) / min(x.values())) < _FEW_DECADES if min(x.values()) > 0 else False
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 3) if few else (1,)))
+    axes.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}" if x >= 1 else f"{x:g}")
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set(xlabel=x_label, ylabel=y_label, title="Cost against robustness")
+    add_legend(figure, axes)
     return figure
 
 

@@ -20,7 +20,7 @@ import pandas as pd
 from dwf_cluster.console.tables import GPU_FLOPS, measured_speeds
 from dwf_cluster.data.sources import sizes
 from dwf_cluster.experiment import Experiment
-from dwf_cluster.plan.jobs import STAGES, Job, forward_flops, jobs
+from dwf_cluster.plan.jobs import STAGES, Job, jobs
 from dwf_cluster.plan.resources import Resources, allocate, cpus_here
 from dwf_cluster.plan.schedule import Planned, lower_bound, timeline
 from dwf_cluster.presets import build
@@ -32,7 +32,7 @@ GPUS = (1, 2, 4, 8, 9, 16, 32, 64)
 def planned(
     experiments: Sequence[Experiment], stages: Sequence[str], resources: Resources
 ) -> tuple[dict[Job, Planned], float]:
-    """The timeline, and its lower bound, in passes."""
+    """The timeline, and its lower bound, in floating-point operations."""
     every = [job for e in experiments for stage in stages for job in jobs(e, stage, sizes(e.data))]
     allocations = allocate(every, resources)
     return timeline(every, allocations, resources.slots), lower_bound(every, allocations, resources.slots)
@@ -45,7 +45,7 @@ def simulate() -> None:
     print("|---:|---:|---:|---:|---:|---:|")
     for seeds in (1, 5):
         experiments = [build("cifar10", seed) for seed in range(seeds)]
-        hour = 3600 * GPU_FLOPS[0] / forward_flops(experiments[0].defended, (3, 32, 32))
+        hour = 3600 * GPU_FLOPS[0]
         for gpus in GPUS:
             cells = []
             for stages in (("experts",), STAGES):

@@ -89,7 +89,8 @@ class Experiment(Settings):
     baselines: Annotated[tuple[Annotated[str, OneOf(recipe_names)], ...], BeforeValidator(as_tuple)] = ()
     """Defences and methods beside it, such as `fgsm-at` and `pgd-at`: ResNet-18 with half of each batch adversarial at
     a fixed strength (PGD with 10 iterations). Our assumption: FGSM at `pgd.epsilon`. `pgd-at-matched` is `pgd-at` with
-    the compute of the whole defence; `controls` are the mixture's experts, alone and with equal weights."""
+    the compute of the whole defence; `controls` are the mixture's experts, alone and with equal weights;
+    `pgd-ensemble` is the mean of as many PGD-AT networks; `resnet18-wide` has three times the width."""
     given: Annotated[tuple[Given, ...], BeforeValidator(as_tuple)] = ()
     """Networks beside it whose weights the user has, as a JSON list: `[{"name": "r18", "file": "resnet18.pth",
     "accuracy": 93.02}]`. They are tested, stored and attacked, and not trained. The fields of an entry:"""

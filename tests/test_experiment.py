@@ -53,9 +53,10 @@ def test_the_papers_baselines_are_two_more_models_outside_the_mixture() -> None:
 
 
 def test_every_defence_and_every_method_without_parents_can_be_a_baseline_or_the_defence() -> None:
-    # `given` and `controls` train nothing.
-    names = [name for name in recipe_names() if name not in ("dwf", "given", "controls", *BACKBONES)]
-    assert names == ["fgsm-at", "pgd-at", "pgd-at-matched", "advmoe", "standard", "fgsm", "pgd", "soe"]
+    # `given` and `controls` train nothing, and `pgd-ensemble` several models.
+    others = ("dwf", "given", "controls", "pgd-ensemble")
+    names = [name for name in recipe_names() if name not in (*others, *BACKBONES)]
+    assert names == ["fgsm-at", "pgd-at", "pgd-at-matched", "advmoe", "resnet18-wide", "standard", "fgsm", "pgd", "soe"]
     experiment = build("digits", 0, [f"baselines={','.join(names)}"])
     assert experiment.names == (
         "benign",
@@ -66,7 +67,7 @@ def test_every_defence_and_every_method_without_parents_can_be_a_baseline_or_the
     for name in names:
         spec = experiment.spec(name)
         training = experiment.experts.of_a_model
-        epochs = spec.training.epochs if name == "pgd-at-matched" else training.epochs
+        epochs = spec.training.epochs if name in ("pgd-at-matched", "resnet18-wide") else training.epochs
         assert (spec.parents, spec.training) == ((), training.model_copy(update={"epochs": epochs}))
         alone = build("digits", 0, [f"defence={name}"])
         assert alone.models == (alone.defended,) == (spec,)

@@ -248,7 +248,7 @@ def _write(store: Store, experiment: Experiment, rows: Rows) -> None:
     spec = experiment.defended
 
     def job(suite: str, examples: int) -> Job:
-        return Job(experiment, experiment.folder, spec, EVALUATE, spec.name, 0.0, suite, 0, examples)
+        return Job(experiment, experiment.folder, spec, EVALUATE, spec.name, 0.0, 0.0, suite, 0, examples)
 
     shards: dict[str, list[str]] = {}
     for suite in dict.fromkeys([row["family"] for row in rows.shards]):

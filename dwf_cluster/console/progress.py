@@ -135,9 +135,9 @@ class Progress:
 class TimeLeft:
     """Estimates how long a run still takes: the remaining cost, at the cost done per second of wall-clock time so far.
 
-    Costs are those of `plan.jobs`, forward passes. A running training counts by its epochs; a running evaluation
-    counts when it has ended. The estimate is rough: the stages differ in speed, and attacks cost less on images that
-    they fool early.
+    Costs are those of `plan.jobs`, in floating-point operations. A running training counts by its epochs; a running
+    evaluation counts when it has ended. The estimate is rough: the stages differ in speed, and attacks cost less on
+    images that they fool early.
 
     Args:
         jobs: of the run; it begins now.
@@ -145,12 +145,12 @@ class TimeLeft:
 
     def __init__(self, jobs: tuple[Job, ...] = ()) -> None:
         self._began = time.monotonic()
-        self._remaining = {job: job.cost for job in jobs}
+        self._remaining = {job: job.flop for job in jobs}
         self._done = 0.0
 
     def trained(self, job: Job, epoch: int, is_replayed: bool) -> None:
         """Count the epochs of a training until this one; replayed ones took this run no time."""
-        self._reduce(job, job.cost * (1 - epoch / job.training.epochs), is_replayed)
+        self._reduce(job, job.flop * (1 - epoch / job.training.epochs), is_replayed)
 
     def ended(self, job: Job) -> None:
         """Count the rest of a job."""

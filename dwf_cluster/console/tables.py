@@ -12,13 +12,14 @@ from rich.table import Table
 
 from dwf_cluster.console.prune import format_bytes
 from dwf_cluster.data.registry import Sizes
+from dwf_cluster.defences.rows import rows as table_rows
 from dwf_cluster.evaluation.registry import Column, transfer_column
 from dwf_cluster.evaluation.settings import Threat
 from dwf_cluster.experiment import Experiment
 from dwf_cluster.pipeline.sweep import Sweep
 from dwf_cluster.pipeline.trial_table import TrialTable, headline
 from dwf_cluster.plan.disk_space import stored_bytes
-from dwf_cluster.plan.jobs import STAGES, Job, deduplicate, forward_flops
+from dwf_cluster.plan.jobs import STAGES, Job, deduplicate
 from dwf_cluster.plan.jobs import jobs as plan_jobs
 from dwf_cluster.plan.resources import Resources, allocate
 from dwf_cluster.plan.schedule import Allocation, Planned, lower_bound, timeline
@@ -40,8 +41,8 @@ def plan(
 ) -> tuple[Table, list[str]]:
     """The plan of a run: for each job its allocation, its devices, its start and end, and its estimated cost.
 
-    The cost counts forward passes of one image through one backbone (a gradient counts as 2, a training step as 3),
-    and the floating-point operations of these passes.
+    The cost counts forward passes of one image through one of the model's networks (a gradient counts as 2, a training
+    step as 3), and the floating-point operations of these passes, which decide the order.
 
     Args:
         experiments: all experiments of the run.
@@ -56,11 +57,10 @@ def plan(
     """
     jobs = deduplicate([job for e in experiments for stage in STAGES for job in plan_jobs(e, stage, sizes)], ())
     allocations = allocate(jobs, resources)
-    flops = forward_flops(experiments[0].defended, sizes.shape)
     device = "GPU" if resources.gpus else "CPU"
     estimate, source = GPU_FLOPS if resources.gpus else CPU_FLOPS
     measured = measured_speeds(jobs, allocations, storage)
-    speeds = {stage: measured.get(stage, estimate / flops) for stage in STAGES}
+    speeds = {stage: measured.get(stage, estimate) for stage in STAGES}
     planned = timeline(pending, allocations, resources.slots, speeds)
     makespan = max((when.end for when in planned.values()), default=0.0)
     bound = lower_bound(pending, allocations, resources.slots, speeds)
@@ -69,12 +69,12 @@ def plan(
         f"Plan on {nodes}{resources.cpus} CPU, {resources.gpus} GPU: {sizes.train} training images, {sizes.test} test "
         f"images of {'x'.join(map(str, sizes.shape))}"
     )
-    _add_plan(table, names, planned, allocations, device, flops)
+    _add_plan(table, names, planned, allocations, device)
     return table, [
         f"makespan: {_clock(makespan)}",
         f"lower bound: {_clock(bound)} (no schedule on these resources is shorter)",
         *(
-            f"speed of {stage}: {speeds[stage] * flops / 1e12:.3g} TFLOP/s a {device}, "
+            f"speed of {stage}: {speeds[stage] / 1e12:.3g} TFLOP/s a {device}, "
             f"{'measured on finished jobs' if stage in measured else source}"
             for stage in sorted({job.stage for job in pending}, key=STAGES.index)
         ),
@@ -88,9 +88,8 @@ def _add_plan(
     planned: Mapping[Job, Planned],
     allocations: Mapping[Job, Allocation],
     device: str,
-    flops: float,
 ) -> None:
-    """Add a row for each job, and their total."""
+    """Add a row for each job, and their total; of passes only if all are of the same number of operations."""
     for heading in (*(("experiment",) if names else ()), "stage", "task", "resources", device):
         table.add_column(heading, no_wrap=True)
     for heading in ("start", "end", "million passes", "TFLOP"):
@@ -98,11 +97,13 @@ def _add_plan(
     for job, when in planned.items():
         times = (_clock(when.start), _clock(when.end))
         name = f"{job.name} (copied)" if job.copy_of else job.name
-        cells = (job.stage, name, str(allocations[job]), _ranges(when.devices), *times, *_cost(job.cost, flops))
+        cells = (job.stage, name, str(allocations[job]), _ranges(when.devices), *times, *_cost(job.cost, job.flop))
         table.add_row(*((names[job.folder],) if names else ()), *cells)
     table.add_section()
     blank = ("",) * (4 + bool(names))
-    table.add_row("total", f"{len(planned)} tasks", *blank, *_cost(sum(job.cost for job in planned), flops))
+    are_equal = len({job.pass_flop for job in planned}) == 1
+    passes, flop = _cost(sum(job.cost for job in planned), sum(job.flop for job in planned))
+    table.add_row("total", f"{len(planned)} tasks", *blank, passes if are_equal else "", flop)
 
 
 def _storage_line(experiments: Sequence[Experiment], sizes: Sizes, storage: str) -> str:
@@ -114,14 +115,14 @@ def _storage_line(experiments: Sequence[Experiment], sizes: Sizes, storage: str)
 
 
 def measured_speeds(jobs: Sequence[Job], allocations: Mapping[Job, Allocation], storage: str) -> dict[str, float]:
-    """Forward passes a second of one GPU or CPU, for each stage that has finished jobs."""
+    """FLOP/s of one GPU or CPU, for each stage that has finished jobs."""
     totals: dict[str, tuple[float, float]] = {}
     for job in jobs:
         for row in tables.read(Store(storage, job.folder), "jobs", [job.file]).to_pylist():
             if row["state"] == "done" and row["attempts"] == 1:
-                cost, seconds = totals.get(job.stage, (0.0, 0.0))
-                totals[job.stage] = cost + job.cost, seconds + row["seconds"] * allocations[job].slots
-    return {stage: cost / seconds for stage, (cost, seconds) in totals.items() if seconds}
+                flop, seconds = totals.get(job.stage, (0.0, 0.0))
+                totals[job.stage] = flop + job.flop, seconds + row["seconds"] * allocations[job].slots
+    return {stage: flop / seconds for stage, (flop, seconds) in totals.items() if seconds}
 
 
 def _clock(seconds: float) -> str:
@@ -140,8 +141,8 @@ def _ranges(numbers: Sequence[int]) -> str:
     return ",".join("-".join(map(str, run)) for run in runs)
 
 
-def _cost(passes: float, flops: float) -> tuple[str, str]:
-    return f"{passes / 1e6:.3f}", f"{passes * flops / 1e12:,.3f}"
+def _cost(passes: float, flop: float) -> tuple[str, str]:
+    return f"{passes / 1e6:.3f}", f"{flop / 1e12:,.3f}"
 
 
 def results(console: Console, experiment: Experiment, store: Store) -> None:
@@ -190,10 +191,12 @@ def _accuracies(experiment: Experiment, store: Store, title: str, headings: Mapp
     table.add_column("model", no_wrap=True)
     for heading in headings.values():
         table.add_column(heading, justify="right", no_wrap=True)
-    for model in experiment.names:
-        cells = [accuracy.get((model, *column.settings.values())) for column in headings]
-        if any(cell is not None for cell in cells):  # else another run is still evaluating it
-            table.add_row(model, *("" if cell is None else f"{100 * cell:.1f}" for cell in cells))
+    for specs in table_rows(experiment.models, experiment.baselines).values():
+        table.add_section()
+        for model in (spec.name for spec in specs):
+            cells = [accuracy.get((model, *column.settings.values())) for column in headings]
+            if any(cell is not None for cell in cells):  # else another run is still evaluating it
+                table.add_row(model, *("" if cell is None else f"{100 * cell:.1f}" for cell in cells))
     return table
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from dwf_cluster.defences.registry import METHODS, ModelSpec, single
+from dwf_cluster.defences.registry import METHODS, ModelSpec, recipe, recipe_names, single
 from dwf_cluster.defences.settings import DefenceSettings, Given, Training
 
 
@@ -53,7 +53,7 @@ def pgd_at(settings: DefenceSettings) -> tuple[ModelSpec, ...]:
 
 
 def pgd_at_matched(settings: DefenceSettings) -> tuple[ModelSpec, ...]:
-    """PGD-AT, trained for as many forward passes as all models of `dwf` together: the rival at equal compute.
+    """PGD-AT, trained with as much compute as all models of `dwf` together: the rival at equal compute.
 
     Everything but the number of epochs is that of `pgd-at`, so the two differ in compute alone. Half of each batch
     stays clean because the mixture is trained on clean images too: a network trained on adversarial images only would
@@ -61,10 +61,47 @@ def pgd_at_matched(settings: DefenceSettings) -> tuple[ModelSpec, ...]:
     up. A long training may overfit (Rice et al. 2020), which would flatter the mixture: see `experts.keep`.
     """
     (spec,) = pgd_at(settings)
-    budget = sum(model.training.epochs * METHODS[model.method].passes(model) for model in dwf(settings))
-    epochs = math.ceil(budget / METHODS[spec.method].passes(spec) - 1e-9)  # a quotient is rounded
-    training = spec.training.model_copy(update={"epochs": epochs})
-    return (replace(spec, name="pgd-at-matched", training=training),)
+    return (_with_compute_of_dwf(replace(spec, name="pgd-at-matched"), settings),)
+
+
+def _with_compute_of_dwf(spec: ModelSpec, settings: DefenceSettings) -> ModelSpec:
+    """A model with so many epochs, rounded up, that its training costs what all trainings of `dwf` cost."""
+
+    def epoch_flop(model: ModelSpec) -> float:
+        # Of images of 32x32: the ratio of two networks' operations hardly depends on the size of the images.
+        method = METHODS[model.method]
+        return method.passes(model) * method.flops(model, (3, 32, 32)) / model.networks
+
+    budget = sum(model.training.epochs * epoch_flop(model) for model in dwf(settings))
+    epochs = math.ceil(budget / epoch_flop(spec) - 1e-9)  # a quotient is rounded
+    return replace(spec, training=spec.training.model_copy(update={"epochs": epochs}))
+
+
+def pgd_ensemble(settings: DefenceSettings) -> tuple[ModelSpec, ...]:
+    """As many PGD-AT networks as the mixture has experts, `pgd-at-1` and so on, and the mean of their logits.
+
+    The mean has the size of the mixture, and neither its gate, its joint stage nor its kinds of experts. The networks
+    differ in their initial weights and in all random draws.
+    """
+    (spec,) = pgd_at(settings)
+    *experts, _ = dwf(settings)
+    members = tuple(replace(spec, name=f"{spec.name}-{number + 1}") for number in range(len(experts)))
+    names = tuple(member.name for member in members)
+    return (*members, replace(spec, name="pgd-ensemble", method="uniform", options=(), parents=names))
+
+
+def resnet18_wide(settings: DefenceSettings) -> tuple[ModelSpec, ...]:
+    """ResNet-18 at three times `model.width`: parameters and operations of a mixture of nine experts, in one network.
+
+    It is trained as `random-at`, on the batches of the joint stage with the same random strengths, for as many epochs
+    as the compute of all trainings of `dwf` allows. So neither its size, nor its adversarial examples, nor its compute
+    differ from the mixture's, and what is left is the division into experts and the gate. A plain network of this size
+    would answer another question: whether size alone, without adversarial training, gives robustness. Versions without
+    `random-at` train it as `pgd-at`.
+    """
+    (spec,) = recipe("random-at" if "random-at" in recipe_names() else "pgd-at", settings)
+    wide = replace(spec, name="resnet18-wide", backbone="resnet18", width=3 * settings.model.width)
+    return (_with_compute_of_dwf(wide, settings),)
 
 
 def controls(settings: DefenceSettings) -> tuple[ModelSpec, ...]:

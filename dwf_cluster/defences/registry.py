@@ -94,8 +94,8 @@ class Method:
             optimiser takes a step, and `frozen()` is the changed model. Every batch needs the same number of losses,
             one at least. A loss trains what has `requires_grad` and is reached through `model(...)`. None: a model of
             this method is not trained; it is what `build` makes of its trained parents, and has no checkpoint.
-        passes: of a spec, forward passes through one backbone for one training image: an input gradient counts as 2
-            and a training step as 3.
+        passes: of a spec, forward passes through one of its networks, of `flops` / `spec.networks` operations, for one
+            training image: an input gradient counts as 2 and a training step as 3.
         options: of the settings, what a model of this method takes where its recipe does not say otherwise.
         has_gate: whether its models have `experts` and a `gate`, which attacks can aim at.
         needs_parents: whether its models start from others, or from a file, so that no name alone describes one.
@@ -302,6 +302,8 @@ DEFENCES: Mapping[str, str] = {
     "pgd-at-matched": f"{_RECIPES}:pgd_at_matched",
     "advmoe": f"{_RECIPES}:advmoe",
     "controls": f"{_RECIPES}:controls",
+    "pgd-ensemble": f"{_RECIPES}:pgd_ensemble",
+    "resnet18-wide": f"{_RECIPES}:resnet18_wide",
     "given": f"{_RECIPES}:given",
 }
 """`module:function` of each defence's recipe: from `DefenceSettings` to ModelSpecs, the defended model last. The module

@@ -39,8 +39,9 @@ class Job:
         model: the model's name.
         suite: for an evaluation, a key of `evaluation.registry.SUITES`.
         first, stop: for an evaluation, its shard of the test set.
-        cost: forward passes of one image through one backbone, roughly: a gradient counts as 2, a training
-            step as 3.
+        cost: forward passes of one image through one of the model's networks, roughly: a gradient counts as 2, a
+            training step as 3.
+        pass_flop: floating-point operations of such a pass: `forward_flops`.
         copy_of: folder of another experiment whose job has the same results: they are copied from there.
         until: a training stops after this epoch, as if it had been asked to stop; None: after its last.
     """
@@ -50,12 +51,18 @@ class Job:
     spec: ModelSpec = field(repr=False, compare=False)
     stage: str
     model: str
+    pass_flop: float = field(compare=False)
     cost: float = field(compare=False)
     suite: str | None = None
     first: int = 0
     stop: int = 0
     copy_of: str | None = field(default=None, compare=False)
     until: int | None = field(default=None, compare=False)
+
+    @property
+    def flop(self) -> float:
+        """Its cost in floating-point operations, which compares jobs of models with different networks."""
+        return self.cost * self.pass_flop
 
     @property
     def is_training(self) -> bool:
@@ -152,13 +159,15 @@ def jobs(experiment: Experiment, stage: str, sizes: Sizes) -> list[Job]:
     listed: list[Job] = []
     *others, defended = experiment.models
     for spec in (defended, *others):  # of jobs of equal cost, the defended model's start first
-        job = functools.partial(Job, experiment, experiment.folder, spec, stage, spec.name)
+        job = functools.partial(
+            Job, experiment, experiment.folder, spec, stage, spec.name, forward_flops(spec, sizes.shape)
+        )
         if stage == EVALUATE:
             listed += _evaluations(job, experiment, spec, sizes)
         elif METHODS[spec.method].losses is not None and stage == (JOINT if spec.parents else EXPERTS):
             # Given weights are not trained, but tested.
             listed.append(job(spec.training.epochs * sizes.train * METHODS[spec.method].passes(spec) or sizes.test))
-    return sorted(listed, key=lambda job: -job.cost)
+    return sorted(listed, key=lambda job: -job.flop)
 
 
 def _evaluations(job: Callable[..., Job], experiment: Experiment, spec: ModelSpec, sizes: Sizes) -> Iterator[Job]:
@@ -186,14 +195,22 @@ def _shard_size(experiment: Experiment, spec: ModelSpec, cost: float, sizes: Siz
 
 
 def _passes(experiment: Experiment, suite: str, spec: ModelSpec, shape: Shape) -> float:
-    """Passes through one backbone of a model for one image that no attack fools, divided by its backbones."""
-    evaluation = experiment.evaluation
+    """Passes through one network of a model for one image that no attack fools, divided by its networks.
+
+    Passes through other models count by their floating-point operations.
+    """
+    evaluation, own = experiment.evaluation, forward_flops(spec, shape)
+
+    def others(names: Iterable[str]) -> float:
+        specs = (experiment.spec(name) for name in names)
+        return sum(METHODS[other.method].flops(other, shape) for other in specs) / own
+
     if suite == CHECKS:
-        others = len(_check_sources(experiment, spec))
-        return check_cost(evaluation, math.prod(shape)) + others * check_transfer_cost(evaluation) / spec.networks
+        sources = others(_check_sources(experiment, spec))
+        return check_cost(evaluation, math.prod(shape)) + sources * check_transfer_cost(evaluation) / spec.networks
     cost = SUITES[suite].cost(evaluation, spec.networks)
     if suite == PAPER and TRANSFER in evaluation.beyond:
-        cost += sum(other.networks for other in experiment.models)
+        cost += others(experiment.names)
     return float(cost) * threat_count(evaluation, experiment.threats, suite)
 
 
@@ -310,7 +327,7 @@ def select(waiting: Mapping[str, list[Job]], stages: Iterable[str]) -> list[Job]
 
 
 def forward_flops(spec: ModelSpec, shape: Shape) -> float:
-    """Floating-point operations of one forward pass of one image through one network of a model.
+    """Floating-point operations of one forward pass of one image through one network of a model, their mean.
 
     Args:
         spec: the model.

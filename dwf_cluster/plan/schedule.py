@@ -51,8 +51,8 @@ class Allocation:
 
 
 def duration(job: Job, allocation: Allocation) -> float:
-    """Planned length of a job, in passes of one GPU or CPU, if several share its work evenly."""
-    return job.cost / allocation.slots
+    """Planned length of a job, in FLOP of one GPU or CPU, if several share its work evenly."""
+    return job.flop / allocation.slots
 
 
 class Schedule:
@@ -111,7 +111,7 @@ class Planned:
     """When and where a job is to run.
 
     Attributes:
-        start, end: since the start of the first job; passes of one GPU or CPU or, with `speeds`, seconds.
+        start, end: since the start of the first job; FLOP of one GPU or CPU or, with `speeds`, seconds.
         devices: numbers of its GPUs or CPUs, counted over all nodes.
     """
 
@@ -127,7 +127,7 @@ def timeline(
 
     Args:
         jobs, allocations, slots: as in `Schedule`.
-        speeds: of each stage, passes a second of one GPU or CPU.
+        speeds: of each stage, FLOP/s of one GPU or CPU.
     """
     schedule, now, running = Schedule(jobs, allocations, slots), 0.0, list[tuple[float, int, Job]]()
     free = [1.0] * math.ceil(slots)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import colorsys
 import functools
 import io
 import json
@@ -14,6 +15,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from matplotlib.colors import to_rgb
 from matplotlib.image import imread
 
 from analysis import Group, drawing, figures, load, report, tables
@@ -53,7 +55,9 @@ def test_figure_6_shows_accuracy_over_epsilon_with_bands(cifar10: Group, data: F
     assert figure is not None
     (axes,) = figure.axes
     lines = {str(line.get_label()): np.asarray(line.get_xydata()) for line in axes.lines}
-    assert set(lines) == {*cifar10.models, "paper's DWF"}
+    named = {"benign": "ResNet-18 (benign)", "mixture": "DWF (mixture)"}
+    named |= {"fgsm-at": "ResNet-18 (FGSM-AT)", "pgd-at": "ResNet-18 (PGD-AT)"}
+    assert set(lines) == {*(named.get(model, model) for model in cifar10.models), "paper's DWF"}
     measured = data.measured
     rows = measured[(measured.model == "pgd-2") & measured.attack.isin(["clean", "fgsm"])]
     assert lines["pgd-2"][:, 0].tolist() == [0, 0.01, 0.02, 0.03, 0.04, 0.05, 0.06, 0.07, 0.08, 0.09]
@@ -69,8 +73,8 @@ def test_figure_7_shows_accuracy_over_iterations_without_the_papers(cifar10: Gro
     figure = draw("pgd", data)
     assert figure is not None
     lines = {line.get_label(): np.asarray(line.get_xydata()) for line in figure.axes[0].lines}
-    assert set(lines) == set(cifar10.models)
-    assert lines["mixture"][:, 0].tolist() == [10, 20, 30, 40, 50]
+    assert len(lines) == len(cifar10.models)
+    assert lines["DWF (mixture)"][:, 0].tolist() == [10, 20, 30, 40, 50]
 
 
 def test_the_curves_show_each_model_over_epsilon_steps_and_starts(cifar10: Group, data: FigureData) -> None:
@@ -125,7 +129,7 @@ def test_the_transfer_matrix_has_each_models_own_pgd_on_its_diagonal(cifar10: Gr
     own = measured[(measured.attack == "pgd") & (measured.steps == 50)].set_index("model")["mean"]
     assert np.diag(matrix) == pytest.approx(100 * own[list(cifar10.models)].to_numpy())
     moved = measured[(measured.attack == "transfer") & (measured.model == "benign") & (measured.source == "mixture")]
-    assert matrix[0, -1] == pytest.approx(100 * moved["mean"].item())
+    assert matrix[0, cifar10.models.index("mixture")] == pytest.approx(100 * moved["mean"].item())
 
 
 def test_hours_of_the_mixture_include_those_of_its_experts(cifar10: Group) -> None:
@@ -143,26 +147,34 @@ def test_figures_without_results_are_not_drawn(cifar10: Group, measured: pd.Data
 
 def test_colour_blind_readers_can_distinguish_the_colours() -> None:
     okabe_ito = {"#000000", "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7"}
+    tol_muted = {"#332288", "#117733", "#999933", "#882255", "#44AA99", "#AA4499", "#CC6677", "#DDCC77"}
     colours = [*drawing.PALETTE, drawing.DEFENDED]
-    assert set(colours) <= okabe_ito
+    assert set(colours) <= okabe_ito | tol_muted
     assert len(set(colours)) == len(colours)
 
 
-def test_models_that_are_trained_alike_share_a_colour(cifar10: Group, data: FigureData) -> None:
+def test_a_method_has_a_colour_and_a_kind_a_shade_of_it(cifar10: Group, data: FigureData) -> None:
     colours = drawing.model_colours(cifar10)
-    black, blue, orange, sky_blue, purple, _ = drawing.PALETTE
-    assert colours == {
-        "benign": black,
-        "fgsm-1": blue,
-        "pgd-1": orange,
-        "pgd-2": orange,
-        "fgsm-at": sky_blue,
-        "pgd-at": purple,
-        "mixture": drawing.DEFENDED,
-    }
+    assert colours["benign"] == drawing.method_colour("standard")
+    assert colours["fgsm-at"] == drawing.method_colour("fgsm")
+    assert colours["pgd-at"] == drawing.method_colour("pgd")
+    assert colours["mixture"] == drawing.method_colour("dwf") == drawing.DEFENDED
+    assert colours["pgd-1"] == colours["pgd-2"] != colours["pgd-at"]
+    assert _hue(colours["pgd-1"]) == pytest.approx(_hue(colours["pgd-at"]), abs=0.01)
     first, second = data.styles["pgd-1"], data.styles["pgd-2"]
     assert first["linestyle"] != second["linestyle"]
     assert first["marker"] != second["marker"]
+
+
+def _hue(colour: str) -> float:
+    hue, _, _ = colorsys.rgb_to_hsv(*to_rgb(colour))
+    return hue
+
+
+def test_the_colour_of_a_model_does_not_depend_on_other_rows(cifar10: Group, digits: Group) -> None:
+    assert len(cifar10.models) != len(digits.models)
+    for model in ("benign", "mixture"):
+        assert drawing.model_colours(cifar10)[model] == drawing.model_colours(digits)[model]
 
 
 def _model(settings: DefenceSettings, name: str, fraction: float) -> tuple[ModelSpec, ...]:
@@ -198,7 +210,7 @@ def test_models_of_another_version_are_drawn_in_grey_and_have_rows(tmp_path: Pat
                 rows = rows.set_column(i, rows.schema.field(i), pa.array(values, pa.string()))
         pq.write_table(rows, path)
     (group,) = load(str(tmp_path)).groups
-    assert group.models == ("benign", "fgsm-1", "fgsm-at", "later", "mixture")
+    assert group.models == ("benign", "fgsm-at", "mixture", "fgsm-1", "later")
     data = FigureData(group, accuracies(group), read_predictions(group))
     assert data.styles["later"]["color"] == drawing.UNDESCRIBED
     assert set(figures.draw_all(data)) == set(figures.FIGURES) - OF_EXPERTS
@@ -207,7 +219,10 @@ def test_models_of_another_version_are_drawn_in_grey_and_have_rows(tmp_path: Pat
     assert "later" in {line.get_label() for line in figure.axes[0].lines}
     status, printed, _ = call(tables.main, tmp_path)
     assert status == 0
-    assert [line.split()[0] for line in printed.splitlines()[4:8]] == list(group.models[:-1])
+    first_table = printed[: printed.index("test images;")].splitlines()[3:]
+    assert [line.split()[0] for line in first_table if not line.startswith("─")][: len(group.models)] == list(
+        group.models
+    )
     assert call(report.main, tmp_path, "--out", tmp_path / "report.html")[0] == 0
 
 
@@ -217,7 +232,7 @@ def test_a_defended_model_without_a_gate_has_every_other_figure(tmp_path: Path, 
     (group,) = load(str(tmp_path)).groups
     assert (group.defended, group.experts) == ("pgd-at", ())
     drawn = figures.draw_all(FigureData(group, accuracies(group), read_predictions(group)))
-    assert set(drawn) == {"fgsm", "pgd", "clean_and_robust", "training", "cost"} | OF_ANSWERS
+    assert set(drawn) == {"fgsm", "pgd", "clean_and_robust", "training", "cost", "compute"} | OF_ANSWERS
     assert call(report.main, tmp_path, "--out", tmp_path / "report.html")[0] == 0
 
 
@@ -229,7 +244,9 @@ def test_a_users_own_model_has_a_report(tmp_path: Path, call: Call) -> None:
     (group,) = load(str(tmp_path)).groups
     drawn = figures.draw_all(FigureData(group, accuracies(group), read_predictions(group)))
     assert set(drawn) == {"fgsm", "pgd", "clean_and_robust"} | OF_ANSWERS
-    assert call(tables.main, tmp_path)[0] == 0
+    status, printed, _ = call(tables.main, tmp_path)
+    assert status == 0
+    assert "parameters" not in printed  # of a network that no ModelSpec describes
     assert call(report.main, tmp_path, "--out", tmp_path / "report.html")[0] == 0
 
 

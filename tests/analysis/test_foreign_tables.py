@@ -321,7 +321,7 @@ def test_models_of_another_version_are_shown(folder: Path) -> None:
     (folder / "experiment.json").write_text(json.dumps({**fields, "router": "a field of a later version"}))
     _change(folder, "evaluations", "evaluate-benign-paper", "model", "later")
     (group,) = load(str(folder)).groups
-    assert group.models == ("benign", "fgsm-1", "pgd-1", "later", "mixture")
+    assert group.models == ("benign", "mixture", "fgsm-1", "pgd-1", "later")
     assert "later" in set(tables.accuracies(group).model)
 
 

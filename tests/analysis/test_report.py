@@ -112,6 +112,7 @@ def test_a_table_sorts_by_click_and_by_keyboard(browser: webdriver.Chrome) -> No
     clean.click()
     values = [float(cell.split()[0]) for cell in _column(table, 1)]
     assert values == sorted(values, reverse=True)
+    assert not table.find_elements(By.CSS_SELECTOR, "tr.group")
     assert clean.find_element(By.XPATH, "..").get_attribute("aria-sort") == "descending"
     clean.send_keys(Keys.ENTER)
     values = [float(cell.split()[0]) for cell in _column(table, 1)]
@@ -123,14 +124,21 @@ def test_a_table_sorts_by_click_and_by_keyboard(browser: webdriver.Chrome) -> No
     assert clean.find_element(By.XPATH, "..").get_attribute("aria-sort") is None
 
 
+def test_a_table_has_a_line_above_each_group_of_rows(html: str, section: Section) -> None:
+    first_table = html[html.index("accuracy in percent, the paper&#39;s table 3") :].partition("</table>")[0]
+    headings = re.findall(r'<tr class="group"><th scope="rowgroup" colspan="\d+">([^<]*)</th>', first_table)
+    assert headings == list(section.group.sections)
+
+
 def test_the_overview_shows_all_settings(browser: webdriver.Chrome, section: Section) -> None:
     table = browser.find_element(By.CSS_SELECTOR, "header table.sortable")
     assert _column(table, 0) == ["cifar10", "digits"]
     assert _column(table, 1) == ["3", "1"]
     (row,) = (cells for label, cells in section.tables[0].rows if label == "mixture")
     clean = [above for above, _ in section.tables[0].heads].index("clean")
+    longest = section.tables[0].heads.index(("pgd", "50"))
     heads = [button.text.split() for button in table.find_elements(By.CSS_SELECTOR, "thead button")]
-    for head, cell in (["clean"], row[clean]), (["pgd", "longest", "@0.03137"], row[-3]):
+    for head, cell in (["clean"], row[clean]), (["pgd", "longest", "@0.03137"], row[longest]):
         assert _column(table, heads.index(head))[0] == cell
 
 
@@ -145,7 +153,7 @@ def test_a_group_without_evaluations_is_named_and_the_others_are_shown(storage: 
 
 
 def test_blank_cells_are_sorted_to_the_end(browser: webdriver.Chrome) -> None:
-    table = browser.find_elements(By.CSS_SELECTOR, "section table.sortable")[1]
+    table = browser.find_elements(By.CSS_SELECTOR, "section table.sortable")[2]
     for _ in range(2):
         _heading(table, "gate 100").click()
         cells = _column(table, 1)

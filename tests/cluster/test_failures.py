@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from dwf_cluster.experiment import Experiment
 from dwf_cluster.plan.jobs import Job, jobs
 from dwf_cluster.plan.resources import Resources
 from dwf_cluster.plan.schedule import Allocation
+from dwf_cluster.presets import build
 from dwf_cluster.store import StorageFailed, Store, checkpoints, tables
 from dwf_cluster.store.job_log import recorded
 
@@ -266,6 +268,12 @@ def test_jobs_reserve_measured_or_estimated_memory_up_to_that_of_a_node(tiny: Ex
     needs.failed(second, failures.WORKER_DIED)
     assert needs.need(third, allocation) == 16 << 30
     assert needs.need(second, allocation) < 16 << 30
+    wide = build("digits", 0, [*TINY, "defence=resnet18-wide", "baselines=[]"]).defended
+    other = replace(second, spec=wide, model=wide.name)
+    assert needs.need(other, allocation) != needs.need(second, allocation)  # a network of another size is estimated
+    deep = replace(second, spec=replace(second.spec, backbone="densenet169", width=64))
+    usual = replace(second, spec=replace(second.spec, width=64))
+    assert needs.need(deep, allocation) > 3 * needs.need(usual, allocation)
     assert Memory(100 << 20).need(first, allocation) == 100 << 20
     assert Memory(0).need(first, allocation) == 0
 

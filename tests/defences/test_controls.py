@@ -1,8 +1,9 @@
-"""Controls of the mixture: rows without training, built from the trained mixture; and PGD-AT at matched compute."""
+"""Controls of the mixture: built from what it trains, or as large as it, or at its compute."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from dwf_cluster import api
 from dwf_cluster.data.device import DeviceImages
 from dwf_cluster.data.registry import Sizes
 from dwf_cluster.data.sources import load as load_images
-from dwf_cluster.defences.build import to_train, trained
+from dwf_cluster.defences.build import to_train, trained, untrained
 from dwf_cluster.defences.registry import METHODS
 from dwf_cluster.evaluation.registry import CHECKS
 from dwf_cluster.experiment import Experiment
@@ -160,3 +161,36 @@ def test_pgd_at_at_matched_compute_costs_what_the_whole_defence_costs(settings: 
     own, fixed = experiment.spec("pgd-at-matched"), experiment.spec("pgd-at")
     assert (own.options, own.method) == (fixed.options, fixed.method)
     assert METHODS[own.method].passes(own) == METHODS[fixed.method].passes(fixed)
+
+
+def test_the_pgd_ensemble_is_the_mean_of_as_many_pgd_at_networks_as_the_mixture_has_experts() -> None:
+    experiment = build("digits", 0, [*TINY, "baselines=pgd-at,pgd-ensemble"])
+    members = ("pgd-at-1", "pgd-at-2", "pgd-at-3")
+    assert experiment.names == (*EXPERT_NAMES, "pgd-at", *members, "pgd-ensemble", "mixture")
+    pgd_at, ensemble = experiment.spec("pgd-at"), experiment.spec("pgd-ensemble")
+    for name in members:
+        assert replace(experiment.spec(name), name="pgd-at") == pgd_at
+    assert (ensemble.parents, ensemble.networks) == (members, len(EXPERT_NAMES))
+    assert {job.model for job in jobs(experiment, EXPERTS, SIZES)} == {*EXPERT_NAMES, "pgd-at", *members}
+    assert {job.model for job in jobs(experiment, JOINT, SIZES)} == {"mixture"}
+    images = load_images(experiment.data, Path()).format
+    networks = {name: untrained(experiment.spec(name), images, 0, {}).eval() for name in members}
+    average, x = untrained(ensemble, images, 0, networks).eval(), torch.rand(5, 1, 8, 8)
+    logits = torch.stack([network(x) for network in networks.values()])
+    torch.testing.assert_close(average(x), logits.mean(0), rtol=1e-5, atol=1e-5)
+    assert len({tuple(row.flatten().tolist()) for row in logits}) == len(members)  # of different initial weights
+
+
+def test_the_wide_network_has_three_times_the_width_and_about_the_cost_and_size_of_a_mixture_of_nine() -> None:
+    experiment = build("cifar10", 0, ["baselines=pgd-at,resnet18-wide"])
+    sizes = Sizes(50_000, 10_000, (3, 32, 32))
+    flop = {job.model: job.flop for stage in (EXPERTS, JOINT) for job in jobs(experiment, stage, sizes)}
+    wide, mixture = experiment.spec("resnet18-wide"), experiment.spec("mixture")
+    assert wide.width == 3 * experiment.model.width
+    defence = sum(flop[name] for name in (*mixture.parents, "mixture"))
+    assert defence <= flop["resnet18-wide"] < defence + flop["resnet18-wide"] / wide.training.epochs
+    for count in (
+        lambda spec: METHODS[spec.method].parameters(spec, 3),
+        lambda spec: METHODS[spec.method].flops(spec, sizes.shape),
+    ):
+        assert count(wide) == pytest.approx(count(mixture), rel=0.01)

@@ -18,7 +18,7 @@ from dwf_cluster.evaluation.run import evaluate
 from dwf_cluster.evaluation.settings import Evaluation, Threat
 from dwf_cluster.models.frozen import frozen
 from dwf_cluster.models.mixture import mix
-from dwf_cluster.models.resnet import ResNet18
+from dwf_cluster.models.resnet import ResNet
 from dwf_cluster.models.soe import SynergyOfExperts
 
 CLASSES = 4
@@ -30,7 +30,7 @@ def _ensemble(count: int = 3) -> SynergyOfExperts:
     """Of tiny ResNets in double precision, with statistics of random images; each is the surest on some images."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = SynergyOfExperts(ResNet18(CLASSES + 1, (0.5,), (0.25,), width=2) for _ in range(count)).double()
+        model = SynergyOfExperts(ResNet(CLASSES + 1, (0.5,), (0.25,), width=2) for _ in range(count)).double()
         for _ in range(4):
             model(torch.rand(32, 1, 8, 8, dtype=torch.float64) * 2)
     return model.eval()

@@ -56,6 +56,41 @@ def test_the_longest_jobs_come_first(stage: str) -> None:
     assert len(set(costs)) > 2
 
 
+def test_jobs_of_models_with_different_networks_are_ordered_by_their_operations() -> None:
+    """`resnet18-wide` has nine times the operations of the other networks and fewer passes than `pgd-at-matched`."""
+    experiment = build(
+        "cifar10", 0, ["model.width=8", "evaluation.batch_size=32", "baselines=pgd-at,pgd-at-matched,resnet18-wide"]
+    )
+    trainings = {job.model: job for job in jobs(experiment, "experts", CIFAR10)}
+    matched, wide, narrow = (trainings[name] for name in ("pgd-at-matched", "resnet18-wide", "pgd-at"))
+    assert wide.cost < matched.cost / 8
+    assert wide.flop > matched.flop
+    assert next(iter(trainings)) == "resnet18-wide"
+    assert wide.pass_flop == pytest.approx(9 * narrow.pass_flop, rel=0.05)
+    paper = {job.model: job for job in jobs(experiment, "evaluate", CIFAR10) if (job.suite, job.first) == ("paper", 0)}
+    wide, narrow = paper["resnet18-wide"], paper["pgd-at"]
+    assert wide.cost / wide.stop == narrow.cost / narrow.stop  # passes of an image
+    assert wide.stop < narrow.stop  # so a shard of either takes minutes
+    assert wide.flop == pytest.approx(narrow.flop, rel=0.3)
+
+
+def test_images_made_or_tested_on_larger_models_cost_more() -> None:
+    """In passes through the model's own networks: a network of three times the width counts as nine."""
+    others, wide = (
+        {job.suite: job for job in jobs(experiment, "evaluate", CIFAR10) if (job.model, job.first) == ("benign", 0)}
+        for experiment in (
+            build("cifar10", 0, ["evaluation.beyond=transfer", f"baselines={name}"])
+            for name in ("pgd-at", "resnet18-wide")
+        )
+    )
+    steps = build("cifar10").evaluation.probe_steps
+    more = [wide[suite].cost / wide[suite].stop - others[suite].cost / others[suite].stop for suite in wide]
+    expected = {"paper": 8.0, "checks": 8.0 * 2 * steps}
+    assert dict(zip(wide, more, strict=True)) == pytest.approx(
+        {suite: expected.get(suite, 0.0) for suite in wide}, rel=0.02
+    )
+
+
 def test_the_evaluation_measures_every_model_by_every_suite() -> None:
     experiment = build("cifar10", 0, ["evaluation.beyond=pgd_gate,noise,transfer"])
     measured = {(job.model, job.suite) for job in jobs(experiment, "evaluate", CIFAR10)}
@@ -86,6 +121,11 @@ def test_the_storage_estimate_follows_the_size_of_the_networks() -> None:
     one, _ = stored_bytes([experiment], CIFAR10)
     seeds, _ = stored_bytes([experiment, experiment.model_copy(update={"seed": 1})], CIFAR10)
     assert seeds == 2 * one
+    larger, _ = stored_bytes(
+        [build("cifar10", 0, ["model.width=16", "defence=resnet18-wide", "baselines=[]"])], CIFAR10
+    )
+    wide_state = ResNet(10, (0.5,) * 3, (0.5,) * 3, 48).state_dict()
+    assert larger == pytest.approx(alone * sum(t.numel() for t in wide_state.values()) / backbone, rel=0.001)
     gates, _ = stored_bytes([experiment, build("cifar10", 0, ["model.width=16", "gate.kind=hard"])], CIFAR10)
     assert gates < 2 * one  # the experts are stored once
 

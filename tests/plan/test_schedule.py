@@ -118,7 +118,7 @@ def test_joint_stages_of_several_seeds_run_side_by_side_if_there_are_gpus_for_th
 
 def test_the_lower_bound_is_all_work_shared_or_the_longest_chain() -> None:
     every = _jobs(1, ("experts", "joint"))
-    costs = {job.name: job.cost for job in every}
+    costs = {job.name: job.flop for job in every}
     one, many = Resources(cpus=1, gpus=0), Resources(cpus=100, gpus=0)
     assert lower_bound(every, allocate(every, one), 1) == sum(costs.values())
     assert lower_bound(every, allocate(every, many), 100) == costs["expert pgd-1"] + costs["joint"] / 100
@@ -130,9 +130,9 @@ def test_the_lower_bound_counts_the_rounds_of_equal_jobs_and_the_chain_after_the
     expert, joint = (next(job for job in every if job.name == name) for name in ("expert pgd-1", "joint"))
     limits = Limits(joint_workers=1)
     allocations = allocate(every, Resources(cpus=2, gpus=0, limits=limits))
-    speeds = {"experts": 1.0, "joint": joint.cost / expert.cost * 100}  # so short that sharing all work bounds less
-    joint_length = joint.cost / speeds["joint"] / 2
-    assert lower_bound(every, allocations, 2, speeds) == pytest.approx(2 * expert.cost + joint_length)
+    speeds = {"experts": 1.0, "joint": joint.flop / expert.flop * 100}  # so short that sharing all work bounds less
+    joint_length = joint.flop / speeds["joint"] / 2
+    assert lower_bound(every, allocations, 2, speeds) == pytest.approx(2 * expert.flop + joint_length)
 
 
 @pytest.mark.parametrize("seeds", [1, 5])
