@@ -54,8 +54,8 @@ def test_the_papers_baselines_are_two_more_models_outside_the_mixture() -> None:
 
 def test_every_defence_and_every_method_without_parents_can_be_a_baseline_or_the_defence() -> None:
     # `given` and `controls` train nothing, and `pgd-ensemble` several models.
-    others = ("dwf", "given", "controls", "pgd-ensemble")
-    names = [name for name in recipe_names() if name not in (*others, *BACKBONES)]
+    others = ("dwf", "given", "controls", "pgd-ensemble", *BACKBONES)
+    names = [name for name in recipe_names() if name not in others]
     assert names == ["fgsm-at", "pgd-at", "pgd-at-matched", "advmoe", "resnet18-wide", "standard", "fgsm", "pgd", "soe"]
     experiment = build("digits", 0, [f"baselines={','.join(names)}"])
     assert experiment.names == (

@@ -79,11 +79,11 @@ def estimate(job: Job) -> int:
     else:
         images = settings.evaluation.batch_size
     spec = job.spec
-    bytes_per_channel = _RELATIVE_ACTIVATIONS.get(spec.backbone, 1.0) * _ACTIVATIONS
-    return int(_PROCESS + images * spec.networks * spec.width * bytes_per_channel)
+    networks = sum(_RELATIVE_ACTIVATIONS.get(backbone, 1.0) for backbone in spec.backbones)
+    return int(_PROCESS + images * networks * spec.width * _ACTIVATIONS)
 
 
 def _group(job: Job) -> _Group:
     """Key of the jobs that need about the same memory."""
     spec = job.spec
-    return job.folder, job.stage, spec.networks, spec.backbone, spec.width, job.suite
+    return job.folder, job.stage, spec.backbones, spec.width, job.suite

@@ -13,7 +13,7 @@ from rich.table import Table
 from dwf_cluster.console.prune import format_bytes
 from dwf_cluster.data.registry import Sizes
 from dwf_cluster.defences.rows import rows as table_rows
-from dwf_cluster.evaluation.registry import Column, transfer_column
+from dwf_cluster.evaluation.registry import Column, all_columns, transfer_column
 from dwf_cluster.evaluation.settings import Threat
 from dwf_cluster.experiment import Experiment
 from dwf_cluster.pipeline.sweep import Sweep
@@ -166,7 +166,9 @@ def result_table(experiment: Experiment, store: Store) -> Table:
 
     Columns that no model was measured in, such as those that a later version has added, are left out.
     """
-    headings = {column: column.title for column in experiment.columns}
+    suites = experiment.suites(*experiment.models)  # a baseline may have a column that the defended model has not
+    listed = all_columns(experiment.evaluation, experiment.threats, suites)
+    headings = {column: column.title for column in listed}
     table = _accuracies(experiment, store, "Accuracy in percent", headings)
     table.columns[1:] = [column for column in table.columns[1:] if any(column.cells)]
     table.caption, table.caption_justify = "\n".join(experiment.column_notes) or None, "left"

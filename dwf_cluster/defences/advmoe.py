@@ -1,14 +1,13 @@
 """ADVMoE (Zhang et al., "Robust Mixture-of-Expert Training for Convolutional Neural Networks", ICCV 2023).
 
 Experts and router are trained in turn, each against an attack on both: two steps of the optimiser for each batch. The
-paper states a bi-level problem: the router minimises the TRADES loss of the routed network, the experts theirs. The
-authors' release trains its router as a classifier of the class index modulo the number of experts instead. Both
-objectives can be chosen.
+paper states a bi-level problem, in which both levels minimise the TRADES loss of the routed network, on batches of
+their own (remembered, not checked). The authors' release uses one batch for both levels, as this file does, and trains
+its router to predict the label modulo the number of experts. Both objectives can be chosen.
 
-Deviations from the release: attacks project onto the ball with our cosine schedule and learning rates, the same images
-serve both steps as there, the adversarial and the clean images of a step share BatchNorm's statistics as in `dwf`, and
-the router has a learning rate of its own. With the release's 0.1 for both, users report a router whose scores become
-NaN; that it is the rate is an inference, not checked.
+Deviations from the release: the cosine schedule is per step; attacked and clean images of a step share BatchNorm's
+statistics, as in `dwf`; the router sees normalised pixels, and has a learning rate of its own. With 0.1, the release's,
+users report scores that become NaN. That the rate is the reason is inferred, not checked.
 """
 
 from __future__ import annotations

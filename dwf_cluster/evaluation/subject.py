@@ -120,6 +120,8 @@ def _selects(subject: Subject) -> bool:
     """Whether the model is a mixture whose gate gives each image to one expert, judged by the first images."""
     if not isinstance(subject.model, Gated):
         return False
+    if getattr(subject.model.gate, "hard", False):  # with a choice in each layer, the weights are their means
+        return True
     with torch.no_grad():
         weights = subject.model.gate(_tensor(subject.x[:_PROBED], subject.device))
     return bool(((weights == 0) | (weights == 1)).all())

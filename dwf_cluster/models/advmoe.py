@@ -14,7 +14,7 @@ from torch import nn
 
 from dwf_cluster.data.registry import ImageFormat
 from dwf_cluster.models.advmoe_size import STRIDES, convolutions, pathway_widths, router_widths
-from dwf_cluster.models.mixture import Experts, Mixture
+from dwf_cluster.models.mixture import Experts, Gated
 from dwf_cluster.models.resnet import Normalize
 
 
@@ -153,7 +153,7 @@ class Pathway(nn.Module):
         return _logits(self, x, lambda number, features: self.layers[number](features))
 
 
-class AdvMoE(Mixture):
+class AdvMoE(Gated):
     """A ResNet-18 with groups of filters, one of which each image passes in every residual convolution.
 
     Its `experts` are the pathways, views of this network without tensors of their own, so attacks and tables treat it
@@ -173,7 +173,7 @@ class AdvMoE(Mixture):
     gate: Router
 
     def __init__(self, images: ImageFormat, width: int, experts: int, ratio: float, per_layer: bool = False) -> None:
-        nn.Module.__init__(self)
+        super().__init__()
         self.per_layer = per_layer
         widths = pathway_widths(width, ratio)
         shapes = convolutions(width, ratio)
@@ -195,11 +195,6 @@ class AdvMoE(Mixture):
     def experts(self) -> Experts:  # type: ignore[override]
         """The pathways, built of this network's modules at each access, so the state has no tensor twice."""
         return Experts(Pathway(self, number) for number in range(self.gate.experts))
-
-    def train(self, mode: bool = True) -> AdvMoE:
-        """As every module's."""
-        nn.Module.train(self, mode)
-        return self
 
     def forward(self, x: torch.Tensor, *, scores_only: bool = False) -> torch.Tensor:
         """Pixels in [0, 1], shape (n, channels, height, width), to logits, shape (n, classes).

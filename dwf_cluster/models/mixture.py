@@ -74,11 +74,13 @@ class Gated(nn.Module):
 
     Attributes:
         experts: classifiers of the images that the model classifies.
-        gate: their weights, shape (n, experts); the model's logits are `mix(gate(x), experts(x))`.
+        gate: their weights, shape (n, experts).
+        is_weighted_sum: whether the model's logits are `mix(gate(x), experts(x))`.
     """
 
     experts: Experts
     gate: nn.Module
+    is_weighted_sum = True
 
 
 class Mixture(Gated):
@@ -88,9 +90,6 @@ class Mixture(Gated):
         experts: classifiers of equal output shape, pixels in, logits out.
         gate: weights for them, shape (n, number of experts).
     """
-
-    is_weighted_sum = True
-    """Whether the logits are those of equation (1), so that weights and experts' logits give them without a pass."""
 
     def __init__(self, experts: Iterable[nn.Module], gate: nn.Module) -> None:
         super().__init__()

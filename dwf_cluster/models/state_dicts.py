@@ -28,10 +28,12 @@ class Form:
     Attributes:
         source: of checkpoints with these names.
         rename: from the names of our weights, in their order, without those of the normalisation, to the source's.
+        reorder: from tensors by our names, with the source's order of channels, to ours.
     """
 
     source: str
     rename: Callable[[Sequence[str]], Sequence[str]]
+    reorder: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]] = dict
 
 
 def matched(state: Mapping[str, torch.Tensor], model: nn.Module, backbone: str) -> dict[str, torch.Tensor]:
@@ -55,7 +57,8 @@ def matched(state: Mapping[str, torch.Tensor], model: nn.Module, backbone: str) 
     state, ours = _unwrapped(state), model.state_dict()
     normalisation = [key for key in ours if _is_normalisation(model, key)]
     weights = [key for key in ours if key not in normalisation]
-    forms = {form.source: _names(form, weights) for form in (*FORMS.get(backbone, ()), _OWN, _BARE)}
+    known = {form.source: form for form in (*FORMS.get(backbone, ()), _OWN, _BARE)}
+    forms = {source: _names(form, weights) for source, form in known.items()}
     source = max(forms, key=lambda name: len(forms[name].keys() & state.keys()))
     names = forms[source] | {key: key for key in normalisation}
     for key in state:
@@ -69,7 +72,7 @@ def matched(state: Mapping[str, torch.Tensor], model: nn.Module, backbone: str) 
     counted = dict.fromkeys(linear[-1:], "classes") | dict.fromkeys(convolutions[:1], "channels")
     for key in (*counted, *state):  # these two first: their messages say what the user has mixed up
         _check(key, state[key], ours[names[key]], counted.get(key))
-    return {names[key]: tensor for key, tensor in state.items()}
+    return known[source].reorder({names[key]: tensor for key, tensor in state.items()})
 
 
 def _unwrapped(state: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
@@ -153,6 +156,47 @@ def _resnet(blocks: Sequence[int], shortcut: str, last: str) -> Callable[[Sequen
     )
 
 
+def _densenet(weights: Sequence[str]) -> Sequence[str]:
+    """kuangliu's names of torchvision's DenseNet."""
+    rename = _by_rules(
+        (r"^features\.conv0\.", "conv1."),
+        (r"^features\.norm5\.", "bn."),
+        (r"^features\.transition(\d)\.norm\.", r"trans\1.bn."),
+        (r"^features\.transition(\d)\.", r"trans\1."),
+        (r"^features\.denseblock(\d)\.", r"dense\1."),
+        (r"\.denselayer(\d+)\.", lambda match: f".{int(match[1]) - 1}."),
+        (r"\.norm(\d)\.", r".bn\1."),
+        (r"^classifier\.", "linear."),
+    )
+    return rename(_without_prefix(weights))
+
+
+def _new_features_last(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The weights of a DenseNet that puts the newest features before all others, for one that appends them."""
+    growth = next(len(t) for name, t in tensors.items() if name.endswith("denseblock1.denselayer1.conv2.weight"))
+    blocks = [match for name in tensors if (match := re.search(r"denseblock(\d)\.denselayer(\d+)\.", name))]
+    layers = {block: max(int(m[2]) for m in blocks if m[1] == block) for block in {m[1] for m in blocks}}
+
+    def previous(name: str) -> int:
+        """How many layers have added to the channels that a weight is for."""
+        if match := re.search(r"denselayer(\d+)\.(norm1|conv1)\.", name):
+            return int(match[1]) - 1
+        if match := re.search(r"transition(\d)\.", name):
+            return layers[match[1]]
+        return layers[max(layers)] if re.search(r"norm5\.|classifier\.weight", name) else 0
+
+    def in_our_order(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        added = previous(name) if tensor.dim() else 0
+        if not added:
+            return tensor
+        dimension = min(1, tensor.dim() - 1)  # of a norm the only one, else the inputs'
+        first = torch.arange(added * growth, tensor.shape[dimension])  # of the block's input, which is last there
+        others = [torch.arange(growth) + growth * (added - layer) for layer in range(1, added + 1)]
+        return tensor.index_select(dimension, torch.cat([first, *others]).to(tensor.device))
+
+    return {name: in_our_order(name, tensor) for name, tensor in tensors.items()}
+
+
 def _vgg19(weights: Sequence[str]) -> list[str]:
     """Names of VGG-19 with BatchNorm by position, as the layers of its `features` are numbered, then `classifier`."""
     names, layer = [], 0
@@ -191,11 +235,12 @@ FORMS: Mapping[str, tuple[Form, ...]] = {
     "resnet34": _resnet_forms(3, 4, 6, 3),
     "resnet50": _resnet_forms(3, 4, 6, 3),
     "vgg19": (Form("kuangliu", _vgg19),),
+    "densenet121": (Form("kuangliu", _densenet, _new_features_last),),
+    "densenet169": (Form("kuangliu", _densenet, _new_features_last),),
 }
-"""Forms whose names differ from ours, by backbone."""
+"""Forms whose names or order of channels differ from ours, by backbone."""
 
 _DENSENET = (
-    (r"^dense\d\.", "kuangliu's puts new features before the old ones; allowed are torchvision's names and order"),
     (r"^features\.norm0\.", "this one has a norm and a max-pooling behind its first convolution; allowed are none"),
 )
 

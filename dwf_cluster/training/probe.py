@@ -14,7 +14,7 @@ from dwf_cluster.data.device import DeviceImages
 from dwf_cluster.determinism import Draws
 from dwf_cluster.evaluation.settings import Threat
 from dwf_cluster.models.frozen import frozen
-from dwf_cluster.models.mixture import Mixture
+from dwf_cluster.models.mixture import Gated
 
 _GATE_IMAGES = 128
 """Images that the gate of a mixture sees at a time: one that is a network needs memory for each."""
@@ -47,8 +47,8 @@ class ProbeResult:
     Attributes:
         clean, robust: accuracy, 0..1, on clean images and under PGD.
         split: `validation` or `train`, the images that they were measured on.
-        expert_shares: mean weight of each expert of a mixture on the clean images: of a gate that chooses, the share
-            of the images that each expert gets. None for other models.
+        expert_shares: of a model with a gate, the mean weight of each expert on the clean images; where the gate
+            chooses, the share of the images that each expert gets. None for other models.
     """
 
     clean: float
@@ -85,7 +85,7 @@ def run_probe(model: nn.Module, images: DeviceImages, probe: Probe, key: tuple[i
 
 
 def _expert_shares(model: nn.Module, x: torch.Tensor) -> list[float] | None:
-    if not isinstance(model, Mixture):
+    if not isinstance(model, Gated):
         return None
     with torch.no_grad():
         weights = torch.cat([model.gate(part) for part in torch.split(x, _GATE_IMAGES)])

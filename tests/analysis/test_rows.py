@@ -126,7 +126,7 @@ def test_the_defended_model_is_the_last_of_its_group() -> None:
 
 
 def test_a_defended_model_that_a_control_starts_from_stays_among_its_like() -> None:
-    defended = build("cifar10", 0, ["defence=pgd-at"]).defended
+    defended = build("cifar10", 0, ["defence=pgd-at", "baselines="]).defended
     control = replace(defended, name="mean", method="uniform", parents=("pgd-at",))
     assert rows([control, defended]) == {"adversarially trained": (defended,), "controls": (control,)}
 

@@ -80,6 +80,16 @@ def test_a_table_says_below_it_which_accuracies_are_upper_bounds_and_what_autoat
     assert "autoattack: the first 16 test images" in printed
 
 
+def test_the_result_table_has_the_column_of_a_baseline_that_selects_one_expert(tmp_path: Path) -> None:
+    experiment = build("digits", 0, [*TINY, "evaluation.beyond=", "baselines=soe"])
+    store = experiment.store(str(tmp_path))
+    _write_evaluations(store, experiment)
+    lines = _printed(result_table(experiment, store))
+    assert lines[2].split()[-1] == "route"
+    soe, mixture = (next(line.split() for line in lines if line.split()[:1] == [m]) for m in ("soe", "mixture"))
+    assert len(soe) == len(mixture) + 1
+
+
 def test_the_transfer_table_has_the_model_that_images_were_made_on_across(store: Store, tiny: Experiment) -> None:
     _write_evaluations(store, tiny)
     lines = [line.split() for line in _printed(transfer_table(tiny, store, tiny.threat)) if line.strip()]

@@ -23,11 +23,12 @@ from dwf_cluster.console.tables import results
 from dwf_cluster.data.device import DeviceImages, to_float
 from dwf_cluster.data.sources import Images, load
 from dwf_cluster.defences import advmoe
-from dwf_cluster.defences.build import to_train
+from dwf_cluster.defences.build import to_train, untrained
 from dwf_cluster.defences.registry import METHODS
 from dwf_cluster.determinism import Draws
-from dwf_cluster.evaluation.registry import PAPER
+from dwf_cluster.evaluation.registry import PAPER, ROUTE
 from dwf_cluster.evaluation.run import evaluate
+from dwf_cluster.evaluation.subject import Subject, with_route
 from dwf_cluster.experiment import Experiment
 from dwf_cluster.models.advmoe import AdvMoE, Router
 from dwf_cluster.models.frozen import frozen
@@ -36,6 +37,7 @@ from dwf_cluster.presets import build
 from dwf_cluster.settings import InvalidInput
 from dwf_cluster.store import Store, tables
 from dwf_cluster.training.loop import NonFiniteLoss, Stopped, train
+from dwf_cluster.training.probe import run_probe
 from dwf_cluster.training.step import train_batch
 
 from ..conftest import TINY, task_for
@@ -263,6 +265,21 @@ def test_an_expert_without_images_is_a_warning_in_the_result(
     assert section.dead_experts == [f"Warning: seed 0, {sentence}." for sentence in sentences]
 
 
+def test_the_probe_measures_the_shares_of_every_model_with_a_gate(images: Images) -> None:
+    experiment = _experiment("baselines=advmoe,soe")
+    data = DeviceImages(images, experiment.data, CPU)
+    untrained_parents = {
+        name: untrained(experiment.spec(name), images.format, 0, {}) for name in experiment.defended.parents
+    }
+    for name in ("advmoe", "soe", "mixture"):
+        spec = experiment.spec(name)
+        model = untrained(spec, images.format, 0, {parent: untrained_parents[parent] for parent in spec.parents})
+        shares = run_probe(model, data, task_for(experiment, Store("unused", "unused"), name).probe).expert_shares
+        x, _, _ = data.probed(experiment.evaluation.probe_examples)
+        expected = model.eval().get_submodule("gate")(x).mean(0)
+        torch.testing.assert_close(torch.tensor(shares), expected.detach())
+
+
 @ROUTERS
 def test_every_suite_of_a_mixture_measures_it(images: Images, router: str) -> None:
     experiment = _experiment(f"advmoe.router={router}", "advmoe.experts=3")
@@ -270,6 +287,7 @@ def test_every_suite_of_a_mixture_measures_it(images: Images, router: str) -> No
     x = images.x_test[:12]
     y = model.eval()(to_float(torch.tensor(x)).double()).argmax(1).numpy()
     suites = experiment.suites(experiment.spec("advmoe"))
+    assert with_route(Subject(model, x, y, CPU, 10), (PAPER,))[0] == (PAPER, ROUTE)
     assert {PAPER, "pgd_gate", "pgd_expert", "pgd_route", "experts"} <= set(suites)
     for suite in suites[:-1]:  # the last one is `checks`
         rows, predictions = evaluate(

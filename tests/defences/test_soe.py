@@ -119,6 +119,17 @@ def test_the_loss_of_a_saturated_confidence_is_finite_and_that_of_nan_is_nan() -
     assert bool(soe.synergy(torch.full((1, 1, 4), torch.nan), torch.tensor([0]), 1.0, 1.0).isnan())
 
 
+class Parallel(nn.Module):
+    """A model as DDP wraps it: what a loss trains is reached by a call of the wrapper."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *arguments: Any, **options: Any) -> Any:
+        return self.module(*arguments, **options)
+
+
 @pytest.mark.parametrize("attack", ["together", "one_by_one"])
 def test_a_step_trains_on_clean_images_plus_those_of_pgd_on_the_model_or_on_each_sub_model(
     images: Images, attack: str
@@ -135,7 +146,7 @@ def test_a_step_trains_on_clean_images_plus_those_of_pgd_on_the_model_or_on_each
     clean, *adversarial = torch.stack(outputs, 1).split(len(y))  # type: ignore[no-untyped-call]
     expected = _slow_loss(clean, y, 2, 0.5) + sum(_slow_loss(part, y, 2, 0.5) for part in adversarial) / len(sets)
 
-    (loss,) = soe.losses(experiment.defended, model, lambda: frozen(model), x, y, Draws((0,)))
+    (loss,) = soe.losses(experiment.defended, Parallel(model), lambda: frozen(model), x, y, Draws((0,)))
     assert isinstance(loss, Loss)
     torch.testing.assert_close(loss.total / loss.rows, expected)
     assert loss.rows == len(y)
@@ -205,6 +216,9 @@ def test_sub_models_start_from_different_weights_and_all_of_them_learn(
     for one, other in itertools.combinations(weights, 2):
         assert not torch.equal(one, other)  # type: ignore[arg-type]
     assert trained.gate(torch.rand(4, 1, 8, 8)).shape == (4, 3)
+    shares = [row["expert_shares"] for row in tables.read(finished, "metrics").to_pylist()]
+    assert [len(epoch) for epoch in shares] == [3, 3]
+    assert all(sum(epoch) == pytest.approx(1) for epoch in shares)
 
 
 def test_every_suite_measures_it_and_the_analysis_accepts_its_rows(

@@ -21,6 +21,7 @@ from torch import nn
 from dwf_cluster.api import load as load_trained_model
 from dwf_cluster.cluster.events import Connected
 from dwf_cluster.data.device import DeviceImages, to_float
+from dwf_cluster.data.registry import ImageFormat
 from dwf_cluster.data.sources import Images, load, sizes
 from dwf_cluster.defences.build import to_train, trained
 from dwf_cluster.experiment import Experiment
@@ -175,13 +176,13 @@ def test_a_network_of_this_package_keeps_its_own_normalisation(tmp_path: Path, d
         _take_over(refused, refused.store(str(tmp_path / "other")), data)
 
 
-@pytest.mark.parametrize("backbone", sorted({*FORMS} & {*BACKBONES} - {"vgg19"}))
+@pytest.mark.parametrize("backbone", [name for name in FORMS if name in BACKBONES and name.startswith("resnet")])
 def test_the_names_of_a_resnet_are_those_that_torchvision_has(backbone: str, data: Images) -> None:
     with torch.device("meta"):
         theirs = getattr(torchvision.models, backbone)().state_dict()
     ours = pkgutil.resolve_name(BACKBONES[backbone].build)(data.format, 64).state_dict()
     form = next(form for form in FORMS[backbone] if form.source == "torchvision or timm")
-    assert {*form.rename([name for name in ours if not name.startswith("normalize.")])} == {*theirs}
+    assert form.rename([name for name in ours if not name.startswith("normalize.")]) == [*theirs]
 
 
 def test_the_names_of_vgg_19_are_those_of_torchvisions_features_in_their_order() -> None:
@@ -212,6 +213,92 @@ def test_kuangliu_vgg_19_is_loaded_by_position() -> None:
     hidden = state | {"classifier.0.weight": torch.zeros(4096, 512)}
     with pytest.raises(Misfit, match=r"^classifier\.0\.weight is no weight of our vgg19: this one has hidden layers"):
         matched(hidden, model, "vgg19")
+
+
+class DenseLayer(nn.Module):
+    """A layer of a DenseNet with kuangliu's names; its features come before those of earlier layers."""
+
+    def __init__(self, inputs: int, growth: int) -> None:
+        super().__init__()
+        self.bn1, self.conv1 = nn.BatchNorm2d(inputs), nn.Conv2d(inputs, 4 * growth, 1, bias=False)
+        self.bn2, self.conv2 = nn.BatchNorm2d(4 * growth), nn.Conv2d(4 * growth, growth, 3, padding=1, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([self.conv2(F.relu(self.bn2(self.conv1(F.relu(self.bn1(x)))))), x], 1)
+
+
+class Transition(nn.Module):
+    """Between two blocks of a DenseNet."""
+
+    def __init__(self, inputs: int) -> None:
+        super().__init__()
+        self.bn, self.conv = nn.BatchNorm2d(inputs), nn.Conv2d(inputs, inputs // 2, 1, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.avg_pool2d(self.conv(F.relu(self.bn(x))), 2)
+
+
+class DenseNetwork(nn.Module):
+    """A small DenseNet with kuangliu's names."""
+
+    def __init__(self, blocks: Sequence[int], growth: int) -> None:
+        super().__init__()
+        channels = 2 * growth
+        self.conv1 = nn.Conv2d(3, channels, 3, padding=1, bias=False)
+        for number, layers in enumerate(blocks, 1):
+            block = [DenseLayer(channels + layer * growth, growth) for layer in range(layers)]
+            setattr(self, f"dense{number}", nn.Sequential(*block))
+            channels += layers * growth
+            if number < len(blocks):
+                setattr(self, f"trans{number}", Transition(channels))
+                channels //= 2
+        self.bn, self.linear = nn.BatchNorm2d(channels), nn.Linear(channels, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.conv1(x)
+        for number in range(1, 5):
+            x = getattr(self, f"dense{number}")(x)
+            x = getattr(self, f"trans{number}")(x) if number < 4 else x
+        logits: torch.Tensor = self.linear(F.relu(self.bn(x)).mean((2, 3)))
+        return logits
+
+
+def test_a_densenet_that_puts_new_features_first_gives_the_same_logits() -> None:
+    torch.manual_seed(0)
+    theirs = DenseNetwork((2, 3, 1, 2), 4)
+    for _ in range(3):
+        theirs(torch.rand(16, 3, 16, 16))
+    for tensor in theirs.state_dict().values():  # a new BatchNorm has the same weight for every channel
+        if tensor.dim() == 1:
+            tensor.add_(torch.rand(len(tensor)))
+    ours = torchvision.models.DenseNet(4, (2, 3, 1, 2), 8, num_classes=10)
+    ours.features.conv0 = nn.Conv2d(3, 8, 3, padding=1, bias=False)
+    ours.features.norm0 = ours.features.relu0 = ours.features.pool0 = nn.Identity()
+    model = nn.Sequential(Normalize([0.0] * 3, [1.0] * 3), ours)
+    weights = matched(theirs.state_dict(), model, "densenet121")
+    model.load_state_dict({**model.state_dict(), **weights})
+    x = torch.rand(8, 3, 16, 16)
+    torch.testing.assert_close(model.eval()(x), theirs.eval()(x), rtol=1e-4, atol=1e-5)
+
+
+def test_a_densenet_with_a_norm_in_its_stem_is_refused() -> None:
+    model = _on_meta(lambda: torchvision.models.DenseNet(4, (1, 1, 1, 1), 8))
+    state = {**model[1].state_dict(), "features.norm0.weight": torch.zeros(8)}
+    model[1].features.norm0 = nn.Identity()
+    with pytest.raises(Misfit, match=r"^features\.norm0\.weight is no weight of our densenet121: this one has a norm"):
+        matched(state, model, "densenet121")
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_a_state_dict_of_every_backbone_fits_with_and_without_the_modules_around_it(backbone: str) -> None:
+    images = ImageFormat((3, 32, 32), 10, (0.5,) * 3, (0.5,) * 3)
+    with torch.device("meta"):
+        model = pkgutil.resolve_name(BACKBONES[backbone].build)(images, 64)
+    own = model.state_dict()
+    assert matched(own, model, backbone).keys() == own.keys()
+    weights = [name for name in own if not name.startswith("normalize.")]
+    bare = {f"module.{name.removeprefix('network.')}": own[name] for name in weights}
+    assert [*matched(bare, model, backbone)] == weights
 
 
 def test_torchvisions_names_fit_its_network_behind_a_normalisation() -> None:
