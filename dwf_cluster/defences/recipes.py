@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from dwf_cluster.defences.registry import METHODS, ModelSpec, recipe, recipe_names, single
+from dwf_cluster.defences.registry import METHODS, ModelSpec, single
 from dwf_cluster.defences.settings import DefenceSettings, Given, Training
 
 
@@ -96,11 +96,10 @@ def resnet18_wide(settings: DefenceSettings) -> tuple[ModelSpec, ...]:
     It is trained as `random-at`, on the batches of the joint stage with the same random strengths, for as many epochs
     as the compute of all trainings of `dwf` allows. So neither its size, nor its adversarial examples, nor its compute
     differ from the mixture's, and what is left is the division into experts and the gate. A plain network of this size
-    would answer another question: whether size alone, without adversarial training, gives robustness. Versions without
-    `random-at` train it as `pgd-at`.
+    would answer another question: whether size alone, without adversarial training, gives robustness.
     """
-    (spec,) = recipe("random-at" if "random-at" in recipe_names() else "pgd-at", settings)
-    wide = replace(spec, name="resnet18-wide", backbone="resnet18", width=3 * settings.model.width)
+    random_at = single("random-at", "random-at", settings)
+    wide = replace(random_at, name="resnet18-wide", backbone="resnet18", width=3 * settings.model.width)
     return (_with_compute_of_dwf(wide, settings),)
 
 

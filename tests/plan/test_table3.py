@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 
 from dwf_cluster.data.registry import Sizes
-from dwf_cluster.defences.registry import recipe_names
 from dwf_cluster.experiment import Experiment
 from dwf_cluster.plan.jobs import EXPERTS, JOINT, jobs
 from dwf_cluster.presets import build
@@ -17,9 +16,6 @@ ROWS = {
     "cifar10-table3": {"benign", *PLAIN, "fgsm-at", "pgd-at", "soe", "advmoe", "mixture"},
     "svhn-table3": {"benign", "resnet34", "resnet50", "densenet121-k12", "advmoe", "mixture"},
 }
-needs_all_rows = pytest.mark.skipif(
-    bool({*PLAIN, "soe", "advmoe", "random-at"} - set(recipe_names())), reason="this version lacks rows of the table"
-)
 
 
 def _clean_trainings(experiment: Experiment) -> dict[str, float]:
@@ -40,19 +36,15 @@ def test_the_planned_cost_of_divided_we_fall_is_that_of_145_clean_trainings() ->
     [("fgsm-at", 1.3), ("pgd-at", 4.3), ("soe", 26), ("advmoe", 2.0), ("resnet50", 2.3), ("inception-v3", 6.1)],
 )
 def test_the_planned_cost_of_a_row_is_that_of_its_passes_and_operations(name: str, clean_trainings: float) -> None:
-    if name not in recipe_names():
-        pytest.skip("this version lacks the row")
     assert _clean_trainings(build("cifar10-table3"))[name] == pytest.approx(clean_trainings, rel=0.1)
 
 
-@needs_all_rows
 def test_the_other_rows_of_cifar10_cost_44_clean_trainings() -> None:
     """Plain networks without the benign expert, SoE and ADVMoE."""
     costs = _clean_trainings(build("cifar10-table3"))
     assert sum(costs[name] for name in (*PLAIN, "soe", "advmoe")) == pytest.approx(44, rel=0.1)
 
 
-@needs_all_rows
 @pytest.mark.parametrize("preset", ROWS)
 def test_a_preset_of_table_3_has_every_row_of_the_paper_and_the_controls(preset: str) -> None:
     assert ROWS[preset] | CONTROLS <= set(build(preset).names)
