@@ -134,7 +134,7 @@ def test_a_run_prints_progress_the_table_and_how_to_read_the_results(
     assert re.search(r"^expert pgd-1: epoch 3/3, loss \d+\.\d+, clean [\d.]+%, PGD probe", result.stdout, re.M)
     assert re.search(r"^Ray dashboard: http://127\.0\.0\.1:\d+ \(token authentication is on; ", result.stdout, re.M)
     rows = [line.split() for line in lines if line.strip() and line.split()[0] in MODELS]
-    assert [row[0] for row in rows] == MODELS * 2  # the transfer matrix follows
+    assert [row[0] for row in rows] == ["benign", "mixture", "fgsm-1", "pgd-1"] * 2  # the transfer matrix follows
     assert {len(row) for row in rows[4:]} == {1 + 3}
     assert re.search(
         r"^signs of gradient masking: (\d+|none) in \d+ checks of 4 models on 8 and 40 images; \d+ of them could fire$",
