@@ -158,9 +158,13 @@ class Experiment(Settings):
         """Check every network's width and, if it is known, the smaller side of the padded images.
 
         Raises:
-            InvalidInput: for the first network that has no such width, or needs larger images.
+            InvalidInput: for the first network that has no such width, or needs larger images, or a method that cannot
+                use it.
         """
         for spec in self.models:
+            if (known := METHODS[spec.method].backbones) and spec.backbone not in known:
+                allowed = f"cannot be used with {spec.method}: allowed is {', '.join(known)}"
+                raise InvalidInput(f"model.backbone: {spec.backbone!r} {allowed}")
             field = "given.width" if spec.method == WEIGHTS else "model.width"
             for name in spec.backbones:
                 fail_if_not_buildable(name, spec.width, side, field)

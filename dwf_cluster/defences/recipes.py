@@ -136,16 +136,10 @@ def controls(settings: DefenceSettings) -> tuple[ModelSpec, ...]:
 
 
 def advmoe(settings: DefenceSettings) -> tuple[ModelSpec, ...]:
-    """ADVMoE: one network of routed filters; its router has a learning rate of its own.
-
-    Raises:
-        ValueError: if the backbone is not ResNet-18, the only one whose routed form is known.
-    """
-    spec = single("advmoe", "advmoe", settings)
-    if spec.backbone != "resnet18":
-        raise ValueError(f"model.backbone: {spec.backbone!r} cannot be used with advmoe: allowed is resnet18")
+    """ADVMoE: one network of routed filters; its router has a learning rate of its own."""
     own = settings.advmoe
-    return (replace(spec, own_rates=(("gate", own.router_learning_rate, own.router_weight_decay),)),)
+    rates = ("gate", own.router_learning_rate, own.router_weight_decay)
+    return (replace(single("advmoe", "advmoe", settings), own_rates=(rates,)),)
 
 
 def weights(entry: Given) -> ModelSpec:

@@ -111,6 +111,7 @@ class Method:
         parameters: numbers in its state, buffers included, of (spec, channels of the image); by default, of all its
             networks.
         group: of its models' rows in the result table.
+        backbones: the only ones that its models can be built on; none: on all.
     """
 
     build: str
@@ -124,6 +125,7 @@ class Method:
     flops: Callable[[ModelSpec, Shape], float] = _networks_flops
     parameters: Callable[[ModelSpec, int], int] = _networks_parameters
     group: Group = "adversarial training"
+    backbones: tuple[str, ...] = ()
 
 
 def _attacked_step(gradients: float, spec: ModelSpec) -> float:
@@ -255,6 +257,7 @@ METHODS: Mapping[str, Method] = {
         flops=_advmoe_flops,
         parameters=_advmoe_parameters,
         group="mixture",
+        backbones=("resnet18",),
     ),
     "uniform": Method(f"{_CONTROLS}:uniform", None, _no_passes, has_gate=True, needs_parents=True, group="control"),
     "expert": Method(f"{_CONTROLS}:expert", None, _no_passes, needs_parents=True, group="control"),
