@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated
@@ -45,10 +46,11 @@ class Backbone:
 
 def _backbone(build: str, count: Callable[[int, Shape], Layers], smallest: int = 1, width_step: int = 1) -> Backbone:
     """A backbone whose layers are counted by a function of `models.layers`."""
+    counted = functools.cache(count)  # a plan asks for the same counts thousands of times
     return Backbone(
         f"dwf_cluster.models.{build}",
-        lambda width, shape: 2.0 * count(width, shape).macs,
-        lambda width, channels: count(width, (channels, 32, 32)).numbers,
+        lambda width, shape: 2.0 * counted(width, shape).macs,
+        lambda width, channels: counted(width, (channels, 32, 32)).numbers,
         smallest,
         width_step,
     )

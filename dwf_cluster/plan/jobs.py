@@ -114,7 +114,8 @@ class Job:
         if self.is_training:
             names = self.spec.parents
         else:
-            names = tuple(n for name in self.evaluated_with for n in trained_sources(self.experiment.models, name))
+            models = self.experiment.models
+            names = tuple(n for name in self.evaluated_with for n in trained_sources(models, name))
         return frozenset((self.folder, name) for name in names)
 
     @property
@@ -122,7 +123,8 @@ class Job:
         """For an evaluation, the models that it needs: its own, and those that images are tested or made on."""
         if self.tests_transfer:
             return self.experiment.names
-        return (self.model, *(_check_sources(self.experiment, self.spec) if self.suite == CHECKS else ()))
+        sources = _check_sources(self.experiment, self.spec) if self.suite == CHECKS else ()
+        return (self.model, *(source.name for source in sources))
 
     @property
     def tests_transfer(self) -> bool:
@@ -180,9 +182,9 @@ def _evaluations(job: Callable[..., Job], experiment: Experiment, spec: ModelSpe
             yield job(cost * (stop - first), suite, first, stop)
 
 
-def _check_sources(experiment: Experiment, spec: ModelSpec) -> tuple[str, ...]:
+def _check_sources(experiment: Experiment, spec: ModelSpec) -> tuple[ModelSpec, ...]:
     """The models that the checks of a model make images on: all others without parents, which need no joint stage."""
-    return tuple(other.name for other in experiment.models if not other.parents and other.name != spec.name)
+    return tuple(other for other in experiment.models if not other.parents and other.name != spec.name)
 
 
 def _shard_size(experiment: Experiment, spec: ModelSpec, cost: float, sizes: Sizes) -> int:
@@ -201,8 +203,7 @@ def _passes(experiment: Experiment, suite: str, spec: ModelSpec, shape: Shape) -
     """
     evaluation, own = experiment.evaluation, forward_flops(spec, shape)
 
-    def others(names: Iterable[str]) -> float:
-        specs = (experiment.spec(name) for name in names)
+    def others(specs: Iterable[ModelSpec]) -> float:
         return sum(METHODS[other.method].flops(other, shape) for other in specs) / own
 
     if suite == CHECKS:
@@ -210,7 +211,7 @@ def _passes(experiment: Experiment, suite: str, spec: ModelSpec, shape: Shape) -
         return check_cost(evaluation, math.prod(shape)) + sources * check_transfer_cost(evaluation) / spec.networks
     cost = SUITES[suite].cost(evaluation, spec.networks)
     if suite == PAPER and TRANSFER in evaluation.beyond:
-        cost += others(experiment.names)
+        cost += others(experiment.models)
     return float(cost) * threat_count(evaluation, experiment.threats, suite)
 
 
