@@ -11,7 +11,6 @@ import pkgutil
 from collections.abc import Iterator, Mapping
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from dwf_cluster.attacks import pgd as attacks
@@ -20,7 +19,8 @@ from dwf_cluster.attacks.gradient import differentiate, predict
 from dwf_cluster.attacks.pgd import fgsm as fgsm_examples
 from dwf_cluster.data.registry import ImageFormat
 from dwf_cluster.defences import randomized
-from dwf_cluster.defences.loss import Frozen, Loss, cross_entropy
+from dwf_cluster.defences.loss import Frozen, Loss, cross_entropy, divergence
+from dwf_cluster.defences.loss import trades as trades_loss
 from dwf_cluster.defences.registry import ModelSpec
 from dwf_cluster.determinism import Draws
 from dwf_cluster.models.registry import BACKBONES
@@ -75,7 +75,7 @@ def trades(
 
     Options: `beta`; `epsilon`, `step_size` and `steps` of the attack.
     """
-    target = predict(frozen(), x).softmax(1)
+    target = predict(frozen(), x)
     start = x + 0.001 * draw(x, draws.generators("start", len(x)), torch.randn)
     ball = Ball("linf", spec.option("epsilon"))
     step_size, steps = spec.option("step_size"), spec.option("steps")
@@ -83,15 +83,14 @@ def trades(
         frozen(), x, target, ball, step_size=step_size, steps=steps, start=start, objective=_divergence_from
     )
     *_, last = run
-    clean, adversarial = model(torch.cat([x.contiguous(memory_format=torch.channels_last), last.x])).chunk(2)
-    divergence = F.kl_div(adversarial.log_softmax(1), clean.log_softmax(1), reduction="sum", log_target=True)
-    yield Loss(F.cross_entropy(clean, y, reduction="sum") + spec.option("beta") * divergence, len(y))
+    versions = torch.cat([x.contiguous(memory_format=torch.channels_last), last.x])
+    yield trades_loss(model(versions), y, spec.option("beta"))
 
 
 def _divergence_from(model: nn.Module, x: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The objective of TRADES' attack: KL(target || the model's probabilities), target of shape (n, classes)."""
+    """The objective of TRADES' attack: KL(softmax(target) || the model's softmax), target of shape (n, classes)."""
     logits: torch.Tensor = model(x)
-    return F.kl_div(logits.log_softmax(1), target, reduction="none").sum(1), logits
+    return divergence(logits, target), logits
 
 
 def free(

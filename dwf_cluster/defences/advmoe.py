@@ -23,7 +23,7 @@ from dwf_cluster.attacks.ball import Ball, draw
 from dwf_cluster.attacks.gradient import NotLogits
 from dwf_cluster.attacks.pgd import pgd
 from dwf_cluster.data.registry import ImageFormat
-from dwf_cluster.defences.loss import Frozen, Loss
+from dwf_cluster.defences.loss import Frozen, Loss, divergence, trades
 from dwf_cluster.defences.registry import ModelSpec
 from dwf_cluster.determinism import Draws
 from dwf_cluster.models.advmoe import AdvMoE
@@ -58,21 +58,21 @@ def losses(
     attacked = _together(x, attack(spec, frozen(), x, draws, "start"))
     with _fixed(gate):
         logits = model(attacked)
-    yield _trades(logits, y, beta, "the loss")
+    yield trades(logits, y, beta)
 
     attacked = _together(x, attack(spec, frozen(), x, draws, "router start"))
     if spec.option("router_objective") == "trades":
         of_gate = {id(parameter) for parameter in gate}
         with _fixed(parameter for parameter in network.parameters() if id(parameter) not in of_gate):
             logits = model(attacked)
-        yield _trades(logits, y, beta, "the router's loss")
+        yield trades(logits, y, beta, "the router's loss")
         return
     clean, moved = model(attacked, scores_only=True).chunk(2)
     targets = (y % experts)[:, None].expand(-1, clean.shape[1])
     each = F.cross_entropy(clean.flatten(0, 1), targets.flatten(), reduction="sum")
-    divergence = _divergence(moved, clean).sum()
+    routing = divergence(moved, clean).sum()
     # With several score vectors, the mean over them: each layer's router has the same loss.
-    yield Loss(beta * (each + divergence) / clean.shape[1], len(y), "the router's loss")
+    yield Loss(beta * (each + routing) / clean.shape[1], len(y), "the router's loss")
 
 
 def attack(spec: ModelSpec, model: nn.Module, x: torch.Tensor, draws: Draws, purpose: str) -> torch.Tensor:
@@ -105,8 +105,8 @@ def attack(spec: ModelSpec, model: nn.Module, x: torch.Tensor, draws: Draws, pur
     def objective(model: nn.Module, x: torch.Tensor, clean: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         moved_scores = network.gate.scores(x)
         moved = network.routed(x, moved_scores)
-        routing = _divergence(moved_scores, clean[:, classes:].view_as(moved_scores)).mean(1)
-        return _divergence(moved, clean[:, :classes]) + routing, moved
+        routing = divergence(moved_scores, clean[:, classes:].view_as(moved_scores)).mean(1)
+        return divergence(moved, clean[:, :classes]) + routing, moved
 
     ball = Ball("linf", spec.option("epsilon"))
     start = ball.project(x, x + START * draw(x, draws.generators(purpose, len(x)), torch.randn))
@@ -114,26 +114,6 @@ def attack(spec: ModelSpec, model: nn.Module, x: torch.Tensor, draws: Draws, pur
     steps, step_size = spec.option("steps"), spec.option("step_size")
     *_, last = pgd(model, x, clean, ball, step_size=step_size, steps=steps, start=start, objective=objective)
     return last.x
-
-
-def _trades(logits: torch.Tensor, y: torch.Tensor, beta: float, name: str) -> Loss:
-    """Cross-entropy of clean images plus beta times KL(clean || attacked); no side is detached (Zhang et al. 2019).
-
-    Args:
-        logits: of the clean images, then of the attacked ones, shape (2n, classes).
-        y: labels, shape (n,).
-        beta: weight of the divergence.
-        name: of the loss.
-    """
-    clean, moved = logits.chunk(2)
-    total = F.cross_entropy(clean, y, reduction="sum") + beta * _divergence(moved, clean).sum()
-    return Loss(total, len(y), name)
-
-
-def _divergence(moved: torch.Tensor, clean: torch.Tensor) -> torch.Tensor:
-    """KL(softmax(clean) || softmax(moved)) over the last dimension, which is left out of the result."""
-    log_clean = clean.log_softmax(-1)
-    return (log_clean.exp() * (log_clean - moved.log_softmax(-1))).sum(-1)
 
 
 def _together(x: torch.Tensor, moved: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Shared by the methods: the loss that they yield to the training loop, and cross-entropy as such a loss."""
+"""Shared by the methods: the loss that they yield to the training loop; cross-entropy and TRADES as such losses."""
 
 from __future__ import annotations
 
@@ -31,3 +31,23 @@ def cross_entropy(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> Loss:
     """Cross-entropy of the images that the model is trained on."""
     logits = model(x.contiguous(memory_format=torch.channels_last))
     return Loss(F.cross_entropy(logits, y, reduction="sum"), len(y))
+
+
+def trades(logits: torch.Tensor, y: torch.Tensor, beta: float, name: str = "the loss") -> Loss:
+    """Cross-entropy of clean images plus beta times KL(clean || attacked); no side is detached (Zhang et al. 2019).
+
+    Args:
+        logits: of the clean images, then of the attacked ones, shape (2n, classes).
+        y: labels, shape (n,).
+        beta: weight of the divergence.
+        name: of the loss.
+    """
+    clean, attacked = logits.chunk(2)
+    total = F.cross_entropy(clean, y, reduction="sum") + beta * divergence(attacked, clean).sum()
+    return Loss(total, len(y), name)
+
+
+def divergence(moved: torch.Tensor, clean: torch.Tensor) -> torch.Tensor:
+    """KL(softmax(clean) || softmax(moved)) over the last dimension of logits, which is left out of the result."""
+    log_clean = clean.log_softmax(-1)
+    return (log_clean.exp() * (log_clean - moved.log_softmax(-1))).sum(-1)

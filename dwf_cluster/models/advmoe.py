@@ -15,13 +15,7 @@ from torch import nn
 from dwf_cluster.data.registry import ImageFormat
 from dwf_cluster.models.advmoe_size import STRIDES, convolutions, pathway_widths, router_widths
 from dwf_cluster.models.mixture import Experts, Gated
-from dwf_cluster.models.resnet import Normalize
-
-
-def _conv_norm(inputs: int, outputs: int, kernel: int, stride: int) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2, bias=False), nn.BatchNorm2d(outputs)
-    )
+from dwf_cluster.models.resnet import Normalize, conv_norm, shortcut, strided
 
 
 class _RouterBlock(nn.Module):
@@ -29,12 +23,12 @@ class _RouterBlock(nn.Module):
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
-        self.first = _conv_norm(inputs, outputs, 3, stride)
-        self.second = _conv_norm(outputs, outputs, 3, 1)
+        self.first = conv_norm(inputs, outputs, 3, stride)
+        self.second = conv_norm(outputs, outputs, 3, 1)
         self.stride, self.added = stride, outputs - inputs
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        skipped = x if self.stride == 1 else x[:, :, :: self.stride, :: self.stride]
+        skipped = strided(x, self.stride)
         if self.added:
             skipped = F.pad(skipped, (0, 0, 0, 0, self.added // 2, self.added - self.added // 2))
         out = self.second(F.relu(self.first(x), inplace=True))
@@ -60,7 +54,7 @@ class Router(nn.Module):
         first, *_ = widths = router_widths(width)
         self.experts = experts
         self.normalize = Normalize(images.mean, images.std)
-        self.stem = _conv_norm(images.shape[0], first, 3, 1)
+        self.stem = conv_norm(images.shape[0], first, 3, 1)
         self.blocks = nn.Sequential(
             *(_RouterBlock(i, o, 1 + (i != o)) for i, o in zip((first, *widths), widths, strict=False))
         )
@@ -178,12 +172,9 @@ class AdvMoE(Gated):
         widths = pathway_widths(width, ratio)
         shapes = convolutions(width, ratio)
         self.normalize = Normalize(images.mean, images.std)
-        self.stem = _conv_norm(images.shape[0], width, 3, 1)
+        self.stem = conv_norm(images.shape[0], width, 3, 1)
         self.layers = nn.ModuleList(ExpertConvolution(experts, *shape) for shape in shapes)
-        self.shortcuts = nn.ModuleList(
-            nn.Identity() if stride == 1 and inputs == outputs else _conv_norm(inputs, outputs, 1, 1)
-            for (inputs, outputs, stride) in shapes[::2]
-        )
+        self.shortcuts = nn.ModuleList(shortcut(inputs, outputs, stride) for (inputs, outputs, stride) in shapes[::2])
         self.classifier = nn.Linear(widths[-1], images.classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
@@ -246,9 +237,8 @@ def _logits(
     """
     out = F.relu(network.stem(network.normalize(x)), inplace=True)
     strides: Sequence[int] = STRIDES[::2]
-    for block, (shortcut, stride) in enumerate(zip(network.shortcuts, strides, strict=True)):
-        # As in `resnet.BasicBlock`: no 1x1 convolution of stride 2.
-        skipped = shortcut(out if stride == 1 else out[:, :, ::stride, ::stride])
+    for block, (skip, stride) in enumerate(zip(network.shortcuts, strides, strict=True)):
+        skipped = skip(strided(out, stride))
         out = convolve(2 * block + 1, F.relu(convolve(2 * block, out), inplace=True))
         out = F.relu(out + skipped, inplace=True)
     logits: torch.Tensor = network.classifier(out.mean(dim=(2, 3)))

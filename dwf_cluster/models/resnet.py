@@ -30,7 +30,8 @@ class Normalize(nn.Module):
         return (x - self.mean) / self.std
 
 
-def _conv_norm(inputs: int, outputs: int, kernel: int, stride: int) -> nn.Sequential:
+def conv_norm(inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.Sequential:
+    """A convolution that keeps the size at stride 1, and its BatchNorm: a pair that attacks see as one convolution."""
     return nn.Sequential(
         nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2, bias=False), nn.BatchNorm2d(outputs)
     )
@@ -50,14 +51,14 @@ class BasicBlock(nn.Module):
 
     def __init__(self, inputs: int, planes: int, stride: int) -> None:
         super().__init__()
-        self.first = _conv_norm(inputs, planes, 3, stride)
-        self.second = _conv_norm(planes, planes, 3, 1)
-        self.shortcut = _shortcut(inputs, planes, stride)
+        self.first = conv_norm(inputs, planes, 3, stride)
+        self.second = conv_norm(planes, planes, 3, 1)
+        self.shortcut = shortcut(inputs, planes, stride)
         self.stride = stride
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         out = self.second(F.relu(self.first(x), inplace=True))
-        out += self.shortcut(_strided(x, self.stride))
+        out += self.shortcut(strided(x, self.stride))
         return F.relu(out, inplace=True)
 
 
@@ -73,24 +74,25 @@ class Bottleneck(nn.Module):
     def __init__(self, inputs: int, planes: int, stride: int) -> None:
         super().__init__()
         outputs = self.expansion * planes
-        self.first = _conv_norm(inputs, planes, 1, 1)
-        self.second = _conv_norm(planes, planes, 3, stride)
-        self.third = _conv_norm(planes, outputs, 1, 1)
-        self.shortcut = _shortcut(inputs, outputs, stride)
+        self.first = conv_norm(inputs, planes, 1, 1)
+        self.second = conv_norm(planes, planes, 3, stride)
+        self.third = conv_norm(planes, outputs, 1, 1)
+        self.shortcut = shortcut(inputs, outputs, stride)
         self.stride = stride
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         out = F.relu(self.second(F.relu(self.first(x), inplace=True)), inplace=True)
         out = self.third(out)
-        out += self.shortcut(_strided(x, self.stride))
+        out += self.shortcut(strided(x, self.stride))
         return F.relu(out, inplace=True)
 
 
-def _shortcut(inputs: int, outputs: int, stride: int) -> nn.Module:
-    return nn.Identity() if stride == 1 and inputs == outputs else _conv_norm(inputs, outputs, 1, 1)
+def shortcut(inputs: int, outputs: int, stride: int) -> nn.Module:
+    """The identity or, where the shape changes, a 1x1 convolution of `strided` features."""
+    return nn.Identity() if stride == 1 and inputs == outputs else conv_norm(inputs, outputs, 1, 1)
 
 
-def _strided(x: torch.Tensor, stride: int) -> torch.Tensor:
+def strided(x: torch.Tensor, stride: int) -> torch.Tensor:
     """The input of a shortcut.
 
     A slice and a 1x1 convolution of stride 1 are a 1x1 convolution of stride 2, whose weight gradient oneDNN writes
@@ -121,7 +123,7 @@ class ResNet(nn.Module):
     ) -> None:
         super().__init__()
         self.normalize = Normalize(mean, std)
-        self.stem = _conv_norm(len(mean), width, 3, 1)
+        self.stem = conv_norm(len(mean), width, 3, 1)
         listed, inputs = list[nn.Module](), width
         for level, count in enumerate(blocks):
             for number in range(count):

@@ -11,16 +11,13 @@ from torch import nn
 from dwf_cluster.data.registry import ImageFormat
 from dwf_cluster.models.layers import XCEPTION
 from dwf_cluster.models.plain import Mean, Normalized
-
-
-def _conv_norm(inputs: int, outputs: int, kernel: int) -> nn.Sequential:
-    return nn.Sequential(nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, bias=False), nn.BatchNorm2d(outputs))
+from dwf_cluster.models.resnet import conv_norm
 
 
 def _separable(inputs: int, outputs: int) -> nn.Sequential:
     """A 3x3 convolution of each channel by itself, a 1x1 convolution of all channels, and BatchNorm."""
     depthwise = nn.Conv2d(inputs, inputs, 3, padding=1, groups=inputs, bias=False)
-    return nn.Sequential(depthwise, *_conv_norm(inputs, outputs, 1))
+    return nn.Sequential(depthwise, *conv_norm(inputs, outputs, 1))
 
 
 class Block(nn.Module):
@@ -56,8 +53,8 @@ class Block(nn.Module):
 
 def xception(images: ImageFormat, width: int) -> Normalized:
     """The backbone `xception` for images of this format; 20.83 million parameters at width 64."""
-    layers: list[nn.Module] = [_conv_norm(images.shape[0], width // 2, 3), nn.ReLU()]
-    layers += [_conv_norm(width // 2, width, 3), nn.ReLU()]
+    layers: list[nn.Module] = [conv_norm(images.shape[0], width // 2, 3), nn.ReLU()]
+    layers += [conv_norm(width // 2, width, 3), nn.ReLU()]
     for number, (inputs, outputs, stride) in enumerate(XCEPTION):
         first, last = int(inputs * width / 2), int(outputs * width / 2)
         middle = first if number == len(XCEPTION) - 1 else last
