@@ -71,7 +71,7 @@ _DIGITS = Experiment(
 )
 
 _MIXTURE_SUITES = ("pgd_gate", "pgd_expert", "pgd_route")
-_COMPARED = ("soe", "advmoe", "random-at", "controls", "pgd-ensemble", "resnet18-wide")
+_COMPARED = ("soe", "advmoe", "advmoe-wide", "random-at", "controls", "pgd-ensemble", "resnet18-wide")
 """Other mixtures, and controls, of every experiment on the paper's Table 3."""
 
 
@@ -96,7 +96,8 @@ _CIFAR10_TABLE3 = _table3(
     *("vgg19", "resnet50", "densenet169", "googlenet", "inception-v3", "xception", "mobilenet-v2"),
 )
 _SVHN_TABLE3 = _table3("svhn-table3", _SVHN, "resnet34", "resnet50", "densenet121-k12")
-# VGG-19 needs 32 pixels and Inception-V3 9; GoogLeNet has one width, at which it costs as much as all other rows.
+# VGG-19 needs 32 pixels and Inception-V3 9; GoogLeNet has one width, at which it costs as much as all other rows;
+# MobileNet-V2 of width 8 does not learn the digits by the common recipe.
 _TABLE3_SMALL = _table3(
     "table3-small",
     _DIGITS.model_copy(
@@ -108,7 +109,7 @@ _TABLE3_SMALL = _table3(
             ),
         }
     ),
-    *("resnet34", "resnet50", "densenet121", "xception", "mobilenet-v2"),
+    *("resnet34", "resnet50", "densenet121", "xception"),
 )
 
 PRESETS: Mapping[str, tuple[Experiment, str]] = {

@@ -142,6 +142,15 @@ def advmoe(settings: DefenceSettings) -> tuple[ModelSpec, ...]:
     return (replace(single("advmoe", "advmoe", settings), own_rates=(rates,)),)
 
 
+def advmoe_wide(settings: DefenceSettings) -> tuple[ModelSpec, ...]:
+    """ADVMoE whose pathways have the width of the other rows' ResNet-18, whatever `advmoe.ratio` is.
+
+    An image costs as much as in one ResNet-18, so the row shows what the half width of ADVMoE takes away.
+    """
+    (spec,) = advmoe(settings)
+    return (replace(spec, name="advmoe-wide", options=tuple(sorted({**dict(spec.options), "ratio": 1.0}.items()))),)
+
+
 def weights(entry: Given) -> ModelSpec:
     """A network with the user's weights. Its training is one epoch without steps."""
     options = entry.model_dump(include={"file", "sha256", "mean", "std", "accuracy"})

@@ -313,6 +313,7 @@ DEFENCES: Mapping[str, str] = {
     "pgd-at": f"{_RECIPES}:pgd_at",
     "pgd-at-matched": f"{_RECIPES}:pgd_at_matched",
     "advmoe": f"{_RECIPES}:advmoe",
+    "advmoe-wide": f"{_RECIPES}:advmoe_wide",
     "free": f"{_RECIPES}:free",
     "controls": f"{_RECIPES}:controls",
     "pgd-ensemble": f"{_RECIPES}:pgd_ensemble",
