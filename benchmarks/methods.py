@@ -1,13 +1,16 @@
 """Seconds of a training step of each method, in units of its counted passes at the speed of a standard step.
 
-    python benchmarks/methods.py [--steps 5] [--width 16] [--batch 128] [--threads 1]
+    python benchmarks/methods.py [--steps 2] [--width 64] [--batch 32] [--threads 2]
 
 Every method that trains a model without parents, and `dwf`, takes the same number of steps on one batch of random
 32x32 images, by the package's own loop; the cost of a step does not depend on the images. The methods take turns, one
 training of a few steps each, and medians are over all steps but the first of each turn. A standard step counts 3
 passes; passes of a smaller or larger network count by its FLOPs, as in the plan. A ratio above 1 is overhead that the
-plan does not count; 1.3 is the limit. `dwf` has three experts here, and a standard step is of one network. The last
-line is JSON.
+plan does not count. The exit status is 1 if a ratio is above 1.3. `dwf` has three experts here, and a standard step is
+of one network. The last line is JSON.
+
+The default width is the paper's. Convolutions of few channels are slow for their operations, so at width 16 the ratio
+of ADVMoE, which has half of them, is 3 and says nothing about its overhead.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import tempfile
 from dataclasses import replace
 from typing import Any
@@ -35,6 +39,8 @@ from dwf_cluster.training.loop import Task, train
 from dwf_cluster.training.probe import Probe
 
 TURNS, SHAPE = 3, (3, 32, 32)
+LIMIT = 1.3
+"""The largest ratio of a method without hidden overhead."""
 
 
 def experiment(steps: int, width: int, batch: int) -> Experiment:
@@ -77,13 +83,13 @@ def seconds_of_steps(settings: Experiment, spec: ModelSpec, data: Images) -> lis
     return [row["seconds"] for row in rows[1:]]
 
 
-def main() -> None:
-    """Measure and print."""
+def main() -> int:
+    """Measure and print; the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument("--width", type=int, default=16)
-    parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--width", type=int, default=64)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     make_deterministic(options.threads)
     settings, data = experiment(options.steps, options.width, options.batch), images(options.batch)
@@ -102,7 +108,8 @@ def main() -> None:
         report[name] = {"passes": passes, "seconds": round(medians[name], 4), "ratio": round(ratio, 2)}
         print(f"{name:<10} {passes:8.1f} {medians[name]:9.4f} {ratio:6.2f}")
     print(json.dumps(report))
+    return int(any(row["ratio"] > LIMIT for row in report.values()))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
