@@ -18,18 +18,11 @@ from dwf_cluster.attacks.settings import Fgsm, Pgd
 from dwf_cluster.data.registry import DATASETS, Data
 from dwf_cluster.defences.recipes import weights
 from dwf_cluster.defences.registry import METHODS, WEIGHTS, ModelSpec, recipe, recipe_names
-from dwf_cluster.defences.settings import AdvMoe, Experts, Free, Gate, Given, Joint, NFgsm, Soe, Trades
+from dwf_cluster.defences.settings import AdvMoe, AdvTraining, Experts, Free, Gate, Given, Joint, NFgsm, Soe, Trades
 from dwf_cluster.evaluation.registry import AUTOATTACK, ROUTE, SUITES, Column, all_columns, suite_names
 from dwf_cluster.evaluation.settings import Evaluation, Threat, threats
 from dwf_cluster.models.registry import Model, fail_if_not_buildable
-from dwf_cluster.settings import (
-    InvalidInput,
-    Name,
-    OneOf,
-    Settings,
-    as_tuple,
-    first_error,
-)
+from dwf_cluster.settings import InvalidInput, Name, OneOf, Settings, as_tuple, first_error
 from dwf_cluster.store import RowLabels, Store
 
 ADDED_LATER = frozenset(
@@ -63,6 +56,7 @@ ADDED_LATER = frozenset(
         "evaluation.curve_restarts",
         "soe",
         "advmoe",
+        "adversarial_training",
         "trades",
         "free",
         "n_fgsm",
@@ -90,10 +84,11 @@ class Experiment(Settings):
     defence: Annotated[str, OneOf(recipe_names)] = "dwf"
     """The defence (or method) that the experiment is about; its last model is the defended one."""
     baselines: Annotated[tuple[Annotated[str, OneOf(recipe_names)], ...], BeforeValidator(as_tuple)] = ()
-    """Defences and methods beside it, such as `fgsm-at` and `pgd-at`: ResNet-18 with half of each batch adversarial at
-    a fixed strength (PGD with 10 iterations). Our assumption: FGSM at `pgd.epsilon`. `pgd-at-matched` is `pgd-at` with
-    the compute of the whole defence; `controls` are the mixture's experts, alone and with equal weights;
-    `pgd-ensemble` is the mean of as many PGD-AT networks; `resnet18-wide` has three times the width."""
+    """Defences and methods beside it, such as `fgsm-at` and `pgd-at`: ResNet-18 with half of each batch adversarial
+    (`adversarial_training.fraction`) at a fixed strength (PGD with 10 iterations). Our assumption: FGSM at
+    `pgd.epsilon`. `pgd-at-matched` is `pgd-at` with the compute of the whole defence; `controls` are the mixture's
+    experts, alone and with equal weights; `pgd-ensemble` is the mean of as many PGD-AT networks; `resnet18-wide` has
+    three times the width; `advmoe-wide` is `advmoe` with `advmoe.ratio=1`."""
     given: Annotated[tuple[Given, ...], BeforeValidator(as_tuple)] = ()
     """Networks beside it whose weights the user has, as a JSON list: `[{"name": "r18", "file": "resnet18.pth",
     "accuracy": 93.02}]`. They are tested, stored and attacked, and not trained. The fields of an entry:"""
@@ -106,6 +101,7 @@ class Experiment(Settings):
     joint: Joint = Joint()
     soe: Soe = Soe()
     advmoe: AdvMoe = AdvMoe()
+    adversarial_training: AdvTraining = AdvTraining()
     trades: Trades = Trades()
     free: Free = Free()
     n_fgsm: NFgsm = NFgsm()

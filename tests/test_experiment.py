@@ -56,7 +56,7 @@ def test_every_defence_and_every_method_without_parents_can_be_a_baseline_or_the
     # `given` and `controls` train nothing, and `pgd-ensemble` several models.
     others = ("dwf", "given", "controls", "pgd-ensemble", *BACKBONES)
     names = [name for name in recipe_names() if name not in others]
-    with_recipes = ["fgsm-at", "pgd-at", "pgd-at-matched", "advmoe", "free", "resnet18-wide"]
+    with_recipes = ["fgsm-at", "pgd-at", "pgd-at-matched", "advmoe", "advmoe-wide", "free", "resnet18-wide"]
     methods = ["standard", "fgsm", "pgd", "trades", "fgsm-rs", "n-fgsm", "random-at", "soe"]
     assert names == [*with_recipes, *methods]
     experiment = build("digits", 0, [f"baselines={','.join(names)}"])

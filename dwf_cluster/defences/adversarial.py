@@ -1,7 +1,7 @@
 """Training of one network: on clean images, on FGSM examples (algorithm 1) or on PGD examples (algorithm 2).
 
-These methods train the experts of the mixture and, with a fixed strength and half of each batch adversarial, the
-baselines FGSM-AT and PGD-AT. TRADES and the cheap methods FGSM-RS, N-FGSM and Free are baselines too.
+These methods train the experts of the mixture and, with a fixed strength and a share of each batch adversarial,
+the baselines FGSM-AT and PGD-AT. TRADES and the cheap methods FGSM-RS, N-FGSM and Free are baselines too.
 """
 
 from __future__ import annotations

@@ -43,22 +43,23 @@ def _backbones(experts: Sequence[ModelSpec]) -> dict[str, Any]:
 
 
 def fgsm_at(settings: DefenceSettings) -> tuple[ModelSpec, ...]:
-    """FGSM-AT: half of each batch is attacked, at PGD's epsilon. Our assumption: this epsilon."""
-    return (single("fgsm-at", "fgsm", settings, epsilons=(settings.pgd.epsilon,), fraction=0.5),)
+    """FGSM-AT: a share of each batch is attacked, half in the paper, at PGD's epsilon. Our assumption: this epsilon."""
+    fraction = settings.adversarial_training.fraction
+    return (single("fgsm-at", "fgsm", settings, epsilons=(settings.pgd.epsilon,), fraction=fraction),)
 
 
 def pgd_at(settings: DefenceSettings) -> tuple[ModelSpec, ...]:
-    """PGD-AT: half of each batch is attacked, by ten iterations."""
-    return (single("pgd-at", "pgd", settings, steps=(10,), fraction=0.5),)
+    """PGD-AT: a share of each batch is attacked, half in the paper, by ten iterations."""
+    return (single("pgd-at", "pgd", settings, steps=(10,), fraction=settings.adversarial_training.fraction),)
 
 
 def pgd_at_matched(settings: DefenceSettings) -> tuple[ModelSpec, ...]:
     """PGD-AT, trained with as much compute as all models of `dwf` together: the rival at equal compute.
 
-    Everything but the number of epochs is that of `pgd-at`, so the two differ in compute alone. Half of each batch
-    stays clean because the mixture is trained on clean images too: a network trained on adversarial images only would
-    be more robust and less accurate, and neither difference would be the mixture's. The number of epochs is rounded
-    up. A long training may overfit (Rice et al. 2020), which would flatter the mixture: see `experts.keep`.
+    Everything but the number of epochs is that of `pgd-at`, so the two differ in compute alone. By default half of
+    each batch stays clean because the mixture is trained on clean images too: a network trained on adversarial images
+    only would be more robust and less accurate, and neither difference would be the mixture's. The number of epochs is
+    rounded up. A long training may overfit (Rice et al. 2020), which would flatter the mixture: see `experts.keep`.
     """
     (spec,) = pgd_at(settings)
     return (_with_compute_of_dwf(replace(spec, name="pgd-at-matched"), settings),)

@@ -175,6 +175,14 @@ class Given(Settings):
         return self
 
 
+class AdvTraining(Settings):
+    """Adversarial training at a fixed strength: `fgsm-at`, `pgd-at`, and the rows that are made of `pgd-at`."""
+
+    fraction: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """Share of each batch that is attacked, rounded up to whole images; the others stay clean. The paper's is half. 1:
+    all images, as most of the field trains, which gives more robust and less accurate networks."""
+
+
 class Trades(Settings):
     """TRADES (Zhang et al. 2019): cross-entropy of clean images plus beta times KL(clean, adversarial)."""
 
@@ -218,6 +226,8 @@ class DefenceSettings(Protocol):
     def soe(self) -> Soe: ...
     @property
     def advmoe(self) -> AdvMoe: ...
+    @property
+    def adversarial_training(self) -> AdvTraining: ...
     @property
     def trades(self) -> Trades: ...
     @property
