@@ -118,15 +118,17 @@ class AdvMoe(Settings):
     """Width of a group relative to `model.width`, rounded to whole channels; 0.5 as in the default of the release."""
     router: Literal["shared", "per-layer"] = "shared"
     """`shared`: one score vector steers all 16 convolutions, as released. `per-layer`: one vector for each, as the
-    paper describes. Our reading: one network with an output for each layer, not 16 networks."""
+    paper describes (remembered, not checked). Our reading: one network with an output for each layer, not 16
+    networks. Our assumption: the release's, because the published numbers are those of the authors' code (inferred)."""
     router_objective: Literal["label-modulo", "trades"] = "label-modulo"
     """What the router is trained for. `label-modulo`: to predict the label modulo the number of experts, on clean and
-    attacked images, as released; the paper does not mention it. `trades`: the TRADES loss of the routed network
-    through the straight-through estimator, the lower level of the paper's bi-level problem. Our assumption: the
-    release's, because the published numbers are those of the authors' code."""
+    attacked images, as released; the paper does not mention it (remembered, not checked). `trades`: the TRADES loss of
+    the routed network through the straight-through estimator, the lower level of the paper's bi-level problem
+    (remembered, not checked). Our assumption: the release's, because the published numbers are those of the authors'
+    code (inferred)."""
     router_learning_rate: Rate = 0.01
     """Peak learning rate of the router. Our assumption: 0.01. With 0.1, the release's, users report scores that become
-    NaN."""
+    NaN; that the rate is the reason is inferred."""
     router_weight_decay: Decay = 5e-4
     """Weight decay of the router; as released."""
     beta: Annotated[float, Field(ge=0, le=1000)] = 6.0

@@ -153,14 +153,15 @@ class AdvMoE(Gated):
     Its `experts` are the pathways, views of this network without tensors of their own, so attacks and tables treat it
     as any mixture. With one score vector for all layers, its logits are those of the chosen pathway. With a vector for
     each layer an image may change its group from layer to layer: then `experts[j]` passes group j everywhere, and
-    the weights of `gate` are means over the layers. Both are our reading; the paper does not attack single experts.
+    the weights of `gate` are means over the layers. Both are our reading; the paper does not
+    attack single experts (remembered, not checked).
 
     Args:
         images: what it classifies.
         width: channels of the stem; 64 is the paper's.
         experts: groups of filters.
         ratio: width of a pathway's residual blocks, relative to `width`.
-        per_layer: a score vector for each layer, as in the paper; else one for all, as released.
+        per_layer: a score vector for each layer, as in the paper (remembered); else one for all, as released.
     """
 
     is_weighted_sum = False

@@ -67,7 +67,10 @@ def densenet169(images: ImageFormat, width: int) -> Normalized:
 
 
 def densenet121_k12(images: ImageFormat, width: int) -> Normalized:
-    """DenseNet-121 with growth 12 at width 64: a tenth of the parameters; the paper's SVHN row cites this form."""
+    """DenseNet-121 with growth 12 at width 64: a seventh of the parameters.
+
+    The checkpoints that the paper's SVHN rows cite have this form; that the paper used it is inferred, not checked.
+    """
     return _densenet(images, width, (6, 12, 24, 16), 12, 24)
 
 

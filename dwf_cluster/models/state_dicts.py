@@ -61,9 +61,8 @@ def matched(state: Mapping[str, torch.Tensor], model: nn.Module, backbone: str) 
     forms = {source: _names(form, weights) for source, form in known.items()}
     source = max(forms, key=lambda name: len(forms[name].keys() & state.keys()))
     names = forms[source] | {key: key for key in normalisation}
-    for key in state:
-        if key not in names:
-            raise Misfit(_unknown(key, backbone, source, forms, state))
+    if unknown := [key for key in state if key not in names]:
+        raise Misfit(_unknown(unknown, backbone, source, forms, state))
     for key, name in names.items():
         is_optional = name in normalisation or name.endswith("num_batches_tracked")
         if key not in state and not is_optional:
@@ -93,11 +92,16 @@ def _names(form: Form, weights: Sequence[str]) -> dict[str, str]:
 
 
 def _unknown(
-    key: str, backbone: str, source: str, forms: Mapping[str, Mapping[str, str]], state: Mapping[str, torch.Tensor]
+    unknown: Sequence[str],
+    backbone: str,
+    source: str,
+    forms: Mapping[str, Mapping[str, str]],
+    state: Mapping[str, torch.Tensor],
 ) -> str:
-    """Why a name is refused: a known structure that differs, or the nearest known name."""
+    """Why the first of the unknown names is refused: a structure that is not ours, or the nearest known name."""
+    key = unknown[0]
     for pattern, reason in DIFFERENT.get(backbone, ()):
-        if any(re.search(pattern, name) for name in state):
+        if any(re.search(pattern, name) for name in unknown):
             return f"{key} is no weight of our {backbone}: {reason}"
     agrees = forms[source].keys() & state.keys()
     # If nothing agrees with any form, the nearest name may be of any.
@@ -248,7 +252,32 @@ DIFFERENT: Mapping[str, tuple[tuple[str, str], ...]] = {
     "vgg19": ((r"^classifier\.\d", "this one has hidden layers of 4096 units; allowed is kuangliu's, which has none"),),
     "densenet121": _DENSENET,
     "densenet169": _DENSENET,
-    "googlenet": ((r"^pre_?layers?\.", "kuangliu's and weiaicunzai's have other branches; allowed is torchvision's"),),
-    "mobilenet-v2": ((r"^layers\.\d", "kuangliu's has more shortcuts, and no ReLU6; allowed is torchvision's"),),
+    "googlenet": (
+        (
+            r"^(?!aux\d\.|network\.)",
+            "those of kuangliu and weiaicunzai have another stem and other branches; allowed is torchvision's",
+        ),
+    ),
+    "inception-v3": (
+        (
+            r"^(?!AuxLogits\.|network\.)",
+            "weiaicunzai's has another stem, and other convolutions in its branches; allowed is torchvision's",
+        ),
+    ),
+    "mobilenet-v2": (
+        (
+            r"^(?!features\.|classifier\.|network\.)",
+            "kuangliu's has more shortcuts, and no ReLU6, and weiaicunzai's other strides; allowed is torchvision's",
+        ),
+    ),
+    # Weiaicunzai's has our structure, but its weights are saved in another order, and which is which is not certain.
+    "xception": (
+        (
+            r"^(?!\d|network\.)",
+            "how the names of other sources, weiaicunzai's too, map to ours is not known; allowed are this package's",
+        ),
+    ),
 }
-"""Names that tell a known structure that is not ours, by backbone, and how it differs."""
+"""By backbone, patterns of unknown names, and what is said of a checkpoint that has such a name: how the structures
+that are known differ from ours. Where the names of these structures are not known with certainty, the pattern is that
+of every name which is not ours or torchvision's, and the reason is true of any file."""

@@ -26,8 +26,9 @@ class Block(nn.Module):
     Args:
         channels: of the input, and after each convolution.
         stride: of the max-pooling after the convolutions, and of the shortcut's 1x1 convolution; 0: neither.
-        starts_active: whether the input passes a ReLU. The shortcut then has the ReLU's output, as in the 32x32
-            networks whose checkpoints the paper cites; in Chollet's it has the input.
+        starts_active: whether the input passes a ReLU. The shortcut then has the ReLU's output, as in
+            weiaicunzai's 32x32 network, whose form the paper's checkpoint has (inferred, not checked); in Chollet's it
+            has the input.
     """
 
     def __init__(self, channels: tuple[int, ...], stride: int, starts_active: bool) -> None:

@@ -315,6 +315,18 @@ def test_the_row_is_a_recipe_with_a_rate_for_its_router_and_moves_no_signature()
     assert build("digits", 0, ["advmoe.experts=3"]).signature != build("digits", 0, []).signature
 
 
+@pytest.mark.parametrize("ratio", [0.25, 0.5, 1])
+def test_the_wide_row_is_advmoe_with_pathways_of_the_width_of_resnet_18_whatever_the_ratio_is(ratio: float) -> None:
+    experiment = build("cifar10", 0, ["baselines=advmoe,advmoe-wide", f"advmoe.ratio={ratio}", "advmoe.experts=3"])
+    narrow, wide = experiment.spec("advmoe"), experiment.spec("advmoe-wide")
+    assert (narrow.option("ratio"), wide.option("ratio")) == (ratio, 1)
+    assert replace(wide, name="advmoe", options=narrow.options) == narrow
+    assert {**dict(wide.options), "ratio": ratio} == dict(narrow.options)
+    plain = BACKBONES["resnet18"].flops(64, (3, 32, 32))
+    router = METHODS["advmoe"].flops(wide, (3, 32, 32)) - plain
+    assert 0 < router < 0.1 * plain  # a pathway costs what ResNet-18 costs
+
+
 def test_another_backbone_is_refused_in_one_line() -> None:
     with mock.patch.dict(BACKBONES, other=BACKBONES["resnet18"]), pytest.raises(InvalidInput) as error:
         _experiment("model.backbone=other")

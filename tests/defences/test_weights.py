@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import pkgutil
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -289,11 +290,17 @@ def test_a_densenet_with_a_norm_in_its_stem_is_refused() -> None:
         matched(state, model, "densenet121")
 
 
-@pytest.mark.parametrize("backbone", BACKBONES)
-def test_a_state_dict_of_every_backbone_fits_with_and_without_the_modules_around_it(backbone: str) -> None:
+def _plain(backbone: str) -> nn.Module:
+    """A backbone of shapes alone, for images of 32x32."""
     images = ImageFormat((3, 32, 32), 10, (0.5,) * 3, (0.5,) * 3)
     with torch.device("meta"):
-        model = pkgutil.resolve_name(BACKBONES[backbone].build)(images, 64)
+        network: nn.Module = pkgutil.resolve_name(BACKBONES[backbone].build)(images, 64)
+        return network
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_a_state_dict_of_every_backbone_fits_with_and_without_the_modules_around_it(backbone: str) -> None:
+    model = _plain(backbone)
     own = model.state_dict()
     assert matched(own, model, backbone).keys() == own.keys()
     weights = [name for name in own if not name.startswith("normalize.")]
@@ -307,6 +314,42 @@ def test_torchvisions_names_fit_its_network_behind_a_normalisation() -> None:
     assert [*matched(state, model, "mobilenet-v2")] == [f"1.{name}" for name in state]
     with pytest.raises(Misfit, match=r"^layers\.0\.conv1\.weight is no weight of our mobilenet-v2: kuangliu's has"):
         matched({"layers.0.conv1.weight": torch.zeros(1)}, model, "mobilenet-v2")
+
+
+STRUCTURES = [
+    ("googlenet", "pre_layers.0.weight", "those of kuangliu and weiaicunzai have another stem and other branches"),
+    ("googlenet", "inception3a.branch3.3.conv.weight", "those of kuangliu and weiaicunzai have another stem and"),
+    ("inception-v3", "Mixed_5b.branch5x5.0.conv.weight", "weiaicunzai's has another stem, and other convolutions"),
+    ("inception-v3", "linear.weight", "weiaicunzai's has another stem, and other convolutions in its branches"),
+    ("mobilenet-v2", "stage1.residual.0.bias", "kuangliu's has more shortcuts, and no ReLU6, and weiaicunzai's other"),
+    ("xception", "entry_flow.conv1.0.weight", "how the names of other sources, weiaicunzai's too, map to ours is not"),
+]
+
+
+@pytest.mark.parametrize(("backbone", "key", "reason"), STRUCTURES)
+@pytest.mark.parametrize("others", ["none", "ours"])
+def test_a_checkpoint_of_another_structure_is_refused_with_the_reason(
+    backbone: str, key: str, reason: str, others: str
+) -> None:
+    """Whether or not other names of the file are those of our network."""
+    model = _plain(backbone)
+    bare = {name.removeprefix("network."): tensor for name, tensor in model.state_dict().items()}
+    state = {key: torch.zeros(1)} if others == "none" else {**bare, key: torch.zeros(1)}
+    with pytest.raises(Misfit) as error:
+        matched(state, model, backbone)
+    assert str(error.value).startswith(f"{key} is no weight of our {backbone}: {reason}")
+    assert str(error.value).endswith(("allowed is torchvision's", "allowed are this package's"))
+    assert len(str(error.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("backbone", "key"),
+    [("googlenet", "aux1.fc1.weight"), ("inception-v3", "AuxLogits.fc.weight"), ("xception", "network.9.weights")],
+)
+def test_a_single_unknown_name_beside_all_known_ones_is_refused_with_the_nearest(backbone: str, key: str) -> None:
+    model = _plain(backbone)
+    with pytest.raises(Misfit, match=rf"^{re.escape(key)} is no weight of {backbone}"):
+        matched({**model.state_dict(), key: torch.zeros(1)}, model, backbone)
 
 
 # ------------------------------------------------------------------------------------------ clean accuracy
