@@ -257,6 +257,7 @@ def test_a_models_signature_follows_the_settings_that_train_it() -> None:
 
 ASSUMED = {
     "advmoe.router_learning_rate",
+    "advmoe.router",
     "advmoe.router_objective",
     "baselines",
     "data.padding",

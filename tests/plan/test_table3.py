@@ -10,7 +10,7 @@ from dwf_cluster.plan.jobs import EXPERTS, JOINT, jobs
 from dwf_cluster.presets import build
 
 CIFAR10 = Sizes(50_000, 10_000, (3, 32, 32))
-CONTROLS = {"random-at", "uniform", "joint-uniform", "pgd-ensemble", "resnet18-wide"}
+CONTROLS = {"advmoe-wide", "random-at", "uniform", "joint-uniform", "pgd-ensemble", "resnet18-wide"}
 PLAIN = ("vgg19", "resnet50", "densenet169", "googlenet", "inception-v3", "xception", "mobilenet-v2")
 ROWS = {
     "cifar10-table3": {"benign", *PLAIN, "fgsm-at", "pgd-at", "soe", "advmoe", "mixture"},
@@ -33,7 +33,15 @@ def test_the_planned_cost_of_divided_we_fall_is_that_of_145_clean_trainings() ->
 
 @pytest.mark.parametrize(
     ("name", "clean_trainings"),
-    [("fgsm-at", 1.3), ("pgd-at", 4.3), ("soe", 26), ("advmoe", 2.0), ("resnet50", 2.3), ("inception-v3", 6.1)],
+    [
+        ("fgsm-at", 1.3),
+        ("pgd-at", 4.3),
+        ("soe", 26),
+        ("advmoe", 2.0),
+        ("advmoe-wide", 5.8),  # a whole pathway instead of a quarter, beside the same router
+        ("resnet50", 2.3),
+        ("inception-v3", 6.1),
+    ],
 )
 def test_the_planned_cost_of_a_row_is_that_of_its_passes_and_operations(name: str, clean_trainings: float) -> None:
     assert _clean_trainings(build("cifar10-table3"))[name] == pytest.approx(clean_trainings, rel=0.1)
