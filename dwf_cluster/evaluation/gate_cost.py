@@ -49,7 +49,9 @@ def route_cost(e: Evaluation, parts: Parts) -> float:
 def experts_cost(e: Evaluation, parts: Parts) -> float:
     """Of `experts`: PGD on the mixture, on each expert, and on each mixture of all experts but one.
 
-    A gate that costs more than an MLP is a hard choice, which has no gradient in a mixture without an expert.
+    A gate that costs more than an MLP is a hard choice, which has no gradient in a mixture without an expert. Its
+    weights are recorded in every column.
     """
     gradients = 1 + parts.networks * parts.expert  # of the whole model, divided by its networks
-    return longest_pgd(e) * (2 * gradients + parts.gate) + 2 * parts.networks + 1
+    recorded = (2 + parts.networks * (parts.networks + 2)) * parts.gate / parts.networks
+    return longest_pgd(e) * (2 * gradients + parts.gate) + recorded + 2 * parts.networks + 1

@@ -200,7 +200,8 @@ SUITES: Mapping[str, Suite] = {
             for name in CORRUPTIONS
             for severity in sorted(set(e.corruption_severities))
         ],
-        lambda e, parts: len(CORRUPTIONS) * len(set(e.corruption_severities)),
+        # The weights of the gate are recorded in every column.
+        lambda e, parts: len(CORRUPTIONS) * len(set(e.corruption_severities)) * (1 + parts.gate / parts.networks),
         norms=_ANY,
     ),
     CHECKS: Suite(
