@@ -16,8 +16,8 @@ class Cost:
     """Size and cost of a model.
 
     Attributes:
-        parameters: numbers in its state, with the statistics of BatchNorm.
-        macs: multiply-accumulate operations of one inference.
+        parameters: weights and biases of the whole model, those of gate and heads included.
+        macs: multiply-accumulate operations of one inference in convolutions; linear layers are not counted.
         passes: of its training and that of everything it starts from: forward passes of one image through one network
             (an input gradient counts as 2, a training step as 3). Those of networks of different sizes count alike.
         flops: floating-point operations of these passes.
@@ -48,7 +48,7 @@ def costs(experiment: Experiment) -> dict[str, Cost]:
     }
     return {
         name: Cost(
-            METHODS[spec.method].parameters(spec, images.shape[0]),
+            METHODS[spec.method].parameters(spec, images.shape),
             METHODS[spec.method].flops(spec, images.shape) / 2,
             sum(passes[source] for source in sources(name)),
             sum(passes[source] * forward_flops(specs[source], images.shape) for source in sources(name)),
@@ -70,8 +70,9 @@ SIZE_HEADS = (("parameters", "million"), ("MACs", "million"), ("passes", "millio
 """Headings of the columns of size and cost."""
 
 SIZE_NOTE = (
-    "Parameters: numbers in the model's state, statistics of BatchNorm included. MACs: multiply-accumulate operations "
-    "of one inference. Passes: cost of training the model and everything it starts from, in forward passes of one "
+    "Parameters: weights and biases of the whole model, those of gate and heads included. MACs: multiply-accumulate "
+    "operations of one inference in convolutions, those of a router included; linear layers (last layers, the gate of "
+    "DWF) are not counted. Passes: cost of training the model and everything it starts from, in forward passes of one "
     "image through one of its networks (an input gradient counts as 2, a training step as 3). TFLOP: the same in "
     "floating-point operations, which compares networks of different sizes."
 )

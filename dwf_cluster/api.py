@@ -26,6 +26,7 @@ from dwf_cluster.defences.registry import trained_sources
 from dwf_cluster.evaluation import run
 from dwf_cluster.evaluation.adversarial import AdversarialImages, Collector, Kind, concatenated
 from dwf_cluster.evaluation.check_cost import check_cost
+from dwf_cluster.evaluation.gate_cost import Parts
 from dwf_cluster.evaluation.merge import merged_rows, worst_case_rows
 from dwf_cluster.evaluation.registry import CHECKS, PAPER, SUITES
 from dwf_cluster.evaluation.settings import Evaluation, Norm, Threat
@@ -222,7 +223,7 @@ def measure(
     options: dict[str, Any] = {"seed": seed, "device": subject.device}
     networks = len(subject.model.experts) if isinstance(subject.model, Gated) else 1
     checked = balanced(subject.y, evaluation.check_examples, "checks") if checked is None else checked
-    costs = {suite: SUITES[suite].cost(evaluation, networks) for suite in suites}
+    costs = {suite: SUITES[suite].cost(evaluation, Parts(networks)) for suite in suites}
     if CHECKS in costs:
         costs[CHECKS] = check_cost(evaluation, subject.x[0].size)
     examples = {suite: min(len(subject.y), SUITES[suite].examples(evaluation) or len(subject.y)) for suite in suites}

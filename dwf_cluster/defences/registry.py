@@ -14,8 +14,9 @@ from statistics import fmean
 from typing import Any, Literal
 
 from dwf_cluster.data.registry import Shape
-from dwf_cluster.defences import options
+from dwf_cluster.defences import options, size
 from dwf_cluster.defences.settings import DefenceSettings, Training
+from dwf_cluster.evaluation.gate_cost import Parts
 from dwf_cluster.models import advmoe_size
 from dwf_cluster.models.registry import BACKBONES
 
@@ -74,14 +75,6 @@ Group = Literal["plain", "adversarial training", "mixture", "control", "given"]
 """The group of a model's row in the result table."""
 
 
-def _networks_flops(spec: ModelSpec, shape: Shape) -> float:
-    return sum(BACKBONES[backbone].flops(spec.width, shape) for backbone in spec.backbones)
-
-
-def _networks_parameters(spec: ModelSpec, channels: int) -> int:
-    return sum(BACKBONES[backbone].parameters(spec.width, channels) for backbone in spec.backbones)
-
-
 @dataclass(frozen=True)
 class Method:
     """How a model is trained.
@@ -106,10 +99,12 @@ class Method:
         selects: of a spec, whether the model has a gate that gives each image to one expert. The gradient that passes
             such a choice (straight-through) or stops at it is not the model's, so the attacks that follow it leave an
             upper bound.
-        flops: floating-point operations of one forward pass of one image through the whole model, of (spec, shape of
-            the image); by default, of all its networks.
-        parameters: numbers in its state, buffers included, of (spec, channels of the image); by default, of all its
-            networks.
+        flops: floating-point operations of the convolutions in one forward pass of one image through the whole model,
+            of (spec, shape of the image), those of a gate included; by default, of all its networks. Those of linear
+            layers are not counted: neither last layers nor the gate of `dwf`.
+        parameters: weights and biases of the whole model for ten classes, of (spec, shape of the image), trained or
+            frozen, those of gate and heads included; by default, of all its networks.
+        parts: what its experts and its gate cost an attack, of (spec, shape of the image).
         group: of its models' rows in the result table.
         backbones: the only ones that its models can be built on; none: on all.
     """
@@ -122,8 +117,9 @@ class Method:
     has_gate: bool = False
     needs_parents: bool = False
     selects: Callable[[ModelSpec], bool] = lambda spec: False
-    flops: Callable[[ModelSpec, Shape], float] = _networks_flops
-    parameters: Callable[[ModelSpec, int], int] = _networks_parameters
+    flops: Callable[[ModelSpec, Shape], float] = size.networks_flops
+    parameters: Callable[[ModelSpec, Shape], int] = size.networks_parameters
+    parts: Callable[[ModelSpec, Shape], Parts] = size.networks_parts
     group: Group = "adversarial training"
     backbones: tuple[str, ...] = ()
 
@@ -140,16 +136,6 @@ def _advmoe_passes(spec: ModelSpec) -> float:
     experts_step = 2 * (3 * pathway + router)
     through_pathway = 2 * pathway if spec.option("router_objective") == "trades" else 0
     return spec.networks * (2 * attack + experts_step + 2 * (3 * router + through_pathway))
-
-
-def _advmoe_flops(spec: ModelSpec, shape: Shape) -> float:
-    """Of the router and of one pathway: the others are not computed."""
-    return sum(advmoe_size.flops(spec.width, spec.option("ratio"), shape))
-
-
-def _advmoe_parameters(spec: ModelSpec, channels: int) -> int:
-    vectors = advmoe_size.LAYERS if spec.option("router") == "per-layer" else 1
-    return advmoe_size.parameters(spec.width, spec.option("ratio"), spec.networks, vectors, channels)
 
 
 def _three_versions(spec: ModelSpec) -> float:
@@ -236,6 +222,7 @@ METHODS: Mapping[str, Method] = {
         has_gate=True,
         needs_parents=True,
         selects=lambda spec: spec.option("gate_kind") == "hard",
+        parameters=size.dwf_parameters,
         group="mixture",
     ),
     "soe": Method(
@@ -245,6 +232,8 @@ METHODS: Mapping[str, Method] = {
         options.soe,
         has_gate=True,
         selects=lambda spec: True,
+        parameters=size.soe_parameters,
+        parts=size.soe_parts,
         group="mixture",
     ),
     "advmoe": Method(
@@ -254,8 +243,9 @@ METHODS: Mapping[str, Method] = {
         options.advmoe,
         has_gate=True,
         selects=lambda spec: True,
-        flops=_advmoe_flops,
-        parameters=_advmoe_parameters,
+        flops=size.advmoe_flops,
+        parameters=size.advmoe_parameters,
+        parts=size.advmoe_parts,
         group="mixture",
         backbones=("resnet18",),
     ),

@@ -23,6 +23,7 @@ from dwf_cluster.evaluation.column import (
     titled,
 )
 from dwf_cluster.evaluation.column import Column as Column  # noqa: PLC0414 - part of this registry for its users
+from dwf_cluster.evaluation.gate_cost import Parts, expert_cost, experts_cost, gate_cost, route_cost
 from dwf_cluster.evaluation.settings import Evaluation, Norm, Threat
 
 CHECKS = "checks"
@@ -59,8 +60,8 @@ class Suite:
             of `checks` is a function of its own kind: see `evaluation.run.check`.
         columns: of (settings, threat model), the columns, strengths and iterations rising. Empty, as of `experts`: its
             columns have names of experts and tables of their own, and are run under the primary threat model.
-        cost: of (settings, number of networks of the model), forward passes of one network for one image that no
-            attack fools; a gradient counts as 2.
+        cost: of (settings, parts of the model), forward passes for one image that no attack fools: of one network,
+            divided by the number of networks; a gradient counts as 2.
         needs_gate: whether it attacks `experts` and `gate` of a model, so that only models with a gate are measured.
         classes: the fewest classes that it is defined for.
         norms: that its columns can have.
@@ -70,7 +71,7 @@ class Suite:
 
     run: str
     columns: Callable[[Evaluation, Threat], list[Column]]
-    cost: Callable[[Evaluation, int], float]
+    cost: Callable[[Evaluation, Parts], float]
     needs_gate: bool = False
     classes: int = 2
     norms: tuple[Norm, ...] = ("linf",)
@@ -78,7 +79,7 @@ class Suite:
     examples: Callable[[Evaluation], int | None] = lambda evaluation: None
 
 
-def _paper_cost(e: Evaluation, networks: int) -> float:
+def _paper_cost(e: Evaluation, parts: Parts) -> float:
     run = 2 * max(longest_pgd(e), e.restart_steps, e.adaptive_steps if e.eot == 1 else 0)
     eot_run = 2 * e.eot * e.adaptive_steps if e.eot > 1 else 0
     return run + len(e.fgsm_epsilons) + 2 * (e.restarts - 1) * e.restart_steps + eot_run + 1
@@ -86,11 +87,6 @@ def _paper_cost(e: Evaluation, networks: int) -> float:
 
 def _autoattack_examples(e: Evaluation) -> int | None:
     return e.autoattack_examples or (None if AUTOATTACK in e.beyond else AUTOATTACK_EXAMPLES)
-
-
-def _over_experts_cost(e: Evaluation, networks: int) -> float:
-    """A run for each expert: each iterate has a gradient of that expert and a pass of the whole model."""
-    return e.adaptive_steps * (2 + networks) + 1
 
 
 _SUITES = "dwf_cluster.evaluation.suites"
@@ -101,100 +97,99 @@ SUITES: Mapping[str, Suite] = {
     "pgd_gate": Suite(
         f"{_SUITES}:pgd_gate",
         lambda e, threat: [in_ball("pgd_gate", threat, e.adaptive_steps)],
-        lambda e, networks: 2 * e.adaptive_steps + 1,
+        gate_cost,
         needs_gate=True,
         norms=_ANY,
     ),
     "pgd_expert": Suite(
         f"{_SUITES}:pgd_expert",
         lambda e, threat: [in_ball("pgd_expert", threat, e.adaptive_steps)],
-        _over_experts_cost,
+        expert_cost,
         needs_gate=True,
         norms=_ANY,
     ),
     ROUTE: Suite(
         f"{_SUITES}:pgd_route",
         lambda e, threat: [in_ball(ROUTE, threat, e.adaptive_steps)],
-        _over_experts_cost,
+        route_cost,
         needs_gate=True,
         norms=_ANY,
     ),
     "pgd_momentum": Suite(
         f"{_SUITES}:pgd_variant",
         lambda e, threat: [in_ball("pgd_momentum", threat, longest_pgd(e))],
-        lambda e, networks: 2 * longest_pgd(e) + 1,
+        lambda e, parts: 2 * longest_pgd(e) + 1,
         norms=_ANY,
     ),
     "pgd_cw": Suite(
         f"{_SUITES}:pgd_variant",
         lambda e, threat: [in_ball("pgd_cw", threat, longest_pgd(e))],
-        lambda e, networks: 2 * longest_pgd(e) + 1,
+        lambda e, parts: 2 * longest_pgd(e) + 1,
         norms=_ANY,
     ),
     "pgd_l2": Suite(
         f"{_SUITES}:pgd_variant",
         lambda e, threat: [Column("pgd_l2", None, e.l2_epsilon, e.l2_step_size, longest_pgd(e), norm="l2")],
-        lambda e, networks: 2 * longest_pgd(e) + 1,
+        lambda e, parts: 2 * longest_pgd(e) + 1,
         norms=("l2",),
         own_threat=True,
     ),
     "pgd_l1": Suite(
         f"{_SUITES}:pgd_variant",
         lambda e, threat: [Column("pgd_l1", None, e.l1_epsilon, e.l1_step_size, longest_pgd(e), norm="l1")],
-        lambda e, networks: 2 * longest_pgd(e) + 1,
+        lambda e, parts: 2 * longest_pgd(e) + 1,
         norms=("l1",),
         own_threat=True,
     ),
     "pgd_targeted": Suite(
         f"{_SUITES}:pgd_targeted",
         lambda e, threat: [in_ball("pgd_targeted", threat, longest_pgd(e))],
-        lambda e, networks: 2 * longest_pgd(e) * e.targets + 1,
+        lambda e, parts: 2 * longest_pgd(e) * e.targets + 1,
         norms=_ANY,
     ),
     "apgd": Suite(
         f"{_SUITES}:auto_pgd",
         lambda e, threat: [Column("apgd", epsilon=threat.epsilon, steps=e.apgd_steps, norm=threat.norm)],
-        lambda e, networks: 2 * e.apgd_steps + 1,
+        lambda e, parts: 2 * e.apgd_steps + 1,
         norms=("linf", "l2"),  # its algorithm for L1 is another one (Croce and Hein 2021)
     ),
     "apgd_l2": Suite(
         f"{_SUITES}:auto_pgd",
         lambda e, threat: [Column("apgd_l2", epsilon=e.l2_epsilon, steps=e.apgd_steps, norm="l2")],
-        lambda e, networks: 2 * e.apgd_steps + 1,
+        lambda e, parts: 2 * e.apgd_steps + 1,
         norms=("l2",),
         own_threat=True,
     ),
     "square": Suite(
         f"{_SUITES}:square",
         lambda e, threat: [Column("square", epsilon=threat.epsilon, steps=e.square_queries)],
-        lambda e, networks: e.square_queries,
+        lambda e, parts: e.square_queries,
     ),
     AUTOATTACK: Suite(
         f"{_SUITES}:autoattack",
         lambda e, threat: [Column(AUTOATTACK, epsilon=threat.epsilon)],
         # APGD on one loss and nine targets, FAB on nine, Square.
-        lambda e, networks: 2 * 1900 + 900 + 5000,
+        lambda e, parts: 2 * 1900 + 900 + 5000,
         classes=4,  # that its targeted difference of logits ratio is defined for
         examples=_autoattack_examples,
     ),
     "noise": Suite(
         f"{_SUITES}:noise",
         lambda e, threat: [Column("noise", epsilon=threat.epsilon, norm=threat.norm)],
-        lambda e, networks: 1,
+        lambda e, parts: 1,
         norms=_ANY,
     ),
     CURVES: Suite(
         "dwf_cluster.evaluation.curves:curves",
         curve_columns,
-        lambda e, networks: curve_cost(e),
+        lambda e, parts: curve_cost(e),
         norms=_ANY,
         examples=lambda e: e.curve_examples,
     ),
     EXPERT_SUITE: Suite(
         "dwf_cluster.evaluation.experts:experts",
         lambda e, threat: [],
-        # PGD on the mixture, on each expert, and on each mixture of all experts but one.
-        lambda e, networks: 2 * longest_pgd(e) * (networks + 1) + 2 * networks + 1,
+        experts_cost,
         needs_gate=True,
         norms=_ANY,
     ),
@@ -205,13 +200,14 @@ SUITES: Mapping[str, Suite] = {
             for name in CORRUPTIONS
             for severity in sorted(set(e.corruption_severities))
         ],
-        lambda e, networks: len(CORRUPTIONS) * len(set(e.corruption_severities)),
+        # The weights of the gate are recorded in every column.
+        lambda e, parts: len(CORRUPTIONS) * len(set(e.corruption_severities)) * (1 + parts.gate / parts.networks),
         norms=_ANY,
     ),
     CHECKS: Suite(
         "dwf_cluster.evaluation.run:check",
         lambda e, threat: [],
-        lambda e, networks: check_cost(e),
+        lambda e, parts: check_cost(e),
         norms=_ANY,
         examples=lambda e: e.check_examples,
     ),

@@ -35,7 +35,7 @@ def convolutions(width: int, ratio: float) -> list[tuple[int, int, int]]:
 
 
 def flops(width: int, ratio: float, shape: Shape) -> tuple[float, float]:
-    """Floating-point operations of one image in one pathway, and in the router; without the last layers.
+    """Floating-point operations of one image in one pathway, and in the router, without the linear layers.
 
     Args:
         width: of the stem.
@@ -58,7 +58,7 @@ def flops(width: int, ratio: float, shape: Shape) -> tuple[float, float]:
 
 
 def parameters(width: int, ratio: float, experts: int, vectors: int, channels: int) -> int:
-    """Numbers in the state of network and router for ten classes: four vectors for each BatchNorm.
+    """Weights and biases of network and router for ten classes.
 
     Args:
         width, ratio: as of `flops`.
@@ -66,14 +66,14 @@ def parameters(width: int, ratio: float, experts: int, vectors: int, channels: i
         vectors: score vectors of the router.
         channels: of an image.
     """
-    count = 9 * channels * width + 4 * width + 10 * (pathway_widths(width, ratio)[-1] + 1)
+    count = 9 * channels * width + 2 * width + 10 * (pathway_widths(width, ratio)[-1] + 1)
     for number, (inputs, outputs, stride) in enumerate(convolutions(width, ratio)):
-        count += experts * 9 * inputs * outputs + 4 * outputs
+        count += experts * 9 * inputs * outputs + 2 * outputs
         if number % 2 == 0 and (stride > 1 or inputs != outputs):
-            count += inputs * outputs + 4 * outputs
+            count += inputs * outputs + 2 * outputs
     widths = router_widths(width)
-    count += 9 * channels * widths[0] + 4 * widths[0] + vectors * experts * (widths[-1] + 1)
-    return count + sum(9 * inputs * outputs + 4 * outputs for inputs, outputs, _ in _router_convolutions(width))
+    count += 9 * channels * widths[0] + 2 * widths[0] + vectors * experts * (widths[-1] + 1)
+    return count + sum(9 * inputs * outputs + 2 * outputs for inputs, outputs, _ in _router_convolutions(width))
 
 
 def _router_convolutions(width: int) -> list[tuple[int, int, int]]:

@@ -10,9 +10,6 @@ from dataclasses import dataclass, field
 
 from dwf_cluster.data.registry import Shape
 
-CLASSES = 10
-"""Outputs of the last layer, as counted here."""
-
 
 @dataclass
 class Layers:
@@ -21,23 +18,23 @@ class Layers:
     Attributes:
         channels, rows, columns: shape of the features after the last layer.
         macs: multiplications of the convolutions so far, for one image.
-        numbers: in the state so far: weights, and four vectors and a counter for each BatchNorm.
+        parameters: of the convolutions and BatchNorms so far: weights and biases.
     """
 
     channels: int
     rows: int
     columns: int
     macs: int = field(default=0)
-    numbers: int = field(default=0)
+    parameters: int = field(default=0)
 
     @staticmethod
     def of(shape: Shape) -> Layers:
-        """Before the first layer; the numbers are those of the normalisation."""
-        return Layers(*shape, numbers=2 * shape[0])
+        """Before the first layer."""
+        return Layers(*shape)
 
     def norm(self) -> None:
         """BatchNorm."""
-        self.numbers += 4 * self.channels + 1
+        self.parameters += 2 * self.channels
 
     def resized(self, kernel: int, stride: int, padding: int) -> None:
         """Height and width after a convolution or pooling."""
@@ -60,14 +57,14 @@ class Layers:
             stride: of both directions.
             padding: on each side; None: half of the kernel.
             groups: of channels.
-            extra: numbers in the state for each output beside the weights: 1 for a bias.
+            extra: parameters of each output beside the weights: 1 for a bias.
         """
         high, wide = kernel if isinstance(kernel, tuple) else (kernel, kernel)
         if isinstance(kernel, int):
             self.resized(kernel, stride, kernel // 2 if padding is None else padding)
         weights = high * wide * self.channels // groups * outputs
         self.macs += weights * self.rows * self.columns
-        self.numbers += weights + extra * outputs
+        self.parameters += weights + extra * outputs
         self.channels = outputs
 
     def conv_norm(
@@ -89,14 +86,13 @@ class Layers:
             channels: after them; None: all of theirs, one after the other.
         """
         self.macs += sum(branch.macs for branch in branches)
-        self.numbers += sum(branch.numbers for branch in branches)
+        self.parameters += sum(branch.parameters for branch in branches)
         self.channels = sum(branch.channels for branch in branches) if channels is None else channels
         self.rows, self.columns = branches[-1].rows, branches[-1].columns
 
-    def classified(self) -> Layers:
-        """After the mean over rows and columns, and the last layer, whose operations are not counted."""
-        self.numbers += CLASSES * (self.channels + 1)
-        return self
+    def classifier(self, classes: int) -> int:
+        """Parameters of the last layer, which sees the mean over rows and columns; its operations are not counted."""
+        return classes * (self.channels + 1)
 
 
 def resnet(width: int, shape: Shape, blocks: Sequence[int], expansion: int) -> Layers:
@@ -114,7 +110,7 @@ def resnet(width: int, shape: Shape, blocks: Sequence[int], expansion: int) -> L
             if stride > 1 or net.channels != main.channels:
                 shortcut.conv_norm(expansion * planes, 1, stride)
             net.joined(main, shortcut, channels=main.channels)
-    return net.classified()
+    return net
 
 
 def vgg19(width: int, shape: Shape) -> Layers:
@@ -125,7 +121,7 @@ def vgg19(width: int, shape: Shape) -> Layers:
             net.conv(level * width, extra=1)
             net.norm()
         net.resized(2, 2, 0)
-    return net.classified()
+    return net
 
 
 def densenet(width: int, shape: Shape, blocks: Sequence[int], growth: int, first: int) -> Layers:
@@ -145,7 +141,7 @@ def densenet(width: int, shape: Shape, blocks: Sequence[int], growth: int, first
         if number < len(blocks) - 1:
             net.conv(net.channels // 2, 1)
             net.resized(2, 2, 0)
-    return net.classified()
+    return net
 
 
 _GOOGLENET = (
@@ -170,7 +166,7 @@ def googlenet(width: int, shape: Shape) -> Layers:
         if number in (2, 7):  # a pooling that rounds up
             net.rows, net.columns = -(-net.rows // 2), -(-net.columns // 2)
         net.joined(*_paths(net, [(one, 1)], [(reduced, 1), (three, 3)], [(reduced_again, 1), (five, 3)], [(pooled, 1)]))
-    return net.classified()
+    return net
 
 
 Path = list[tuple[int, int | tuple[int, int]]]
@@ -227,7 +223,7 @@ def inception_v3(width: int, shape: Shape) -> Layers:
     for _ in range(2):
         one, pool = _paths(net, [(320, 1)], [(192, 1)])
         net.joined(one, _split(net, [(384, 1)]), _split(net, [(448, 1), (384, 3)]), pool)
-    return net.classified()
+    return net
 
 
 MOBILENET_V2 = (
@@ -256,7 +252,7 @@ def mobilenet_v2(width: int, shape: Shape) -> Layers:
             net.norm()
             net.conv_norm(_divisible(channels * width / 64), 1)
     net.conv_norm(_divisible(1280 * max(1.0, width / 64)), 1)
-    return net.classified()
+    return net
 
 
 def _divisible(value: float) -> int:
@@ -289,7 +285,7 @@ def xception(width: int, shape: Shape) -> Layers:
         net.joined(main, shortcut, channels=last)
     _separable(net, 24 * width)
     _separable(net, 32 * width)
-    return net.classified()
+    return net
 
 
 def _separable(net: Layers, outputs: int) -> None:

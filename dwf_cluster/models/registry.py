@@ -22,15 +22,16 @@ class Backbone:
     Attributes:
         build: `module:function`; takes `images: ImageFormat` and `width: int`, returns an untrained `nn.Module`: pixels
             in [0, 1] in, logits out, normalisation inside.
-        flops: floating-point operations of one forward pass of one image, of (width, shape of the image).
-        parameters: numbers in its state, buffers included, of (width, channels of the image).
+        flops: floating-point operations of the convolutions in one forward pass of one image, of (width, shape of the
+            image); those of linear layers are not counted.
+        parameters: weights and biases, of (width, channels of the image, classes).
         smallest: pixels that an image needs, at least, in height and width.
         width_step: allowed widths are its multiples; 0: only 64, because its construction has no other.
     """
 
     build: str
     flops: Callable[[int, Shape], float]
-    parameters: Callable[[int, int], int]
+    parameters: Callable[[int, int, int], int]
     smallest: int = 1
     width_step: int = 1
 
@@ -47,10 +48,15 @@ class Backbone:
 def _backbone(build: str, count: Callable[[int, Shape], Layers], smallest: int = 1, width_step: int = 1) -> Backbone:
     """A backbone whose layers are counted by a function of `models.layers`."""
     counted = functools.cache(count)  # a plan asks for the same counts thousands of times
+
+    def parameters(width: int, channels: int, classes: int) -> int:
+        net = counted(width, (channels, 32, 32))
+        return net.parameters + net.classifier(classes)
+
     return Backbone(
         f"dwf_cluster.models.{build}",
         lambda width, shape: 2.0 * counted(width, shape).macs,
-        lambda width, channels: counted(width, (channels, 32, 32)).numbers,
+        parameters,
         smallest,
         width_step,
     )

@@ -41,8 +41,8 @@ def stored_bytes(experiments: Sequence[Experiment], sizes: Sizes) -> tuple[float
                 images = (job.stop - job.first) * sum(c.source is None and c.norm is not None for c in listed)
                 in_tables += images * math.prod(sizes.shape) * (4 if experiment.save_adversarial == "float" else 1)
         elif not job.copy_of:
-            gate = spec.option("gate_hidden", 0) * (math.prod(sizes.shape) + spec.networks)
-            numbers = METHODS[spec.method].parameters(spec, sizes.shape[0]) + gate
-            copies = 3 if spec.training.keep == "best" else 2  # of all numbers, in a checkpoint before the last epoch
-            in_checkpoints += 4 * numbers * (1 + copies * (checkpoints.KEPT - 1))
+            # The statistics of BatchNorm are a small part, and not counted.
+            parameters = METHODS[spec.method].parameters(spec, sizes.shape)
+            copies = 3 if spec.training.keep == "best" else 2  # in a checkpoint before the last epoch
+            in_checkpoints += 4 * parameters * (1 + copies * (checkpoints.KEPT - 1))
     return in_checkpoints, in_tables

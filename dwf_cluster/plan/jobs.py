@@ -209,7 +209,7 @@ def _passes(experiment: Experiment, suite: str, spec: ModelSpec, shape: Shape) -
     if suite == CHECKS:
         sources = others(_check_sources(experiment, spec))
         return check_cost(evaluation, math.prod(shape)) + sources * check_transfer_cost(evaluation) / spec.networks
-    cost = SUITES[suite].cost(evaluation, spec.networks)
+    cost = SUITES[suite].cost(evaluation, METHODS[spec.method].parts(spec, shape))
     if suite == PAPER and TRANSFER in evaluation.beyond:
         cost += others(experiment.models)
     return float(cost) * threat_count(evaluation, experiment.threats, suite)

@@ -15,6 +15,7 @@ from dwf_cluster.attacks.gradient import Objective, differentiate
 from dwf_cluster.attacks.pgd import pgd
 from dwf_cluster.attacks.routing import expert_aimed, routed
 from dwf_cluster.determinism import Draws
+from dwf_cluster.evaluation.gate_cost import Parts
 from dwf_cluster.evaluation.registry import SUITES, columns
 from dwf_cluster.evaluation.run import Batch, evaluate
 from dwf_cluster.evaluation.settings import Evaluation, Threat
@@ -150,7 +151,7 @@ def test_each_iterate_costs_a_gradient_of_one_expert_and_a_pass_of_the_mixture()
     steps, networks = SETTINGS.adaptive_steps, 3
     for suite in ("pgd_expert", "pgd_route"):
         # A run for each expert; the cost is that of one of the model's networks.
-        assert SUITES[suite].cost(SETTINGS, networks) * networks == networks * steps * (2 + networks) + networks
+        assert SUITES[suite].cost(SETTINGS, Parts(networks)) * networks == networks * steps * (2 + networks) + networks
     *iterates, _ = pgd(
         _mixture(hard=False),
         *_images(_mixture(hard=False)),

@@ -190,7 +190,7 @@ def test_the_wide_network_has_three_times_the_width_and_about_the_cost_and_size_
     defence = sum(flop[name] for name in (*mixture.parents, "mixture"))
     assert defence <= flop["resnet18-wide"] < defence + flop["resnet18-wide"] / wide.training.epochs
     for count in (
-        lambda spec: METHODS[spec.method].parameters(spec, 3),
+        lambda spec: METHODS[spec.method].parameters(spec, sizes.shape),
         lambda spec: METHODS[spec.method].flops(spec, sizes.shape),
     ):
         assert count(wide) == pytest.approx(count(mixture), rel=0.01)

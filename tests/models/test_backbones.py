@@ -79,7 +79,7 @@ def test_width_64_has_the_published_parameters_and_operations(name: str) -> None
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_the_registry_counts_the_networks_operations_and_numbers(name: str) -> None:
+def test_the_registry_counts_the_networks_operations_and_parameters(name: str) -> None:
     backbone = BACKBONES[name]
     size = max(backbone.smallest, 32)
     for width, shape in ((64, (3, size, size)), (_narrowest(name), (1, size + 4, size))):
@@ -88,8 +88,7 @@ def test_the_registry_counts_the_networks_operations_and_numbers(name: str) -> N
             *_, last = (module for module in model.modules() if isinstance(module, nn.Linear))
             counted = _counted_flops(model, shape) - 2 * last.in_features * 10  # the registry leaves the last layer out
         assert backbone.flops(width, shape) == counted
-        numbers = sum(tensor.numel() for tensor in model.state_dict().values())
-        assert backbone.parameters(width, shape[0]) == numbers
+        assert backbone.parameters(width, shape[0], 10) == sum(parameter.numel() for parameter in model.parameters())
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

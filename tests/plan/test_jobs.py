@@ -117,7 +117,7 @@ def test_the_storage_estimate_follows_the_size_of_the_networks() -> None:
     backbone = sum(tensor.numel() for tensor in state.values())
     alone, _ = stored_bytes([build("cifar10", 0, ["model.width=16", "defence=standard", "baselines=[]"])], CIFAR10)
     newest, previous_with_momentum, float_bytes = 1, 2, 4
-    assert alone == pytest.approx(float_bytes * backbone * (newest + previous_with_momentum), rel=0.001)
+    assert alone == pytest.approx(float_bytes * backbone * (newest + previous_with_momentum), rel=0.01)
     one, _ = stored_bytes([experiment], CIFAR10)
     seeds, _ = stored_bytes([experiment, experiment.model_copy(update={"seed": 1})], CIFAR10)
     assert seeds == 2 * one
@@ -125,7 +125,7 @@ def test_the_storage_estimate_follows_the_size_of_the_networks() -> None:
         [build("cifar10", 0, ["model.width=16", "defence=resnet18-wide", "baselines=[]"])], CIFAR10
     )
     wide_state = ResNet(10, (0.5,) * 3, (0.5,) * 3, 48).state_dict()
-    assert larger == pytest.approx(alone * sum(t.numel() for t in wide_state.values()) / backbone, rel=0.001)
+    assert larger == pytest.approx(alone * sum(t.numel() for t in wide_state.values()) / backbone, rel=0.01)
     gates, _ = stored_bytes([experiment, build("cifar10", 0, ["model.width=16", "gate.kind=hard"])], CIFAR10)
     assert gates < 2 * one  # the experts are stored once
 
