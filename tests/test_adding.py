@@ -56,7 +56,7 @@ def linear(images, width):
 """,
     "dwf_cluster/models/registry.py",
     "BACKBONES: Mapping[str, Backbone] = {",
-    '"toy": Backbone("dwf_cluster.models.toy:linear", lambda width, shape: 1e4, lambda width, channels: 650),',
+    '"toy": Backbone("dwf_cluster.models.toy:linear", lambda width, shape: 1e4, lambda width, channels, classes: 650),',
 )
 METHOD = Addition(
     "dwf_cluster/defences/toy.py",
@@ -131,7 +131,7 @@ def dark(batch):
     "dwf_cluster/evaluation/registry.py",
     "SUITES: Mapping[str, Suite] = {",
     '"dark": Suite("dwf_cluster.evaluation.toy:dark", lambda e, threat: [Column("dark", epsilon=threat.epsilon)], '
-    "lambda e, networks: 1.0),",
+    "lambda e, parts: 1.0),",
 )
 CHECK = Addition(
     "dwf_cluster/evaluation/toy_check.py",

@@ -59,7 +59,7 @@ def _every_row() -> Iterator[None]:
     """Stand-ins for rows, so that neither their networks nor their methods have to exist."""
     module = sys.modules[__name__]
     stand_in = replace(
-        BACKBONES["resnet18"], flops=lambda width, shape: 2e8, parameters=lambda width, channels: 1_234_567
+        BACKBONES["resnet18"], flops=lambda width, shape: 2e8, parameters=lambda width, channels, classes: 1_234_567
     )
     mixture = replace(METHODS["pgd"], group="mixture")
     recipes = {name: _plain(name) for name in [*PLAIN, "resnet18"]}

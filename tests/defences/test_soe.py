@@ -273,7 +273,7 @@ def test_it_is_planned_as_a_model_without_parents_at_the_cost_of_its_passes(expe
 def test_it_is_stored_as_its_sub_models(experiment: Experiment, finished: Store) -> None:
     alone = build("digits", 0, [*SETTINGS, "baselines=[]"])
     estimated, _ = stored_bytes([alone], SIZES)
-    numbers = sum(tensor.numel() for tensor in api.load(finished.path("")).state_dict().values())
+    numbers = sum(parameter.numel() for parameter in api.load(finished.path("")).parameters())
     newest, previous_with_momentum, float_bytes = 1, 2, 4
     assert estimated == pytest.approx(float_bytes * numbers * (newest + previous_with_momentum), rel=0.01)
 
