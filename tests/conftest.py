@@ -175,7 +175,8 @@ def store_of(folder: Path | str) -> Store:
     return Store(url, name)
 
 
-def _frame(store: Store, table: str) -> pd.DataFrame:
+def rows_of(store: Store, table: str) -> pd.DataFrame:
+    """A table's rows, except for timings, in an order that depends on no run."""
     frame = pd.read_parquet(store.path(f"results/{table}"))
     keys = ("epoch", "attack", "source", "epsilon", "steps", "first", "example", "check")
     columns = ["model", *(c for c in keys if c in frame)]
@@ -197,7 +198,7 @@ def assert_same(
             assert torch.equal(tensor, second.tensors[name]), (model, name)
     for table in tables:
         first_rows, second_rows = (
-            frame[frame.model.isin(models)] for frame in (_frame(store, table) for store in stores)
+            frame[frame.model.isin(models)] for frame in (rows_of(store, table) for store in stores)
         )
         pd.testing.assert_frame_equal(first_rows.reset_index(drop=True), second_rows.reset_index(drop=True))
 

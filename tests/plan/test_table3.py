@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 
 from dwf_cluster.data.registry import Sizes
+from dwf_cluster.defences.registry import METHODS
 from dwf_cluster.experiment import Experiment
+from dwf_cluster.models import advmoe_size
 from dwf_cluster.plan.jobs import EXPERTS, JOINT, jobs
 from dwf_cluster.presets import build
 
@@ -14,7 +16,9 @@ CONTROLS = {"advmoe-wide", "random-at", "uniform", "joint-uniform", "pgd-ensembl
 PLAIN = ("vgg19", "resnet50", "densenet169", "googlenet", "inception-v3", "xception", "mobilenet-v2")
 ROWS = {
     "cifar10-table3": {"benign", *PLAIN, "fgsm-at", "pgd-at", "soe", "advmoe", "mixture"},
-    "svhn-table3": {"benign", "resnet34", "resnet50", "densenet121-k12", "advmoe", "mixture"},
+    "svhn-table3": {
+        *("benign", "resnet34", "resnet50", "densenet121-k12", "fgsm-at", "pgd-at", "soe", "advmoe", "mixture")
+    },
 }
 
 
@@ -39,12 +43,28 @@ def test_the_planned_cost_of_divided_we_fall_is_that_of_145_clean_trainings() ->
         ("soe", 26),
         ("advmoe", 2.0),
         ("advmoe-wide", 5.8),  # a whole pathway instead of a quarter, beside the same router
+        ("vgg19", 0.7),
         ("resnet50", 2.3),
+        ("densenet169", 1.9),
+        # The published estimate, 2.7, is for another GoogLeNet, whose third branch has two 3x3 convolutions in each
+        # block. Torchvision's has one: 1.337 GMACs instead of 1.522.
+        ("googlenet", 2.7 * 1.337 / 1.522),
         ("inception-v3", 6.1),
+        ("xception", 2.0),
+        ("mobilenet-v2", 0.16),
     ],
 )
 def test_the_planned_cost_of_a_row_is_that_of_its_passes_and_operations(name: str, clean_trainings: float) -> None:
     assert _clean_trainings(build("cifar10-table3"))[name] == pytest.approx(clean_trainings, rel=0.1)
+
+
+def test_an_image_costs_as_much_in_a_wide_pathway_of_advmoe_as_in_one_resnet_18() -> None:
+    experiment, shape = build("cifar10-table3"), CIFAR10.shape
+    wide, plain = experiment.spec("advmoe-wide"), experiment.spec("benign")
+    pathway, router = advmoe_size.flops(wide.width, wide.option("ratio"), shape)
+    assert pathway == METHODS[plain.method].flops(plain, shape) == pytest.approx(2 * 0.555e9, rel=1e-3)
+    assert router == pytest.approx(2 * 0.041e9, rel=0.02)
+    assert METHODS[wide.method].flops(wide, shape) == pathway + router
 
 
 def test_the_other_rows_of_cifar10_cost_44_clean_trainings() -> None:
