@@ -148,9 +148,11 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 MODELS = ["benign", "fgsm-1", "pgd-1", "mixture"]
 LOCAL = ["--local", "--cpus", "2", "--gpus", "0"]
-LONG_EPOCHS = ["data.train_examples=700", "experts.epochs=3", "joint.epochs=3", "pgd.steps=6,8"]
+LONG_EPOCHS = ["data.train_examples=700", "experts.epochs=3", "joint.epochs=3", "joint.batch_size=96", "pgd.steps=6,8"]
 ARGUMENTS = [*LOCAL, "--set", *TINY, *LONG_EPOCHS]
 """Arguments of a launch whose epochs take a second or two, long enough to be interrupted."""
+NO_MIXTURE = shutil.ignore_patterns("joint*", "mixture*", "*evaluate-*", "lease", "status.json")
+"""For `shutil.copytree`: copies of an experiment's folder as it is when the experts have been trained."""
 TIMING_COLUMNS = {
     "metrics": ["seconds", "images_per_second"],
     "evaluations": ["seconds"],
@@ -209,8 +211,7 @@ def two_worker_run(
 ) -> Path:
     """The experiment's folder of a run with the same experts, whose joint stage had two workers."""
     launch = Launch(tmp_path_factory.mktemp("two_worker_run"))
-    mixtures = shutil.ignore_patterns("joint*", "mixture*", "*evaluate-*", "lease", "status.json")
-    shutil.copytree(reference_run[0], launch.folder / "runs" / reference_run[0].name, ignore=mixtures)
+    shutil.copytree(reference_run[0], launch.folder / "runs" / reference_run[0].name, ignore=NO_MIXTURE)
     result = launch("--stages", "joint,evaluate", "--joint-workers", "2", *ARGUMENTS)
     assert result.returncode == 0, result.stderr
     return Path(result.stdout.splitlines()[-1])

@@ -137,11 +137,12 @@ def launch_on_machine(name: str, arguments: Sequence[str], impatient: bool = Fal
     Args:
         name: the machine's host name.
         arguments: of the launch.
-        impatient: whether two seconds without a heartbeat mean that another machine's run is dead, instead of a minute.
+        impatient: whether another run is dead if it sends no heartbeat in the two seconds that this launch waits for
+            one, instead of in a minute.
     """
     root = [] if os.geteuid() == 0 else ["--map-root-user"]
     shorter_timeout = (
-        "from dwf_cluster.store import lock; lock.HEARTBEAT_TIMEOUT, lock.HEARTBEAT = 2, 1; " if impatient else ""
+        "from dwf_cluster.store import lock; lock.HEARTBEAT_TIMEOUT, lock.HEARTBEAT = 0, 1; " if impatient else ""
     )
     program = f"{shorter_timeout}import sys; from dwf_cluster.launch import main; sys.exit(main(sys.argv[1:]))"
     rename = ["sh", "-c", 'hostname "$0" && exec "$@"', name]

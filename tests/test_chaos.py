@@ -157,10 +157,10 @@ def _send(processes: list[psutil.Process], signum: signal.Signals = signal.SIGKI
 @pytest.mark.parametrize(
     ("kills", "kinds", "setups"),
     [
-        pytest.param(8, VICTIMS, [ARGUMENTS], marks=pytest.mark.interruptions),
+        pytest.param(len(VICTIMS), VICTIMS, [ARGUMENTS], marks=pytest.mark.interruptions),
         pytest.param(50, MORE_VICTIMS, [ARGUMENTS, THREE_WORKERS], marks=pytest.mark.soak),
     ],
-    ids=["8", "50"],
+    ids=["each once", "50"],
 )
 def test_killed_and_restarted_runs_give_the_numbers_of_an_uninterrupted_run(
     kills: int,

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import re
 import subprocess
-import time
 from pathlib import Path
 
 import pandas as pd
 import psutil
 import pytest
 
-from dwf_cluster.store import lock
 from dwf_cluster.store.status import Status
 
 from . import PATIENCE
@@ -34,8 +32,8 @@ def test_a_suspended_run_that_was_replaced_writes_nothing_and_names_the_new_owne
         status = Status.read(store_of(folder))
         assert status is not None
         assert (status.run, status.host) == (1, "first")
-        time.sleep(lock.HEARTBEAT_TIMEOUT + 2)  # no event: a launch is refused until the heartbeat is old enough
-        with subprocess.Popen(launch_on_machine("second", ARGUMENTS), **pipes) as second:  # type: ignore[call-overload]
+        command = launch_on_machine("second", ARGUMENTS, impatient=True)
+        with subprocess.Popen(command, **pipes) as second:  # type: ignore[call-overload]
             for line in second.stdout:
                 if re.match(r"expert pgd-1: epoch \d/3", line):
                     break

@@ -20,7 +20,7 @@ import pytest
 from dwf_cluster.cluster import allocation, connect, environment, node
 from dwf_cluster.cluster.allocation import Ports
 
-from ..conftest import LONG_EPOCHS, TINY, assert_same
+from ..conftest import LONG_EPOCHS, NO_MIXTURE, TINY, assert_same
 from ..process import command_line, pause_after_first_epoch, resume_and_stop
 from . import slurm
 from .slurm import Slurm
@@ -209,8 +209,9 @@ def test_a_run_whose_time_is_over_is_requeued(submit: Callable[..., Job], cluste
 
 @pytest.mark.interruptions
 def test_a_requeued_sweep_on_two_nodes_continues(
-    submit: Callable[..., Job], cluster: Slurm, two_worker_run: Path
+    submit: Callable[..., Job], cluster: Slurm, two_worker_run: Path, tmp_path: Path
 ) -> None:
+    shutil.copytree(two_worker_run, tmp_path / "runs" / two_worker_run.name, ignore=NO_MIXTURE)
     varied = ["gate.kind=soft", "gate.kind=hard", "--joint-workers", "2"]
     job = submit("--nodes=2", script="sweep.sh", arguments=[*varied, *ARGUMENTS])
     pause_after_first_epoch(job.folder, "joint")  # of one trial; SLURM's signal resumes it

@@ -30,7 +30,7 @@ from dwf_cluster.plan.jobs import pending
 from dwf_cluster.presets import build
 from dwf_cluster.store import checkpoints, tables
 
-from ..conftest import ARGUMENTS, LOCAL, LONG_EPOCHS, MODELS, TINY, assert_same, store_of
+from ..conftest import ARGUMENTS, LOCAL, LONG_EPOCHS, MODELS, NO_MIXTURE, TINY, assert_same, store_of
 from ..process import Launch, command_line, pause_after_first_epoch, resume_and_stop, wait_for_answer
 
 SHARDS = 2
@@ -226,9 +226,10 @@ def test_a_killed_worker_is_replaced_and_changes_no_number(
     def kill_worker(driver: psutil.Process, line: str) -> None:
         pause_after_first_epoch(launch.folder, "joint").kill()
 
+    folder = launch.folder / "runs" / reference_run[0].name
+    shutil.copytree(reference_run[0], folder, ignore=NO_MIXTURE)
     code, stderr = launch.run_and_act_at("^Ray dashboard", kill_worker, *ARGUMENTS)
     assert code == 0, stderr
-    (folder,) = (launch.folder / "runs").iterdir()
     assert_same(folder, reference_run[0])
     jobs = pd.read_parquet(folder / "results" / "jobs").set_index("task")
     assert jobs.loc["joint", "attempts"] == 2
