@@ -152,8 +152,8 @@ def _advmoe_parameters(spec: ModelSpec, channels: int) -> int:
     return advmoe_size.parameters(spec.width, spec.option("ratio"), spec.networks, vectors, channels)
 
 
-def _three_versions(spec: ModelSpec) -> float:
-    """Passes of `dwf.losses`: the first of PGD's gradients is FGSM's too, unless PGD starts elsewhere."""
+def _joint_passes(spec: ModelSpec) -> float:
+    """Of a step on clean, FGSM and PGD images: the first of PGD's gradients is FGSM's too, unless PGD starts elsewhere."""
     gradients = fmean(spec.option("steps")) + float(spec.option("random_start"))
     return spec.networks * (2 * gradients + 9)
 
@@ -201,38 +201,32 @@ METHODS: Mapping[str, Method] = {
         f"{_ADVERSARIAL}:build",
         f"{_ADVERSARIAL}:free",
         lambda spec: 3 * float(spec.option("replays")),  # the gradient of the pixels comes with the weights'
-        lambda settings: {"epsilon": settings.pgd.epsilon, "replays": settings.free.replays},
+        options.free,
         keeps_perturbation=True,
     ),
     "fgsm-rs": Method(
         f"{_ADVERSARIAL}:build",
         f"{_ADVERSARIAL}:fgsm_rs",
         lambda spec: 5.0,
-        lambda settings: {"epsilon": settings.pgd.epsilon},
+        options.fgsm_rs,
     ),
     "n-fgsm": Method(
         f"{_ADVERSARIAL}:build",
         f"{_ADVERSARIAL}:n_fgsm",
         lambda spec: 5.0,
-        lambda settings: {"epsilon": settings.pgd.epsilon, "noise": settings.n_fgsm.noise},
+        options.n_fgsm,
     ),
     "random-at": Method(
         f"{_ADVERSARIAL}:build",
         f"{_DWF}:losses",
-        _three_versions,
-        lambda settings: {**options.fgsm(settings), **options.pgd(settings)},
+        _joint_passes,
+        options.random_at,
     ),
     "dwf": Method(
         f"{_DWF}:build",
         f"{_DWF}:losses",
-        _three_versions,
-        lambda settings: {
-            **options.fgsm(settings),
-            **options.pgd(settings),
-            "gate_hidden": settings.gate.hidden,
-            "gate_kind": settings.gate.kind,
-            "freeze_experts": settings.joint.freeze_experts,
-        },
+        _joint_passes,
+        options.dwf,
         has_gate=True,
         needs_parents=True,
         selects=lambda spec: spec.option("gate_kind") == "hard",
