@@ -132,7 +132,7 @@ def test_a_defended_model_that_a_control_starts_from_stays_among_its_like() -> N
 
 
 def test_given_weights_of_another_width_are_no_control(experiment: Experiment) -> None:
-    weights = replace(experiment.spec("benign"), name="mine", method="given", width=16)
+    weights = replace(experiment.spec("benign"), name="mine", method="weights", width=16)
     groups = rows([weights, *experiment.models])
     assert groups["given weights"] == (weights,)
 
