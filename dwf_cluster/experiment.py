@@ -12,32 +12,18 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    BeforeValidator,
-    Field,
-    PlainSerializer,
-    ValidationError,
-    ValidatorFunctionWrapHandler,
-    WrapValidator,
-    model_validator,
-)
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from dwf_cluster.attacks.settings import Fgsm, Pgd
 from dwf_cluster.data.registry import DATASETS, Data
+from dwf_cluster.defences.names import DefenceName
 from dwf_cluster.defences.recipes import weights
-from dwf_cluster.defences.registry import METHODS, OWN_MODEL, WEIGHTS, ModelSpec, recipe, recipe_names
+from dwf_cluster.defences.registry import METHODS, WEIGHTS, ModelSpec, recipe, recipe_names
 from dwf_cluster.defences.settings import AdvMoe, Experts, Free, Gate, Given, Joint, NFgsm, Soe, Trades
 from dwf_cluster.evaluation.registry import AUTOATTACK, ROUTE, SUITES, Column, all_columns, suite_names
 from dwf_cluster.evaluation.settings import Evaluation, Threat, threats
 from dwf_cluster.models.registry import Model, fail_if_not_buildable
-from dwf_cluster.settings import (
-    InvalidInput,
-    Name,
-    OneOf,
-    Settings,
-    as_tuple,
-    first_error,
-)
+from dwf_cluster.settings import InvalidInput, Name, OneOf, Settings, as_tuple, first_error
 from dwf_cluster.store import RowLabels, Store
 
 ADDED_LATER = frozenset(
@@ -82,18 +68,6 @@ signature."""
 PAPER_WIDTH = 64
 """Width of the paper's networks."""
 
-STORED_OWN_MODEL = "given"
-"""The defence `OWN_MODEL` in `experiment.json` and in signatures, since version 0.2: renamed there, finished
-measurements would have another folder."""
-
-
-def _or_own_model(name: Any, check: ValidatorFunctionWrapHandler) -> str:
-    return OWN_MODEL if name in (OWN_MODEL, STORED_OWN_MODEL) else check(name)
-
-
-def _stored_defence(name: str) -> str:
-    return STORED_OWN_MODEL if name == OWN_MODEL else name
-
 
 class Experiment(Settings):
     """Everything that decides the numbers, and nothing else: neither where it runs nor where results are stored."""
@@ -107,7 +81,7 @@ class Experiment(Settings):
     save_adversarial: Literal["float", "uint8"] | None = None
     """Keep the adversarial images of every evaluation, in one `.npz` file a shard: as they are, or rounded to uint8
     within the ball. Changes no number, and no signature."""
-    defence: Annotated[str, OneOf(recipe_names), WrapValidator(_or_own_model), PlainSerializer(_stored_defence)] = "dwf"
+    defence: DefenceName = "dwf"
     """The defence (or method) that the experiment is about; its last model is the defended one."""
     baselines: Annotated[tuple[Annotated[str, OneOf(recipe_names)], ...], BeforeValidator(as_tuple)] = ()
     """Defences and methods beside it, such as `fgsm-at` and `pgd-at`: ResNet-18 with half of each batch adversarial at
@@ -183,7 +157,8 @@ class Experiment(Settings):
         """
         for spec in self.models:
             if (known := METHODS[spec.method].backbones) and spec.backbone not in known:
-                allowed = f"cannot be used with {spec.method}: allowed is {', '.join(known)}"
+                verb = "is" if len(known) == 1 else "are"
+                allowed = f"cannot be used with {spec.method}: allowed {verb} {', '.join(known)}"
                 raise InvalidInput(f"model.backbone: {spec.backbone!r} {allowed}")
             field = "given.width" if spec.method == WEIGHTS else "model.width"
             for name in spec.backbones:

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dwf_cluster.console.command import CommandFailed, Parser, exit_status
+from dwf_cluster.defences.names import STORED_OWN_MODEL
 from dwf_cluster.defences.registry import OWN_MODEL
 from dwf_cluster.evaluation.registry import CHECKS, PAPER, SUITES
-from dwf_cluster.experiment import STORED_OWN_MODEL, Experiment
+from dwf_cluster.experiment import Experiment
 from dwf_cluster.presets import build
 from dwf_cluster.settings import InvalidInput, one_line, printable, regular_file
 from dwf_cluster.store import Store, check_url, tables

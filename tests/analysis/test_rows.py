@@ -161,7 +161,8 @@ def test_a_mixture_of_other_backbones_is_not_the_papers() -> None:
 
 
 def test_a_legend_has_the_papers_names(experiment: Experiment) -> None:
-    labels = [paper.legend(experiment, model) for model in ("vgg19", "benign", "fgsm-at", "mixture", "pgd-1")]
+    names = paper.names(experiment)
+    labels = [paper.legend(names, model) for model in ("vgg19", "benign", "fgsm-at", "mixture", "pgd-1")]
     assert labels == ["VGG-19", "ResNet-18 (benign)", "ResNet-18 (FGSM-AT)", "DWF (mixture)", "pgd-1"]
 
 
