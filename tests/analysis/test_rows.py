@@ -254,7 +254,7 @@ def test_many_rows_have_a_panel_for_each_group_with_the_defended_model_in_each(
     for axes, (heading, models) in zip(figure.axes, group.sections.items(), strict=True):
         labels = {str(line.get_label()) for line in axes.lines} - {"paper's DWF"}
         assert axes.get_title().endswith(heading)
-        assert labels == {paper.legend(group.experiment, model) for model in {*models, "mixture"}}
+        assert labels == {paper.legend(paper.names(group.experiment), model) for model in {*models, "mixture"}}
 
 
 def test_the_figure_of_compute_shows_every_row_at_its_cost(group: Group, data: FigureData) -> None:
@@ -262,6 +262,6 @@ def test_the_figure_of_compute_shows_every_row_at_its_cost(group: Group, data: F
     assert figure is not None
     found = costs(group.experiment)
     points = {str(line.get_label()): line for line in figure.axes[0].containers}
-    assert set(points) == {paper.legend(group.experiment, model) for model in group.models}
+    assert set(points) == {paper.legend(paper.names(group.experiment), model) for model in group.models}
     (x,) = np.asarray(points["DWF (mixture)"][0].get_xdata())
     assert x == pytest.approx(found["mixture"].flops / 1e12)
