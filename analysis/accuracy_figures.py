@@ -66,15 +66,15 @@ def _curves(data: FigureData, rows: pd.DataFrame, x_label: str, attack: str, wit
 
 def _draw_curves(axes: Axes, data: FigureData, curves: Mapping[str, pd.DataFrame], with_paper: bool) -> None:
     """Curves of accuracy over column `x`, with the paper's of the defended model."""
-    experiment = data.group.experiment
+    names = paper.names(data.group.experiment)
     for model, cells in curves.items():
         style = data.styles[model]
-        axes.plot(cells.x, 100 * cells["mean"], label=paper.legend(experiment, model), **style)
+        axes.plot(cells.x, 100 * cells["mean"], label=paper.legend(names, model), **style)
         if cells["std"].notna().any():
             low, high = cells["mean"] - cells["std"], cells["mean"] + cells["std"]
             axes.fill_between(cells.x, 100 * low, 100 * high, color=style["color"], alpha=0.15, linewidth=0)
         if with_paper and model == data.group.defended and cells.paper.notna().any():
-            label = f"paper's {paper.names(experiment)[model]}"
+            label = f"paper's {names[model]}"
             axes.plot(cells.x, 100 * cells.paper, label=label, color="#444444", linestyle=":", zorder=4)
     axes.set_ylim(-2, 102)
 

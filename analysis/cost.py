@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from dwf_cluster.data.registry import DATASETS
 from dwf_cluster.data.sources import sizes
-from dwf_cluster.defences.registry import METHODS
+from dwf_cluster.defences.registry import METHODS, OWN_MODEL
 from dwf_cluster.experiment import Experiment
 from dwf_cluster.plan.jobs import forward_flops
 
@@ -32,8 +32,8 @@ class Cost:
 def costs(experiment: Experiment) -> dict[str, Cost]:
     """Size and cost of each model by name.
 
-    None for an `.npz` file, because its images may be elsewhere by now; nor for a model of the method `given`, whose
-    network is not known.
+    None for an `.npz` file, because its images may be elsewhere by now; nor for a model of the method `own-model`,
+    whose network is not known.
     """
     if experiment.data.source not in DATASETS:
         return {}
@@ -54,7 +54,7 @@ def costs(experiment: Experiment) -> dict[str, Cost]:
             sum(passes[source] * forward_flops(specs[source], images.shape) for source in sources(name)),
         )
         for name, spec in specs.items()
-        if spec.method != "given"
+        if spec.method != OWN_MODEL
     }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
+from collections.abc import Mapping
 from importlib.resources import files
 
 import pandas as pd
@@ -76,9 +77,14 @@ def _backbones(spec: ModelSpec, experiment: Experiment) -> set[str]:
     return {spec.backbone, *(experiment.spec(parent).backbone for parent in spec.parents)}
 
 
-def legend(experiment: Experiment, model: str) -> str:
-    """A model's name in a legend: the paper's, with ours in brackets where it says something else."""
-    name = names(experiment).get(model, model)
+def legend(names: Mapping[str, str], model: str) -> str:
+    """A model's name in a legend: the paper's, with ours in brackets where it says something else.
+
+    Args:
+        names: of `names(experiment)`.
+        model: our name.
+    """
+    name = names.get(model, model)
     ours, theirs = (re.sub("[^a-z0-9]", "", text.lower()) for text in (model, name))
     return name if ours in theirs else f"{name} ({model})"
 

@@ -75,8 +75,9 @@ def _against_cost(
 ) -> Figure:
     """A point for each model: its cost, on a logarithmic axis, and its row of `tables.accuracies`."""
     figure, axes = new_figure(with_legend(3.4, len(x)))
+    names = paper.names(data.group.experiment)
     for model, cost in x.items():
-        label = paper.legend(data.group.experiment, model)
+        label = paper.legend(names, model)
         point(axes, label, (cost, math.nan), robust[model], data.styles[model])
     axes.set_xscale("log")
     few = math.log10(max(x.values()) / min(x.values())) < _FEW_DECADES if min(x.values()) > 0 else False

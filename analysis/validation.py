@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 
 from analysis.columns import CELL_FIELDS
 from dwf_cluster.data.registry import DATASETS
-from dwf_cluster.defences.registry import METHODS
+from dwf_cluster.defences.registry import METHODS, OWN_MODEL
 from dwf_cluster.experiment import Experiment
 from dwf_cluster.settings import InvalidInput, printable
 
@@ -105,7 +105,7 @@ def validate(rows: pa.Table, table: str, experiment: Experiment, allow_other_mod
 def _expert_names(experiment: Experiment) -> Sequence[str]:
     """Names of experts that are no models; of a user's own mixture, for no ModelSpec knows how many it has, many."""
     named = dict.fromkeys(name for spec in experiment.models for name in spec.experts if name not in experiment.names)
-    return [*named, *(f"expert-{i}" for i in range(1, 101) if experiment.defended.method == "given")]
+    return [*named, *(f"expert-{i}" for i in range(1, 101) if experiment.defended.method == OWN_MODEL)]
 
 
 def _max_examples(experiment: Experiment) -> int:

@@ -29,7 +29,7 @@ import torch
 from dwf_cluster.data.device import DeviceImages
 from dwf_cluster.data.sources import Images
 from dwf_cluster.defences.build import untrained
-from dwf_cluster.defences.registry import METHODS, ModelSpec, recipe
+from dwf_cluster.defences.registry import METHODS, OWN_MODEL, ModelSpec, recipe
 from dwf_cluster.determinism import make_deterministic
 from dwf_cluster.experiment import Experiment
 from dwf_cluster.plan.jobs import forward_flops
@@ -63,7 +63,7 @@ def specs(settings: Experiment) -> dict[str, ModelSpec]:
     alone = [
         name
         for name, method in METHODS.items()
-        if not method.needs_parents and method.losses is not None and method.group != "given"
+        if not method.needs_parents and method.losses is not None and name != OWN_MODEL
     ]
     training = settings.experts.of_a_model
     models = {name: replace(recipe(name, settings)[-1], training=training) for name in alone}

@@ -16,6 +16,7 @@ from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from dwf_cluster.attacks.settings import Fgsm, Pgd
 from dwf_cluster.data.registry import DATASETS, Data
+from dwf_cluster.defences.names import DefenceName
 from dwf_cluster.defences.recipes import weights
 from dwf_cluster.defences.registry import METHODS, WEIGHTS, ModelSpec, recipe, recipe_names
 from dwf_cluster.defences.settings import AdvMoe, AdvTraining, Experts, Free, Gate, Given, Joint, NFgsm, Soe, Trades
@@ -81,7 +82,7 @@ class Experiment(Settings):
     save_adversarial: Literal["float", "uint8"] | None = None
     """Keep the adversarial images of every evaluation, in one `.npz` file a shard: as they are, or rounded to uint8
     within the ball. Changes no number, and no signature."""
-    defence: Annotated[str, OneOf(recipe_names)] = "dwf"
+    defence: DefenceName = "dwf"
     """The defence (or method) that the experiment is about; its last model is the defended one."""
     baselines: Annotated[tuple[Annotated[str, OneOf(recipe_names)], ...], BeforeValidator(as_tuple)] = ()
     """Defences and methods beside it, such as `fgsm-at` and `pgd-at`: ResNet-18 with half of each batch adversarial
@@ -159,7 +160,8 @@ class Experiment(Settings):
         """
         for spec in self.models:
             if (known := METHODS[spec.method].backbones) and spec.backbone not in known:
-                allowed = f"cannot be used with {spec.method}: allowed is {', '.join(known)}"
+                verb = "is" if len(known) == 1 else "are"
+                allowed = f"cannot be used with {spec.method}: allowed {verb} {', '.join(known)}"
                 raise InvalidInput(f"model.backbone: {spec.backbone!r} {allowed}")
             field = "given.width" if spec.method == WEIGHTS else "model.width"
             for name in spec.backbones:

@@ -53,8 +53,8 @@ def test_the_papers_baselines_are_two_more_models_outside_the_mixture() -> None:
 
 
 def test_every_defence_and_every_method_without_parents_can_be_a_baseline_or_the_defence() -> None:
-    # `given` and `controls` train nothing, and `pgd-ensemble` several models.
-    others = ("dwf", "given", "controls", "pgd-ensemble", *BACKBONES)
+    # `controls` trains nothing, and `pgd-ensemble` several models.
+    others = ("dwf", "controls", "pgd-ensemble", *BACKBONES)
     names = [name for name in recipe_names() if name not in others]
     with_recipes = ["fgsm-at", "pgd-at", "pgd-at-matched", "advmoe", "advmoe-wide", "free", "resnet18-wide"]
     methods = ["standard", "fgsm", "pgd", "trades", "fgsm-rs", "n-fgsm", "random-at", "soe"]
@@ -292,3 +292,13 @@ def test_every_field_that_the_paper_leaves_open_says_so_in_the_same_words() -> N
     meanings = {field.name: field.meaning for field in fields_of_an_experiment()}
     assert {name for name, meaning in meanings.items() if "Our assumption: " in meaning} == ASSUMED
     assert {name for name, meaning in meanings.items() if "assum" in meaning.lower()} == ASSUMED
+
+
+def test_a_users_own_model_keeps_the_name_that_earlier_versions_have_stored() -> None:
+    own = build("digits", 0, ["defence=own-model"])
+    stored = own.to_json()
+    assert json.loads(stored)["defence"] == "given"
+    assert Experiment.from_json(stored) == own
+    assert own.folder == "digits-seed0-c577b18833"
+    assert own.defended.method == "own-model"
+    assert "own-model" not in recipe_names()

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dwf_cluster.console.command import CommandFailed, Parser, exit_status
+from dwf_cluster.defences.names import STORED_OWN_MODEL
+from dwf_cluster.defences.registry import OWN_MODEL
 from dwf_cluster.evaluation.registry import CHECKS, PAPER, SUITES
 from dwf_cluster.experiment import Experiment
 from dwf_cluster.presets import build
@@ -22,9 +24,6 @@ if TYPE_CHECKING:
     from torch import nn
 
     from dwf_cluster.api import Rows
-
-DEFENCE = "given"
-"""The defence of an experiment whose only model is the user's own."""
 
 
 def evaluate_command(arguments: Sequence[str]) -> int:
@@ -167,7 +166,7 @@ def _experiment(options: argparse.Namespace) -> Experiment:
         "evaluation.beyond": ",".join(name for name in suites if name not in (PAPER, CHECKS)),
         "baselines": "",
         "given": "",
-        "defence": DEFENCE,
+        "defence": OWN_MODEL,
         "preset": _name(options),
     }
     return build(
@@ -185,7 +184,7 @@ def _name(options: argparse.Namespace) -> str:
     """Name of the experiment: file, function and weights; the same command again replaces its rows."""
     file, _, function = options.model.rpartition(":")
     parts = (Path(file).stem, function, *((options.weights.stem,) if options.weights else ()))
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join(parts)).strip("-._")[:64] or DEFENCE
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join(parts)).strip("-._")[:64] or STORED_OWN_MODEL
 
 
 def _model(file: Path, function: str, weights: Path | None) -> nn.Module:

@@ -55,24 +55,24 @@ def losses(
     network: nn.Module = getattr(model, "module", model)  # DDP's
     gate = list(network.get_submodule("gate").parameters())
 
-    attacked = _together(x, attack(spec, frozen(), x, draws, "start"))
+    attacked = _concatenated(x, attack(spec, frozen(), x, draws, "start"))
     with _fixed(gate):
         logits = model(attacked)
     yield trades(logits, y, beta)
 
-    attacked = _together(x, attack(spec, frozen(), x, draws, "router start"))
+    attacked = _concatenated(x, attack(spec, frozen(), x, draws, "router start"))
     if spec.option("router_objective") == "trades":
-        of_gate = {id(parameter) for parameter in gate}
-        with _fixed(parameter for parameter in network.parameters() if id(parameter) not in of_gate):
+        router = {id(parameter) for parameter in gate}  # a tensor's `==` compares values, not identity
+        with _fixed(parameter for parameter in network.parameters() if id(parameter) not in router):
             logits = model(attacked)
         yield trades(logits, y, beta, "the router's loss")
         return
     clean, moved = model(attacked, scores_only=True).chunk(2)
     targets = (y % experts)[:, None].expand(-1, clean.shape[1])
-    each = F.cross_entropy(clean.flatten(0, 1), targets.flatten(), reduction="sum")
+    supervised = F.cross_entropy(clean.flatten(0, 1), targets.flatten(), reduction="sum")
     routing = divergence(moved, clean).sum()
     # With several score vectors, the mean over them: each layer's router has the same loss.
-    yield Loss(beta * (each + routing) / clean.shape[1], len(y), "the router's loss")
+    yield Loss(beta * (supervised + routing) / clean.shape[1], len(y), "the router's loss")
 
 
 def attack(spec: ModelSpec, model: nn.Module, x: torch.Tensor, draws: Draws, purpose: str) -> torch.Tensor:
@@ -94,17 +94,17 @@ def attack(spec: ModelSpec, model: nn.Module, x: torch.Tensor, draws: Draws, pur
         NotLogits: if the router's scores, or the logits, are not finite.
     """
     assert isinstance(model, AdvMoE)
-    network = model
+    advmoe = model  # of this type in `objective` too, whose own parameter is any module
     with torch.no_grad():
-        scores = network.gate.scores(x)
+        scores = advmoe.gate.scores(x)
         if not bool(scores.isfinite().all()):
             raise NotLogits("the router's scores contain NaN or infinity")
-        logits = network.routed(x, scores)
+        logits = advmoe.routed(x, scores)
     classes = logits.shape[1]
 
     def objective(model: nn.Module, x: torch.Tensor, clean: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        moved_scores = network.gate.scores(x)
-        moved = network.routed(x, moved_scores)
+        moved_scores = advmoe.gate.scores(x)
+        moved = advmoe.routed(x, moved_scores)
         routing = divergence(moved_scores, clean[:, classes:].view_as(moved_scores)).mean(1)
         return divergence(moved, clean[:, :classes]) + routing, moved
 
@@ -116,7 +116,7 @@ def attack(spec: ModelSpec, model: nn.Module, x: torch.Tensor, draws: Draws, pur
     return last.x
 
 
-def _together(x: torch.Tensor, moved: torch.Tensor) -> torch.Tensor:
+def _concatenated(x: torch.Tensor, moved: torch.Tensor) -> torch.Tensor:
     return torch.cat([x, moved]).contiguous(memory_format=torch.channels_last)
 
 

@@ -23,6 +23,36 @@ def pgd(settings: DefenceSettings) -> dict[str, Any]:
     }
 
 
+def free(settings: DefenceSettings) -> dict[str, Any]:
+    """The strength and replays of Free adversarial training."""
+    return {"epsilon": settings.pgd.epsilon, "replays": settings.free.replays}
+
+
+def fgsm_rs(settings: DefenceSettings) -> dict[str, Any]:
+    """The strength of FGSM-RS."""
+    return {"epsilon": settings.pgd.epsilon}
+
+
+def n_fgsm(settings: DefenceSettings) -> dict[str, Any]:
+    """The strength and noise of N-FGSM."""
+    return {"epsilon": settings.pgd.epsilon, "noise": settings.n_fgsm.noise}
+
+
+def random_at(settings: DefenceSettings) -> dict[str, Any]:
+    """The strengths of the joint stage's FGSM and PGD."""
+    return {**fgsm(settings), **pgd(settings)}
+
+
+def dwf(settings: DefenceSettings) -> dict[str, Any]:
+    """The strengths of the joint stage, the gate's form, and whether the experts are trained."""
+    return {
+        **random_at(settings),
+        "gate_hidden": settings.gate.hidden,
+        "gate_kind": settings.gate.kind,
+        "freeze_experts": settings.joint.freeze_experts,
+    }
+
+
 def advmoe(settings: DefenceSettings) -> dict[str, Any]:
     """ADVMoE's form, router and attack."""
     own = settings.advmoe

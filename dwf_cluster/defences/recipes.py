@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from dwf_cluster.defences.registry import METHODS, ModelSpec, single
+from dwf_cluster.defences.registry import METHODS, OWN_MODEL, WEIGHTS, ModelSpec, single
 from dwf_cluster.defences.settings import DefenceSettings, Given, Training
 
 
@@ -156,9 +156,9 @@ def weights(entry: Given) -> ModelSpec:
     """A network with the user's weights. Its training is one epoch without steps."""
     options = entry.model_dump(include={"file", "sha256", "mean", "std", "accuracy"})
     training = Training(epochs=1)  # whatever the experts' is: experiments share the model
-    return ModelSpec(entry.name, entry.backbone, entry.width, "weights", training, tuple(sorted(options.items())))
+    return ModelSpec(entry.name, entry.backbone, entry.width, WEIGHTS, training, tuple(sorted(options.items())))
 
 
-def given(settings: DefenceSettings) -> tuple[ModelSpec, ...]:
-    """A model of the user's own, which is measured and not trained."""
-    return (single("model", "given", settings),)
+def own_model(settings: DefenceSettings) -> tuple[ModelSpec, ...]:
+    """A network of the user's own, which is measured and not trained."""
+    return (single("model", OWN_MODEL, settings),)

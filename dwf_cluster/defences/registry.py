@@ -71,7 +71,7 @@ class ModelSpec:
         return self.parents or tuple(str(number) for number in range(1, 1 + self.networks))
 
 
-Group = Literal["plain", "adversarial training", "mixture", "control", "given"]
+Group = Literal["plain", "adversarial training", "mixture", "control", "user"]
 """The group of a model's row in the result table."""
 
 
@@ -138,8 +138,8 @@ def _advmoe_passes(spec: ModelSpec) -> float:
     return spec.networks * (2 * attack + experts_step + 2 * (3 * router + through_pathway))
 
 
-def _three_versions(spec: ModelSpec) -> float:
-    """Passes of `dwf.losses`: the first of PGD's gradients is FGSM's too, unless PGD starts elsewhere."""
+def _joint_passes(spec: ModelSpec) -> float:
+    """Of a step on clean, FGSM and PGD images: PGD's first gradient is FGSM's too, unless PGD starts elsewhere."""
     gradients = fmean(spec.option("steps")) + float(spec.option("random_start"))
     return spec.networks * (2 * gradients + 9)
 
@@ -157,7 +157,10 @@ def _soe_passes(spec: ModelSpec) -> float:
 _ADVERSARIAL = "dwf_cluster.defences.adversarial"
 _DWF = "dwf_cluster.defences.dwf"
 _CONTROLS = "dwf_cluster.defences.controls"
-_GIVEN = "dwf_cluster.defences.given"
+_OWN_MODEL = "dwf_cluster.defences.own_model"
+
+OWN_MODEL = "own-model"
+"""The method, and the defence, of a user's own network, which `dwf evaluate` measures and nothing here trains."""
 
 WEIGHTS = "weights"
 """The method of models whose weights come from a file of the user's."""
@@ -187,38 +190,32 @@ METHODS: Mapping[str, Method] = {
         f"{_ADVERSARIAL}:build",
         f"{_ADVERSARIAL}:free",
         lambda spec: 3 * float(spec.option("replays")),  # the gradient of the pixels comes with the weights'
-        lambda settings: {"epsilon": settings.pgd.epsilon, "replays": settings.free.replays},
+        options.free,
         keeps_perturbation=True,
     ),
     "fgsm-rs": Method(
         f"{_ADVERSARIAL}:build",
         f"{_ADVERSARIAL}:fgsm_rs",
         lambda spec: 5.0,
-        lambda settings: {"epsilon": settings.pgd.epsilon},
+        options.fgsm_rs,
     ),
     "n-fgsm": Method(
         f"{_ADVERSARIAL}:build",
         f"{_ADVERSARIAL}:n_fgsm",
         lambda spec: 5.0,
-        lambda settings: {"epsilon": settings.pgd.epsilon, "noise": settings.n_fgsm.noise},
+        options.n_fgsm,
     ),
     "random-at": Method(
         f"{_ADVERSARIAL}:build",
         f"{_DWF}:losses",
-        _three_versions,
-        lambda settings: {**options.fgsm(settings), **options.pgd(settings)},
+        _joint_passes,
+        options.random_at,
     ),
     "dwf": Method(
         f"{_DWF}:build",
         f"{_DWF}:losses",
-        _three_versions,
-        lambda settings: {
-            **options.fgsm(settings),
-            **options.pgd(settings),
-            "gate_hidden": settings.gate.hidden,
-            "gate_kind": settings.gate.kind,
-            "freeze_experts": settings.joint.freeze_experts,
-        },
+        _joint_passes,
+        options.dwf,
         has_gate=True,
         needs_parents=True,
         selects=lambda spec: spec.option("gate_kind") == "hard",
@@ -251,13 +248,13 @@ METHODS: Mapping[str, Method] = {
     ),
     "uniform": Method(f"{_CONTROLS}:uniform", None, _no_passes, has_gate=True, needs_parents=True, group="control"),
     "expert": Method(f"{_CONTROLS}:expert", None, _no_passes, needs_parents=True, group="control"),
-    "given": Method(f"{_GIVEN}:build", f"{_GIVEN}:losses", _no_passes, group="given"),
+    OWN_MODEL: Method(f"{_OWN_MODEL}:build", f"{_OWN_MODEL}:losses", _no_passes, group="user"),
     WEIGHTS: Method(
-        "dwf_cluster.defences.weights:build", f"{_GIVEN}:losses", _no_passes, needs_parents=True, group="given"
+        "dwf_cluster.defences.weights:build", f"{_OWN_MODEL}:losses", _no_passes, needs_parents=True, group="user"
     ),
 }
-"""Methods by name. A model of `given` is a user's own, which is measured and not trained. The weights of a model of
-`weights` are a user's own: `training.given` loads and tests them in the place of a training."""
+"""Methods by name. The weights of a model of `weights` are a user's own: `training.given` loads and tests them in the
+place of a training."""
 
 
 def trained_sources(specs: Sequence[ModelSpec], name: str) -> tuple[str, ...]:
@@ -308,7 +305,7 @@ DEFENCES: Mapping[str, str] = {
     "controls": f"{_RECIPES}:controls",
     "pgd-ensemble": f"{_RECIPES}:pgd_ensemble",
     "resnet18-wide": f"{_RECIPES}:resnet18_wide",
-    "given": f"{_RECIPES}:given",
+    OWN_MODEL: f"{_RECIPES}:own_model",
 }
 """`module:function` of each defence's recipe: from `DefenceSettings` to ModelSpecs, the defended model last. The module
 imports no torch, because a run is planned without it."""
@@ -326,6 +323,9 @@ def recipe(name: str, settings: DefenceSettings) -> tuple[ModelSpec, ...]:
 
 
 def recipe_names() -> tuple[str, ...]:
-    """Names that `recipe` takes: every defence, method that can train a model without parents, and backbone."""
-    trainable = (name for name, method in METHODS.items() if not method.needs_parents and name not in DEFENCES)
-    return (*dict.fromkeys((*DEFENCES, *trainable, *BACKBONES)),)
+    """What a user can train: every defence, method that can train a model without parents, and backbone.
+
+    `recipe` takes these names and `OWN_MODEL`.
+    """
+    methods = (name for name, method in METHODS.items() if not method.needs_parents)
+    return tuple(name for name in dict.fromkeys((*DEFENCES, *methods, *BACKBONES)) if name != OWN_MODEL)

@@ -12,7 +12,7 @@ HEADINGS: Mapping[Group, str] = {
     "adversarial training": "adversarially trained",
     "mixture": "mixtures",
     "control": "controls",
-    "given": "given weights",
+    "user": "given weights",
 }
 """Headings of the groups in their order in the table; those of experts come after them."""
 

@@ -20,8 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from dwf_cluster.attacks.ball import Ball
-from dwf_cluster.attacks.gradient import Objective
-from dwf_cluster.attacks.gradient import cross_entropy as of_the_whole_model
+from dwf_cluster.attacks.gradient import Objective, cross_entropy
 from dwf_cluster.attacks.pgd import pgd
 from dwf_cluster.data.registry import ImageFormat
 from dwf_cluster.defences.loss import Frozen, Loss
@@ -49,8 +48,8 @@ def losses(
     Options: `attack`, `together` or `one_by_one`; `steps`, `epsilon` and `step_size` of PGD; `temperature` and
     `confidence_weight` of the loss.
     """
-    numbers = range(spec.networks)
-    objectives = [_alone(i) for i in numbers] if spec.option("attack") == "one_by_one" else [of_the_whole_model]
+    one_by_one = spec.option("attack") == "one_by_one"
+    objectives = [_cross_entropy_of(i) for i in range(spec.networks)] if one_by_one else [cross_entropy]
     ball, attacked = Ball("linf", spec.option("epsilon")), list[torch.Tensor]()
     for objective in objectives:
         options = {"step_size": spec.option("step_size"), "steps": spec.option("steps"), "objective": objective}
@@ -58,14 +57,14 @@ def losses(
         attacked.append(last.x)
     sets = len(attacked)
     versions = torch.cat([x, *attacked]).contiguous(memory_format=torch.channels_last)
-    each = synergy(
+    per_image = synergy(
         model(versions, of_each=True), y.repeat(1 + sets), spec.option("temperature"), spec.option("confidence_weight")
     )
     # The sum of two means, so the loss is that of as many rows as there are images.
-    yield Loss(each[: len(y)].sum() + each[len(y) :].sum() / sets, len(y))
+    yield Loss(per_image[: len(y)].sum() + per_image[len(y) :].sum() / sets, len(y))
 
 
-def _alone(number: int) -> Objective:
+def _cross_entropy_of(number: int) -> Objective:
     """Cross-entropy of one sub-model, as if there were no others: its own logits, not the whole model's."""
 
     def objective(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

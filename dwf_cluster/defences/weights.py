@@ -38,8 +38,8 @@ def build(spec: ModelSpec, images: ImageFormat, parents: Mapping[str, nn.Module]
             f"given: {spec.name}: mean and std of {len(mean)} channel(s) cannot be used: the images have "
             f"{len(images.mean)} channel(s)"
         )
-    own = replace(images, mean=tuple(mean), std=tuple(std))
-    network: nn.Module = pkgutil.resolve_name(BACKBONES[spec.backbone].build)(own, spec.width)
+    normalised = replace(images, mean=tuple(mean), std=tuple(std))
+    network: nn.Module = pkgutil.resolve_name(BACKBONES[spec.backbone].build)(normalised, spec.width)
     return network
 
 
@@ -62,9 +62,9 @@ def load(spec: ModelSpec, model: nn.Module) -> None:
     except Misfit as error:
         raise InvalidInput(f"{field}: {file!r} cannot be used: {printable(error, 300)}") from None
     trained = set(dict(model.named_parameters()))
-    own = [name for name in weights if name.endswith(".mean") and name not in trained]
-    if own and spec.option("mean") is not None:
-        raise InvalidInput(f"{field}: mean and std cannot be used: the file has its own ({own[0]}); allowed is null")
+    means = [name for name in weights if name.endswith(".mean") and name not in trained]
+    if means and spec.option("mean") is not None:
+        raise InvalidInput(f"{field}: mean and std cannot be used: the file has its own ({means[0]}); allowed is null")
     model.load_state_dict({**model.state_dict(), **weights})
 
 

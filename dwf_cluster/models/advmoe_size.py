@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dwf_cluster.data.registry import Shape
 
 STRIDES = (1, 1, 1, 1, 2, 1, 1, 1, 2, 1, 1, 1, 2, 1, 1, 1)
-"""Of the 16 convolutions of a ResNet-18's residual blocks, two a block."""
+"""Strides of the 16 convolutions of a ResNet-18's residual blocks, two a block."""
 
 LAYERS = len(STRIDES)
-"""Convolutions with groups of filters."""
+"""Number of convolutions with groups of filters."""
 
 
 def pathway_widths(width: int, ratio: float) -> tuple[int, ...]:

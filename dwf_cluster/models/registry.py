@@ -37,8 +37,8 @@ class Backbone:
 
     @property
     def widths(self) -> str:
-        """The allowed widths, for people."""
-        return f"multiples of {self.width_step}" if self.width_step else "64"
+        """The allowed widths, for messages: `are multiples of 8`, or `is 64`."""
+        return f"are multiples of {self.width_step}" if self.width_step else "is 64"
 
     def has_width(self, width: int) -> bool:
         """Whether the network can be built with this width."""
@@ -101,7 +101,7 @@ def fail_if_not_buildable(name: str, width: int, side: int | None, field: str) -
     """
     backbone = BACKBONES[name]
     if not backbone.has_width(width):
-        raise InvalidInput(f"{field}: {width} cannot be used with {name}: allowed is {backbone.widths}")
+        raise InvalidInput(f"{field}: {width} cannot be used with {name}: allowed {backbone.widths}")
     if side is not None and side < backbone.smallest:
         size = f"{backbone.smallest}x{backbone.smallest}"
         raise InvalidInput(

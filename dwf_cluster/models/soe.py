@@ -95,7 +95,7 @@ class SynergyOfExperts(Gated):
 
 
 def log_confidences(outputs: torch.Tensor) -> torch.Tensor:
-    """Logarithm of c = max softmax(logits) * sigmoid(head), of each image and sub-model.
+    """Logarithms of the confidences c = max softmax(logits) * sigmoid(head) of each image and sub-model.
 
     It keeps its order and its gradient where the confidences themselves underflow.
 

@@ -114,13 +114,13 @@ def _unknown(
 
 def _check(key: str, tensor: torch.Tensor, ours: torch.Tensor, meaning: str | None) -> None:
     """Refuse a tensor of another shape or kind; `meaning`: what its first or second dimension counts."""
-    theirs, allowed = tuple(tensor.shape), tuple(ours.shape)
-    if theirs != allowed:
+    shape, allowed = tuple(tensor.shape), tuple(ours.shape)
+    if shape != allowed:
         dimension = {"classes": 0, "channels": 1}.get(meaning or "", -1)
-        others = [(t, a) for i, (t, a) in enumerate(zip(theirs, allowed, strict=False)) if i != dimension]
-        if meaning and len(theirs) == len(allowed) and all(t == a for t, a in others):
-            raise Misfit(f"{key} is for {theirs[dimension]} {meaning}: the images have {allowed[dimension]}")
-        raise Misfit(f"{key} has shape {theirs}: allowed is {allowed}; do backbone and width fit?")
+        others = [(s, a) for i, (s, a) in enumerate(zip(shape, allowed, strict=False)) if i != dimension]
+        if meaning and len(shape) == len(allowed) and all(s == a for s, a in others):
+            raise Misfit(f"{key} is for {shape[dimension]} {meaning}: the images have {allowed[dimension]}")
+        raise Misfit(f"{key} has shape {shape}: allowed is {allowed}; do backbone and width fit?")
     if tensor.is_floating_point() != ours.is_floating_point():
         raise Misfit(f"{key} is of type {tensor.dtype}: allowed are floating-point numbers, as {ours.dtype}")
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from dwf_cluster.cluster.driver import Cluster
 from dwf_cluster.cluster.events import Connected, Listener, Listeners, Planned
 from dwf_cluster.data import corruption_files, sources
-from dwf_cluster.defences.registry import WEIGHTS
+from dwf_cluster.defences.registry import OWN_MODEL, WEIGHTS
 from dwf_cluster.evaluation.registry import SUITES
 from dwf_cluster.experiment import Experiment
 from dwf_cluster.pipeline.stages import Connection, pending_jobs, repair_status
@@ -124,11 +124,11 @@ def seed_names(experiments: Sequence[Experiment]) -> dict[str, str]:
 
 
 def _check_methods(experiment: Experiment) -> None:
-    """Fail if a model cannot be trained, because it is a user's own."""
-    if spec := next((spec for spec in experiment.models if spec.method == "given"), None):
+    """Fail if the defended model cannot be trained, because it is a user's own."""
+    if experiment.defence == OWN_MODEL:
         raise InvalidInput(
-            f"{'defence' if spec == experiment.defended else 'baselines'}: 'given' cannot be used: allowed are methods "
-            "that train a model; `dwf evaluate` measures a model of your own"
+            f"defence: {OWN_MODEL!r} cannot be used: allowed are methods that train a model; `dwf evaluate` measures a "
+            "model of your own"
         )
 
 

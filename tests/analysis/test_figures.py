@@ -238,7 +238,7 @@ def test_a_defended_model_without_a_gate_has_every_other_figure(tmp_path: Path, 
 
 def test_a_users_own_model_has_a_report(tmp_path: Path, call: Call) -> None:
     """The tables of `dwf evaluate`: one model that was not trained, so that there are no metrics and no jobs."""
-    folder = make_up(tmp_path, build("digits", 0, ["defence=given", "evaluation.beyond="]), 50)
+    folder = make_up(tmp_path, build("digits", 0, ["defence=own-model", "evaluation.beyond="]), 50)
     for table in ("metrics", "jobs"):
         shutil.rmtree(folder / "results" / table)
     (group,) = load(str(tmp_path)).groups

@@ -132,7 +132,7 @@ def test_a_defended_model_that_a_control_starts_from_stays_among_its_like() -> N
 
 
 def test_given_weights_of_another_width_are_no_control(experiment: Experiment) -> None:
-    weights = replace(experiment.spec("benign"), name="mine", method="given", width=16)
+    weights = replace(experiment.spec("benign"), name="mine", method="weights", width=16)
     groups = rows([weights, *experiment.models])
     assert groups["given weights"] == (weights,)
 
@@ -161,7 +161,8 @@ def test_a_mixture_of_other_backbones_is_not_the_papers() -> None:
 
 
 def test_a_legend_has_the_papers_names(experiment: Experiment) -> None:
-    labels = [paper.legend(experiment, model) for model in ("vgg19", "benign", "fgsm-at", "mixture", "pgd-1")]
+    names = paper.names(experiment)
+    labels = [paper.legend(names, model) for model in ("vgg19", "benign", "fgsm-at", "mixture", "pgd-1")]
     assert labels == ["VGG-19", "ResNet-18 (benign)", "ResNet-18 (FGSM-AT)", "DWF (mixture)", "pgd-1"]
 
 
@@ -253,7 +254,7 @@ def test_many_rows_have_a_panel_for_each_group_with_the_defended_model_in_each(
     for axes, (heading, models) in zip(figure.axes, group.sections.items(), strict=True):
         labels = {str(line.get_label()) for line in axes.lines} - {"paper's DWF"}
         assert axes.get_title().endswith(heading)
-        assert labels == {paper.legend(group.experiment, model) for model in {*models, "mixture"}}
+        assert labels == {paper.legend(paper.names(group.experiment), model) for model in {*models, "mixture"}}
 
 
 def test_the_figure_of_compute_shows_every_row_at_its_cost(group: Group, data: FigureData) -> None:
@@ -261,6 +262,6 @@ def test_the_figure_of_compute_shows_every_row_at_its_cost(group: Group, data: F
     assert figure is not None
     found = costs(group.experiment)
     points = {str(line.get_label()): line for line in figure.axes[0].containers}
-    assert set(points) == {paper.legend(group.experiment, model) for model in group.models}
+    assert set(points) == {paper.legend(paper.names(group.experiment), model) for model in group.models}
     (x,) = np.asarray(points["DWF (mixture)"][0].get_xdata())
     assert x == pytest.approx(found["mixture"].flops / 1e12)

@@ -202,7 +202,7 @@ def test_a_backbones_name_is_a_row_trained_on_clean_images(name: str) -> None:
     [
         (["model.width=32", "baselines=googlenet"], "model.width: 32 cannot be used with googlenet: allowed is 64"),
         (["model.backbone=inception-v3"], "model.width: 8 cannot be used with inception-v3: allowed is 64"),
-        (["model.width=12", "baselines=xception"], "12 cannot be used with xception: allowed is multiples of 8"),
+        (["model.width=12", "baselines=xception"], "12 cannot be used with xception: allowed are multiples of 8"),
         (["baselines=vgg19"], "data.source: images with a side of 8 cannot be used with vgg19: allowed are 32x32 and"),
         (["model.backbone=resnet19"], "model.backbone.0: 'resnet19' cannot be used: allowed are resnet18, "),
         (["model.backbone="], "model.backbone: '' cannot be used: "),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pandas as pd
@@ -10,7 +11,7 @@ import psutil
 import pytest
 import torch
 
-from analysis import report
+from analysis import report, tables
 from analysis.results import load
 from analysis.tables import accuracies
 from dwf_cluster.data.sources import load as load_images
@@ -123,11 +124,18 @@ def test_every_row_is_attacked_and_those_that_select_also_by_attacks_on_their_ch
     assert metrics.expert_shares[["benign", "resnet50"]].isna().all()
 
 
-def test_the_table_and_the_report_have_every_row(killed_run: Path, experiment: Experiment, tmp_path: Path) -> None:
-    group = load(str(killed_run)).groups[0]
-    assert set(accuracies(group).model) == set(experiment.names)
+def test_the_table_and_the_report_have_the_numbers_of_every_row(
+    killed_run: Path, experiment: Experiment, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    measured = accuracies(load(str(killed_run)).groups[0])
+    clean = measured[measured.attack == "clean"].set_index("model")["mean"]
+    assert set(clean.index) == set(experiment.names)
     page = tmp_path / "report.html"
     assert report.main([str(killed_run), "--out", str(page)]) == 0
-    text = page.read_text()
+    text = re.sub("<[^>]+>", " ", page.read_text())
+    assert tables.main([str(killed_run)]) == 0
+    printed = capsys.readouterr().out
     for name in experiment.names:
-        assert name in text
+        row = rf"(?<![\w-]){re.escape(name)} .*(?<![\d.]){100 * clean[name]:.1f}(?![\d.])"
+        assert re.search(row, printed), name
+        assert re.search(row.replace(" .*", r"\s[^A-Za-z]*"), text), name

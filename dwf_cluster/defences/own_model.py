@@ -1,4 +1,4 @@
-"""A user's own model: `dwf evaluate` measures it, and nothing here trains it."""
+"""A user's own network, the method `own-model`: `dwf evaluate` measures it, and nothing here trains it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import nn
 
 from dwf_cluster.data.registry import ImageFormat
 from dwf_cluster.defences.loss import Loss
-from dwf_cluster.defences.registry import ModelSpec
+from dwf_cluster.defences.registry import OWN_MODEL, ModelSpec
 from dwf_cluster.settings import InvalidInput
 
 
@@ -19,7 +19,7 @@ def build(spec: ModelSpec, images: ImageFormat, parents: Mapping[str, nn.Module]
     Raises:
         InvalidInput: always.
     """
-    raise InvalidInput("defence: 'given' cannot be trained: it is the user's own model; `dwf evaluate` measures it")
+    raise InvalidInput(f"defence: {OWN_MODEL!r} cannot be trained: `dwf evaluate` measures a model of your own")
 
 
 def losses(spec: ModelSpec, *arguments: Any) -> Iterator[Loss]:
