@@ -29,7 +29,7 @@ from ..conftest import TINY, task_for
 from ..gloo import run_workers
 
 FEW = [*TINY, "data.test_examples=4", "evaluation.probe_examples=4", "evaluation.probe_steps=1", "trades.steps=2"]
-TRAINED = sorted(name for name, method in METHODS.items() if method.losses is not None and method.group != "given")
+TRAINED = sorted(name for name, method in METHODS.items() if method.losses is not None and method.group != "user")
 FORMS = {
     "dwf": (["gate.kind=soft"], ["gate.kind=hard"]),
     "soe": (["soe.attack=together"], ["soe.attack=one_by_one"]),

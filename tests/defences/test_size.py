@@ -59,7 +59,7 @@ class _Convolutions(TorchDispatchMode):
 def test_the_table_has_the_parameters_of_the_models_that_are_built(preset: str, options: list[str]) -> None:
     experiment, shape = _experiment(preset, *options), SHAPES[preset]
     methods = {spec.method for spec in experiment.models}
-    assert methods == {name for name, method in METHODS.items() if method.group != "given"}
+    assert methods == {name for name, method in METHODS.items() if method.group != "user"}
     built = {name: _built(experiment.models, name, shape) for name in experiment.names}
     numbers = {name: sum(parameter.numel() for parameter in model.parameters()) for name, model in built.items()}
     assert {name: cost.parameters for name, cost in costs(experiment).items()} == numbers

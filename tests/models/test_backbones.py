@@ -13,12 +13,14 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from dwf_cluster.attacks.gradient import differentiate
-from dwf_cluster.data.device import DeviceImages
+from dwf_cluster.data.device import DeviceImages, to_float
 from dwf_cluster.data.registry import ImageFormat, Shape
 from dwf_cluster.data.sources import load, sizes
 from dwf_cluster.defences.build import to_train
 from dwf_cluster.defences.build import trained as build_trained
 from dwf_cluster.defences.registry import METHODS
+from dwf_cluster.evaluation.registry import PAPER
+from dwf_cluster.evaluation.run import evaluate
 from dwf_cluster.experiment import Experiment
 from dwf_cluster.models.frozen import frozen
 from dwf_cluster.models.mixture import Gate, Mixture
@@ -130,6 +132,34 @@ def test_a_training_step_draws_no_random_numbers(name: str) -> None:
     before = torch.get_rng_state()
     model(torch.zeros(2, 1, side, side)).sum().backward()
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_papers_attacks_measure_every_backbone(name: str) -> None:
+    """In every column of the result table. Clean images are classified correctly, and PGD lowers their margin."""
+    side = max(8, BACKBONES[name].smallest)
+    model = _in_use(name, (1, side, side))
+    x = torch.randint(256, (2, 1, side, side), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    y = model.eval()(to_float(x).double()).argmax(1)
+    few = ["pgd_steps=2,4", "restart_steps=2", "adaptive_steps=2", "fgsm_epsilons=0.1,0.2"]
+    settings = build("digits", 0, [f"evaluation.{field}" for field in few])
+    rows, predictions = evaluate(
+        {name: model},
+        name,
+        PAPER,
+        x.numpy(),
+        y.numpy(),
+        settings.evaluation,
+        settings.threats,
+        seed=0,
+        device=torch.device("cpu"),
+    )
+    correct = {(row["attack"], row["steps"]): row["correct"] for row in rows}
+    assert {attack for attack, _ in correct} == {"clean", "fgsm", "pgd", "pgd_restarts", "pgd_adaptive"}
+    assert len(predictions) == 2 * len(rows)
+    assert correct["clean", None] == 2
+    margins = [sum(row["margin"] for row in predictions if row["attack"] == attack) for attack in ("clean", "pgd")]
+    assert margins[1] / 2 < margins[0]  # of two runs of PGD
 
 
 def _mixture(*experts: nn.Module) -> Mixture:
