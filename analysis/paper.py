@@ -41,9 +41,9 @@ RECIPES = {
     "advmoe": "ADVMoE",
     "dwf": DWF,
 }
-"""Recipes whose models the paper has measured, and its names for them. Of two with one name, the first that the
-experiment has is the paper's: its DenseNet-121 has growth 12 (inferred from the checkpoints that it cites, not
-checked), and a plain ResNet-18 comes before a benign expert."""
+"""Recipes whose models the paper has measured, and its names for them; `defences.rows` has their order in tables. Of
+two with one name, the first that the experiment has is the paper's: its DenseNet-121 has growth 12 (inferred from the
+checkpoints that it cites, not checked), and a plain ResNet-18 comes before a benign expert."""
 
 _DEFENDED = r"-AT\)|SoE|ADVMoE|DWF"
 _BACKBONE, _RESTARTS, _EOT = "resnet18", 3, 1

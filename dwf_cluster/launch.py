@@ -78,10 +78,12 @@ def _run(options: argparse.Namespace, resume_command: str) -> int:
     else:
         experiments = [build(options.preset, seed, options.set) for seed in options.seed or [None]]
     stages = options.stages or list(STAGES)
+    from dwf_cluster.pipeline.run import check_trainable, seed_names
+
+    for experiment in experiments:
+        check_trainable(experiment)
     if options.slurm:
         return _submit(options, experiments, stages, resume_command)
-    from dwf_cluster.pipeline.run import seed_names
-
     names = sweep.names if sweep else seed_names(experiments)
     if options.dry_run:
         return _print_plan(options, experiments, names, stages)

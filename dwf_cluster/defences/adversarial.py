@@ -19,7 +19,7 @@ from dwf_cluster.attacks.gradient import differentiate, predict
 from dwf_cluster.attacks.pgd import fgsm as fgsm_examples
 from dwf_cluster.data.registry import ImageFormat
 from dwf_cluster.defences import randomized
-from dwf_cluster.defences.loss import Frozen, Loss, cross_entropy, divergence
+from dwf_cluster.defences.loss import START_NOISE, Frozen, Loss, concatenated, cross_entropy, divergence
 from dwf_cluster.defences.loss import trades as trades_loss
 from dwf_cluster.defences.registry import ModelSpec
 from dwf_cluster.determinism import Draws
@@ -76,15 +76,14 @@ def trades(
     Options: `beta`; `epsilon`, `step_size` and `steps` of the attack.
     """
     target = predict(frozen(), x)
-    start = x + 0.001 * draw(x, draws.generators("start", len(x)), torch.randn)
+    start = x + START_NOISE * draw(x, draws.generators("start", len(x)), torch.randn)
     ball = Ball("linf", spec.option("epsilon"))
     step_size, steps = spec.option("step_size"), spec.option("steps")
     run = attacks.pgd(
         frozen(), x, target, ball, step_size=step_size, steps=steps, start=start, objective=_divergence_from
     )
     *_, last = run
-    versions = torch.cat([x.contiguous(memory_format=torch.channels_last), last.x])
-    yield trades_loss(model(versions), y, spec.option("beta"))
+    yield trades_loss(model(concatenated(x, last.x)), y, spec.option("beta"))
 
 
 def _divergence_from(model: nn.Module, x: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

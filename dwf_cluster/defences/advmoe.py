@@ -23,13 +23,10 @@ from dwf_cluster.attacks.ball import Ball, draw
 from dwf_cluster.attacks.gradient import NotLogits
 from dwf_cluster.attacks.pgd import pgd
 from dwf_cluster.data.registry import ImageFormat
-from dwf_cluster.defences.loss import Frozen, Loss, divergence, trades
+from dwf_cluster.defences.loss import START_NOISE, Frozen, Loss, concatenated, divergence, trades
 from dwf_cluster.defences.registry import ModelSpec
 from dwf_cluster.determinism import Draws
 from dwf_cluster.models.advmoe import AdvMoE
-
-START = 0.001
-"""Standard deviation of the Gaussian noise that an attack starts from, pixels in [0, 1]; as released."""
 
 
 def build(spec: ModelSpec, images: ImageFormat, parents: Mapping[str, nn.Module]) -> AdvMoE:
@@ -55,12 +52,12 @@ def losses(
     network: nn.Module = getattr(model, "module", model)  # DDP's
     gate = list(network.get_submodule("gate").parameters())
 
-    attacked = _concatenated(x, attack(spec, frozen(), x, draws, "start"))
+    attacked = concatenated(x, attack(spec, frozen(), x, draws, "start"))
     with _fixed(gate):
         logits = model(attacked)
     yield trades(logits, y, beta)
 
-    attacked = _concatenated(x, attack(spec, frozen(), x, draws, "router start"))
+    attacked = concatenated(x, attack(spec, frozen(), x, draws, "router start"))
     if spec.option("router_objective") == "trades":
         router = {id(parameter) for parameter in gate}  # a tensor's `==` compares values, not identity
         with _fixed(parameter for parameter in network.parameters() if id(parameter) not in router):
@@ -109,15 +106,11 @@ def attack(spec: ModelSpec, model: nn.Module, x: torch.Tensor, draws: Draws, pur
         return divergence(moved, clean[:, :classes]) + routing, moved
 
     ball = Ball("linf", spec.option("epsilon"))
-    start = ball.project(x, x + START * draw(x, draws.generators(purpose, len(x)), torch.randn))
+    start = ball.project(x, x + START_NOISE * draw(x, draws.generators(purpose, len(x)), torch.randn))
     clean = torch.cat([logits, scores.flatten(1)], 1)
     steps, step_size = spec.option("steps"), spec.option("step_size")
     *_, last = pgd(model, x, clean, ball, step_size=step_size, steps=steps, start=start, objective=objective)
     return last.x
-
-
-def _concatenated(x: torch.Tensor, moved: torch.Tensor) -> torch.Tensor:
-    return torch.cat([x, moved]).contiguous(memory_format=torch.channels_last)
 
 
 @contextmanager

@@ -9,6 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+START_NOISE = 0.001
+"""Standard deviation of the Gaussian noise that the attacks of TRADES and ADVMoE start from, pixels in [0, 1]; that of
+both releases."""
+
 Frozen = Callable[[], nn.Module]
 """Returns the model as attacks see it. Built at the first call of a step, so a step without an attack costs nothing."""
 
@@ -31,6 +35,11 @@ def cross_entropy(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> Loss:
     """Cross-entropy of the images that the model is trained on."""
     logits = model(x.contiguous(memory_format=torch.channels_last))
     return Loss(F.cross_entropy(logits, y, reduction="sum"), len(y))
+
+
+def concatenated(*versions: torch.Tensor) -> torch.Tensor:
+    """Versions of a batch as one batch, in the memory format of training: BatchNorm sees them together."""
+    return torch.cat(versions).contiguous(memory_format=torch.channels_last)
 
 
 def trades(logits: torch.Tensor, y: torch.Tensor, beta: float, name: str = "the loss") -> Loss:

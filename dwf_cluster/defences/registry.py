@@ -87,7 +87,8 @@ class Method:
             called for each part of a batch: pixels `x` in [0, 1], labels `y`. After each loss that it yields, the
             optimiser takes a step, and `frozen()` is the changed model. Every batch needs the same number of losses,
             one at least. A loss trains what has `requires_grad` and is reached through `model(...)`. None: a model of
-            this method is not trained; it is what `build` makes of its trained parents, and has no checkpoint.
+            this method is not trained; it is what `build` makes of its trained parents, and has no checkpoint. That
+            of `own-model` and `weights` is never called: their weights come from elsewhere.
         keeps_perturbation: whether `losses` takes one more argument: a perturbation of shape of `x`, which it changes
             in place. There is one for each position of a batch, zero before the first batch; the training loop passes
             it from batch to batch and saves it in checkpoints.

@@ -23,7 +23,7 @@ from dwf_cluster.attacks.ball import Ball
 from dwf_cluster.attacks.gradient import Objective, cross_entropy
 from dwf_cluster.attacks.pgd import pgd
 from dwf_cluster.data.registry import ImageFormat
-from dwf_cluster.defences.loss import Frozen, Loss
+from dwf_cluster.defences.loss import Frozen, Loss, concatenated
 from dwf_cluster.defences.registry import ModelSpec
 from dwf_cluster.determinism import Draws
 from dwf_cluster.models.registry import BACKBONES
@@ -56,7 +56,7 @@ def losses(
         *_, last = pgd(frozen(), x, y, ball, **options)
         attacked.append(last.x)
     sets = len(attacked)
-    versions = torch.cat([x, *attacked]).contiguous(memory_format=torch.channels_last)
+    versions = concatenated(x, *attacked)
     per_image = synergy(
         model(versions, of_each=True), y.repeat(1 + sets), spec.option("temperature"), spec.option("confidence_weight")
     )

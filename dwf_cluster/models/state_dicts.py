@@ -255,19 +255,21 @@ DIFFERENT: Mapping[str, tuple[tuple[str, str], ...]] = {
     "googlenet": (
         (
             r"^(?!aux\d\.|network\.)",
-            "those of kuangliu and weiaicunzai have another stem and other branches; allowed is torchvision's",
+            "kuangliu's, weiaicunzai's and the one for larger images have other stems; allowed is torchvision's with "
+            "one 3x3 convolution as its stem",
         ),
     ),
     "inception-v3": (
         (
             r"^(?!AuxLogits\.|network\.)",
-            "weiaicunzai's has another stem, and other convolutions in its branches; allowed is torchvision's",
+            "weiaicunzai's has another stem and other branches; allowed is torchvision's with a stem for 32x32",
         ),
     ),
     "mobilenet-v2": (
         (
             r"^(?!features\.|classifier\.|network\.)",
-            "kuangliu's has more shortcuts, and no ReLU6, and weiaicunzai's other strides; allowed is torchvision's",
+            "kuangliu's has more shortcuts and no ReLU6, weiaicunzai's has other strides; allowed is torchvision's "
+            "with strides for 32x32",
         ),
     ),
     # Weiaicunzai's has our structure, but its weights are saved in another order, and which is which is not certain.

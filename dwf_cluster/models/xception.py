@@ -11,7 +11,7 @@ from torch import nn
 from dwf_cluster.data.registry import ImageFormat
 from dwf_cluster.models.layers import XCEPTION
 from dwf_cluster.models.plain import Mean, Normalized
-from dwf_cluster.models.resnet import conv_norm
+from dwf_cluster.models.resnet import conv_norm, strided
 
 
 def _separable(inputs: int, outputs: int) -> nn.Sequential:
@@ -46,9 +46,7 @@ class Block(nn.Module):
         out = x
         for number, convolution in enumerate(self.convolutions):
             out = convolution(F.relu(out) if number else out)
-        # A slice and a 1x1 convolution: see `models.resnet`.
-        skipped = x[:, :, :: self.stride, :: self.stride] if self.stride > 1 else x
-        total: torch.Tensor = self.pool(out) + self.shortcut(skipped)
+        total: torch.Tensor = self.pool(out) + self.shortcut(strided(x, self.stride or 1))
         return total
 
 

@@ -107,7 +107,7 @@ class Run:
     def _plan(self, experiments: Sequence[Experiment], stages: Sequence[str]) -> bool:
         """Report the pending jobs and return whether there are any; if there are none, repair the status."""
         for experiment in experiments:
-            _check_methods(experiment)
+            check_trainable(experiment)
         stores = {experiment: experiment.store(self.storage) for experiment in experiments}
         sizes = sources.sizes(experiments[0].data) if experiments else None
         pending = pending_jobs(stores, stages, sizes) if sizes else []
@@ -123,7 +123,7 @@ def seed_names(experiments: Sequence[Experiment]) -> dict[str, str]:
     return {e.folder: f"seed {e.seed}" for e in experiments} if len(experiments) > 1 else {}
 
 
-def _check_methods(experiment: Experiment) -> None:
+def check_trainable(experiment: Experiment) -> None:
     """Fail if the defended model cannot be trained, because it is a user's own."""
     if experiment.defence == OWN_MODEL:
         raise InvalidInput(
