@@ -21,7 +21,7 @@ FILE = Path(__file__).with_name("gpu.json")
 FLOAT32 = "float32"
 """The precision that every device has entries for; on a GPU its convolutions use TF32."""
 
-LAUNCHES, LAUNCHES_PER_NETWORK = 17, 126
+_LAUNCHES, _LAUNCHES_PER_NETWORK = 17, 126
 """CUDA kernels of one iteration of an attack, and those that each network adds: counted on ResNet-18, without BatchNorm
 as attacks see it. Other networks are counted as if they were ResNet-18: one of many small layers has more."""
 
@@ -97,8 +97,8 @@ class Speeds:
 
     def __init__(self, jobs: Sequence[Job], allocations: Mapping[Job, Allocation], storage: str) -> None:
         self._device = "gpu" if any(allocation.gpus for allocation in allocations.values()) else "cpu"
-        recorded = _recorded(self._device)
-        self._speeds = {kind: _recorded_or_float32(recorded, *kind) for kind in set(map(_kind, jobs))}
+        known = recorded(self._device)
+        self._speeds = {kind: _known_or_float32(known, *kind) for kind in set(map(_kind, jobs))}
         self._speeds.update(self._measured(jobs, allocations, storage))
 
     def seconds(self, job: Job, allocation: Allocation) -> float:
@@ -149,7 +149,12 @@ def launches(job: Job) -> float:
         batch = job.experiment.evaluation.batch_size
     networks = job.spec.networks
     iterations = job.cost / (2 * networks * batch)  # of a forward pass and an input gradient, which count as 2
-    return iterations * (LAUNCHES + LAUNCHES_PER_NETWORK * networks)
+    return iterations * kernel_count(networks)
+
+
+def kernel_count(networks: int) -> int:
+    """CUDA kernels of one iteration of PGD on a model of so many networks."""
+    return _LAUNCHES + _LAUNCHES_PER_NETWORK * networks
 
 
 def entries(file: Path) -> list[Entry]:
@@ -157,8 +162,8 @@ def entries(file: Path) -> list[Entry]:
     return [Entry(**entry) for entry in json.loads(file.read_text())["speeds"]]
 
 
-def _recorded(device: str) -> dict[tuple[str, str], Speed]:
-    """The speeds of `gpu.json` by stage and precision: measurements before estimates, newer before older ones."""
+def recorded(device: str) -> dict[tuple[str, str], Speed]:
+    """Speeds in `gpu.json`, by stage and precision: a measurement before an estimate, a newer entry before an older."""
     ordered = sorted(entries(FILE), key=lambda entry: (entry.kind == "measurement", entry.date))
     return {
         (entry.stage, entry.precision): Speed(entry.teraflops * 1e12, entry.launch_microseconds / 1e6, entry.source)
@@ -167,10 +172,10 @@ def _recorded(device: str) -> dict[tuple[str, str], Speed]:
     }
 
 
-def _recorded_or_float32(recorded: Mapping[tuple[str, str], Speed], stage: str, precision: str) -> Speed:
-    if (stage, precision) in recorded:
-        return recorded[stage, precision]
-    speed = recorded[stage, FLOAT32]
+def _known_or_float32(known: Mapping[tuple[str, str], Speed], stage: str, precision: str) -> Speed:
+    if (stage, precision) in known:
+        return known[stage, precision]
+    speed = known[stage, FLOAT32]
     return replace(speed, source=f"{speed.source}, for {FLOAT32}: none is known for {precision}")
 
 

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.gpu.measure import kernels
 from dwf_cluster.attacks.ball import Ball
 from dwf_cluster.attacks.pgd import pgd
 from dwf_cluster.data.registry import ImageFormat, Sizes
@@ -23,7 +22,7 @@ from dwf_cluster.models.resnet import resnet18
 from dwf_cluster.plan import speeds
 from dwf_cluster.plan.jobs import STAGES, Job, jobs
 from dwf_cluster.plan.resources import Resources, allocate
-from dwf_cluster.plan.speeds import LAUNCHES, LAUNCHES_PER_NETWORK, Entry, Speed, Speeds, entries
+from dwf_cluster.plan.speeds import Entry, Speed, Speeds, entries
 from dwf_cluster.presets import build
 from dwf_cluster.store import Store, tables
 
@@ -94,25 +93,10 @@ def test_smaller_batches_of_the_same_work_take_longer_where_launches_bind() -> N
     assert seconds("experts.batch_size=16") == seconds("experts.accumulation=8") > 4 * whole
 
 
-class _Kernels(TorchDispatchMode):
-    """Counts operations that compute; on CUDA the bias of a convolution is a kernel of its own."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.counts = Counter[str]()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if not func.is_view:
-            self.counts[func.name()] += 2 if func.name() == "aten::convolution" else 1
-        return func(*args, **(kwargs or {}))
-
-
 def _kernels(model: torch.nn.Module, steps: int) -> int:
     x, y = torch.rand(8, 3, 32, 32), torch.zeros(8, dtype=torch.int64)
-    with _Kernels() as counted:
-        for _ in pgd(frozen(model), x, y, Ball("linf", 0.03), step_size=0.01, steps=steps):
-            pass
-    return counted.counts.total()
+    attack = pgd(frozen(model), x, y, Ball("linf", 0.03), step_size=0.01, steps=steps)
+    return kernels(lambda: list(attack), torch.device("cpu"))
 
 
 @pytest.mark.parametrize("networks", [1, 9])
@@ -123,7 +107,7 @@ def test_the_plan_counts_the_kernels_of_an_iteration_of_pgd(networks: int, monke
     gate = Gate(networks, images.shape, images.mean, images.std, hidden=4)
     model = experts[0] if networks == 1 else Mixture(experts, gate)
     counted = _kernels(model, 2) - _kernels(model, 1)
-    assert counted == pytest.approx(LAUNCHES + networks * LAUNCHES_PER_NETWORK, rel=0.02)
+    assert counted == pytest.approx(speeds.kernel_count(networks), rel=0.02)
 
 
 def _finish(store: Store, job: Job, **columns: Any) -> None:
