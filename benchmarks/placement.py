@@ -1,10 +1,10 @@
 """Quality of the plan: makespan compared with its lower bound, and with a real run on this machine.
 
-    python benchmarks/placement.py [--run]
+    python benchmarks/placement.py [--hours] [--run]
 
-The first table is the planned timeline of the paper's experiment on 1 to 64 GPUs. With `--run`, the digits preset is
-run twice in a temporary folder: the speeds of its stages on seed 0 give the plan for seed 1, which is compared with the
-run of seed 1.
+The first table is the planned timeline of the paper's experiment on 1 to 64 GPUs; `--hours` prints the hours of each
+stage of four presets on one GPU instead. With `--run`, the digits preset is run twice in a temporary folder: the speeds
+of its stages on seed 0 give the plan for seed 1, which is compared with the run of seed 1.
 """
 
 from __future__ import annotations
@@ -17,42 +17,63 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from dwf_cluster.console.tables import GPU_FLOPS, measured_speeds
 from dwf_cluster.data.sources import sizes
 from dwf_cluster.experiment import Experiment
 from dwf_cluster.plan.jobs import STAGES, Job, jobs
 from dwf_cluster.plan.resources import Resources, allocate, cpus_here
 from dwf_cluster.plan.schedule import Planned, lower_bound, timeline
+from dwf_cluster.plan.speeds import Speeds
 from dwf_cluster.presets import build
 from dwf_cluster.store import tables
 
 GPUS = (1, 2, 4, 8, 9, 16, 32, 64)
+PRESETS = ("cifar10", "svhn", "cifar10-table3", "svhn-table3")
+
+
+def all_jobs(experiments: Sequence[Experiment], stages: Sequence[str] = STAGES) -> list[Job]:
+    """The jobs of some stages."""
+    return [job for e in experiments for stage in stages for job in jobs(e, stage, sizes(e.data))]
 
 
 def planned(
-    experiments: Sequence[Experiment], stages: Sequence[str], resources: Resources
+    experiments: Sequence[Experiment], stages: Sequence[str], resources: Resources, storage: str
 ) -> tuple[dict[Job, Planned], float]:
-    """The timeline, and its lower bound, in floating-point operations."""
-    every = [job for e in experiments for stage in stages for job in jobs(e, stage, sizes(e.data))]
+    """The timeline, and its lower bound, in seconds."""
+    every = all_jobs(experiments, stages)
     allocations = allocate(every, resources)
-    return timeline(every, allocations, resources.slots), lower_bound(every, allocations, resources.slots)
+    length = Speeds(every, allocations, storage).seconds
+    return (
+        timeline(every, allocations, resources.slots, length),
+        lower_bound(every, allocations, resources.slots, length),
+    )
 
 
-def simulate() -> None:
+def simulate(storage: str) -> None:
     """Print makespan and lower bound at the paper's scale."""
     heads = ("GPUs", "seeds", "experts: hours", "over the bound", "all stages: hours", "over the bound")
     print(f"| {' | '.join(heads)} |")
     print("|---:|---:|---:|---:|---:|---:|")
     for seeds in (1, 5):
         experiments = [build("cifar10", seed) for seed in range(seeds)]
-        hour = 3600 * GPU_FLOPS[0]
         for gpus in GPUS:
             cells = []
             for stages in (("experts",), STAGES):
-                timed, bound = planned(experiments, stages, Resources(8, gpus))
+                timed, bound = planned(experiments, stages, Resources(8, gpus), storage)
                 makespan = max(planned.end for planned in timed.values())
-                cells += [f"{makespan / hour:.1f}", f"{100 * (makespan / bound - 1):.1f} %"]
+                cells += [f"{makespan / 3600:.1f}", f"{100 * max(0.0, makespan / bound - 1):.1f} %"]
             print(f"| {gpus} | {seeds} | {' | '.join(cells)} |")
+
+
+def hours(storage: str) -> None:
+    """Print the GPU-hours of each stage on one GPU, and what they rest on."""
+    print(f"| preset | {' | '.join(STAGES)} | total |\n|---|{'---:|' * (len(STAGES) + 1)}")
+    for preset in PRESETS:
+        every = all_jobs([build(preset, 0)])
+        allocations = allocate(every, Resources(8, 1))
+        speeds = Speeds(every, allocations, storage)
+        spent = [sum(speeds.seconds(j, allocations[j]) for j in every if j.stage == stage) / 3600 for stage in STAGES]
+        print(f"| `{preset}` | {' | '.join(f'{value:.1f}' for value in (*spent, sum(spent)))} |")
+    print("", *speeds.lines(every), sep="\n")
 
 
 def run() -> None:
@@ -63,11 +84,11 @@ def run() -> None:
             subprocess.run([*command, "--seed", seed], stdout=subprocess.DEVNULL, check=True)
         first, second = build("digits", 0), build("digits", 1)
         resources = Resources(cpus_here(), 0)
-        every = [job for stage in STAGES for job in jobs(first, stage, sizes(first.data))]
-        speeds = measured_speeds(every, allocate(every, resources), storage)
+        every = all_jobs([first])
+        speeds = Speeds(every, allocate(every, resources), storage)
         rows = pd.DataFrame(tables.read(second.store(storage), "jobs").to_pylist()).set_index("task")
-    every = [job for stage in STAGES for job in jobs(second, stage, sizes(second.data))]
-    timed = timeline(every, allocate(every, resources), resources.slots, speeds)
+    every = all_jobs([second])
+    timed = timeline(every, allocate(every, resources), resources.slots, speeds.seconds)
     began = rows.started.min()
     print("| task | planned start | end | real start | end |\n|---|---:|---:|---:|---:|")
     for job, plan in timed.items():
@@ -83,9 +104,11 @@ def run() -> None:
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--hours", action="store_true", help="GPU-hours of each stage instead of the timelines")
     parser.add_argument("--run", action="store_true", help="compare with a real run too: minutes")
     options = parser.parse_args()
-    simulate()
+    with tempfile.TemporaryDirectory() as storage:  # without finished jobs
+        (hours if options.hours else simulate)(storage)
     if options.run:
         print()
         run()

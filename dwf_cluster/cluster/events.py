@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from dwf_cluster.cluster.control import Claim
@@ -36,9 +36,15 @@ class Connected:
 
 @dataclass(frozen=True)
 class Queued:
-    """Jobs are about to run; they wait for their inputs and for free CPUs or GPUs."""
+    """Jobs are about to run; they wait for their inputs and for free CPUs or GPUs.
+
+    Attributes:
+        jobs: these.
+        seconds: planned, of each job's work on all GPUs or CPUs of the run together; empty if no plan could be made.
+    """
 
     jobs: tuple[Job, ...]
+    seconds: Mapping[Job, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

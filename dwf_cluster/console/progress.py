@@ -34,7 +34,7 @@ class Progress:
         self._live: Live | None = None
         self._states: dict[Job, str] = {}
         self._rows: dict[Job, Mapping[str, Any]] = {}  # the newest of each training
-        self._time_left = TimeLeft()
+        self._time_left = TimeLeft({})
 
     def __call__(self, event: Event) -> None:
         """Print an event."""
@@ -46,8 +46,8 @@ class Progress:
                     f"Ray dashboard: {dashboard} (token authentication is on; paste what `cat {token_file}` "
                     "prints when it asks)"
                 )
-            case Queued(jobs):
-                self._begin(jobs)
+            case Queued():
+                self._begin(event)
             case Started(job):
                 self._states[job] = "running"
             case Claim(job=(_, name)) if event.share:
@@ -68,9 +68,9 @@ class Progress:
             if stage in event.stages:
                 self._print_line(f"{stage}: {f'{count} to do' if count else 'done already, skipped'}")
 
-    def _begin(self, jobs: tuple[Job, ...]) -> None:
+    def _begin(self, event: Queued) -> None:
         """Show these jobs, in a table on a terminal."""
-        self._states, self._rows, self._time_left = dict.fromkeys(jobs, "waiting"), {}, TimeLeft(jobs)
+        self._states, self._rows, self._time_left = dict.fromkeys(event.jobs, "waiting"), {}, TimeLeft(event.seconds)
         if self._console.is_terminal:
             self._live = Live(get_renderable=self._table, console=self._console, refresh_per_second=2)
             self._live.start(refresh=True)
@@ -113,8 +113,8 @@ class Progress:
         return sum(state in _ENDED for state in self._states.values())
 
     def _table(self) -> Table:
-        seconds = self._time_left.seconds
-        about = "" if seconds is None else f", about {_duration(seconds)} left (estimated from the work done so far)"
+        seconds, basis = self._time_left.seconds, self._time_left.basis
+        about = "" if seconds is None else f", about {_duration(seconds)} left ({basis})"
         title = f"{self._ended_count} of {len(self._states)} done{about}"
         table = Table(title=title, title_justify="left", box=None, pad_edge=False)
         for heading in ("job", "state"):
@@ -133,24 +133,23 @@ class Progress:
 
 
 class TimeLeft:
-    """Estimates how long a run still takes: the remaining cost, at the cost done per second of wall-clock time so far.
+    """Estimates how long a run still takes: as planned and, once work is done, in proportion to the time that it took.
 
-    Costs are those of `plan.jobs`, in floating-point operations. A running training counts by its epochs; a running
-    evaluation counts when it has ended. The estimate is rough: the stages differ in speed, and attacks cost less on
-    images that they fool early.
+    A running training counts by its epochs; a running evaluation counts when it has ended. The estimate is rough: not
+    all GPUs or CPUs are busy all the time, and attacks cost less on images that they fool early.
 
     Args:
-        jobs: of the run; it begins now.
+        planned: `Queued.seconds` of the run; it begins now.
     """
 
-    def __init__(self, jobs: tuple[Job, ...] = ()) -> None:
+    def __init__(self, planned: Mapping[Job, float]) -> None:
         self._began = time.monotonic()
-        self._remaining = {job: job.flop for job in jobs}
+        self._whole, self._remaining = dict(planned), dict(planned)
         self._done = 0.0
 
     def trained(self, job: Job, epoch: int, is_replayed: bool) -> None:
         """Count the epochs of a training until this one; replayed ones took this run no time."""
-        self._reduce(job, job.flop * (1 - epoch / job.training.epochs), is_replayed)
+        self._reduce(job, self._whole.get(job, 0.0) * (1 - epoch / job.training.epochs), is_replayed)
 
     def ended(self, job: Job) -> None:
         """Count the rest of a job."""
@@ -163,10 +162,16 @@ class TimeLeft:
 
     @property
     def seconds(self) -> float | None:
-        """Seconds; None before any work is done."""
-        if not self._done:
+        """Seconds; None without a plan."""
+        if not self._whole:
             return None
-        return sum(list(self._remaining.values())) * (time.monotonic() - self._began) / self._done
+        factor = (time.monotonic() - self._began) / self._done if self._done else 1.0
+        return factor * sum(list(self._remaining.values()))
+
+    @property
+    def basis(self) -> str:
+        """What the estimate rests on."""
+        return "estimated from the work done so far" if self._done else "as planned; see --dry-run"
 
 
 def epoch_line(row: Mapping[str, Any], epochs: int) -> str:

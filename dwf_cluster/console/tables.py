@@ -23,12 +23,9 @@ from dwf_cluster.plan.jobs import STAGES, Job, deduplicate
 from dwf_cluster.plan.jobs import jobs as plan_jobs
 from dwf_cluster.plan.resources import Resources, allocate
 from dwf_cluster.plan.schedule import Allocation, Planned, lower_bound, timeline
+from dwf_cluster.plan.speeds import Speeds
 from dwf_cluster.settings import printable, to_text
 from dwf_cluster.store import Store, tables
-
-GPU_FLOPS = 8.4e13, "estimate for an H100 with TF32, not measured"
-CPU_FLOPS = 2.5e10, "estimate for a core at the demo's width, not measured"
-"""Floating-point operations a second of one device as long as no jobs have been measured, and their source."""
 
 
 def plan(
@@ -57,27 +54,20 @@ def plan(
     """
     jobs = deduplicate([job for e in experiments for stage in STAGES for job in plan_jobs(e, stage, sizes)], ())
     allocations = allocate(jobs, resources)
-    device = "GPU" if resources.gpus else "CPU"
-    estimate, source = GPU_FLOPS if resources.gpus else CPU_FLOPS
-    measured = measured_speeds(jobs, allocations, storage)
-    speeds = {stage: measured.get(stage, estimate) for stage in STAGES}
-    planned = timeline(pending, allocations, resources.slots, speeds)
+    speeds = Speeds(jobs, allocations, storage)
+    planned = timeline(pending, allocations, resources.slots, speeds.seconds)
     makespan = max((when.end for when in planned.values()), default=0.0)
-    bound = lower_bound(pending, allocations, resources.slots, speeds)
+    bound = lower_bound(pending, allocations, resources.slots, speeds.seconds)
     nodes = f"{resources.nodes} nodes of " if resources.nodes > 1 else ""
     table = _table(
         f"Plan on {nodes}{resources.cpus} CPU, {resources.gpus} GPU: {sizes.train} training images, {sizes.test} test "
         f"images of {'x'.join(map(str, sizes.shape))}"
     )
-    _add_plan(table, names, planned, allocations, device)
+    _add_plan(table, names, planned, allocations, "GPU" if resources.gpus else "CPU")
     return table, [
         f"makespan: {_clock(makespan)}",
         f"lower bound: {_clock(bound)} (no schedule on these resources is shorter)",
-        *(
-            f"speed of {stage}: {speeds[stage] / 1e12:.3g} TFLOP/s a {device}, "
-            f"{'measured on finished jobs' if stage in measured else source}"
-            for stage in sorted({job.stage for job in pending}, key=STAGES.index)
-        ),
+        *speeds.lines(pending),
         _storage_line(experiments, sizes, storage),
     ]
 
@@ -112,17 +102,6 @@ def _storage_line(experiments: Sequence[Experiment], sizes: Sizes, storage: str)
         f"storage: about {format_bytes(in_checkpoints + in_tables)} below {storage} when all of it is done "
         f"({format_bytes(in_checkpoints)} of checkpoints, {format_bytes(in_tables)} of tables)"
     )
-
-
-def measured_speeds(jobs: Sequence[Job], allocations: Mapping[Job, Allocation], storage: str) -> dict[str, float]:
-    """FLOP/s of one GPU or CPU, for each stage that has finished jobs."""
-    totals: dict[str, tuple[float, float]] = {}
-    for job in jobs:
-        for row in tables.read(Store(storage, job.folder), "jobs", [job.file]).to_pylist():
-            if row["state"] == "done" and row["attempts"] == 1:
-                flop, seconds = totals.get(job.stage, (0.0, 0.0))
-                totals[job.stage] = flop + job.flop, seconds + row["seconds"] * allocations[job].slots
-    return {stage: flop / seconds for stage, (flop, seconds) in totals.items() if seconds}
 
 
 def _clock(seconds: float) -> str:

@@ -40,9 +40,14 @@ class JobEvents:
         self._deadline = math.inf
 
     @contextmanager
-    def following(self, jobs: Sequence[Job]) -> Iterator[JobEvents]:
-        """Report these jobs while the body runs, beginning with the epochs of earlier runs."""
-        self._emit(Queued(tuple(jobs)))
+    def following(self, jobs: Sequence[Job], plan: Callable[[], Mapping[Job, float]] = dict) -> Iterator[JobEvents]:
+        """Report these jobs while the body runs, beginning with the epochs of earlier runs.
+
+        Args:
+            jobs: about to run.
+            plan: returns `Queued.seconds`; it may read the store.
+        """
+        self._emit(Queued(tuple(jobs), self._planned(plan)))
         try:
             for job in jobs:  # before any job starts, so that no new epoch is taken for an old one
                 self._read_epochs(job, is_replayed=True)
@@ -75,6 +80,14 @@ class JobEvents:
             if isinstance(event, Started):
                 self._running.add(event.job)
             self._emit(event)
+
+    def _planned(self, plan: Callable[[], Mapping[Job, float]]) -> Mapping[Job, float]:
+        try:
+            return plan()
+        except Exception as error:  # a store that does not answer, or a file that holds anything
+            self._has_warned = True
+            self._emit(warning("progress", error))
+            return {}
 
     def _read_epochs(self, job: Job, is_replayed: bool = False) -> None:
         """Report the epochs of a training that have ended since the last call."""

@@ -5,6 +5,7 @@ Jobs whose results are in the store are skipped; interrupted ones resume from th
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
@@ -23,6 +24,8 @@ from dwf_cluster.pipeline.heartbeat import Heartbeats, Tally
 from dwf_cluster.plan import jobs
 from dwf_cluster.plan.jobs import EVALUATE, STAGES, Job
 from dwf_cluster.plan.resources import allocate
+from dwf_cluster.plan.schedule import Allocation
+from dwf_cluster.plan.speeds import Speeds
 from dwf_cluster.store import LockLost, Store, lock
 
 
@@ -92,7 +95,8 @@ class Connection:
         """
         stores = self.stores(experiments)
         every = [job for e in experiments for stage in STAGES for job in jobs.jobs(e, stage, self.sizes)]
-        allocations = allocate(jobs.deduplicate(every), self.cluster.resources)
+        every = jobs.deduplicate(every)
+        allocations = allocate(every, self.cluster.resources)
         with acquired(stores, self.sizes, self.resume_command, self.pid) as (fenced, tally, heartbeats):
             pending = [
                 replace(job, until=until)
@@ -102,7 +106,8 @@ class Connection:
             for experiment, store in fenced.items():
                 merge.forget(store, _stale_files(job for job in pending if job.experiment == experiment))
             by_folder = {experiment.folder: store for experiment, store in stores.items()}
-            with JobEvents(by_folder, self.title, emit).following(pending) as job_events:
+            plan = functools.partial(self._planned_seconds, every, pending, allocations)
+            with JobEvents(by_folder, self.title, emit).following(pending, plan) as job_events:
                 writable = {experiment.folder: store for experiment, store in fenced.items()}
                 events = self.cluster.run(pending, allocations, writable, self.images, self.title, stopping)
                 with closing(events):  # which cancels what still runs
@@ -114,6 +119,13 @@ class Connection:
                 raise StageFailed("\n".join(failures))
             if stopping() and tally.ended < len(pending):
                 raise Interrupted
+
+    def _planned_seconds(
+        self, every: Sequence[Job], pending: Sequence[Job], allocations: Mapping[Job, Allocation]
+    ) -> dict[Job, float]:
+        """`Queued.seconds` of the pending jobs, from `every` job of their experiments."""
+        speeds, slots = Speeds(every, allocations, self.storage), self.cluster.resources.slots
+        return {job: speeds.seconds(job, allocations[job]) * allocations[job].slots / slots for job in pending}
 
 
 def pending_jobs(stores: Mapping[Experiment, Store], stages: Sequence[str], sizes: Sizes) -> list[Job]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import heapq
 import math
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from dwf_cluster.defences.registry import WEIGHTS
@@ -111,7 +111,7 @@ class Planned:
     """When and where a job is to run.
 
     Attributes:
-        start, end: since the start of the first job; FLOP of one GPU or CPU or, with `speeds`, seconds.
+        start, end: since the start of the first job, in the unit of the jobs' lengths.
         devices: numbers of its GPUs or CPUs, counted over all nodes.
     """
 
@@ -121,13 +121,17 @@ class Planned:
 
 
 def timeline(
-    jobs: Iterable[Job], allocations: Mapping[Job, Allocation], slots: float, speeds: Mapping[str, float] | None = None
+    jobs: Iterable[Job],
+    allocations: Mapping[Job, Allocation],
+    slots: float,
+    length: Callable[[Job, Allocation], float] = duration,
 ) -> dict[Job, Planned]:
     """When and where each job would run, if each took exactly as long as planned; in the order of their starts.
 
     Args:
         jobs, allocations, slots: as in `Schedule`.
-        speeds: of each stage, FLOP/s of one GPU or CPU.
+        length: of a job: by default in FLOP of one GPU or CPU; `Speeds.seconds` gives seconds. It does not change the
+            order, which follows from `duration` in a real run too.
     """
     schedule, now, running = Schedule(jobs, allocations, slots), 0.0, list[tuple[float, int, Job]]()
     free = [1.0] * math.ceil(slots)
@@ -141,7 +145,7 @@ def timeline(
             devices = tuple(n for _, n in candidates[: round(allocation.slots / share)])
             for n in devices:
                 free[n] -= share
-            planned[job] = Planned(now, now + _length(job, allocation, speeds), devices)
+            planned[job] = Planned(now, now + length(job, allocation), devices)
             heapq.heappush(running, (planned[job].end, len(planned), job))
         if not running:
             return planned
@@ -153,12 +157,11 @@ def timeline(
                 free[n] += min(1.0, allocations[job].gpus or 1.0)
 
 
-def _length(job: Job, allocation: Allocation, speeds: Mapping[str, float] | None) -> float:
-    return duration(job, allocation) / (speeds[job.stage] if speeds else 1.0)
-
-
 def lower_bound(
-    jobs: Iterable[Job], allocations: Mapping[Job, Allocation], slots: float, speeds: Mapping[str, float] | None = None
+    jobs: Iterable[Job],
+    allocations: Mapping[Job, Allocation],
+    slots: float,
+    length: Callable[[Job, Allocation], float] = duration,
 ) -> float:
     """A makespan that no schedule is shorter than.
 
@@ -167,12 +170,12 @@ def lower_bound(
 
     Args:
         jobs, allocations, slots: as in `Schedule`.
-        speeds: as in `timeline`.
+        length: as in `timeline`.
     """
     jobs = sorted(jobs, key=lambda job: STAGES.index(job.stage), reverse=True)
     if not jobs:
         return 0.0
-    lengths = {job: _length(job, allocations[job], speeds) for job in jobs}
+    lengths = {job: length(job, allocations[job]) for job in jobs}
     chains: dict[tuple[str, str], float] = {}  # the longest one that follows an output
     for job in jobs:
         chain = lengths[job] + chains.get(job.output, 0.0)

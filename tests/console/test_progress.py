@@ -165,19 +165,21 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> _Clock:
 
 
 @pytest.fixture
-def equal(experts: list[Job]) -> list[Job]:
-    """Three trainings of equal cost."""
-    return [replace(job, cost=300.0) for job in experts]
+def planned(experts: list[Job]) -> dict[Job, float]:
+    """Three trainings of equal length."""
+    return dict.fromkeys(experts, 300.0)
 
 
-def test_before_any_work_is_done_there_is_no_estimate(equal: list[Job], clock: _Clock) -> None:
-    estimate = TimeLeft(tuple(equal))
+def test_before_any_work_is_done_the_time_left_is_the_planned_one(planned: dict[Job, float], clock: _Clock) -> None:
+    estimate = TimeLeft(planned)
     clock.now += 60
-    assert estimate.seconds is None
+    assert estimate.seconds == sum(planned.values())
+    assert estimate.basis == "as planned; see --dry-run"
+    assert TimeLeft({}).seconds is None
 
 
-def test_the_remaining_cost_takes_as_long_as_the_cost_so_far(equal: list[Job], clock: _Clock) -> None:
-    estimate = TimeLeft(tuple(equal))
+def test_the_remaining_work_takes_as_long_as_the_work_so_far(planned: dict[Job, float], clock: _Clock) -> None:
+    estimate, equal = TimeLeft(planned), list(planned)
     clock.now += 60
     estimate.ended(equal[0])
     assert estimate.seconds == pytest.approx(2 * 60)
@@ -188,19 +190,22 @@ def test_the_remaining_cost_takes_as_long_as_the_cost_so_far(equal: list[Job], c
     assert estimate.seconds == 0
 
 
-def test_replayed_epochs_are_work_that_no_longer_remains_and_took_no_time(equal: list[Job], clock: _Clock) -> None:
-    estimate = TimeLeft(tuple(equal))
+def test_replayed_epochs_are_work_that_no_longer_remains_and_took_no_time(
+    planned: dict[Job, float], clock: _Clock
+) -> None:
+    estimate, equal = TimeLeft(planned), list(planned)
     estimate.trained(equal[0], epoch=2, is_replayed=True)  # of three
-    assert estimate.seconds is None
+    assert estimate.seconds == sum(planned.values()) - 200
     clock.now += 10
     estimate.ended(equal[0])
     assert estimate.seconds == pytest.approx(10 * 600 / 100)
 
 
-def test_the_table_shows_the_time_left_and_marks_it_as_an_estimate(equal: list[Job], clock: _Clock) -> None:
+def test_the_table_shows_the_time_left_and_marks_it_as_an_estimate(planned: dict[Job, float], clock: _Clock) -> None:
+    equal = list(planned)
     console = Console(file=io.StringIO(), width=120, record=True)
     show = Progress({}, console)
-    show(Queued(tuple(equal)))
+    show(Queued(tuple(equal), planned))
     clock.now += 65
     show(Ended(equal[0], "done"))
     console.print(show._table())

@@ -51,6 +51,16 @@ def test_each_new_epoch_of_a_running_training_is_one_event(store: Store, experts
     assert ended == Ended(job, "done")
 
 
+def test_a_plan_that_cannot_be_made_is_a_warning_and_the_jobs_are_followed(store: Store, experts: list[Job]) -> None:
+    def plan() -> dict[Job, float]:
+        raise OSError("a damaged table")
+
+    events = list[Event]()
+    with JobEvents({}, lambda job: job.name, events.append).following(experts[:0], plan):
+        pass
+    assert events == [Note("warning: progress: OSError: a damaged table; the run continues"), Queued(()), Finished()]
+
+
 def test_an_ended_job_has_the_seconds_and_notes_of_its_row(store: Store, experts: list[Job]) -> None:
     note = "damaged checkpoint 2 removed; used is 1\nrows are lost"
     tables.write(store, "jobs", experts[0].file, [{"state": "done", "seconds": 1.5, "note": note}])

@@ -127,12 +127,11 @@ def test_the_lower_bound_is_all_work_shared_or_the_longest_chain() -> None:
 def test_the_lower_bound_counts_the_rounds_of_equal_jobs_and_the_chain_after_the_last() -> None:
     """Three seeds' longest experts on two CPUs: one of them waits, and its joint stage follows."""
     every = [job for job in _jobs(3, ("experts", "joint")) if job.name in ("expert pgd-1", "joint")]
-    expert, joint = (next(job for job in every if job.name == name) for name in ("expert pgd-1", "joint"))
     limits = Limits(joint_workers=1)
     allocations = allocate(every, Resources(cpus=2, gpus=0, limits=limits))
-    speeds = {"experts": 1.0, "joint": joint.flop / expert.flop * 100}  # so short that sharing all work bounds less
-    joint_length = joint.flop / speeds["joint"] / 2
-    assert lower_bound(every, allocations, 2, speeds) == pytest.approx(2 * expert.flop + joint_length)
+    lengths = {"experts": 2.0, "joint": 0.01}  # so short that sharing all work bounds less
+    bound = lower_bound(every, allocations, 2, lambda job, allocation: lengths[job.stage])
+    assert bound == pytest.approx(2 * lengths["experts"] + lengths["joint"])
 
 
 @pytest.mark.parametrize("seeds", [1, 5])

@@ -1,0 +1,1 @@
+"""Measures one GPU: `python -m benchmarks.gpu`."""
