@@ -15,9 +15,10 @@ from dwf_cluster.attacks.gradient import NotLogits
 from dwf_cluster.data.device import DeviceImages
 from dwf_cluster.defences.registry import METHODS, ModelSpec
 from dwf_cluster.determinism import Draws
+from dwf_cluster.models.frozen import FrozenModel
 from dwf_cluster.store import Store, checkpoints, tables
 from dwf_cluster.training.probe import Probe, run_probe
-from dwf_cluster.training.step import Batch, distributed, train_batch, workers
+from dwf_cluster.training.step import Batch, attacked_model, distributed, train_batch, workers
 
 
 class NonFiniteLoss(RuntimeError):
@@ -119,8 +120,9 @@ def train(task: Task, model: nn.Module, images: DeviceImages) -> nn.Module:
         shape = (task.spec.training.batch_size, *images.x_train.shape[1:])
         progress.perturbation = torch.zeros(shape, device=images.x_train.device)
     parallel, training = distributed(model) if count > 1 else model, task.spec.training
+    frozen_model = attacked_model(task.spec, model)
     while progress.epoch < training.epochs:
-        row = _epoch(task, progress, model, parallel, optimizer, images)
+        row = _epoch(task, progress, model, parallel, frozen_model, optimizer, images)
         if row is None:
             _save(task, model, optimizer, progress)
             raise Stopped
@@ -141,6 +143,7 @@ def _epoch(
     progress: _Progress,
     model: nn.Module,
     parallel: nn.Module,
+    frozen_model: FrozenModel,
     optimizer: torch.optim.SGD,
     images: DeviceImages,
 ) -> dict[str, Any] | None:
@@ -158,7 +161,9 @@ def _epoch(
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * factor
             batch = Batch(indices, Draws((*key, step - first)), progress.perturbation)
-            loss, is_stopping = train_batch(task.spec, parallel, optimizer, images, batch, is_stopping=task.stopping())
+            loss, is_stopping = train_batch(
+                task.spec, parallel, frozen_model, optimizer, images, batch, is_stopping=task.stopping()
+            )
             progress.loss += loss * len(indices)
             progress.steps += 1
             now = time.perf_counter()
