@@ -15,10 +15,11 @@ from dwf_cluster.attacks.gradient import NotLogits
 from dwf_cluster.data.device import DeviceImages
 from dwf_cluster.defences.registry import METHODS, ModelSpec
 from dwf_cluster.determinism import Draws
+from dwf_cluster.models.frozen import FrozenModel
 from dwf_cluster.store import Store, checkpoints, tables
 from dwf_cluster.training.background import BackgroundWriter, copy_to_host
 from dwf_cluster.training.probe import Probe, run_probe
-from dwf_cluster.training.step import Batch, distributed, train_batch, workers
+from dwf_cluster.training.step import Batch, attacked_model, distributed, train_batch, workers
 
 
 class NonFiniteLoss(RuntimeError):
@@ -124,9 +125,10 @@ def train(task: Task, model: nn.Module, images: DeviceImages) -> nn.Module:
         shape = (task.spec.training.batch_size, *images.x_train.shape[1:])
         progress.perturbation = torch.zeros(shape, device=images.x_train.device)
     parallel, training = distributed(model) if count > 1 else model, task.spec.training
+    frozen_model = attacked_model(task.spec, model)
     with BackgroundWriter() as writer:
         while progress.epoch < training.epochs:
-            row = _epoch(task, progress, model, parallel, optimizer, images, writer)
+            row = _epoch(task, progress, model, parallel, frozen_model, optimizer, images, writer)
             if row is None:
                 _save(task, model, optimizer, progress, writer)
                 raise Stopped
@@ -145,6 +147,7 @@ def _epoch(
     progress: _Progress,
     model: nn.Module,
     parallel: nn.Module,
+    frozen_model: FrozenModel,
     optimizer: torch.optim.SGD,
     images: DeviceImages,
     writer: BackgroundWriter,
@@ -163,7 +166,9 @@ def _epoch(
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * factor
             batch = Batch(indices, Draws((*key, step - first)), progress.perturbation)
-            loss, is_stopping = train_batch(task.spec, parallel, optimizer, images, batch, is_stopping=task.stopping())
+            loss, is_stopping = train_batch(
+                task.spec, parallel, frozen_model, optimizer, images, batch, is_stopping=task.stopping()
+            )
             progress.loss += loss * len(indices)
             progress.steps += 1
             now = time.perf_counter()
