@@ -22,6 +22,10 @@ test: .venv/test
 interruptions: .venv/test
 	$(BIN)/python -m pytest -m interruptions -s
 
+# Tests that need a GPU; those for two GPUs are skipped where there is one.
+gpu-test: .venv/test
+	$(BIN)/python -m pytest -m cuda
+
 soak: .venv/test
 	$(BIN)/python -m pytest -m soak -s
 
@@ -57,4 +61,4 @@ audit: .venv/audit
 	$(LOWEST)/uv pip install --quiet --python $(LOWEST)/python --resolution lowest-direct --editable '.[test]'
 	touch $@
 
-.PHONY: demo table3 report test interruptions soak lowest lint audit
+.PHONY: demo table3 report test interruptions gpu-test soak lowest lint audit

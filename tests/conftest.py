@@ -53,6 +53,16 @@ TINY = [
 """Assignments with which the digits preset takes seconds: three experts, 96 images."""
 
 
+def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
+    """Skip tests that need more GPUs than there are: `cuda` needs one, `cuda(2)` two."""
+    marked = [(item, marker) for item in items if (marker := item.get_closest_marker("cuda"))]
+    gpus = torch.cuda.device_count() if marked else 0
+    for item, marker in marked:
+        needed = marker.args[0] if marker.args else 1
+        if gpus < needed:
+            item.add_marker(pytest.mark.skip(reason="needs a GPU" if needed == 1 else f"needs {needed} GPUs"))
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _default_interrupt_handler() -> None:
     """A shell starts background jobs with SIGINT ignored, nohup with SIGHUP; child processes inherit that; undo it."""
