@@ -33,6 +33,7 @@ ADDED_LATER = frozenset(
         "model.backbone",
         "gate.kind",
         "joint.freeze_experts",
+        "joint.parallelism",
         "data.validation_examples",
         "experts.keep",
         "joint.keep",

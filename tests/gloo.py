@@ -34,7 +34,8 @@ def _enter(
         torch.cuda.set_device(rank)
     dist.init_process_group(backend, init_method=f"file://{folder}/rendezvous", rank=rank, world_size=count)
     work(folder, *arguments)
-    dist.destroy_process_group()
+    if dist.is_initialized():  # `work` may have ended it
+        dist.destroy_process_group()
     # DDP keeps gloo's threads alive. A thread that releases a tensor while the interpreter is finalized aborts the
     # process. So the process exits without finalization, as Ray's workers do.
     os._exit(0)

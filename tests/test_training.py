@@ -168,7 +168,7 @@ def test_a_training_killed_in_a_long_epoch_resumes_from_the_last_minutes_checkpo
 ) -> None:
     """Three epochs of three steps, each of them longer than `checkpoint_minutes`."""
     whole = _train(tiny, images, _store(tmp_path, "whole"), "pgd-1")
-    often = build("digits", 0, [*TINY, "checkpoint_minutes=1e-6"])
+    often = build("digits", 0, [*TINY, "checkpoint_minutes=1e-9"])
     store, calls = _store(tmp_path, "killed"), itertools.count(1)
 
     class Killed(BaseException):

@@ -44,12 +44,14 @@ def random_at(settings: DefenceSettings) -> dict[str, Any]:
 
 
 def dwf(settings: DefenceSettings) -> dict[str, Any]:
-    """The strengths of the joint stage, the gate's form, and whether the experts are trained."""
+    """The strengths of the joint stage, the gate's form, whether the experts are trained, and by which processes."""
     return {
         **random_at(settings),
         "gate_hidden": settings.gate.hidden,
         "gate_kind": settings.gate.kind,
         "freeze_experts": settings.joint.freeze_experts,
+        # Left out by default, so that the training stays the one of results published before there was a choice.
+        **({} if settings.joint.parallelism == "ddp" else {"parallelism": settings.joint.parallelism}),
     }
 
 

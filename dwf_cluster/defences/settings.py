@@ -86,6 +86,10 @@ class Joint(Training):
     """Peak learning rate of the experts. Our assumption: 0.01."""
     freeze_experts: bool = False
     """Train the gate alone: the experts stay as they were pre-trained. The paper freezes nothing."""
+    parallelism: Literal["ddp", "experts"] = "ddp"
+    """What several processes divide: `ddp` each batch, `experts` the experts, of which each process trains whole ones
+    on whole batches. With `experts` the number of processes changes no number, and BatchNorm sees whole batches; with
+    `ddp` it sees parts. The paper's is `ddp`."""
 
 
 class Soe(Settings):

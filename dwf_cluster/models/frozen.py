@@ -15,6 +15,7 @@ from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import fuse_conv_bn_weights
 
+from dwf_cluster.models.exchange import ExchangedExperts, owned
 from dwf_cluster.models.mixture import Experts
 
 _SMALL = 2**15
@@ -177,8 +178,7 @@ def _frozen(model: nn.Module, tree: _Tree) -> nn.Module:
     if id(model) in done:
         return done[id(model)]
     if isinstance(model, Experts):
-        done[id(model)] = experts = _FrozenExperts(_frozen(expert, tree) for expert in model)
-        tree.updates.append(experts.expire)
+        done[id(model)] = experts = _frozen_experts(model, tree)
         return experts
     if isinstance(model, torch.jit.ScriptModule):
         done[id(model)] = scripted = copy.deepcopy(model).eval()
@@ -224,6 +224,18 @@ def _frozen_value(value: Any, tree: _Tree) -> Any:
         changed = any(new is not old for new, old in zip(items, value, strict=True))
         return type(value)(items) if changed else value
     return value
+
+
+def _frozen_experts(experts: Experts, tree: _Tree) -> Experts:
+    if isinstance(experts, ExchangedExperts):
+        own = owned(len(experts))
+        modules = (_frozen(expert, tree) if number in own else _NOTHING for number, expert in enumerate(experts))
+        exchanged = ExchangedExperts(modules)
+        exchanged.training = False
+        return exchanged
+    stacked = _FrozenExperts(_frozen(expert, tree) for expert in experts)
+    tree.updates.append(stacked.expire)
+    return stacked
 
 
 class _FrozenExperts(Experts):

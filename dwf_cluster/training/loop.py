@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -15,11 +16,12 @@ from dwf_cluster.attacks.gradient import NotLogits
 from dwf_cluster.data.device import DeviceImages
 from dwf_cluster.defences.registry import METHODS, ModelSpec
 from dwf_cluster.determinism import Draws
+from dwf_cluster.models import exchange
 from dwf_cluster.models.frozen import FrozenModel
 from dwf_cluster.store import Store, checkpoints, tables
 from dwf_cluster.training.background import BackgroundWriter, copy_to_host
 from dwf_cluster.training.probe import Probe, run_probe
-from dwf_cluster.training.step import Batch, attacked_model, distributed, train_batch, workers
+from dwf_cluster.training.step import Batch, attacked_model, distributed, divides_experts, train_batch, workers
 
 
 class NonFiniteLoss(RuntimeError):
@@ -103,7 +105,9 @@ def train(task: Task, model: nn.Module, images: DeviceImages) -> nn.Module:
 
     In a process group (`torch.distributed`), each worker trains on its part of every batch and the gradients
     are averaged by DDP. Random draws are made for the whole batch, so they do not depend on the number of workers.
-    BatchNorm normalises with the statistics of a part; the workers' running statistics are averaged after each step.
+    BatchNorm normalises with the statistics of a part; the workers' running statistics are averaged in each step.
+    If workers divide the experts instead (`Joint.parallelism`), each trains its own ones on whole batches, and all have
+    the whole model at each checkpoint and at the end.
 
     Training goes on while a checkpoint is written; all are written when this function returns or raises.
 
@@ -124,11 +128,13 @@ def train(task: Task, model: nn.Module, images: DeviceImages) -> nn.Module:
     if METHODS[task.spec.method].keeps_perturbation and progress.perturbation is None:
         shape = (task.spec.training.batch_size, *images.x_train.shape[1:])
         progress.perturbation = torch.zeros(shape, device=images.x_train.device)
-    parallel, training = distributed(model) if count > 1 else model, task.spec.training
+    is_divided, training = divides_experts(task.spec), task.spec.training
+    parallel = distributed(model) if count > 1 and not is_divided else model
     frozen_model = attacked_model(task.spec, model)
-    with BackgroundWriter() as writer:
+    with BackgroundWriter() as writer, exchange.divided(model) if is_divided else nullcontext():
         while progress.epoch < training.epochs:
             row = _epoch(task, progress, model, parallel, frozen_model, optimizer, images, writer)
+            exchange.complete(model, optimizer)
             if row is None:
                 _save(task, model, optimizer, progress, writer)
                 raise Stopped
@@ -166,8 +172,10 @@ def _epoch(
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * factor
             batch = Batch(indices, Draws((*key, step - first)), progress.perturbation)
-            loss, is_stopping = train_batch(
-                task.spec, parallel, frozen_model, optimizer, images, batch, is_stopping=task.stopping()
+            # All workers learn of both after the same step: they may have to send their parts of a checkpoint.
+            requests = task.stopping(), time.perf_counter() > saved_at + 60 * task.checkpoint_minutes
+            loss, (is_stopping, is_due) = train_batch(
+                task.spec, parallel, frozen_model, optimizer, images, batch, requests=requests
             )
             progress.loss += loss * len(indices)
             progress.steps += 1
@@ -176,7 +184,8 @@ def _epoch(
             if progress.steps < len(batches):
                 if is_stopping:
                     return None
-                if now > saved_at + 60 * task.checkpoint_minutes:
+                if is_due:
+                    exchange.complete(model, optimizer)
                     _save(task, model, optimizer, progress, writer)
                     saved_at = time.perf_counter()
                     started += saved_at - now  # an epoch's seconds are without waiting for its checkpoints

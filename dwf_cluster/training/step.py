@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import pkgutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
@@ -36,9 +36,8 @@ class Batch:
     draws: Draws
     perturbation: torch.Tensor | None = None
 
-    def rows(self) -> tuple[int, int]:
-        """The first image of this worker's part of the batch, and the one after its last."""
-        rank, count = workers()
+    def rows(self, rank: int, count: int) -> tuple[int, int]:
+        """The first image of a worker's part of the batch, and the one after its last."""
         return len(self.indices) * rank // count, len(self.indices) * (rank + 1) // count
 
 
@@ -55,8 +54,8 @@ def train_batch(
     images: DeviceImages,
     batch: Batch,
     *,
-    is_stopping: bool,
-) -> tuple[float, bool]:
+    requests: Sequence[bool] = (),
+) -> tuple[float, list[bool]]:
     """Train on one batch, one optimiser step for each loss of the method.
 
     Args:
@@ -67,10 +66,10 @@ def train_batch(
         optimizer: of the model.
         images: the data set.
         batch: its images and random draws.
-        is_stopping: whether this worker was asked to stop.
+        requests: of this worker to all workers, such as to stop.
 
     Returns:
-        The batch's mean loss, averaged over its optimiser steps, and whether any worker was asked to stop.
+        The batch's mean loss, averaged over its optimiser steps, and for each request whether any worker has made it.
 
     Raises:
         NotLogits: if the loss is not finite.
@@ -79,23 +78,18 @@ def train_batch(
     model = parallel.module if isinstance(parallel, DistributedDataParallel) else parallel
     means = list[float]()
     for share, name in _backward(spec, parallel, frozen_model, images, batch):
-        # The request to stop is reduced with the loss, so all workers see it after the same step.
-        reduced = torch.stack([share, torch.full_like(share, is_stopping)])
-        if dist.is_initialized():
-            dist.all_reduce(reduced)
-        mean, stops = reduced.tolist()
+        mean, *counts = _summed(spec, model, share, requests)
+        requests = [count > 0 for count in counts]
         if not math.isfinite(mean):
             raise NotLogits(f"{name} became {mean}")
         means.append(mean)
-        is_stopping = stops > 0
         optimizer.step()
         optimizer.zero_grad()
         frozen_model.expire()
-        _average_statistics(model)
     if not means:
         raise ValueError(f"method {spec.method}: no loss for a batch; a method yields one at least")
     _exchange_perturbation(batch)
-    return sum(means) / len(means), is_stopping
+    return sum(means) / len(means), list(requests)
 
 
 def _backward(
@@ -111,9 +105,9 @@ def _backward(
         For each loss, when all its gradients are computed: this worker's share of the mean over the batch, shape (),
         and the loss's name.
     """
-    _, count = workers()
+    rank, count = (0, 1) if divides_experts(spec) else workers()
     indices, draws = batch.indices, batch.draws
-    cuts = torch.arange(*batch.rows()).tensor_split(spec.training.accumulation)
+    cuts = torch.arange(*batch.rows(rank, count)).tensor_split(spec.training.accumulation)
     parts = [slice(int(cut[0]), int(cut[-1]) + 1) for cut in cuts if len(cut)]
     name = METHODS[spec.method].losses
     if name is None:
@@ -153,6 +147,11 @@ def workers() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
+def divides_experts(spec: ModelSpec) -> bool:
+    """Whether workers divide the experts of a model (`models.exchange`), not its batches."""
+    return bool(spec.option("parallelism", "ddp") == "experts")
+
+
 def distributed(model: nn.Module) -> DistributedDataParallel:
     """The model with gradients that are averaged over workers, always in the same order.
 
@@ -160,7 +159,7 @@ def distributed(model: nn.Module) -> DistributedDataParallel:
     restart the first step would then add the workers' gradients in another order than the uninterrupted run. With
     `find_unused_parameters` the buckets stay as they are.
 
-    Buffers need no broadcast: every worker holds the same ones after each step (`_average_statistics`).
+    Buffers need no broadcast: every worker holds the same ones after each step (`_summed`).
     """
     return DistributedDataParallel(model, find_unused_parameters=True, broadcast_buffers=False)
 
@@ -169,19 +168,32 @@ def _exchange_perturbation(batch: Batch) -> None:
     """Give all workers all rows of the perturbation; each has changed its own. A row of zeros adds nothing."""
     if batch.perturbation is None or workers()[1] == 1:
         return
-    changed, (start, stop) = batch.perturbation[: len(batch.indices)], batch.rows()
+    changed, (start, stop) = batch.perturbation[: len(batch.indices)], batch.rows(*workers())
     changed[:start], changed[stop:] = 0, 0
     dist.all_reduce(changed)
 
 
-def _average_statistics(model: nn.Module) -> None:
-    """Average BatchNorm's running statistics over workers, so that all workers hold the same model."""
-    _, count = workers()
-    statistics = [b for b in model.buffers() if b.is_floating_point()]
-    if count == 1 or not statistics:
-        return
-    flat = torch.cat([b.flatten() for b in statistics])
-    dist.all_reduce(flat)
-    parts = (flat / count).split([b.numel() for b in statistics])  # type: ignore[no-untyped-call]
-    for buffer, part in zip(statistics, parts, strict=True):
-        buffer.copy_(part.view_as(buffer))
+def _summed(spec: ModelSpec, model: nn.Module, share: torch.Tensor, requests: Sequence[bool]) -> list[float]:
+    """The loss and the number of workers that make each request, summed over workers; the one wait for the device.
+
+    One all-reduce takes the running statistics of BatchNorm along, which are averaged, so that all workers hold the
+    same model. Workers that divide the experts have the same loss, and no statistics in common.
+
+    Args:
+        share: of the loss, shape ().
+    """
+    rank, count = workers()
+    values = torch.stack([share, *(torch.full_like(share, request) for request in requests)])
+    if count > 1:
+        statistics = list[torch.Tensor]()
+        if not divides_experts(spec):
+            statistics = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
+        elif rank:
+            values[0] = 0
+        reduced = torch.cat([values, *(buffer.flatten() for buffer in statistics)])
+        dist.all_reduce(reduced)
+        sizes = [len(values), *(buffer.numel() for buffer in statistics)]
+        values, *parts = reduced.split(sizes)  # type: ignore[no-untyped-call]
+        for buffer, part in zip(statistics, parts, strict=True):
+            buffer.copy_((part / count).view_as(buffer))
+    return values.tolist()

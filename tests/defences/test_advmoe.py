@@ -154,7 +154,7 @@ def test_the_first_step_leaves_the_router_and_the_second_one_changes_only_the_ro
     with mock.patch.object(optimizer, "step", recorded):
         for batch in range(2):  # the second one with momentum
             drawn = Batch(torch.arange(32), Draws((0, batch)))
-            train_batch(spec, model, attacked_model(spec, model), optimizer, data, drawn, is_stopping=False)
+            train_batch(spec, model, attacked_model(spec, model), optimizer, data, drawn)
     assert len(states) == 5
     for number, (before, after) in enumerate(itertools.pairwise(states)):
         changed = {name for name, tensor in after.items() if not torch.equal(before[name], tensor)}

@@ -167,7 +167,5 @@ def test_the_training_loop_attacks_in_the_mode_of_the_field(images: Images, mode
     examples = (x + randomized.fgsm_epsilon(spec, draws) * _gradient(attacked, x, y).sign()).clamp(0, 1)
     expected = float(F.cross_entropy(copy.deepcopy(model)(examples), y).detach())
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    loss, _ = train_batch(
-        spec, model, attacked_model(spec, model), optimizer, data, Batch(indices, draws), is_stopping=False
-    )
+    loss, _ = train_batch(spec, model, attacked_model(spec, model), optimizer, data, Batch(indices, draws))
     assert loss == pytest.approx(expected, rel=1e-4)
