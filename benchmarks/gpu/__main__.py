@@ -37,9 +37,8 @@ def versions(setup: Setup) -> Iterator[Row]:
     for name, version in installed(setup).items():
         yield Row(name, version)
     yield Row("deterministic algorithms", torch.are_deterministic_algorithms_enabled())
-    cudnn: Any = torch.backends.cudnn
-    yield Row("float32 convolutions of a GPU", str(cudnn.conv.fp32_precision))
-    yield Row("float32 products of a GPU", str(torch.backends.cuda.matmul.fp32_precision))
+    yield Row("TF32 in convolutions, where nothing else is said", torch.backends.cudnn.allow_tf32)
+    yield Row("TF32 in matrix products", torch.backends.cuda.matmul.allow_tf32)
 
 
 def training(setup: Setup) -> Iterator[Row]:
@@ -121,7 +120,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"--sections: {unknown[0]!r} cannot be used: allowed are {', '.join(SECTIONS)}")
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device: 'cuda' cannot be used: PyTorch sees no GPU; allowed is cpu")
-    make_deterministic(1)  # as the product's trainings
+    make_deterministic(1)  # as the product's evaluations; `float32_as` makes the flags of its trainings
     setup = Setup(torch.device(options.device), options.quick)
     sections, failed = dict[str, list[Row]](), list[str]()
     for name in chosen:

@@ -50,7 +50,8 @@ def _trained(
     model = untrained(experiment.spec(MODEL), images.format, experiment.seed, {}).to(setup.device)
     probe = Probe(experiment.threat, 1, 2)
     task = Task(experiment.spec(MODEL), EXPERTS, experiment.seed, probe, 60.0, store, **options)
-    return train(task, model, DeviceImages(images, experiment.data, setup.device))
+    with float32_as("tf32"):
+        return train(task, model, DeviceImages(images, experiment.data, setup.device))
 
 
 def resume(setup: Setup) -> Iterator[Row]:
@@ -137,7 +138,10 @@ EVALUATION_SPEED = "evaluation, planned operations"
 
 
 def _evaluation_speed(setup: Setup, experiment: Experiment, model: nn.Module, images: sources.Images) -> Row:
-    """Of the 17 columns on a trained expert; images that are fooled early count in full, as in the plan."""
+    """Of the 17 columns on a trained expert, as an evaluation computes them.
+
+    Images that are fooled early count in full, as in the plan.
+    """
     examples = len(images.x_test) if setup.quick else min(2048, len(images.x_test))
     sizes = Sizes(1, examples, images.shape)
     planned = [job for job in jobs(experiment, EVALUATE, sizes) if (job.model, job.suite) == (MODEL, PAPER)]

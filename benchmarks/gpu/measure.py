@@ -193,18 +193,21 @@ def random_batch(setup: Setup, count: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @contextmanager
-def float32_as(precision: str) -> Iterator[None]:
-    """Compute float32 products and convolutions of GPUs with TF32 (`tf32`), or without (`ieee`, `bf16`)."""
-    cudnn: Any = torch.backends.cudnn
-    flags: tuple[Any, ...] = (torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn)
-    before = [flag.fp32_precision for flag in flags]
-    for flag in flags:
-        flag.fp32_precision = "tf32" if precision == "tf32" else "ieee"
+def float32_as(precision: str, *, products: bool = False) -> Iterator[None]:
+    """Compute a GPU's float32 convolutions with TF32 (`tf32`), or without (`ieee`, `bf16`).
+
+    Args:
+        precision: one of `PRECISIONS`.
+        products: matrix products too; else without TF32, as the product's.
+    """
+    # torch's newer `fp32_precision` must not be mixed with these, which other code reads.
+    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    torch.backends.cuda.matmul.allow_tf32 = products and precision == "tf32"
     try:
         yield
     finally:
-        for flag, value in zip(flags, before, strict=True):
-            flag.fp32_precision = value
+        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def attacked(model: nn.Module, precision: str) -> nn.Module:

@@ -45,7 +45,7 @@ def ceilings(setup: Setup) -> Iterator[Row]:
         ("float32 with TF32", torch.float32, "tf32", None),
     ):
         a, b = (torch.randn(n, n, device=setup.device, dtype=dtype) for _ in range(2))
-        with float32_as(precision):
+        with float32_as(precision, products=True):
             milliseconds = setup.milliseconds(lambda a=a, b=b: a @ b)  # type: ignore[misc]
         yield Row(f"product of {n}x{n} matrices, {name}", 2e-9 * n**3 / milliseconds, "TFLOP/s", predicted)
     source = torch.empty(2**20 if setup.quick else 2**30, dtype=torch.uint8, device=setup.device)
@@ -55,10 +55,10 @@ def ceilings(setup: Setup) -> Iterator[Row]:
 
 
 def _train(setup: Setup, experiment: Experiment, name: str, steps: int) -> list[float]:
-    """Train a model on random images, one epoch of `steps` steps after another; seconds of each epoch."""
+    """Train a model on random images with TF32, in epochs of `steps` steps; seconds of each epoch."""
     spec, seconds = experiment.spec(name), list[float]()
     images = DeviceImages(setup.random_images(steps), experiment.data, setup.device)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, float32_as("tf32"):
         store = Store(folder, "benchmark", labels=experiment.labels)
         probe = Probe(experiment.threat, 1, 2)
         stage = JOINT if spec.parents else EXPERTS
@@ -243,6 +243,7 @@ def launch_microseconds(setup: Setup) -> dict[str, float]:
     """Time of the host to launch one kernel, by stage: of an iteration on so few images that nothing else counts."""
     if not setup.is_cuda:
         return dict.fromkeys(STAGES, 0.0)
+    # A GPU computes two images in less time than their kernels take to launch, in any precision.
     experiment, times = setup.experiment(), dict[str, float]()
     for stage, spec in ((EXPERTS, experiment.spec("benign")), (JOINT, experiment.defended)):
         work = Iteration(frozen(setup.model(experiment, spec)), *random_batch(setup, 2), BALL, STEP_SIZE)
