@@ -14,7 +14,7 @@ START_NOISE = 0.001
 both releases."""
 
 Frozen = Callable[[], nn.Module]
-"""Returns the model as attacks see it. Built at the first call of a step, so a step without an attack costs nothing."""
+"""Returns the model as attacks see it. Refreshed at the first call of a step, so a step without attack is free."""
 
 
 class Loss(NamedTuple):

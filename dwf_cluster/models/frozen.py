@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+import operator
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from types import MethodType
 from typing import Any
 
@@ -24,6 +26,8 @@ _OWN = frozenset(vars(nn.Module()))
 
 _NOTHING = nn.Identity().eval()
 
+_PLAIN = frozenset({bool, int, float, str, type(None)})
+
 WHOLE_BATCH = "_uses_whole_batch"
 """Attribute of a frozen model whose outputs depend on the batch: attacks must not cut the batch."""
 
@@ -41,12 +45,121 @@ def frozen(model: nn.Module, *, batch_statistics: bool = False) -> nn.Module:
         batch_statistics: BatchNorm that is in training mode normalises with the statistics of the batch under attack,
             as a training step does, and is not folded; no statistics change.
     """
-    if not batch_statistics:
-        return _frozen(model, {})
-    norms = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.training]
-    copied = _frozen(model, {id(norm): _by_batch(norm) for norm in norms})
-    setattr(copied, WHOLE_BATCH, True)
-    return copied
+    return _build(model, batch_statistics).frozen
+
+
+class FrozenModel:
+    """The frozen model of a model that is trained: built when it is first asked for, later refreshed in place.
+
+    A call returns the frozen model (`frozen`) of the model as it was at the first call after `expire`. It is the same
+    module with the same tensors each time, unless the model has other modules, attributes or storage than before.
+
+    Args:
+        model: that is trained.
+        batch_statistics: as of `frozen`.
+    """
+
+    def __init__(self, model: nn.Module, *, batch_statistics: bool = False) -> None:
+        self._model, self._batch_statistics = model, batch_statistics
+        self._tree: _Tree | None = None
+        self._contents: _Contents | None = None
+        self._is_current = False
+
+    def __call__(self) -> nn.Module:
+        if self._tree is None or not self._is_current:
+            self._tree = self._refreshed()
+            self._is_current = True
+        return self._tree.frozen
+
+    def expire(self) -> None:
+        """Let the next call refresh the frozen model: the model has changed."""
+        self._is_current = False
+
+    def _refreshed(self) -> _Tree:
+        contents = _Contents.of(self._model)
+        if self._batch_statistics:  # these depend on modes
+            contents.objects.extend(_norms_by_batch(self._model))
+        old, self._contents = self._contents, contents
+        if self._tree is None or old is None or self._tree.is_copied or not contents.is_same(old):
+            return _build(self._model, self._batch_statistics)
+        with torch.no_grad():
+            for update in self._tree.updates:
+                update()
+        return self._tree
+
+
+@dataclass
+class _Tree:
+    """A frozen module tree, while it is built and after.
+
+    Attributes:
+        done: frozen modules by the `id` of the original; BatchNorm without running statistics is not folded.
+        updates: functions that compute all tensors again which are not the model's own, in place.
+        is_copied: whether it has tensors that nothing updates.
+    """
+
+    done: dict[int, nn.Module]
+    updates: list[Callable[[], None]] = field(default_factory=list)
+    is_copied: bool = False
+    frozen: nn.Module = field(init=False)
+
+
+def _build(model: nn.Module, batch_statistics: bool) -> _Tree:
+    norms = _norms_by_batch(model) if batch_statistics else []
+    tree = _Tree({id(norm): _by_batch(norm) for norm in norms})
+    tree.frozen = _frozen(model, tree)
+    if batch_statistics:
+        setattr(tree.frozen, WHOLE_BATCH, True)
+    return tree
+
+
+def _norms_by_batch(model: nn.Module) -> list[nn.Module]:
+    return [module for module in model.modules() if isinstance(module, _BatchNorm) and module.training]
+
+
+@dataclass
+class _Contents:
+    """All that a frozen model is made from, except for the values of tensors.
+
+    Attributes:
+        objects: modules, tensors and attributes, which are compared by identity. They are referred to here, so no
+            other object can get the identity of one of them.
+        places: storage and shape of the tensors.
+    """
+
+    objects: list[object]
+    places: list[tuple[object, ...]]
+
+    @staticmethod
+    def of(model: nn.Module) -> _Contents:
+        contents, pending, seen = _Contents([], []), list[Any]([model]), set[int]()
+        while pending:
+            value = pending.pop()
+            contents.objects.append(value)
+            if type(value) in _PLAIN:
+                continue
+            if isinstance(value, torch.Tensor):
+                contents.places.append((value.data_ptr(), value.dtype, value.shape, value.stride()))
+            elif isinstance(value, nn.Module):
+                if id(value) not in seen:
+                    seen.add(id(value))
+                    pending.extend(item for name, item in vars(value).items() if name != "training")
+            elif isinstance(value, MethodType):
+                pending.append(value.__self__)
+            elif type(value) in (list, tuple):
+                pending.extend(value)
+            elif isinstance(value, dict):
+                pending.extend(value)
+                pending.extend(value.values())
+        return contents
+
+    def is_same(self, other: _Contents) -> bool:
+        """Whether a frozen model of one is that of the other after an update."""
+        return (
+            self.places == other.places
+            and len(self.objects) == len(other.objects)
+            and all(map(operator.is_, self.objects, other.objects))
+        )
 
 
 def _by_batch(norm: nn.Module) -> nn.Module:
@@ -58,32 +171,30 @@ def _by_batch(norm: nn.Module) -> nn.Module:
     return copied
 
 
-def _frozen(model: nn.Module, done: dict[int, nn.Module]) -> nn.Module:
-    """Freeze a module once: it may have several places in the tree, or refer to one that contains it.
-
-    Args:
-        model: the module.
-        done: frozen modules by the `id` of the original; BatchNorm without running statistics is not folded.
-    """
+def _frozen(model: nn.Module, tree: _Tree) -> nn.Module:
+    """Freeze a module once: it may have several places in the tree, or refer to one that contains it."""
+    done = tree.done
     if id(model) in done:
         return done[id(model)]
     if isinstance(model, Experts):
-        done[id(model)] = experts = _FrozenExperts(_frozen(expert, done) for expert in model)
+        done[id(model)] = experts = _FrozenExperts(_frozen(expert, tree) for expert in model)
+        tree.updates.append(experts.expire)
         return experts
     if isinstance(model, torch.jit.ScriptModule):
         done[id(model)] = scripted = copy.deepcopy(model).eval()
+        tree.is_copied = True
         return scripted
     if isinstance(compiled := model._modules.get("_orig_mod"), nn.Module):
         # torch.compile's wrapper calls the module that it was made with, whatever is in that module's place.
-        done[id(model)] = plain = _frozen(compiled, done)
+        done[id(model)] = plain = _frozen(compiled, tree)
         return plain
     if _is_foldable(model, done):
-        done[id(model)] = folded = _folded(model)  # type: ignore[arg-type]
+        done[id(model)] = folded = _folded(model, tree)  # type: ignore[arg-type]
         return folded
     done[id(model)] = copied = _shallow_copy(model)
-    attributes = {name: _frozen_value(value, done) for name, value in vars(model).items() if name not in _OWN}
+    attributes = {name: _frozen_value(value, tree) for name, value in vars(model).items() if name not in _OWN}
     copied.__dict__.update(attributes)
-    copied.__dict__["_modules"] = {name: child and _frozen(child, done) for name, child in model._modules.items()}
+    copied.__dict__["_modules"] = {name: child and _frozen(child, tree) for name, child in model._modules.items()}
     copied.__dict__["_parameters"] = {n: p if p is None else p.detach() for n, p in model._parameters.items()}
     copied.__dict__["_buffers"] = dict(model._buffers)
     copied.training = False
@@ -98,18 +209,18 @@ def _shallow_copy(model: nn.Module) -> nn.Module:
     return copied
 
 
-def _frozen_value(value: Any, done: dict[int, nn.Module]) -> Any:
+def _frozen_value(value: Any, tree: _Tree) -> Any:
     """The value of an attribute, with the modules in it frozen; the value itself if there are none."""
     if isinstance(value, nn.Module):
-        return _frozen(value, done)
+        return _frozen(value, tree)
     if isinstance(value, MethodType) and isinstance(value.__self__, nn.Module):
-        return MethodType(value.__func__, _frozen(value.__self__, done))
+        return MethodType(value.__func__, _frozen(value.__self__, tree))
     if isinstance(value, dict):
-        values = {key: _frozen_value(item, done) for key, item in value.items()}
+        values = {key: _frozen_value(item, tree) for key, item in value.items()}
         changed = any(values[key] is not item for key, item in value.items())
         return values if changed else value
     if type(value) in (list, tuple):
-        items = [_frozen_value(item, done) for item in value]
+        items = [_frozen_value(item, tree) for item in value]
         changed = any(new is not old for new, old in zip(items, value, strict=True))
         return type(value)(items) if changed else value
     return value
@@ -126,14 +237,22 @@ class _FrozenExperts(Experts):
         # Different networks may have weights of the same names and shapes.
         structures = [(_structure(expert), shape) for expert, shape in zip(self, shapes, strict=True)]
         self._width = kernels[0][0] if kernels and all(entry == structures[0] for entry in structures) else None
-        self._stacked: dict[str, torch.Tensor] | None = None
+        self._stacked: dict[str, torch.Tensor] = {}
+        self._is_current = False
+
+    def expire(self) -> None:
+        """Let the next pass stack the experts' weights again, in place."""
+        self._is_current = False
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self._width is None or x.device.type != "cpu" or x[:, 0].numel() * self._width > _SMALL:
             return super().forward(x)
-        if self._stacked is None:
+        if not self._is_current:
             states = [_state(expert) for expert in self]
-            self._stacked = {name: torch.stack([state[name] for state in states]) for name in states[0]}
+            for name in states[0]:
+                out = self._stacked.get(name)
+                self._stacked[name] = torch.stack([state[name] for state in states], out=out)
+            self._is_current = True
         first = self[0]
         logits: torch.Tensor = torch.vmap(lambda state: functional_call(first, state, (x,)), out_dims=1)(self._stacked)
         return logits
@@ -167,8 +286,25 @@ def _is_foldable(model: nn.Module, done: dict[int, nn.Module]) -> bool:
     return not any(getattr(module, name) for module in (model, convolution, norm) for name in hooks)
 
 
-def _folded(pair: nn.Sequential) -> nn.Sequential:
+def _folded(pair: nn.Sequential, tree: _Tree) -> nn.Sequential:
     """The convolution with the BatchNorm in its weights, and in the BatchNorm's place a module that does nothing."""
+    folded, copied = copy.copy(pair), copy.copy(pair[0])
+    weight, bias = _fused(pair)
+    weight = weight.contiguous(memory_format=torch.channels_last)
+    copied.__dict__["_parameters"] = {"weight": weight, "bias": bias}
+    folded.__dict__["_modules"] = dict(zip(pair._modules, (copied, _NOTHING), strict=True))
+    copied.training = folded.training = False
+
+    def update() -> None:
+        for tensor, new in zip((weight, bias), _fused(pair), strict=True):
+            tensor.copy_(new)
+
+    tree.updates.append(update)
+    return folded
+
+
+def _fused(pair: nn.Sequential) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weight and bias of the convolution with the BatchNorm."""
     convolution, norm = pair
     assert isinstance(convolution, nn.Conv2d)
     assert isinstance(norm, nn.BatchNorm2d)
@@ -177,11 +313,4 @@ def _folded(pair: nn.Sequential) -> nn.Sequential:
     weight, bias = fuse_conv_bn_weights(
         convolution.weight, convolution.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
     )
-    folded, copied = copy.copy(pair), copy.copy(convolution)
-    copied.__dict__["_parameters"] = {
-        "weight": weight.detach().contiguous(memory_format=torch.channels_last),
-        "bias": bias.detach(),
-    }
-    folded.__dict__["_modules"] = dict(zip(pair._modules, (copied, _NOTHING), strict=True))
-    copied.training = folded.training = False
-    return folded
+    return weight.detach(), bias.detach()

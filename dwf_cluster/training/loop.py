@@ -15,9 +15,11 @@ from dwf_cluster.attacks.gradient import NotLogits
 from dwf_cluster.data.device import DeviceImages
 from dwf_cluster.defences.registry import METHODS, ModelSpec
 from dwf_cluster.determinism import Draws
+from dwf_cluster.models.frozen import FrozenModel
 from dwf_cluster.store import Store, checkpoints, tables
+from dwf_cluster.training.background import BackgroundWriter, copy_to_host
 from dwf_cluster.training.probe import Probe, run_probe
-from dwf_cluster.training.step import Batch, distributed, train_batch, workers
+from dwf_cluster.training.step import Batch, attacked_model, distributed, train_batch, workers
 
 
 class NonFiniteLoss(RuntimeError):
@@ -39,7 +41,8 @@ class Task:
         probe: follows every epoch.
         checkpoint_minutes: between checkpoints within an epoch that takes longer.
         store: for metrics and checkpoints.
-        on_epoch: called after each epoch with the row of `metrics`, on every worker.
+        on_epoch: called after each epoch with the row of `metrics`, on every worker. Row and checkpoint may not be
+            saved yet.
         stopping: called at each step; if it returns true on any worker, all workers stop after that step.
     """
 
@@ -102,6 +105,8 @@ def train(task: Task, model: nn.Module, images: DeviceImages) -> nn.Module:
     are averaged by DDP. Random draws are made for the whole batch, so they do not depend on the number of workers.
     BatchNorm normalises with the statistics of a part; the workers' running statistics are averaged after each step.
 
+    Training goes on while a checkpoint is written; all are written when this function returns or raises.
+
     Args:
         task: the settings, and the store to resume from.
         model: on the device of `images`; changed in place and returned.
@@ -110,8 +115,9 @@ def train(task: Task, model: nn.Module, images: DeviceImages) -> nn.Module:
     Raises:
         NonFiniteLoss: if the loss becomes NaN or infinite.
         Stopped: if `task.stopping` became true on one of the workers.
+        StorageFailed, LockLost: if a checkpoint cannot be written; training may have gone on for up to one checkpoint.
     """
-    rank, count = workers()
+    count = workers()[1]
     model.to(memory_format=torch.channels_last)
     optimizer = _optimizer(model, task.spec)
     progress = _restore(task, model, optimizer)
@@ -119,20 +125,20 @@ def train(task: Task, model: nn.Module, images: DeviceImages) -> nn.Module:
         shape = (task.spec.training.batch_size, *images.x_train.shape[1:])
         progress.perturbation = torch.zeros(shape, device=images.x_train.device)
     parallel, training = distributed(model) if count > 1 else model, task.spec.training
-    while progress.epoch < training.epochs:
-        row = _epoch(task, progress, model, parallel, optimizer, images)
-        if row is None:
-            _save(task, model, optimizer, progress)
-            raise Stopped
-        progress = progress.followed_by(row, model, training.keep)
-        if progress.best and progress.epoch == training.epochs:
-            # The last checkpoint is the trained model, so whatever loads or shares it needs to know of no other epoch.
-            model.load_state_dict(progress.best)
-        if rank == 0:
-            # Metrics first: killed in between, the epoch is run again and its row replaced.
-            tables.write(task.store, "metrics", task.spec.name, progress.metrics)
-        _save(task, model, optimizer, progress)
-        task.on_epoch(progress.metrics[-1])
+    frozen_model = attacked_model(task.spec, model)
+    with BackgroundWriter() as writer:
+        while progress.epoch < training.epochs:
+            row = _epoch(task, progress, model, parallel, frozen_model, optimizer, images, writer)
+            if row is None:
+                _save(task, model, optimizer, progress, writer)
+                raise Stopped
+            progress = progress.followed_by(row, model, training.keep)
+            if progress.best and progress.epoch == training.epochs:
+                # The last checkpoint is the trained model, so whatever loads or shares it needs to know of no other
+                # epoch.
+                model.load_state_dict(progress.best)
+            _save(task, model, optimizer, progress, writer)
+            task.on_epoch(progress.metrics[-1])
     return model
 
 
@@ -141,8 +147,10 @@ def _epoch(
     progress: _Progress,
     model: nn.Module,
     parallel: nn.Module,
+    frozen_model: FrozenModel,
     optimizer: torch.optim.SGD,
     images: DeviceImages,
+    writer: BackgroundWriter,
 ) -> dict[str, Any] | None:
     """Train to the end of an epoch, then probe; returns the row of `metrics`, or None if training is to stop."""
     epoch, name, training = progress.epoch, task.spec.name, task.spec.training
@@ -158,7 +166,9 @@ def _epoch(
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * factor
             batch = Batch(indices, Draws((*key, step - first)), progress.perturbation)
-            loss, is_stopping = train_batch(task.spec, parallel, optimizer, images, batch, is_stopping=task.stopping())
+            loss, is_stopping = train_batch(
+                task.spec, parallel, frozen_model, optimizer, images, batch, is_stopping=task.stopping()
+            )
             progress.loss += loss * len(indices)
             progress.steps += 1
             now = time.perf_counter()
@@ -167,12 +177,13 @@ def _epoch(
                 if is_stopping:
                     return None
                 if now > saved_at + 60 * task.checkpoint_minutes:
-                    _save(task, model, optimizer, progress)
+                    _save(task, model, optimizer, progress, writer)
                     saved_at = time.perf_counter()
-                    started += saved_at - now  # an epoch's seconds are without its checkpoints
+                    started += saved_at - now  # an epoch's seconds are without waiting for its checkpoints
         seconds = time.perf_counter() - started
         probed = run_probe(model, images, task.probe, (task.seed, name))
     except NotLogits as error:
+        writer.join()  # the last good checkpoint may be the one that is being written
         saved = checkpoints.latest_path(task.store, name) or "none"
         raise NonFiniteLoss(
             f"{error} in epoch {epoch + 1}, step {step + 1} of {name}; last good checkpoint: {saved}"
@@ -208,10 +219,16 @@ def _optimizer(model: nn.Module, spec: ModelSpec) -> torch.optim.SGD:
     )
 
 
-def _save(task: Task, model: nn.Module, optimizer: torch.optim.SGD, progress: _Progress) -> None:
-    """Save a checkpoint on the first worker; all workers hold the same model."""
+def _save(
+    task: Task, model: nn.Module, optimizer: torch.optim.SGD, progress: _Progress, writer: BackgroundWriter
+) -> None:
+    """Save the rows of `metrics` and a checkpoint on the first worker; all workers hold the same model.
+
+    Waits for the checkpoint before, so that only one is held in memory, and returns before this one is written.
+    """
     if workers()[0] > 0:
         return
+    writer.join()
     tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     trained = progress.epoch == task.spec.training.epochs  # its optimizer takes no further step
     for name, parameter in () if trained else model.named_parameters():
@@ -223,7 +240,15 @@ def _save(task: Task, model: nn.Module, optimizer: torch.optim.SGD, progress: _P
         tensors["perturbation"] = progress.perturbation
     counts = {name: getattr(progress, name) for name in _COUNTS}
     state = {"stage": task.stage, "epochs": task.spec.training.epochs, **counts}
-    checkpoints.save(task.store, task.spec.name, progress.epoch, progress.steps, tensors, state)
+    copied = copy_to_host(tensors)
+
+    def write() -> None:
+        if not state["steps"]:
+            # Metrics first: killed in between, the epoch is run again and its row replaced.
+            tables.write(task.store, "metrics", task.spec.name, state["metrics"])
+        checkpoints.save(task.store, task.spec.name, state["epoch"], state["steps"], copied(), state)
+
+    writer.start(write)
 
 
 def _restore(task: Task, model: nn.Module, optimizer: torch.optim.SGD) -> _Progress:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import pkgutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
@@ -19,7 +18,7 @@ from dwf_cluster.data.device import DeviceImages
 from dwf_cluster.defences.loss import Loss
 from dwf_cluster.defences.registry import METHODS, ModelSpec
 from dwf_cluster.determinism import Draws
-from dwf_cluster.models.frozen import frozen
+from dwf_cluster.models.frozen import FrozenModel
 
 
 @dataclass(frozen=True)
@@ -43,9 +42,15 @@ class Batch:
         return len(self.indices) * rank // count, len(self.indices) * (rank + 1) // count
 
 
+def attacked_model(spec: ModelSpec, model: nn.Module) -> FrozenModel:
+    """The model as its training attacks it."""
+    return FrozenModel(model, batch_statistics=spec.training.attack_batchnorm == "train")
+
+
 def train_batch(
     spec: ModelSpec,
     parallel: nn.Module,
+    frozen_model: FrozenModel,
     optimizer: torch.optim.SGD,
     images: DeviceImages,
     batch: Batch,
@@ -57,6 +62,8 @@ def train_batch(
     Args:
         spec: of the model.
         parallel: the model, wrapped by DDP if there are several workers.
+        frozen_model: `attacked_model` of the model. It stays as it is until the optimiser's step, so all parts of a
+            batch attack the model as it is before that step.
         optimizer: of the model.
         images: the data set.
         batch: its images and random draws.
@@ -70,9 +77,6 @@ def train_batch(
         ValueError: if the method breaks its contract (`defences.registry.Method.losses`).
     """
     model = parallel.module if isinstance(parallel, DistributedDataParallel) else parallel
-    # Kept until the optimiser's step, so all parts of a batch attack the model as it is before that step.
-    by_batch = spec.training.attack_batchnorm == "train"
-    frozen_model = functools.cache(functools.partial(frozen, model, batch_statistics=by_batch))
     means = list[float]()
     for share, name in _backward(spec, parallel, frozen_model, images, batch):
         # The request to stop is reduced with the loss, so all workers see it after the same step.
@@ -86,7 +90,7 @@ def train_batch(
         is_stopping = stops > 0
         optimizer.step()
         optimizer.zero_grad()
-        frozen_model.cache_clear()
+        frozen_model.expire()
         _average_statistics(model)
     if not means:
         raise ValueError(f"method {spec.method}: no loss for a batch; a method yields one at least")
@@ -97,7 +101,7 @@ def train_batch(
 def _backward(
     spec: ModelSpec,
     parallel: nn.Module,
-    frozen_model: Callable[[], nn.Module],
+    frozen_model: FrozenModel,
     images: DeviceImages,
     batch: Batch,
 ) -> Iterator[tuple[torch.Tensor, str]]:

@@ -38,7 +38,7 @@ from dwf_cluster.settings import InvalidInput
 from dwf_cluster.store import Store, tables
 from dwf_cluster.training.loop import NonFiniteLoss, Stopped, train
 from dwf_cluster.training.probe import run_probe
-from dwf_cluster.training.step import Batch, train_batch
+from dwf_cluster.training.step import Batch, attacked_model, train_batch
 
 from ..conftest import TINY, task_for
 from ..gloo import run_workers
@@ -153,7 +153,8 @@ def test_the_first_step_leaves_the_router_and_the_second_one_changes_only_the_ro
 
     with mock.patch.object(optimizer, "step", recorded):
         for batch in range(2):  # the second one with momentum
-            train_batch(spec, model, optimizer, data, Batch(torch.arange(32), Draws((0, batch))), is_stopping=False)
+            drawn = Batch(torch.arange(32), Draws((0, batch)))
+            train_batch(spec, model, attacked_model(spec, model), optimizer, data, drawn, is_stopping=False)
     assert len(states) == 5
     for number, (before, after) in enumerate(itertools.pairwise(states)):
         changed = {name for name, tensor in after.items() if not torch.equal(before[name], tensor)}

@@ -20,7 +20,7 @@ from dwf_cluster.determinism import Draws
 from dwf_cluster.experiment import Experiment
 from dwf_cluster.models.frozen import frozen
 from dwf_cluster.presets import build
-from dwf_cluster.training.step import Batch, train_batch
+from dwf_cluster.training.step import Batch, attacked_model, train_batch
 
 from ..conftest import TINY
 from .test_dwf import Recorder
@@ -167,5 +167,7 @@ def test_the_training_loop_attacks_in_the_mode_of_the_field(images: Images, mode
     examples = (x + randomized.fgsm_epsilon(spec, draws) * _gradient(attacked, x, y).sign()).clamp(0, 1)
     expected = float(F.cross_entropy(copy.deepcopy(model)(examples), y).detach())
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    loss, _ = train_batch(spec, model, optimizer, data, Batch(indices, draws), is_stopping=False)
+    loss, _ = train_batch(
+        spec, model, attacked_model(spec, model), optimizer, data, Batch(indices, draws), is_stopping=False
+    )
     assert loss == pytest.approx(expected, rel=1e-4)

@@ -7,12 +7,17 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import nn
 from torch.nn.utils import parametrizations
 
 from dwf_cluster.attacks.gradient import differentiate
-from dwf_cluster.models.frozen import frozen
+from dwf_cluster.data.registry import ImageFormat
+from dwf_cluster.models.advmoe import AdvMoE
+from dwf_cluster.models.frozen import FrozenModel, frozen
 from dwf_cluster.models.mixture import Gate, Mixture
 from dwf_cluster.models.resnet import ResNet
+from dwf_cluster.models.soe import SynergyOfExperts
 
 
 def _mixture() -> Mixture:
@@ -142,3 +147,126 @@ def test_a_pair_that_is_called_layer_by_layer_gives_the_same_logits() -> None:
 def test_a_batchnorm_without_running_statistics_is_not_folded() -> None:
     pair = torch.nn.Sequential(torch.nn.Conv2d(1, 3, 3), torch.nn.BatchNorm2d(3, track_running_stats=False))
     assert isinstance(frozen(pair)[1], torch.nn.BatchNorm2d)  # type: ignore[index]
+
+
+# ------------------------------------------------------------------------------------ a model that is trained
+
+
+def _advmoe() -> nn.Module:
+    return AdvMoE(ImageFormat((1, 8, 8), 10, (0.5,), (0.25,)), width=4, experts=2, ratio=0.5)
+
+
+def _soe() -> nn.Module:
+    return SynergyOfExperts(ResNet(11, (0.5,), (0.25,), width=4) for _ in range(3))
+
+
+def _resnet() -> nn.Module:
+    return ResNet(10, (0.5,), (0.25,), width=4)
+
+
+def _step(model: nn.Module) -> None:
+    """An optimiser step, which changes every parameter and every running statistic."""
+    x, y = torch.rand(32, 1, 8, 8), torch.arange(32) % 10
+    model.train()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, weight_decay=0.1)
+    F.cross_entropy(model(x), y).backward()
+    optimizer.step()
+
+
+def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+@pytest.mark.parametrize("batch_statistics", [False, True])
+@pytest.mark.parametrize("make", [_resnet, lambda: _mixture().float(), _advmoe, _soe])
+def test_a_refreshed_frozen_model_equals_a_new_one_and_keeps_its_tensors(
+    make: Callable[[], nn.Module], batch_statistics: bool
+) -> None:
+    torch.manual_seed(0)
+    model, few, many = make(), torch.rand(4, 1, 8, 8), torch.rand(256, 1, 8, 8)
+    frozen_model = FrozenModel(model, batch_statistics=batch_statistics)
+    _step(model)
+    first = frozen_model()
+    places = {name: tensor.data_ptr() for name, tensor in _tensors(first).items()}
+    logits = [first(x) for x in (few, many)]  # stacked experts, and one by one
+    _step(model)
+    assert frozen_model() is first  # not expired: the attack goes on with the model before the step
+    frozen_model.expire()
+    assert frozen_model() is first
+    new = frozen(model, batch_statistics=batch_statistics)
+    assert {name: tensor.data_ptr() for name, tensor in _tensors(first).items()} == places
+    assert _tensors(first).keys() == _tensors(new).keys()
+    for name, tensor in _tensors(new).items():
+        assert torch.equal(_tensors(first)[name], tensor), name
+        assert _tensors(first)[name].stride() == tensor.stride(), name
+    for x, old in zip((few, many), logits, strict=True):
+        assert torch.equal(first(x), new(x))
+        assert not torch.equal(first(x), old)
+
+
+def _replace_data(model: nn.Sequential) -> None:
+    model[2].weight.data = model[2].weight.data + 1
+
+
+def _replace_parameter(model: nn.Sequential) -> None:
+    model[2].bias = nn.Parameter(model[2].bias + 1)
+
+
+def _append(model: nn.Sequential) -> None:
+    model.append(nn.Linear(3, 3))
+
+
+def _fill_list(model: nn.Sequential) -> None:
+    model.extra.append(nn.Linear(3, 3))  # type: ignore[operator, union-attr]
+
+
+def _in_double(model: nn.Sequential) -> None:
+    model.double()
+
+
+def _other_epsilon(model: nn.Sequential) -> None:
+    model[0][1].eps = 0.5
+
+
+@pytest.mark.parametrize("change", [_replace_data, _replace_parameter, _append, _fill_list, _in_double, _other_epsilon])
+def test_a_model_with_other_modules_attributes_or_storage_is_frozen_anew(
+    change: Callable[[nn.Sequential], None],
+) -> None:
+    class Extended(nn.Sequential):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            logits: torch.Tensor = super().forward(x)
+            for layer in self.extra:  # type: ignore[union-attr]
+                logits = layer(logits)
+            return logits
+
+    pair = nn.Sequential(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3))
+    model = Extended(pair, nn.Flatten(), nn.Linear(108, 3))
+    model.extra = []  # type: ignore[assignment]
+    frozen_model, x = FrozenModel(model), torch.rand(4, 1, 8, 8)
+    before = frozen_model()(x)
+    change(model)
+    frozen_model.expire()
+    x = x.to(next(model.parameters()).dtype)
+    after = frozen_model()(x)
+    assert torch.equal(after, frozen(model)(x))
+    assert not torch.equal(after, before.to(after.dtype))
+
+
+def test_a_state_dict_that_is_loaded_reaches_the_frozen_model() -> None:
+    model, other, x = _resnet(), _resnet(), torch.rand(4, 1, 8, 8)
+    frozen_model = FrozenModel(model)
+    frozen_model()
+    _step(other)
+    model.load_state_dict(other.state_dict())
+    frozen_model.expire()
+    assert torch.equal(frozen_model()(x), frozen(other)(x))
+
+
+def test_a_scripted_part_is_copied_again() -> None:
+    part = torch.jit.script(nn.Linear(4, 3))
+    frozen_model, x = FrozenModel(part), torch.rand(6, 4)
+    frozen_model()
+    with torch.no_grad():
+        part.bias += 1
+    frozen_model.expire()
+    assert torch.equal(frozen_model()(x), part(x))
