@@ -16,6 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import fuse_conv_bn_weights
 
 from dwf_cluster.models.mixture import Experts
+from dwf_cluster.models.precision import cast_inputs
 
 _SMALL = 2**15
 """Values of a first feature map, over a batch, up to which a CPU is faster with all experts in one pass. Measured
@@ -57,10 +58,11 @@ class FrozenModel:
     Args:
         model: that is trained.
         batch_statistics: as of `frozen`.
+        dtype: of the convolutions (`models.precision`); None: their own.
     """
 
-    def __init__(self, model: nn.Module, *, batch_statistics: bool = False) -> None:
-        self._model, self._batch_statistics = model, batch_statistics
+    def __init__(self, model: nn.Module, *, batch_statistics: bool = False, dtype: torch.dtype | None = None) -> None:
+        self._model, self._batch_statistics, self._dtype = model, batch_statistics, dtype
         self._tree: _Tree | None = None
         self._contents: _Contents | None = None
         self._is_current = False
@@ -81,7 +83,7 @@ class FrozenModel:
             contents.objects.extend(_norms_by_batch(self._model))
         old, self._contents = self._contents, contents
         if self._tree is None or old is None or self._tree.is_copied or not contents.is_same(old):
-            return _build(self._model, self._batch_statistics)
+            return _build(self._model, self._batch_statistics, self._dtype)
         with torch.no_grad():
             for update in self._tree.updates:
                 update()
@@ -94,19 +96,21 @@ class _Tree:
 
     Attributes:
         done: frozen modules by the `id` of the original; BatchNorm without running statistics is not folded.
+        dtype: as of `FrozenModel`.
         updates: functions that compute all tensors again which are not the model's own, in place.
         is_copied: whether it has tensors that nothing updates.
     """
 
     done: dict[int, nn.Module]
+    dtype: torch.dtype | None = None
     updates: list[Callable[[], None]] = field(default_factory=list)
     is_copied: bool = False
     frozen: nn.Module = field(init=False)
 
 
-def _build(model: nn.Module, batch_statistics: bool) -> _Tree:
+def _build(model: nn.Module, batch_statistics: bool, dtype: torch.dtype | None = None) -> _Tree:
     norms = _norms_by_batch(model) if batch_statistics else []
-    tree = _Tree({id(norm): _by_batch(norm) for norm in norms})
+    tree = _Tree({id(norm): _by_batch(norm) for norm in norms}, dtype)
     tree.frozen = _frozen(model, tree)
     if batch_statistics:
         setattr(tree.frozen, WHOLE_BATCH, True)
@@ -198,7 +202,25 @@ def _frozen(model: nn.Module, tree: _Tree) -> nn.Module:
     copied.__dict__["_parameters"] = {n: p if p is None else p.detach() for n, p in model._parameters.items()}
     copied.__dict__["_buffers"] = dict(model._buffers)
     copied.training = False
+    if tree.dtype is not None:
+        if type(model) is nn.Conv2d:
+            _convert(copied, tree.dtype, tree)
+        if model._parameters and not isinstance(model, _BatchNorm):  # which takes inputs of any type
+            cast_inputs(copied)
     return copied
+
+
+def _convert(copied: nn.Module, dtype: torch.dtype, tree: _Tree) -> None:
+    """Give a frozen module parameters of this type in place of those that it shares with the model."""
+    shared = {name: p for name, p in copied._parameters.items() if p is not None}
+    own = {name: p.to(dtype) for name, p in shared.items()}
+    copied.__dict__["_parameters"] = {**copied._parameters, **own}
+
+    def update() -> None:
+        for name, tensor in own.items():
+            tensor.copy_(shared[name])
+
+    tree.updates.append(update)
 
 
 def _shallow_copy(model: nn.Module) -> nn.Module:
@@ -233,10 +255,13 @@ class _FrozenExperts(Experts):
         super().__init__(experts)
         self.training = False
         shapes = [{name: tensor.shape for name, tensor in _state(expert).items()} for expert in self]
-        kernels = [shape for shape in shapes[0].values() if len(shape) == 4]
+        kernels = [tensor for tensor in _state(self[0]).values() if tensor.dim() == 4]
         # Different networks may have weights of the same names and shapes.
         structures = [(_structure(expert), shape) for expert, shape in zip(self, shapes, strict=True)]
-        self._width = kernels[0][0] if kernels and all(entry == structures[0] for entry in structures) else None
+        are_equal = all(entry == structures[0] for entry in structures)
+        # Under vmap, BatchNorm takes no input in bfloat16.
+        is_stacked = kernels and are_equal and kernels[0].dtype != torch.bfloat16
+        self._width = len(kernels[0]) if is_stacked else None
         self._stacked: dict[str, torch.Tensor] = {}
         self._is_current = False
 
@@ -289,11 +314,13 @@ def _is_foldable(model: nn.Module, done: dict[int, nn.Module]) -> bool:
 def _folded(pair: nn.Sequential, tree: _Tree) -> nn.Sequential:
     """The convolution with the BatchNorm in its weights, and in the BatchNorm's place a module that does nothing."""
     folded, copied = copy.copy(pair), copy.copy(pair[0])
-    weight, bias = _fused(pair)
+    weight, bias = (tensor.to(tree.dtype or tensor.dtype) for tensor in _fused(pair))
     weight = weight.contiguous(memory_format=torch.channels_last)
     copied.__dict__["_parameters"] = {"weight": weight, "bias": bias}
     folded.__dict__["_modules"] = dict(zip(pair._modules, (copied, _NOTHING), strict=True))
     copied.training = folded.training = False
+    if tree.dtype is not None:
+        cast_inputs(copied)
 
     def update() -> None:
         for tensor, new in zip((weight, bias), _fused(pair), strict=True):

@@ -19,6 +19,7 @@ from dwf_cluster.defences.loss import Loss
 from dwf_cluster.defences.registry import METHODS, ModelSpec
 from dwf_cluster.determinism import Draws
 from dwf_cluster.models.frozen import FrozenModel
+from dwf_cluster.models.precision import InBfloat16
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,9 @@ class Batch:
 
 def attacked_model(spec: ModelSpec, model: nn.Module) -> FrozenModel:
     """The model as its training attacks it."""
-    return FrozenModel(model, batch_statistics=spec.training.attack_batchnorm == "train")
+    training = spec.training
+    dtype = torch.bfloat16 if training.precision == "bfloat16" else None
+    return FrozenModel(model, batch_statistics=training.attack_batchnorm == "train", dtype=dtype)
 
 
 def train_batch(
@@ -123,8 +126,9 @@ def _backward(
     def losses(part: slice) -> Iterator[Loss]:
         x, y = images.train_batch(indices, draws, part)
         kept = () if batch.perturbation is None else (batch.perturbation[part],)
-        yield from method(spec, parallel, frozen_model, x, y, replace(draws, first=part.start), *kept)
+        yield from method(spec, trained, frozen_model, x, y, replace(draws, first=part.start), *kept)
 
+    trained = InBfloat16(parallel) if spec.training.precision == "bfloat16" else parallel
     generators = [losses(part) for part in parts]
     while True:
         share, ended, loss_name = torch.zeros((), device=indices.device), 0, ""
