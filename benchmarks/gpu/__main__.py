@@ -43,7 +43,7 @@ def versions(setup: Setup) -> Iterator[Row]:
 
 def training(setup: Setup) -> Iterator[Row]:
     """A step of the product's training loop, in each precision that it can train in."""
-    for precision in correctness.training_precisions():
+    for precision in correctness.TRAINING_PRECISIONS:
         yield from speed.training(setup, precision)
 
 
@@ -81,7 +81,7 @@ def measured_speeds(setup: Setup, sections: Mapping[str, Sequence[Row]]) -> list
         return []
     device, today = ("gpu" if setup.is_cuda else "cpu"), datetime.now(timezone.utc).date().isoformat()
     measured = list[tuple[str, str, float]]()
-    for precision in correctness.training_precisions():
+    for precision in correctness.TRAINING_PRECISIONS:
         for stage, name in ((EXPERTS, "pgd-1"), (JOINT, "mixture")):
             for row in sections.get("training", ()):
                 if row.what == speed.step_title(setup, name, precision):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import statistics
 import time
 import warnings
@@ -23,9 +22,7 @@ from dwf_cluster.data.sources import Images
 from dwf_cluster.defences.build import untrained
 from dwf_cluster.defences.registry import ModelSpec
 from dwf_cluster.experiment import Experiment
-from dwf_cluster.models.frozen import frozen
-from dwf_cluster.models.mixture import Gated
-from dwf_cluster.models.resnet import Normalize
+from dwf_cluster.models.frozen import FrozenModel
 
 WARM_UPS = 3
 PRECISIONS = ("ieee", "tf32", "bf16")
@@ -211,23 +208,8 @@ def float32_as(precision: str, *, products: bool = False) -> Iterator[None]:
 
 
 def attacked(model: nn.Module, precision: str) -> nn.Module:
-    """The model as attacks see it; with `bf16` the convolutions of its networks are in bfloat16.
-
-    Normalisation, last layer, gate and loss stay in float32: near 1 the spacing of bfloat16 pixels is half a step.
-    """
-    view = frozen(model)
-    if precision != "bf16":
-        return view
-    view = copy.deepcopy(view)
-    for network in view.experts if isinstance(view, Gated) else (view,):
-        for module in network.modules():
-            if isinstance(module, nn.Conv2d):
-                module.bfloat16()
-            elif isinstance(module, Normalize):
-                module.register_forward_hook(lambda module, inputs, output: output.bfloat16())
-            elif isinstance(module, nn.Linear):
-                module.register_forward_pre_hook(lambda module, inputs: (inputs[0].float(),))
-    return view
+    """The model as attacks of a training in this precision see it, one of `PRECISIONS`."""
+    return FrozenModel(model, dtype=torch.bfloat16 if precision == "bf16" else None)()
 
 
 class _Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -29,7 +29,7 @@ from dwf_cluster.experiment import Experiment
 from dwf_cluster.models.frozen import frozen
 from dwf_cluster.models.mixture import Experts, Mixture
 from dwf_cluster.plan.jobs import EVALUATE, EXPERTS, JOINT, STAGES, forward_flops
-from dwf_cluster.plan.speeds import FLOAT32, kernel_count, recorded
+from dwf_cluster.plan.speeds import kernel_count, recorded
 from dwf_cluster.store import Store, checkpoints
 from dwf_cluster.training.loop import Task, train
 from dwf_cluster.training.probe import Probe, run_probe
@@ -70,14 +70,14 @@ def _train(setup: Setup, experiment: Experiment, name: str, steps: int) -> list[
     return seconds
 
 
-def training(setup: Setup, precision: str = FLOAT32) -> Iterator[Row]:
+def training(setup: Setup, precision: str) -> Iterator[Row]:
     """A step of the product's training loop.
 
     Args:
         setup: device and sizes.
         precision: of experts and joint stage.
     """
-    in_precision = () if precision == FLOAT32 else (f"experts.precision={precision}", f"joint.precision={precision}")
+    in_precision = (f"experts.precision={precision}", f"joint.precision={precision}")
     long, short = (2, 1) if setup.quick else (20, 10)
     for name, epochs in (("benign", 3), ("fgsm-1", 3), ("pgd-1", 3), ("mixture", 2)):
         settings = [f"{stage}.epochs={1 if setup.quick else epochs}" for stage in ("experts", "joint")]
@@ -85,8 +85,7 @@ def training(setup: Setup, precision: str = FLOAT32) -> Iterator[Row]:
         steps = short if name == "mixture" else long
         *_, seconds = _train(setup, experiment, name, steps)  # the first epochs warm up
         title = step_title(setup, name, precision)
-        predicted = _planned_milliseconds(name) if precision == FLOAT32 else None
-        yield Row(title, 1000 * seconds / steps, "ms", predicted)
+        yield Row(title, 1000 * seconds / steps, "ms", _planned_milliseconds(name, precision))
         once = setup.experiment("experts.epochs=1", "joint.epochs=1", *in_precision)
         one, two = (functools.partial(_train, setup, once, name, n) for n in (1, 2))
         yield Row(f"{title}: kernels", kernels(two, setup.device) - kernels(one, setup.device))
@@ -108,11 +107,11 @@ def step_flop(setup: Setup, name: str) -> float:
     return METHODS[spec.method].passes(spec) * forward_flops(spec, setup.shape) * spec.training.batch_size
 
 
-def _planned_milliseconds(name: str) -> float:
+def _planned_milliseconds(name: str, precision: str) -> float:
     """What the plan's recorded speeds of a GPU say of a step at full size."""
     setup = Setup(torch.device("cpu"), quick=False)
     spec = setup.experiment().spec(name)
-    speed = recorded("gpu")[JOINT if spec.parents else EXPERTS, FLOAT32]
+    speed = recorded("gpu")[JOINT if spec.parents else EXPERTS, precision]
     launched = METHODS[spec.method].passes(spec) / (2 * spec.networks) * kernel_count(spec.networks)
     return float(f"{1000 * max(step_flop(setup, name) / speed.flops, launched * speed.launch):.3g}")
 

@@ -19,7 +19,7 @@ from dwf_cluster.store import Store
 FILE = Path(__file__).with_name("gpu.json")
 
 FLOAT32 = "float32"
-"""The precision that every device has entries for; on a GPU its convolutions use TF32."""
+"""The precision that every device has entries for; on a GPU the convolutions of trainings then use TF32."""
 
 _LAUNCHES, _LAUNCHES_PER_NETWORK = 17, 126
 """CUDA kernels of one iteration of an attack, and those that each network adds: counted on ResNet-18, without BatchNorm
@@ -108,7 +108,7 @@ class Speeds:
     def lines(self, jobs: Iterable[Job]) -> list[str]:
         """A line for each stage and precision of these jobs: its speed, and what that rests on."""
         lines = []
-        for kind in sorted(set(map(_kind, jobs)), key=lambda kind: (STAGES.index(kind[0]), kind[1])):
+        for kind in sorted(dict.fromkeys(map(_kind, jobs)), key=lambda kind: STAGES.index(kind[0])):
             (stage, precision), speed = kind, self._speeds[kind]
             named = stage if precision == FLOAT32 else f"{stage} in {precision}"
             launch = f", {speed.launch * 1e6:.3g} microseconds a launch" if speed.launch else ""
@@ -180,5 +180,5 @@ def _known_or_float32(known: Mapping[tuple[str, str], Speed], stage: str, precis
 
 
 def _kind(job: Job) -> tuple[str, str]:
-    """Stage and precision of a job; evaluations, and trainings without a choice, are in float32."""
-    return job.stage, getattr(job.training, "precision", FLOAT32) if job.is_training else FLOAT32
+    """Stage and precision of a job; evaluations are in float32."""
+    return job.stage, job.training.precision if job.is_training else FLOAT32
