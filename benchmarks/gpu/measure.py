@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dwf_cluster.attacks.ball import Ball
 from dwf_cluster.attacks.gradient import differentiate
+from dwf_cluster.attacks.graph import GraphCapture
 from dwf_cluster.data.registry import Shape
 from dwf_cluster.data.sources import Images
 from dwf_cluster.defences.build import untrained
@@ -139,24 +140,13 @@ class Setup:
         end.synchronize()
         return float(begin.elapsed_time(end))
 
-    def captured(self, work: Callable[[], object]) -> Callable[[], object]:
+    def captured(self, work: Callable[[], None]) -> Callable[[], None]:
         """The kernels that `work` launches as one CUDA graph; on a CPU, which has none, `work` itself.
 
         Args:
             work: computes on the same tensors at each call, and never waits for the device.
         """
-        if not self.is_cuda:
-            return work
-        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(WARM_UPS):
-                work()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            work()
-        return graph.replay
+        return GraphCapture()(work) if self.is_cuda else work
 
 
 class Iteration:

@@ -24,7 +24,7 @@ from benchmarks.gpu.measure import (
 )
 from dwf_cluster.attacks.ball import Ball
 from dwf_cluster.data.device import DeviceImages
-from dwf_cluster.defences.registry import METHODS
+from dwf_cluster.defences.registry import METHODS, ModelSpec
 from dwf_cluster.experiment import Experiment
 from dwf_cluster.models.frozen import frozen
 from dwf_cluster.models.mixture import Experts, Mixture
@@ -239,13 +239,22 @@ def _wall_milliseconds(work: Callable[[], object]) -> float:
 
 
 def launch_microseconds(setup: Setup) -> dict[str, float]:
-    """Time of the host to launch one kernel, by stage: of an iteration on so few images that nothing else counts."""
+    """Time that a kernel takes at least, by stage: of an iteration on so few images that nothing else counts.
+
+    Trainings replay a CUDA graph of it, evaluations launch its kernels one by one.
+    """
     if not setup.is_cuda:
         return dict.fromkeys(STAGES, 0.0)
     # A GPU computes two images in less time than their kernels take to launch, in any precision.
-    experiment, times = setup.experiment(), dict[str, float]()
-    for stage, spec in ((EXPERTS, experiment.spec("benign")), (JOINT, experiment.defended)):
-        work = Iteration(frozen(setup.model(experiment, spec)), *random_batch(setup, 2), BALL, STEP_SIZE)
-        milliseconds = setup.milliseconds(work, 10)
-        times[stage] = 1000 * milliseconds / kernel_count(spec.networks)
-    return {**times, EVALUATE: times[EXPERTS]}
+    experiment = setup.experiment()
+
+    def of(spec: ModelSpec, captured: Callable[[Callable[[], None]], Callable[[], None]]) -> float:
+        work = captured(Iteration(frozen(setup.model(experiment, spec)), *random_batch(setup, 2), BALL, STEP_SIZE))
+        return 1000 * setup.milliseconds(work, 10) / kernel_count(spec.networks)
+
+    expert, mixture = experiment.spec("benign"), experiment.defended
+    return {
+        EXPERTS: of(expert, setup.captured),
+        JOINT: of(mixture, setup.captured),
+        EVALUATE: of(expert, lambda work: work),
+    }

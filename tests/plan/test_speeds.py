@@ -70,7 +70,7 @@ def test_a_measurement_replaces_an_estimate_and_a_newer_one_an_older(
     (job, *_) = jobs(build("cifar10", 0), "experts", CIFAR10)
     (line,) = _speeds([job], Resources(cpus=1, gpus=1), tmp_path).lines([job])
     assert line == (
-        "speed of experts: 3 TFLOP/s a GPU, 10 microseconds a launch, measured on H100, torch 2.10, 2029-01-01"
+        "speed of experts: 3 TFLOP/s a GPU, 10 microseconds a kernel at least, measured on H100, torch 2.10, 2029-01-01"
     )
 
 
