@@ -22,8 +22,9 @@ from dwf_cluster.data.sources import Images
 from dwf_cluster.defences.build import untrained
 from dwf_cluster.determinism import Draws
 from dwf_cluster.models.advmoe import AdvMoE
-from dwf_cluster.models.frozen import FrozenModel, frozen
+from dwf_cluster.models.frozen import frozen
 from dwf_cluster.models.mixture import Gate, Mixture
+from dwf_cluster.models.refresh import FrozenModel
 from dwf_cluster.models.resnet import BasicBlock, Normalize, ResNet, conv_norm
 from dwf_cluster.presets import build
 from dwf_cluster.training.step import Batch, attacked_model, train_batch

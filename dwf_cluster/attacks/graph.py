@@ -97,7 +97,7 @@ def pgd(
 
     Args:
         model: frozen model. It keeps the captured iterations, one for each shape of images, so as long as it is the
-            same module its tensors must be the same too; their values may change (`models.frozen.FrozenModel`).
+            same module its tensors must be the same too; their values may change (`models.refresh.FrozenModel`).
         x, y, ball, step_size, steps, start: as of `attacks.pgd`; the ball is of L-infinity.
         capture: makes the model's capture, at the first attack on it.
 
@@ -132,6 +132,6 @@ def pgd(
         iteration.replay()
     # Both at the end: another attack on the same model may begin before this one is asked for more.
     last = iteration.iterate.clone()
-    check_logits(logits)
+    check_logits(model, logits)
     yield Iterate(0, index, first, logits, gradient, len(index))
     yield Iterate(steps, index, last)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import operator
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from types import MethodType
@@ -27,7 +26,8 @@ _OWN = frozenset(vars(nn.Module()))
 
 _NOTHING = nn.Identity().eval()
 
-_PLAIN = frozenset({bool, int, float, str, type(None)})
+FAULTS = "_faults"
+"""Attribute of a frozen model whose faults are collected: `models.refresh.FrozenModel.faults`."""
 
 WHOLE_BATCH = "_uses_whole_batch"
 """Attribute of a frozen model whose outputs depend on the batch: attacks must not cut the batch."""
@@ -46,57 +46,16 @@ def frozen(model: nn.Module, *, batch_statistics: bool = False) -> nn.Module:
         batch_statistics: BatchNorm that is in training mode normalises with the statistics of the batch under attack,
             as a training step does, and is not folded; no statistics change.
     """
-    return _build(model, batch_statistics).frozen
-
-
-class FrozenModel:
-    """The frozen model of a model that is trained: built when it is first asked for, later refreshed in place.
-
-    A call returns the frozen model (`frozen`) of the model as it was at the first call after `expire`. It is the same
-    module with the same tensors each time, unless the model has other modules, attributes or storage than before.
-
-    Args:
-        model: that is trained.
-        batch_statistics: as of `frozen`.
-        dtype: of the convolutions (`models.precision`); None: their own.
-    """
-
-    def __init__(self, model: nn.Module, *, batch_statistics: bool = False, dtype: torch.dtype | None = None) -> None:
-        self._model, self._batch_statistics, self._dtype = model, batch_statistics, dtype
-        self._tree: _Tree | None = None
-        self._contents: _Contents | None = None
-        self._is_current = False
-
-    def __call__(self) -> nn.Module:
-        if self._tree is None or not self._is_current:
-            self._tree = self._refreshed()
-            self._is_current = True
-        return self._tree.frozen
-
-    def expire(self) -> None:
-        """Let the next call refresh the frozen model: the model has changed."""
-        self._is_current = False
-
-    def _refreshed(self) -> _Tree:
-        contents = _Contents.of(self._model)
-        if self._batch_statistics:  # these depend on modes
-            contents.objects.extend(_norms_by_batch(self._model))
-        old, self._contents = self._contents, contents
-        if self._tree is None or old is None or self._tree.is_copied or not contents.is_same(old):
-            return _build(self._model, self._batch_statistics, self._dtype)
-        with torch.no_grad():
-            for update in self._tree.updates:
-                update()
-        return self._tree
+    return build_frozen(model, batch_statistics).frozen
 
 
 @dataclass
-class _Tree:
+class FrozenTree:
     """A frozen module tree, while it is built and after.
 
     Attributes:
         done: frozen modules by the `id` of the original; BatchNorm without running statistics is not folded.
-        dtype: as of `FrozenModel`.
+        dtype: of convolutions (`models.precision`); None: their own.
         updates: functions that compute all tensors again which are not the model's own, in place.
         is_copied: whether it has tensors that nothing updates.
     """
@@ -108,62 +67,19 @@ class _Tree:
     frozen: nn.Module = field(init=False)
 
 
-def _build(model: nn.Module, batch_statistics: bool, dtype: torch.dtype | None = None) -> _Tree:
-    norms = _norms_by_batch(model) if batch_statistics else []
-    tree = _Tree({id(norm): _by_batch(norm) for norm in norms}, dtype)
+def build_frozen(model: nn.Module, batch_statistics: bool, dtype: torch.dtype | None = None) -> FrozenTree:
+    """Build the tree whose `frozen` is the frozen model."""
+    norms = norms_by_batch(model) if batch_statistics else []
+    tree = FrozenTree({id(norm): _by_batch(norm) for norm in norms}, dtype)
     tree.frozen = _frozen(model, tree)
     if batch_statistics:
         setattr(tree.frozen, WHOLE_BATCH, True)
     return tree
 
 
-def _norms_by_batch(model: nn.Module) -> list[nn.Module]:
+def norms_by_batch(model: nn.Module) -> list[nn.Module]:
+    """BatchNorms in training mode."""
     return [module for module in model.modules() if isinstance(module, _BatchNorm) and module.training]
-
-
-@dataclass
-class _Contents:
-    """All that a frozen model is made from, except for the values of tensors.
-
-    Attributes:
-        objects: modules, tensors and attributes, which are compared by identity. They are referred to here, so no
-            other object can get the identity of one of them.
-        places: storage and shape of the tensors.
-    """
-
-    objects: list[object]
-    places: list[tuple[object, ...]]
-
-    @staticmethod
-    def of(model: nn.Module) -> _Contents:
-        contents, pending, seen = _Contents([], []), list[Any]([model]), set[int]()
-        while pending:
-            value = pending.pop()
-            contents.objects.append(value)
-            if type(value) in _PLAIN:
-                continue
-            if isinstance(value, torch.Tensor):
-                contents.places.append((value.data_ptr(), value.dtype, value.shape, value.stride()))
-            elif isinstance(value, nn.Module):
-                if id(value) not in seen:
-                    seen.add(id(value))
-                    pending.extend(item for name, item in vars(value).items() if name != "training")
-            elif isinstance(value, MethodType):
-                pending.append(value.__self__)
-            elif type(value) in (list, tuple):
-                pending.extend(value)
-            elif isinstance(value, dict):
-                pending.extend(value)
-                pending.extend(value.values())
-        return contents
-
-    def is_same(self, other: _Contents) -> bool:
-        """Whether a frozen model of one is that of the other after an update."""
-        return (
-            self.places == other.places
-            and len(self.objects) == len(other.objects)
-            and all(map(operator.is_, self.objects, other.objects))
-        )
 
 
 def _by_batch(norm: nn.Module) -> nn.Module:
@@ -175,7 +91,7 @@ def _by_batch(norm: nn.Module) -> nn.Module:
     return copied
 
 
-def _frozen(model: nn.Module, tree: _Tree) -> nn.Module:
+def _frozen(model: nn.Module, tree: FrozenTree) -> nn.Module:
     """Freeze a module once: it may have several places in the tree, or refer to one that contains it."""
     done = tree.done
     if id(model) in done:
@@ -210,7 +126,7 @@ def _frozen(model: nn.Module, tree: _Tree) -> nn.Module:
     return copied
 
 
-def _convert(copied: nn.Module, dtype: torch.dtype, tree: _Tree) -> None:
+def _convert(copied: nn.Module, dtype: torch.dtype, tree: FrozenTree) -> None:
     """Give a frozen module parameters of this type in place of those that it shares with the model."""
     shared = {name: p for name, p in copied._parameters.items() if p is not None}
     own = {name: p.to(dtype) for name, p in shared.items()}
@@ -231,7 +147,7 @@ def _shallow_copy(model: nn.Module) -> nn.Module:
     return copied
 
 
-def _frozen_value(value: Any, tree: _Tree) -> Any:
+def _frozen_value(value: Any, tree: FrozenTree) -> Any:
     """The value of an attribute, with the modules in it frozen; the value itself if there are none."""
     if isinstance(value, nn.Module):
         return _frozen(value, tree)
@@ -311,7 +227,7 @@ def _is_foldable(model: nn.Module, done: dict[int, nn.Module]) -> bool:
     return not any(getattr(module, name) for module in (model, convolution, norm) for name in hooks)
 
 
-def _folded(pair: nn.Sequential, tree: _Tree) -> nn.Sequential:
+def _folded(pair: nn.Sequential, tree: FrozenTree) -> nn.Sequential:
     """The convolution with the BatchNorm in its weights, and in the BatchNorm's place a module that does nothing."""
     folded, copied = copy.copy(pair), copy.copy(pair[0])
     weight, bias = (tensor.to(tree.dtype or tensor.dtype) for tensor in _fused(pair))

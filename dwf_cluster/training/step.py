@@ -18,8 +18,8 @@ from dwf_cluster.data.device import DeviceImages
 from dwf_cluster.defences.loss import Loss
 from dwf_cluster.defences.registry import METHODS, ModelSpec
 from dwf_cluster.determinism import Draws
-from dwf_cluster.models.frozen import FrozenModel
 from dwf_cluster.models.precision import InBfloat16
+from dwf_cluster.models.refresh import FrozenModel
 
 
 @dataclass(frozen=True)
@@ -76,17 +76,20 @@ def train_batch(
         The batch's mean loss, averaged over its optimiser steps, and whether any worker was asked to stop.
 
     Raises:
-        NotLogits: if the loss is not finite.
+        NotLogits: if the loss is not finite, or an attack found the model's outputs wrong, on any worker.
         ValueError: if the method breaks its contract (`defences.registry.Method.losses`).
     """
     model = parallel.module if isinstance(parallel, DistributedDataParallel) else parallel
     means = list[float]()
     for share, name in _backward(spec, parallel, frozen_model, images, batch):
         # The request to stop is reduced with the loss, so all workers see it after the same step.
-        reduced = torch.stack([share, torch.full_like(share, is_stopping)])
+        faults = [fault.to(share.dtype) for fault in frozen_model.faults.values()]
+        reduced = torch.stack([share, torch.full_like(share, is_stopping), *faults])
         if dist.is_initialized():
             dist.all_reduce(reduced)
-        mean, stops = reduced.tolist()
+        mean, stops, *counts = reduced.tolist()  # the step's only wait for the device
+        if message := next((text for text, count in zip(frozen_model.faults, counts, strict=True) if count), None):
+            raise NotLogits(message)
         if not math.isfinite(mean):
             raise NotLogits(f"{name} became {mean}")
         means.append(mean)

@@ -16,8 +16,9 @@ from dwf_cluster.attacks import graph
 from dwf_cluster.attacks.ball import Ball
 from dwf_cluster.attacks.gradient import NotLogits
 from dwf_cluster.attacks.pgd import Iterate, pgd
-from dwf_cluster.models.frozen import FrozenModel
+from dwf_cluster.models.frozen import frozen
 from dwf_cluster.models.mixture import Gate, Mixture
+from dwf_cluster.models.refresh import FrozenModel
 from dwf_cluster.models.resnet import ResNet
 
 LINF = Ball("linf", 0.1)
@@ -104,7 +105,7 @@ def test_no_step_gives_the_start_alone_and_probabilities_are_refused() -> None:
     (only,) = graph.pgd(FrozenModel(_mixture())(), x, y, LINF, step_size=0.02, steps=0)
     assert torch.equal(only.x, x)
     assert only.logits is None
-    probabilities = FrozenModel(nn.Sequential(_mixture(), nn.Softmax(1)))()
+    probabilities = frozen(nn.Sequential(_mixture(), nn.Softmax(1)))
     with pytest.raises(NotLogits):
         list(graph.pgd(probabilities, x, y, LINF, step_size=0.02, steps=2, capture=Captures))
 
