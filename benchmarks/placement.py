@@ -3,8 +3,8 @@
     python benchmarks/placement.py [--hours] [--run]
 
 The first table is the planned timeline of the paper's experiment on 1 to 64 GPUs; `--hours` prints the hours of each
-stage of four presets on one GPU instead. With `--run`, the digits preset is run twice in a temporary folder: the speeds
-of its stages on seed 0 give the plan for seed 1, which is compared with the run of seed 1.
+stage of some experiments on one GPU instead. With `--run`, the digits preset is run twice in a temporary folder: the
+speeds of its stages on seed 0 give the plan for seed 1, which is compared with the run of seed 1.
 """
 
 from __future__ import annotations
@@ -27,7 +27,15 @@ from dwf_cluster.presets import build
 from dwf_cluster.store import tables
 
 GPUS = (1, 2, 4, 8, 9, 16, 32, 64)
-PRESETS = ("cifar10", "svhn", "cifar10-table3", "svhn-table3")
+BFLOAT16 = ("experts.precision=bfloat16", "joint.precision=bfloat16")
+TIMED = {
+    "`cifar10`": ("cifar10", ()),
+    "`cifar10`, trained in bfloat16": ("cifar10", BFLOAT16),
+    "`svhn`": ("svhn", ()),
+    "`cifar10-table3`": ("cifar10-table3", ()),
+    "`svhn-table3`": ("svhn-table3", ()),
+}
+"""Experiments of `--hours`: presets and assignments."""
 
 
 def all_jobs(experiments: Sequence[Experiment], stages: Sequence[str] = STAGES) -> list[Job]:
@@ -66,14 +74,16 @@ def simulate(storage: str) -> None:
 
 def hours(storage: str) -> None:
     """Print the GPU-hours of each stage on one GPU, and what they rest on."""
-    print(f"| preset | {' | '.join(STAGES)} | total |\n|---|{'---:|' * (len(STAGES) + 1)}")
-    for preset in PRESETS:
-        every = all_jobs([build(preset, 0)])
+    print(f"| experiment | {' | '.join(STAGES)} | total |\n|---|{'---:|' * (len(STAGES) + 1)}")
+    lines: dict[str, None] = {}
+    for name, (preset, settings) in TIMED.items():
+        every = all_jobs([build(preset, 0, settings)])
         allocations = allocate(every, Resources(8, 1))
         speeds = Speeds(every, allocations, storage)
         spent = [sum(speeds.seconds(j, allocations[j]) for j in every if j.stage == stage) / 3600 for stage in STAGES]
-        print(f"| `{preset}` | {' | '.join(f'{value:.1f}' for value in (*spent, sum(spent)))} |")
-    print("", *speeds.lines(every), sep="\n")
+        lines |= dict.fromkeys(speeds.lines(every))
+        print(f"| {name} | {' | '.join(f'{value:.1f}' for value in (*spent, sum(spent)))} |")
+    print("", *lines, sep="\n")
 
 
 def run() -> None:

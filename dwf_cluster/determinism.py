@@ -50,10 +50,15 @@ class Draws:
         return [self.generator(f"{purpose} of image {self.first + number}") for number in range(images)]
 
 
-def make_deterministic(threads: int) -> None:
+def make_deterministic(threads: int, *, tf32: bool = False) -> None:
     """Choose deterministic kernels and a fixed number of CPU threads in this process.
 
     Call it before the first use of CUDA and before the first collective operation, which read the environment.
+
+    Args:
+        threads: of the CPU.
+        tf32: whether a GPU's convolutions round their float32 inputs to TF32, 10 bits instead of 23. Products of
+            matrices never do.
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     # Sums computed by NVLink switches (NVLS, on HGX nodes) differ from call to call.
@@ -61,4 +66,8 @@ def make_deterministic(threads: int) -> None:
     torch.use_deterministic_algorithms(True)
     # A debugging aid that costs 3 %.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    # torch's newer setting, `fp32_precision`, changes what its kernels do but not what these report: reading them, as
+    # `torch.backends.cudnn.flags` does, would then be an error. These change both.
+    torch.backends.cudnn.allow_tf32 = tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
     torch.set_num_threads(threads)

@@ -44,6 +44,8 @@ ADDED_LATER = frozenset(
         "pgd.random_start",
         "experts.attack_batchnorm",
         "joint.attack_batchnorm",
+        "experts.precision",
+        "joint.precision",
         "evaluation.norm",
         "evaluation.epsilon",
         "evaluation.step_size",

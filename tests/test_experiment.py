@@ -277,7 +277,16 @@ ASSUMED = {
     *(
         f"{stage}.{name}"
         for stage in ("experts", "joint")
-        for name in ("epochs", "learning_rate", "batch_size", "weight_decay", "momentum", "attack_batchnorm", "keep")
+        for name in (
+            "epochs",
+            "learning_rate",
+            "batch_size",
+            "weight_decay",
+            "momentum",
+            "attack_batchnorm",
+            "keep",
+            "precision",
+        )
     ),
     "evaluation.random_start",
     "evaluation.restarts",

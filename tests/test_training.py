@@ -26,8 +26,8 @@ from dwf_cluster.defences.loss import Frozen, Loss, cross_entropy
 from dwf_cluster.defences.registry import METHODS, ModelSpec
 from dwf_cluster.determinism import Draws
 from dwf_cluster.experiment import Experiment
-from dwf_cluster.models import frozen
-from dwf_cluster.models.frozen import FrozenModel
+from dwf_cluster.models import frozen, refresh
+from dwf_cluster.models.refresh import FrozenModel
 from dwf_cluster.presets import build
 from dwf_cluster.store import Store, checkpoints, tables
 from dwf_cluster.training.loop import NonFiniteLoss, Stopped, train
@@ -216,16 +216,17 @@ def test_restored_momentum_has_the_strides_of_its_parameter(
 def test_training_without_an_attack_builds_no_frozen_model(
     tiny: Experiment, images: Images, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    build_frozen = mock.Mock(wraps=frozen._build)
-    refresh = mock.create_autospec(FrozenModel._refreshed, side_effect=FrozenModel._refreshed)
-    monkeypatch.setattr(frozen, "_build", build_frozen)
-    monkeypatch.setattr(FrozenModel, "_refreshed", refresh)
+    build_frozen = mock.Mock(wraps=frozen.build_frozen)
+    refreshed = mock.create_autospec(FrozenModel._refreshed, side_effect=FrozenModel._refreshed)
+    for module in (frozen, refresh):
+        monkeypatch.setattr(module, "build_frozen", build_frozen)
+    monkeypatch.setattr(FrozenModel, "_refreshed", refreshed)
     _train(tiny, images, store, "benign")
     epochs, steps = 3, 9
-    assert (build_frozen.call_count, refresh.call_count) == (epochs, 0)  # for the probe after each epoch
+    assert (build_frozen.call_count, refreshed.call_count) == (epochs, 0)  # for the probe after each epoch
     _train(build("digits", 0, [*TINY, "experts.accumulation=2"]), images, store, "pgd-1")
     assert build_frozen.call_count == epochs + epochs + 1  # built once, and for the probes
-    assert refresh.call_count == steps  # once a step, however many parts the batch has
+    assert refreshed.call_count == steps  # once a step, however many parts the batch has
 
 
 @pytest.mark.parametrize("parts", [2, 5])

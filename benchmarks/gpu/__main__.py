@@ -37,14 +37,13 @@ def versions(setup: Setup) -> Iterator[Row]:
     for name, version in installed(setup).items():
         yield Row(name, version)
     yield Row("deterministic algorithms", torch.are_deterministic_algorithms_enabled())
-    cudnn: Any = torch.backends.cudnn
-    yield Row("float32 convolutions of a GPU", str(cudnn.conv.fp32_precision))
-    yield Row("float32 products of a GPU", str(torch.backends.cuda.matmul.fp32_precision))
+    yield Row("TF32 in convolutions, where nothing else is said", torch.backends.cudnn.allow_tf32)
+    yield Row("TF32 in matrix products", torch.backends.cuda.matmul.allow_tf32)
 
 
 def training(setup: Setup) -> Iterator[Row]:
     """A step of the product's training loop, in each precision that it can train in."""
-    for precision in correctness.training_precisions():
+    for precision in correctness.TRAINING_PRECISIONS:
         yield from speed.training(setup, precision)
 
 
@@ -82,7 +81,7 @@ def measured_speeds(setup: Setup, sections: Mapping[str, Sequence[Row]]) -> list
         return []
     device, today = ("gpu" if setup.is_cuda else "cpu"), datetime.now(timezone.utc).date().isoformat()
     measured = list[tuple[str, str, float]]()
-    for precision in correctness.training_precisions():
+    for precision in correctness.TRAINING_PRECISIONS:
         for stage, name in ((EXPERTS, "pgd-1"), (JOINT, "mixture")):
             for row in sections.get("training", ()):
                 if row.what == speed.step_title(setup, name, precision):
@@ -121,7 +120,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"--sections: {unknown[0]!r} cannot be used: allowed are {', '.join(SECTIONS)}")
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device: 'cuda' cannot be used: PyTorch sees no GPU; allowed is cpu")
-    make_deterministic(1)  # as the product's trainings
+    make_deterministic(1)  # as the product's evaluations; `float32_as` makes the flags of its trainings
     setup = Setup(torch.device(options.device), options.quick)
     sections, failed = dict[str, list[Row]](), list[str]()
     for name in chosen:

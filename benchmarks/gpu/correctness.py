@@ -22,7 +22,6 @@ from dwf_cluster.data import sources
 from dwf_cluster.data.device import DeviceImages, to_float
 from dwf_cluster.data.registry import DATASETS, Sizes
 from dwf_cluster.defences.build import untrained
-from dwf_cluster.defences.settings import Training
 from dwf_cluster.evaluation.registry import PAPER
 from dwf_cluster.evaluation.run import evaluate
 from dwf_cluster.experiment import Experiment
@@ -35,13 +34,7 @@ from dwf_cluster.training.loop import Stopped, Task, train
 from dwf_cluster.training.probe import Probe
 
 MODEL = "pgd-1"
-PRECISION_FIELD = "precision"
-"""The field of a training that chooses its precision, if this version has it."""
-
-
-def training_precisions() -> tuple[str, ...]:
-    """The precisions that this version can train in."""
-    return (FLOAT32, "bfloat16") if PRECISION_FIELD in Training.model_fields else (FLOAT32,)
+TRAINING_PRECISIONS = (FLOAT32, "bfloat16")
 
 
 def _trained(
@@ -50,14 +43,14 @@ def _trained(
     model = untrained(experiment.spec(MODEL), images.format, experiment.seed, {}).to(setup.device)
     probe = Probe(experiment.threat, 1, 2)
     task = Task(experiment.spec(MODEL), EXPERTS, experiment.seed, probe, 60.0, store, **options)
-    return train(task, model, DeviceImages(images, experiment.data, setup.device))
+    with float32_as("tf32"):
+        return train(task, model, DeviceImages(images, experiment.data, setup.device))
 
 
 def resume(setup: Setup) -> Iterator[Row]:
     """A training that stops in the middle of an epoch and resumes, against one that does not stop."""
-    for precision in training_precisions():
-        chosen = () if precision == FLOAT32 else (f"experts.{PRECISION_FIELD}={precision}",)
-        experiment = setup.experiment("experts.epochs=2", *chosen)
+    for precision in TRAINING_PRECISIONS:
+        experiment = setup.experiment("experts.epochs=2", f"experts.precision={precision}")
         images, steps = setup.random_images(2 if setup.quick else 4), itertools.count(1)
         with tempfile.TemporaryDirectory() as folder:
             whole, stopped = (Store(folder, name, labels=experiment.labels) for name in ("whole", "stopped"))
@@ -101,11 +94,9 @@ def accuracy(setup: Setup) -> Iterator[Row]:
     steps, examples = (2, 16) if setup.quick else (50, 2000)
     x, y = to_float(torch.tensor(images.x_test[:examples])).to(setup.device), torch.tensor(images.y_test[:examples])
     y = y.to(setup.device)
-    for precision in training_precisions():
-        experiment = base
-        if precision != FLOAT32:
-            changed = base.experts.model_copy(update={PRECISION_FIELD: precision})
-            experiment = base.model_copy(update={"experts": changed})
+    for precision in TRAINING_PRECISIONS:
+        changed = base.experts.model_copy(update={"precision": precision})
+        experiment = base.model_copy(update={"experts": changed})
         with tempfile.TemporaryDirectory() as folder:
             clock = time.perf_counter()
             model = _trained(setup, experiment, images, Store(folder, "benchmark", labels=experiment.labels)).eval()
@@ -118,8 +109,6 @@ def accuracy(setup: Setup) -> Iterator[Row]:
             yield Row(f"trained in {precision}: {attack}", 100 * float(correct.double().mean()), "% correct")
         if precision == FLOAT32:
             yield _evaluation_speed(setup, experiment, model, images)
-    if len(training_precisions()) == 1:
-        yield Row("trained in bfloat16", "nothing: this version trains in float32 only")
 
 
 def _attacked_images(
@@ -137,7 +126,10 @@ EVALUATION_SPEED = "evaluation, planned operations"
 
 
 def _evaluation_speed(setup: Setup, experiment: Experiment, model: nn.Module, images: sources.Images) -> Row:
-    """Of the 17 columns on a trained expert; images that are fooled early count in full, as in the plan."""
+    """Of the 17 columns on a trained expert, as an evaluation computes them.
+
+    Images that are fooled early count in full, as in the plan.
+    """
     examples = len(images.x_test) if setup.quick else min(2048, len(images.x_test))
     sizes = Sizes(1, examples, images.shape)
     planned = [job for job in jobs(experiment, EVALUATE, sizes) if (job.model, job.suite) == (MODEL, PAPER)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import statistics
 import time
 import warnings
@@ -18,14 +17,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dwf_cluster.attacks.ball import Ball
 from dwf_cluster.attacks.gradient import differentiate
+from dwf_cluster.attacks.graph import GraphCapture
 from dwf_cluster.data.registry import Shape
 from dwf_cluster.data.sources import Images
 from dwf_cluster.defences.build import untrained
 from dwf_cluster.defences.registry import ModelSpec
 from dwf_cluster.experiment import Experiment
-from dwf_cluster.models.frozen import frozen
-from dwf_cluster.models.mixture import Gated
-from dwf_cluster.models.resnet import Normalize
+from dwf_cluster.models.refresh import FrozenModel
 
 WARM_UPS = 3
 PRECISIONS = ("ieee", "tf32", "bf16")
@@ -142,24 +140,13 @@ class Setup:
         end.synchronize()
         return float(begin.elapsed_time(end))
 
-    def captured(self, work: Callable[[], object]) -> Callable[[], object]:
+    def captured(self, work: Callable[[], None]) -> Callable[[], None]:
         """The kernels that `work` launches as one CUDA graph; on a CPU, which has none, `work` itself.
 
         Args:
             work: computes on the same tensors at each call, and never waits for the device.
         """
-        if not self.is_cuda:
-            return work
-        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(WARM_UPS):
-                work()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            work()
-        return graph.replay
+        return GraphCapture()(work) if self.is_cuda else work
 
 
 class Iteration:
@@ -193,38 +180,26 @@ def random_batch(setup: Setup, count: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @contextmanager
-def float32_as(precision: str) -> Iterator[None]:
-    """Compute float32 products and convolutions of GPUs with TF32 (`tf32`), or without (`ieee`, `bf16`)."""
-    cudnn: Any = torch.backends.cudnn
-    flags: tuple[Any, ...] = (torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn)
-    before = [flag.fp32_precision for flag in flags]
-    for flag in flags:
-        flag.fp32_precision = "tf32" if precision == "tf32" else "ieee"
+def float32_as(precision: str, *, products: bool = False) -> Iterator[None]:
+    """Compute a GPU's float32 convolutions with TF32 (`tf32`), or without (`ieee`, `bf16`).
+
+    Args:
+        precision: one of `PRECISIONS`.
+        products: matrix products too; else without TF32, as the product's.
+    """
+    # torch's newer `fp32_precision` must not be mixed with these, which other code reads.
+    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    torch.backends.cuda.matmul.allow_tf32 = products and precision == "tf32"
     try:
         yield
     finally:
-        for flag, value in zip(flags, before, strict=True):
-            flag.fp32_precision = value
+        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def attacked(model: nn.Module, precision: str) -> nn.Module:
-    """The model as attacks see it; with `bf16` the convolutions of its networks are in bfloat16.
-
-    Normalisation, last layer, gate and loss stay in float32: near 1 the spacing of bfloat16 pixels is half a step.
-    """
-    view = frozen(model)
-    if precision != "bf16":
-        return view
-    view = copy.deepcopy(view)
-    for network in view.experts if isinstance(view, Gated) else (view,):
-        for module in network.modules():
-            if isinstance(module, nn.Conv2d):
-                module.bfloat16()
-            elif isinstance(module, Normalize):
-                module.register_forward_hook(lambda module, inputs, output: output.bfloat16())
-            elif isinstance(module, nn.Linear):
-                module.register_forward_pre_hook(lambda module, inputs: (inputs[0].float(),))
-    return view
+    """The model as attacks of a training in this precision see it, one of `PRECISIONS`."""
+    return FrozenModel(model, dtype=torch.bfloat16 if precision == "bf16" else None)()
 
 
 class _Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu.measure import Iteration, Row, Setup, attacked, random_batch
+from benchmarks.gpu.measure import Iteration, Row, Setup, attacked, float32_as, random_batch
 from benchmarks.gpu.speed import BALL, STEP_SIZE
 from dwf_cluster.determinism import make_deterministic
 
@@ -72,12 +72,13 @@ def _attack(setup: Setup, barrier: Any, results: Any) -> None:
     experiment = setup.experiment()
     view = attacked(setup.model(experiment, experiment.spec("benign")), "tf32")
     work = Iteration(view, *random_batch(setup, setup.batch), BALL, STEP_SIZE)
-    setup.milliseconds(work)
-    barrier.wait(timeout=300)
     iterations = 3 if setup.quick else 500
-    clock = time.perf_counter()
-    for _ in range(iterations):
-        work()
-    if setup.is_cuda:
-        torch.cuda.synchronize()
-    results.put((iterations * setup.batch, time.perf_counter() - clock))
+    with float32_as("tf32"):
+        setup.milliseconds(work)
+        barrier.wait(timeout=300)
+        clock = time.perf_counter()
+        for _ in range(iterations):
+            work()
+        if setup.is_cuda:
+            torch.cuda.synchronize()
+        results.put((iterations * setup.batch, time.perf_counter() - clock))

@@ -24,12 +24,12 @@ from benchmarks.gpu.measure import (
 )
 from dwf_cluster.attacks.ball import Ball
 from dwf_cluster.data.device import DeviceImages
-from dwf_cluster.defences.registry import METHODS
+from dwf_cluster.defences.registry import METHODS, ModelSpec
 from dwf_cluster.experiment import Experiment
 from dwf_cluster.models.frozen import frozen
 from dwf_cluster.models.mixture import Experts, Mixture
 from dwf_cluster.plan.jobs import EVALUATE, EXPERTS, JOINT, STAGES, forward_flops
-from dwf_cluster.plan.speeds import FLOAT32, kernel_count, recorded
+from dwf_cluster.plan.speeds import kernel_count, recorded
 from dwf_cluster.store import Store, checkpoints
 from dwf_cluster.training.loop import Task, train
 from dwf_cluster.training.probe import Probe, run_probe
@@ -45,7 +45,7 @@ def ceilings(setup: Setup) -> Iterator[Row]:
         ("float32 with TF32", torch.float32, "tf32", None),
     ):
         a, b = (torch.randn(n, n, device=setup.device, dtype=dtype) for _ in range(2))
-        with float32_as(precision):
+        with float32_as(precision, products=True):
             milliseconds = setup.milliseconds(lambda a=a, b=b: a @ b)  # type: ignore[misc]
         yield Row(f"product of {n}x{n} matrices, {name}", 2e-9 * n**3 / milliseconds, "TFLOP/s", predicted)
     source = torch.empty(2**20 if setup.quick else 2**30, dtype=torch.uint8, device=setup.device)
@@ -55,10 +55,10 @@ def ceilings(setup: Setup) -> Iterator[Row]:
 
 
 def _train(setup: Setup, experiment: Experiment, name: str, steps: int) -> list[float]:
-    """Train a model on random images, one epoch of `steps` steps after another; seconds of each epoch."""
+    """Train a model on random images with TF32, in epochs of `steps` steps; seconds of each epoch."""
     spec, seconds = experiment.spec(name), list[float]()
     images = DeviceImages(setup.random_images(steps), experiment.data, setup.device)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, float32_as("tf32"):
         store = Store(folder, "benchmark", labels=experiment.labels)
         probe = Probe(experiment.threat, 1, 2)
         stage = JOINT if spec.parents else EXPERTS
@@ -70,14 +70,14 @@ def _train(setup: Setup, experiment: Experiment, name: str, steps: int) -> list[
     return seconds
 
 
-def training(setup: Setup, precision: str = FLOAT32) -> Iterator[Row]:
+def training(setup: Setup, precision: str) -> Iterator[Row]:
     """A step of the product's training loop.
 
     Args:
         setup: device and sizes.
         precision: of experts and joint stage.
     """
-    in_precision = () if precision == FLOAT32 else (f"experts.precision={precision}", f"joint.precision={precision}")
+    in_precision = (f"experts.precision={precision}", f"joint.precision={precision}")
     long, short = (2, 1) if setup.quick else (20, 10)
     for name, epochs in (("benign", 3), ("fgsm-1", 3), ("pgd-1", 3), ("mixture", 2)):
         settings = [f"{stage}.epochs={1 if setup.quick else epochs}" for stage in ("experts", "joint")]
@@ -85,8 +85,7 @@ def training(setup: Setup, precision: str = FLOAT32) -> Iterator[Row]:
         steps = short if name == "mixture" else long
         *_, seconds = _train(setup, experiment, name, steps)  # the first epochs warm up
         title = step_title(setup, name, precision)
-        predicted = _planned_milliseconds(name) if precision == FLOAT32 else None
-        yield Row(title, 1000 * seconds / steps, "ms", predicted)
+        yield Row(title, 1000 * seconds / steps, "ms", _planned_milliseconds(name, precision))
         once = setup.experiment("experts.epochs=1", "joint.epochs=1", *in_precision)
         one, two = (functools.partial(_train, setup, once, name, n) for n in (1, 2))
         yield Row(f"{title}: kernels", kernels(two, setup.device) - kernels(one, setup.device))
@@ -108,11 +107,11 @@ def step_flop(setup: Setup, name: str) -> float:
     return METHODS[spec.method].passes(spec) * forward_flops(spec, setup.shape) * spec.training.batch_size
 
 
-def _planned_milliseconds(name: str) -> float:
+def _planned_milliseconds(name: str, precision: str) -> float:
     """What the plan's recorded speeds of a GPU say of a step at full size."""
     setup = Setup(torch.device("cpu"), quick=False)
     spec = setup.experiment().spec(name)
-    speed = recorded("gpu")[JOINT if spec.parents else EXPERTS, FLOAT32]
+    speed = recorded("gpu")[JOINT if spec.parents else EXPERTS, precision]
     launched = METHODS[spec.method].passes(spec) / (2 * spec.networks) * kernel_count(spec.networks)
     return float(f"{1000 * max(step_flop(setup, name) / speed.flops, launched * speed.launch):.3g}")
 
@@ -240,12 +239,22 @@ def _wall_milliseconds(work: Callable[[], object]) -> float:
 
 
 def launch_microseconds(setup: Setup) -> dict[str, float]:
-    """Time of the host to launch one kernel, by stage: of an iteration on so few images that nothing else counts."""
+    """Time that a kernel takes at least, by stage: of an iteration on so few images that nothing else counts.
+
+    Trainings replay a CUDA graph of it, evaluations launch its kernels one by one.
+    """
     if not setup.is_cuda:
         return dict.fromkeys(STAGES, 0.0)
-    experiment, times = setup.experiment(), dict[str, float]()
-    for stage, spec in ((EXPERTS, experiment.spec("benign")), (JOINT, experiment.defended)):
-        work = Iteration(frozen(setup.model(experiment, spec)), *random_batch(setup, 2), BALL, STEP_SIZE)
-        milliseconds = setup.milliseconds(work, 10)
-        times[stage] = 1000 * milliseconds / kernel_count(spec.networks)
-    return {**times, EVALUATE: times[EXPERTS]}
+    # A GPU computes two images in less time than their kernels take to launch, in any precision.
+    experiment = setup.experiment()
+
+    def of(spec: ModelSpec, captured: Callable[[Callable[[], None]], Callable[[], None]]) -> float:
+        work = captured(Iteration(frozen(setup.model(experiment, spec)), *random_batch(setup, 2), BALL, STEP_SIZE))
+        return 1000 * setup.milliseconds(work, 10) / kernel_count(spec.networks)
+
+    expert, mixture = experiment.spec("benign"), experiment.defended
+    return {
+        EXPERTS: of(expert, setup.captured),
+        JOINT: of(mixture, setup.captured),
+        EVALUATE: of(expert, lambda work: work),
+    }

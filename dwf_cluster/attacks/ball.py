@@ -31,11 +31,15 @@ class Ball:
     def project(self, x: torch.Tensor, moved: torch.Tensor) -> torch.Tensor:
         """The nearest allowed point to each of `moved` (for L2 and L1: to the ball first, then to [0, 1])."""
         if self.norm == "linf":
-            return moved.clamp((x - self.epsilon).clamp(min=0), (x + self.epsilon).clamp(max=1))
+            return moved.clamp(*self.bounds(x))
         change = moved - x
         if self.norm == "l1":
             return (x + project_to_l1(change, self.epsilon)).clamp(0, 1)
         return (x + change * (self.epsilon / _length(change)).clamp(max=1)).clamp(0, 1)
+
+    def bounds(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """In L-infinity: smallest and largest allowed values, each of x's shape."""
+        return (x - self.epsilon).clamp(min=0), (x + self.epsilon).clamp(max=1)
 
     def direction(self, gradient: torch.Tensor, at: torch.Tensor | None = None) -> torch.Tensor:
         """Steepest ascent by one unit of the norm: the sign, or the gradient at length one.

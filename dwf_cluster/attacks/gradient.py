@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dwf_cluster.models.frozen import WHOLE_BATCH
+from dwf_cluster.models.frozen import FAULTS, WHOLE_BATCH
 
 Objective = Callable[[nn.Module, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 """(model, images, labels) -> what an attack makes large, shape (n,), and the logits, shape (n, classes)."""
@@ -76,7 +76,8 @@ def differentiate(
         image, shape (n,), and logits, shape (n, classes), of the last pass.
 
     Raises:
-        NotLogits: if the outputs are not finite, or each row looks like a probability distribution.
+        NotLogits: if the outputs are not finite, or each row looks like a probability distribution; of a model that
+            collects its faults (`report`), the training step raises it.
     """
     gradients, losses, outputs = [], [], []
     for images, labels in _chunks(model, x, y):
@@ -87,7 +88,7 @@ def differentiate(
                 loss, logits = objective(model, leaf, labels)
                 total = total + loss.sum()
             if check:
-                check_logits(logits)
+                check_logits(model, logits)
             # No path to the pixels means no gradient; the checks for gradient masking report that.
             (gradient,) = torch.autograd.grad(total, leaf, allow_unused=True) if total.requires_grad else (None,)
             gradient = torch.zeros_like(leaf) if gradient is None else gradient
@@ -105,23 +106,39 @@ def predict(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """
     with torch.no_grad():
         logits = torch.cat([model(images) for images, _ in _chunks(model, x, x)])
-    check_logits(logits)
+    check_logits(model, logits)
     return logits
 
 
-def check_logits(logits: torch.Tensor) -> None:
-    """Raise `NotLogits` unless `logits`, shape (n, classes), are finite and no probabilities."""
-    if not bool(logits.detach().isfinite().all()):
-        raise NotLogits("the model's outputs contain NaN or infinity")
-    if look_like_probabilities(logits):
-        raise NotLogits("the model's outputs are probabilities; attacks need logits")
+def check_logits(model: nn.Module, logits: torch.Tensor) -> None:
+    """Report unless a model's `logits`, shape (n, classes), are finite and no probabilities."""
+    logits = logits.detach()
+    report(model, "the model's outputs contain NaN or infinity", ~logits.isfinite().all())
+    report(model, "the model's outputs are probabilities; attacks need logits", _are_probabilities(logits))
+
+
+def report(model: nn.Module, message: str, is_wrong: torch.Tensor) -> None:
+    """Raise `NotLogits` with this message if something is wrong with a frozen model, shape ().
+
+    Reading a value from a GPU makes the host wait for it. So a model that is trained collects what is wrong
+    (`FrozenModel.faults`), and the training step reads it with its loss.
+    """
+    faults = getattr(model, FAULTS, None)
+    if faults is not None:
+        faults[message] = faults[message] | is_wrong if message in faults else is_wrong
+    elif bool(is_wrong):
+        raise NotLogits(message)
 
 
 def look_like_probabilities(logits: torch.Tensor) -> bool:
     """Whether every row, of more than one class, is non-negative and sums to one."""
-    logits = logits.detach()
+    return bool(_are_probabilities(logits.detach()))
+
+
+def _are_probabilities(logits: torch.Tensor) -> torch.Tensor:
     sums = logits.sum(1)
-    return logits.shape[1] > 1 and bool((logits >= 0).all()) and torch.allclose(sums, torch.ones_like(sums), atol=1e-4)
+    are_ones = torch.isclose(sums, torch.ones_like(sums), atol=1e-4)
+    return ((logits >= 0).all() & are_ones.all()) if logits.shape[1] > 1 else torch.zeros_like(are_ones).any()
 
 
 def _chunks(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

@@ -70,6 +70,9 @@ def run_job(job: Job, store: Store, images: ray.ObjectRef, allocation: Allocatio
     gpus = allocation.gpus * max(1, allocation.workers)
     log = failures.logged(store, job.file)
     with log, recorded(store, columns, job.file, gpus, None if allocation.gpus else "cpu") as row:
+        if allocation.gpus:
+            row["tf32"] = _uses_tf32(job)
+            row["cudnn_version"] = str(torch.backends.cudnn.version())  # type: ignore[no-untyped-call]
         try:
             if not job.is_training:
                 _evaluate(job, store, images, allocation, control)
@@ -124,9 +127,14 @@ def _fit(loop: Callable[[], None], job: Job, store: Store, allocation: Allocatio
     ).fit()
 
 
+def _uses_tf32(job: Job) -> bool:
+    """Whether a GPU's convolutions may use TF32: where weights are trained, and not where a model is measured."""
+    return job.is_training and job.spec.method != WEIGHTS
+
+
 def _train(job: Job, store: Store, images: ray.ObjectRef, allocation: Allocation, control: Any) -> None:
     """Train a model in one worker of a Train run."""
-    make_deterministic(allocation.cpus)
+    make_deterministic(allocation.cpus, tf32=_uses_tf32(job))
     device = _claim(control, job, ray.train.get_context().get_world_rank(), allocation)
     experiment, arrays = job.experiment, _get(images)
     evaluation = experiment.evaluation
@@ -163,7 +171,7 @@ def _train(job: Job, store: Store, images: ray.ObjectRef, allocation: Allocation
 
 
 def _evaluate(job: Job, store: Store, images: ray.ObjectRef, allocation: Allocation, control: Any) -> None:
-    make_deterministic(allocation.cpus)
+    make_deterministic(allocation.cpus, tf32=_uses_tf32(job))
     device = _claim(control, job, 0, allocation)
     experiment, arrays = job.experiment, _get(images)
     assert job.suite is not None

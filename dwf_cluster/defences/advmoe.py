@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from dwf_cluster.attacks.ball import Ball, draw
-from dwf_cluster.attacks.gradient import NotLogits
+from dwf_cluster.attacks.gradient import report
 from dwf_cluster.attacks.pgd import pgd
 from dwf_cluster.data.registry import ImageFormat
 from dwf_cluster.defences.loss import START_NOISE, Frozen, Loss, concatenated, divergence, trades
@@ -94,8 +94,7 @@ def attack(spec: ModelSpec, model: nn.Module, x: torch.Tensor, draws: Draws, pur
     advmoe = model  # of this type in `objective` too, whose own parameter is any module
     with torch.no_grad():
         scores = advmoe.gate.scores(x)
-        if not bool(scores.isfinite().all()):
-            raise NotLogits("the router's scores contain NaN or infinity")
+        report(model, "the router's scores contain NaN or infinity", ~scores.isfinite().all())
         logits = advmoe.routed(x, scores)
     classes = logits.shape[1]
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
+from dwf_cluster.attacks import graph
 from dwf_cluster.attacks import pgd as attacks
 from dwf_cluster.attacks.ball import Ball
 from dwf_cluster.defences.registry import ModelSpec
@@ -25,7 +26,8 @@ def fgsm_epsilon(spec: ModelSpec, draws: Draws) -> float:
 
 
 def pgd(spec: ModelSpec, model: nn.Module, x: torch.Tensor, y: torch.Tensor, draws: Draws) -> Iterator[attacks.Iterate]:
-    """PGD's iterates, with a number of iterations and a step size that are drawn for the batch.
+    """The first and the last of PGD's iterates, and perhaps those between; the number of iterations and the step size
+    are drawn for the batch.
 
     Options: `epsilon`; `steps` and `step_sizes` to draw from; `random_start`: each image starts at a point of its ball
     that is drawn for this image.
@@ -37,7 +39,8 @@ def pgd(spec: ModelSpec, model: nn.Module, x: torch.Tensor, y: torch.Tensor, dra
         draws: of the part.
     """
     ball = Ball("linf", spec.option("epsilon"))
-    return attacks.pgd(
+    attack = graph.pgd if graph.is_used(model, x) else attacks.pgd
+    return attack(
         model,
         x,
         y,

@@ -53,6 +53,9 @@ class Training(Settings):
     """How BatchNorm normalises while the model is attacked in training: `eval` with its running statistics, `train`
     with those of the images under attack, as in a training step; the attack changes no statistics. Our assumption:
     `eval`, the mode in which the model is evaluated."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Of the convolutions in training and in its attacks. Weights, momentum, pixels, linear layers, losses and the
+    evaluation are float32 in any case. `bfloat16` is for GPUs. Our assumption: `float32`."""
 
     @property
     def of_a_model(self) -> Training:

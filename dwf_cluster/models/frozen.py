@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import operator
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from types import MethodType
@@ -17,6 +16,7 @@ from torch.nn.utils import fuse_conv_bn_weights
 
 from dwf_cluster.models.exchange import ExchangedExperts, owned
 from dwf_cluster.models.mixture import Experts
+from dwf_cluster.models.precision import cast_inputs
 
 _SMALL = 2**15
 """Values of a first feature map, over a batch, up to which a CPU is faster with all experts in one pass. Measured
@@ -27,7 +27,8 @@ _OWN = frozenset(vars(nn.Module()))
 
 _NOTHING = nn.Identity().eval()
 
-_PLAIN = frozenset({bool, int, float, str, type(None)})
+FAULTS = "_faults"
+"""Attribute of a frozen model whose faults are collected: `models.refresh.FrozenModel.faults`."""
 
 WHOLE_BATCH = "_uses_whole_batch"
 """Attribute of a frozen model whose outputs depend on the batch: attacks must not cut the batch."""
@@ -46,121 +47,40 @@ def frozen(model: nn.Module, *, batch_statistics: bool = False) -> nn.Module:
         batch_statistics: BatchNorm that is in training mode normalises with the statistics of the batch under attack,
             as a training step does, and is not folded; no statistics change.
     """
-    return _build(model, batch_statistics).frozen
-
-
-class FrozenModel:
-    """The frozen model of a model that is trained: built when it is first asked for, later refreshed in place.
-
-    A call returns the frozen model (`frozen`) of the model as it was at the first call after `expire`. It is the same
-    module with the same tensors each time, unless the model has other modules, attributes or storage than before.
-
-    Args:
-        model: that is trained.
-        batch_statistics: as of `frozen`.
-    """
-
-    def __init__(self, model: nn.Module, *, batch_statistics: bool = False) -> None:
-        self._model, self._batch_statistics = model, batch_statistics
-        self._tree: _Tree | None = None
-        self._contents: _Contents | None = None
-        self._is_current = False
-
-    def __call__(self) -> nn.Module:
-        if self._tree is None or not self._is_current:
-            self._tree = self._refreshed()
-            self._is_current = True
-        return self._tree.frozen
-
-    def expire(self) -> None:
-        """Let the next call refresh the frozen model: the model has changed."""
-        self._is_current = False
-
-    def _refreshed(self) -> _Tree:
-        contents = _Contents.of(self._model)
-        if self._batch_statistics:  # these depend on modes
-            contents.objects.extend(_norms_by_batch(self._model))
-        old, self._contents = self._contents, contents
-        if self._tree is None or old is None or self._tree.is_copied or not contents.is_same(old):
-            return _build(self._model, self._batch_statistics)
-        with torch.no_grad():
-            for update in self._tree.updates:
-                update()
-        return self._tree
+    return build_frozen(model, batch_statistics).frozen
 
 
 @dataclass
-class _Tree:
+class FrozenTree:
     """A frozen module tree, while it is built and after.
 
     Attributes:
         done: frozen modules by the `id` of the original; BatchNorm without running statistics is not folded.
+        dtype: of convolutions (`models.precision`); None: their own.
         updates: functions that compute all tensors again which are not the model's own, in place.
         is_copied: whether it has tensors that nothing updates.
     """
 
     done: dict[int, nn.Module]
+    dtype: torch.dtype | None = None
     updates: list[Callable[[], None]] = field(default_factory=list)
     is_copied: bool = False
     frozen: nn.Module = field(init=False)
 
 
-def _build(model: nn.Module, batch_statistics: bool) -> _Tree:
-    norms = _norms_by_batch(model) if batch_statistics else []
-    tree = _Tree({id(norm): _by_batch(norm) for norm in norms})
+def build_frozen(model: nn.Module, batch_statistics: bool, dtype: torch.dtype | None = None) -> FrozenTree:
+    """Build the tree whose `frozen` is the frozen model."""
+    norms = norms_by_batch(model) if batch_statistics else []
+    tree = FrozenTree({id(norm): _by_batch(norm) for norm in norms}, dtype)
     tree.frozen = _frozen(model, tree)
     if batch_statistics:
         setattr(tree.frozen, WHOLE_BATCH, True)
     return tree
 
 
-def _norms_by_batch(model: nn.Module) -> list[nn.Module]:
+def norms_by_batch(model: nn.Module) -> list[nn.Module]:
+    """BatchNorms in training mode."""
     return [module for module in model.modules() if isinstance(module, _BatchNorm) and module.training]
-
-
-@dataclass
-class _Contents:
-    """All that a frozen model is made from, except for the values of tensors.
-
-    Attributes:
-        objects: modules, tensors and attributes, which are compared by identity. They are referred to here, so no
-            other object can get the identity of one of them.
-        places: storage and shape of the tensors.
-    """
-
-    objects: list[object]
-    places: list[tuple[object, ...]]
-
-    @staticmethod
-    def of(model: nn.Module) -> _Contents:
-        contents, pending, seen = _Contents([], []), list[Any]([model]), set[int]()
-        while pending:
-            value = pending.pop()
-            contents.objects.append(value)
-            if type(value) in _PLAIN:
-                continue
-            if isinstance(value, torch.Tensor):
-                contents.places.append((value.data_ptr(), value.dtype, value.shape, value.stride()))
-            elif isinstance(value, nn.Module):
-                if id(value) not in seen:
-                    seen.add(id(value))
-                    pending.extend(item for name, item in vars(value).items() if name != "training")
-            elif isinstance(value, MethodType):
-                pending.append(value.__self__)
-            elif type(value) in (list, tuple):
-                pending.extend(value)
-            elif isinstance(value, dict):
-                pending.extend(value)
-                pending.extend(value.values())
-        return contents
-
-    def is_same(self, other: _Contents) -> bool:
-        """Whether a frozen model of one is that of the other after an update."""
-        return (
-            self.places == other.places
-            and len(self.objects) == len(other.objects)
-            and all(map(operator.is_, self.objects, other.objects))
-        )
 
 
 def _by_batch(norm: nn.Module) -> nn.Module:
@@ -172,7 +92,7 @@ def _by_batch(norm: nn.Module) -> nn.Module:
     return copied
 
 
-def _frozen(model: nn.Module, tree: _Tree) -> nn.Module:
+def _frozen(model: nn.Module, tree: FrozenTree) -> nn.Module:
     """Freeze a module once: it may have several places in the tree, or refer to one that contains it."""
     done = tree.done
     if id(model) in done:
@@ -198,7 +118,25 @@ def _frozen(model: nn.Module, tree: _Tree) -> nn.Module:
     copied.__dict__["_parameters"] = {n: p if p is None else p.detach() for n, p in model._parameters.items()}
     copied.__dict__["_buffers"] = dict(model._buffers)
     copied.training = False
+    if tree.dtype is not None:
+        if type(model) is nn.Conv2d:
+            _convert(copied, tree.dtype, tree)
+        if model._parameters and not isinstance(model, _BatchNorm):  # which takes inputs of any type
+            cast_inputs(copied)
     return copied
+
+
+def _convert(copied: nn.Module, dtype: torch.dtype, tree: FrozenTree) -> None:
+    """Give a frozen module parameters of this type in place of those that it shares with the model."""
+    shared = {name: p for name, p in copied._parameters.items() if p is not None}
+    own = {name: p.to(dtype) for name, p in shared.items()}
+    copied.__dict__["_parameters"] = {**copied._parameters, **own}
+
+    def update() -> None:
+        for name, tensor in own.items():
+            tensor.copy_(shared[name])
+
+    tree.updates.append(update)
 
 
 def _shallow_copy(model: nn.Module) -> nn.Module:
@@ -209,7 +147,7 @@ def _shallow_copy(model: nn.Module) -> nn.Module:
     return copied
 
 
-def _frozen_value(value: Any, tree: _Tree) -> Any:
+def _frozen_value(value: Any, tree: FrozenTree) -> Any:
     """The value of an attribute, with the modules in it frozen; the value itself if there are none."""
     if isinstance(value, nn.Module):
         return _frozen(value, tree)
@@ -226,7 +164,7 @@ def _frozen_value(value: Any, tree: _Tree) -> Any:
     return value
 
 
-def _frozen_experts(experts: Experts, tree: _Tree) -> Experts:
+def _frozen_experts(experts: Experts, tree: FrozenTree) -> Experts:
     if isinstance(experts, ExchangedExperts):
         own = owned(len(experts))
         modules = (_frozen(expert, tree) if number in own else _NOTHING for number, expert in enumerate(experts))
@@ -245,10 +183,13 @@ class _FrozenExperts(Experts):
         super().__init__(experts)
         self.training = False
         shapes = [{name: tensor.shape for name, tensor in _state(expert).items()} for expert in self]
-        kernels = [shape for shape in shapes[0].values() if len(shape) == 4]
+        kernels = [tensor for tensor in _state(self[0]).values() if tensor.dim() == 4]
         # Different networks may have weights of the same names and shapes.
         structures = [(_structure(expert), shape) for expert, shape in zip(self, shapes, strict=True)]
-        self._width = kernels[0][0] if kernels and all(entry == structures[0] for entry in structures) else None
+        are_equal = all(entry == structures[0] for entry in structures)
+        # Under vmap, BatchNorm takes no input in bfloat16.
+        is_stacked = kernels and are_equal and kernels[0].dtype != torch.bfloat16
+        self._width = len(kernels[0]) if is_stacked else None
         self._stacked: dict[str, torch.Tensor] = {}
         self._is_current = False
 
@@ -298,14 +239,16 @@ def _is_foldable(model: nn.Module, done: dict[int, nn.Module]) -> bool:
     return not any(getattr(module, name) for module in (model, convolution, norm) for name in hooks)
 
 
-def _folded(pair: nn.Sequential, tree: _Tree) -> nn.Sequential:
+def _folded(pair: nn.Sequential, tree: FrozenTree) -> nn.Sequential:
     """The convolution with the BatchNorm in its weights, and in the BatchNorm's place a module that does nothing."""
     folded, copied = copy.copy(pair), copy.copy(pair[0])
-    weight, bias = _fused(pair)
+    weight, bias = (tensor.to(tree.dtype or tensor.dtype) for tensor in _fused(pair))
     weight = weight.contiguous(memory_format=torch.channels_last)
     copied.__dict__["_parameters"] = {"weight": weight, "bias": bias}
     folded.__dict__["_modules"] = dict(zip(pair._modules, (copied, _NOTHING), strict=True))
     copied.training = folded.training = False
+    if tree.dtype is not None:
+        cast_inputs(copied)
 
     def update() -> None:
         for tensor, new in zip((weight, bias), _fused(pair), strict=True):

@@ -19,7 +19,7 @@ from dwf_cluster.store import Store
 FILE = Path(__file__).with_name("gpu.json")
 
 FLOAT32 = "float32"
-"""The precision that every device has entries for; on a GPU its convolutions use TF32."""
+"""The precision that every device has entries for; on a GPU the convolutions of trainings then use TF32."""
 
 _LAUNCHES, _LAUNCHES_PER_NETWORK = 17, 126
 """CUDA kernels of one iteration of an attack, and those that each network adds: counted on ResNet-18, without BatchNorm
@@ -36,7 +36,8 @@ class Entry:
         precision: of the stage's trainings and their attacks: `float32` or `bfloat16`.
         teraflops: planned floating-point operations a second (`Job.flop`) of one GPU or CPU core, in units of 1e12,
             where the batch is large enough that its arithmetic takes longer than its launches.
-        launch_microseconds: time of the host to launch one kernel; 0 where there are no kernels to launch.
+        launch_microseconds: that one kernel takes at least: the host's time to launch it or, in a CUDA graph, the
+            GPU's to begin and end it; 0 where there are no kernels.
         kind: whether it was measured.
         card: the GPU or CPU.
         date: of the measurement or estimate.
@@ -69,7 +70,7 @@ class Speed:
 
     Attributes:
         flops: planned floating-point operations a second.
-        launch: seconds of the host to launch one kernel.
+        launch: seconds that one kernel takes at least.
         source: what these rest on.
     """
 
@@ -80,8 +81,8 @@ class Speed:
     def seconds(self, job: Job, slots: float) -> float:
         """How long a job takes on so many GPUs or CPUs, which share each batch evenly.
 
-        The host launches kernels while the device computes, so the slower of the two counts. The number of launches
-        depends on the number of batches alone: more workers, each with a smaller part of the batch, launch as many.
+        Kernels are launched while others compute, so the slower of the two counts. The number of launches depends on
+        the number of batches alone: more workers, each with a smaller part of the batch, launch as many.
         """
         return max(job.flop / (self.flops * slots), self.launch * launches(job))
 
@@ -108,10 +109,10 @@ class Speeds:
     def lines(self, jobs: Iterable[Job]) -> list[str]:
         """A line for each stage and precision of these jobs: its speed, and what that rests on."""
         lines = []
-        for kind in sorted(set(map(_kind, jobs)), key=lambda kind: (STAGES.index(kind[0]), kind[1])):
+        for kind in sorted(dict.fromkeys(map(_kind, jobs)), key=lambda kind: STAGES.index(kind[0])):
             (stage, precision), speed = kind, self._speeds[kind]
             named = stage if precision == FLOAT32 else f"{stage} in {precision}"
-            launch = f", {speed.launch * 1e6:.3g} microseconds a launch" if speed.launch else ""
+            launch = f", {speed.launch * 1e6:.3g} microseconds a kernel at least" if speed.launch else ""
             device = self._device.upper()
             lines.append(f"speed of {named}: {speed.flops / 1e12:.3g} TFLOP/s a {device}{launch}, {speed.source}")
         return lines
@@ -180,5 +181,5 @@ def _known_or_float32(known: Mapping[tuple[str, str], Speed], stage: str, precis
 
 
 def _kind(job: Job) -> tuple[str, str]:
-    """Stage and precision of a job; evaluations, and trainings without a choice, are in float32."""
-    return job.stage, getattr(job.training, "precision", FLOAT32) if job.is_training else FLOAT32
+    """Stage and precision of a job; evaluations are in float32."""
+    return job.stage, job.training.precision if job.is_training else FLOAT32

@@ -128,6 +128,8 @@ SCHEMAS: Mapping[str, pa.Schema] = {
         ("dwf_cluster_version", pa.string()),
         ("git_commit", pa.string()),
         ("note", pa.string()),
+        ("cudnn_version", pa.string()),
+        ("tf32", pa.bool_()),
     ),
 }
 

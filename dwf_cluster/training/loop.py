@@ -17,7 +17,7 @@ from dwf_cluster.data.device import DeviceImages
 from dwf_cluster.defences.registry import METHODS, ModelSpec
 from dwf_cluster.determinism import Draws
 from dwf_cluster.models import exchange
-from dwf_cluster.models.frozen import FrozenModel
+from dwf_cluster.models.refresh import FrozenModel
 from dwf_cluster.store import Store, checkpoints, tables
 from dwf_cluster.training.background import BackgroundWriter, copy_to_host
 from dwf_cluster.training.probe import Probe, run_probe

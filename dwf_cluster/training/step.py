@@ -18,7 +18,8 @@ from dwf_cluster.data.device import DeviceImages
 from dwf_cluster.defences.loss import Loss
 from dwf_cluster.defences.registry import METHODS, ModelSpec
 from dwf_cluster.determinism import Draws
-from dwf_cluster.models.frozen import FrozenModel
+from dwf_cluster.models.precision import InBfloat16
+from dwf_cluster.models.refresh import FrozenModel
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,9 @@ class Batch:
 
 def attacked_model(spec: ModelSpec, model: nn.Module) -> FrozenModel:
     """The model as its training attacks it."""
-    return FrozenModel(model, batch_statistics=spec.training.attack_batchnorm == "train")
+    training = spec.training
+    dtype = torch.bfloat16 if training.precision == "bfloat16" else None
+    return FrozenModel(model, batch_statistics=training.attack_batchnorm == "train", dtype=dtype)
 
 
 def train_batch(
@@ -72,14 +75,18 @@ def train_batch(
         The batch's mean loss, averaged over its optimiser steps, and for each request whether any worker has made it.
 
     Raises:
-        NotLogits: if the loss is not finite.
+        NotLogits: if the loss is not finite, or an attack found the model's outputs wrong, on any worker.
         ValueError: if the method breaks its contract (`defences.registry.Method.losses`).
     """
     model = parallel.module if isinstance(parallel, DistributedDataParallel) else parallel
     means = list[float]()
     for share, name in _backward(spec, parallel, frozen_model, images, batch):
-        mean, *counts = _summed(spec, model, share, requests)
-        requests = [count > 0 for count in counts]
+        faults, made = frozen_model.faults, [torch.full_like(share, request) for request in requests]
+        values = torch.stack([share, *made, *(fault.to(share.dtype) for fault in faults.values())])
+        mean, *counts = _summed(spec, model, values).tolist()  # the step's only wait for the device
+        requests = [count > 0 for count in counts[: len(made)]]
+        if message := next((text for text, count in zip(faults, counts[len(made) :], strict=True) if count), None):
+            raise NotLogits(message)
         if not math.isfinite(mean):
             raise NotLogits(f"{name} became {mean}")
         means.append(mean)
@@ -117,8 +124,9 @@ def _backward(
     def losses(part: slice) -> Iterator[Loss]:
         x, y = images.train_batch(indices, draws, part)
         kept = () if batch.perturbation is None else (batch.perturbation[part],)
-        yield from method(spec, parallel, frozen_model, x, y, replace(draws, first=part.start), *kept)
+        yield from method(spec, trained, frozen_model, x, y, replace(draws, first=part.start), *kept)
 
+    trained = InBfloat16(parallel) if spec.training.precision == "bfloat16" else parallel
     generators = [losses(part) for part in parts]
     while True:
         share, ended, loss_name = torch.zeros((), device=indices.device), 0, ""
@@ -173,27 +181,24 @@ def _exchange_perturbation(batch: Batch) -> None:
     dist.all_reduce(changed)
 
 
-def _summed(spec: ModelSpec, model: nn.Module, share: torch.Tensor, requests: Sequence[bool]) -> list[float]:
-    """The loss and the number of workers that make each request, summed over workers; the one wait for the device.
+def _summed(spec: ModelSpec, model: nn.Module, values: torch.Tensor) -> torch.Tensor:
+    """Sum over workers: this worker's share of the loss, its requests and faults, shape (n,).
 
-    One all-reduce takes the running statistics of BatchNorm along, which are averaged, so that all workers hold the
-    same model. Workers that divide the experts have the same loss, and no statistics in common.
-
-    Args:
-        share: of the loss, shape ().
+    The same all-reduce averages the running statistics of BatchNorm, so that all workers hold the same model. Workers
+    that divide the experts have the same loss, and no statistics in common.
     """
     rank, count = workers()
-    values = torch.stack([share, *(torch.full_like(share, request) for request in requests)])
-    if count > 1:
-        statistics = list[torch.Tensor]()
-        if not divides_experts(spec):
-            statistics = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
-        elif rank:
-            values[0] = 0
-        reduced = torch.cat([values, *(buffer.flatten() for buffer in statistics)])
-        dist.all_reduce(reduced)
-        sizes = [len(values), *(buffer.numel() for buffer in statistics)]
-        values, *parts = reduced.split(sizes)  # type: ignore[no-untyped-call]
-        for buffer, part in zip(statistics, parts, strict=True):
-            buffer.copy_((part / count).view_as(buffer))
-    return values.tolist()
+    if count == 1:
+        return values
+    statistics = list[torch.Tensor]()
+    if not divides_experts(spec):
+        statistics = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
+    elif rank:
+        values[0] = 0  # the loss counts once
+    reduced = torch.cat([values, *(buffer.flatten() for buffer in statistics)])
+    dist.all_reduce(reduced)
+    sizes = [len(values), *(buffer.numel() for buffer in statistics)]
+    values, *parts = reduced.split(sizes)  # type: ignore[no-untyped-call]
+    for buffer, part in zip(statistics, parts, strict=True):
+        buffer.copy_((part / count).view_as(buffer))
+    return values

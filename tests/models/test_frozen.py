@@ -14,8 +14,9 @@ from torch.nn.utils import parametrizations
 from dwf_cluster.attacks.gradient import differentiate
 from dwf_cluster.data.registry import ImageFormat
 from dwf_cluster.models.advmoe import AdvMoE
-from dwf_cluster.models.frozen import FrozenModel, frozen
+from dwf_cluster.models.frozen import frozen
 from dwf_cluster.models.mixture import Gate, Mixture
+from dwf_cluster.models.refresh import FrozenModel
 from dwf_cluster.models.resnet import ResNet
 from dwf_cluster.models.soe import SynergyOfExperts
 
