@@ -158,7 +158,10 @@ def _epoch(
     images: DeviceImages,
     writer: BackgroundWriter,
 ) -> dict[str, Any] | None:
-    """Train to the end of an epoch, then probe; returns the row of `metrics`, or None if training is to stop."""
+    """Train to the end of an epoch, then probe; returns the row of `metrics`, or None if training is to stop.
+
+    It has eight parameters, one for each part of the state of `train`, and is long because the row has a line a column.
+    """
     epoch, name, training = progress.epoch, task.spec.name, task.spec.training
     started, key = time.perf_counter() - progress.seconds, (task.seed, name, epoch)
     batches = images.epoch(training.batch_size, Draws(key))
@@ -168,9 +171,7 @@ def _epoch(
     step = first
     try:
         for step, indices in enumerate(batches[progress.steps :], start=first + progress.steps):
-            factor = (1 + math.cos(math.pi * step / last)) / 2
-            for group in optimizer.param_groups:
-                group["lr"] = group["peak"] * factor
+            _anneal(optimizer, step / last)
             batch = Batch(indices, Draws((*key, step - first)), progress.perturbation)
             # All workers learn of both after the same step: they may have to send their parts of a checkpoint.
             requests = task.stopping(), time.perf_counter() > saved_at + 60 * task.checkpoint_minutes
@@ -193,10 +194,8 @@ def _epoch(
         probed = run_probe(model, images, task.probe, (task.seed, name))
     except NotLogits as error:
         writer.join()  # the last good checkpoint may be the one that is being written
-        saved = checkpoints.latest_path(task.store, name) or "none"
-        raise NonFiniteLoss(
-            f"{error} in epoch {epoch + 1}, step {step + 1} of {name}; last good checkpoint: {saved}"
-        ) from None
+        place, saved = f"epoch {epoch + 1}, step {step + 1} of {name}", checkpoints.latest_path(task.store, name)
+        raise NonFiniteLoss(f"{error} in {place}; last good checkpoint: {saved or 'none'}") from None
     return {
         "stage": task.stage,
         "model": name,
@@ -226,6 +225,12 @@ def _optimizer(model: nn.Module, spec: ModelSpec) -> torch.optim.SGD:
         [{"params": p, "lr": rate, "peak": rate, "weight_decay": decay} for p, rate, decay in groups if p],
         momentum=training.momentum,
     )
+
+
+def _anneal(optimizer: torch.optim.SGD, done: float) -> None:
+    """Cosine annealing: the learning rates after a share `done` of all steps."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak"] * (1 + math.cos(math.pi * done)) / 2
 
 
 def _save(
