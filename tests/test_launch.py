@@ -58,6 +58,15 @@ def test_dry_run_shows_devices_start_and_end_of_each_task_makespan_and_lower_bou
     assert re.match(r"speed of experts: \S+ TFLOP/s a GPU, \S+ microseconds a kernel .*(estimate|measured)", speed)
 
 
+def test_dry_run_on_several_gpus_says_how_long_the_joint_stage_takes_with_both_kinds_of_parallelism(
+    launch: Launch,
+) -> None:
+    lines = launch("--local", "--dry-run", "--gpus", "9", "--preset", "cifar10").stdout.splitlines()
+    (by_batches, by_experts) = (line for line in lines if "joint.parallelism" in line)
+    assert re.fullmatch(r"joint with joint.parallelism=ddp: \d:\d\d:\d\d on 4 GPUs", by_batches)
+    assert re.fullmatch(r"joint with joint.parallelism=experts: \d:\d\d:\d\d on 9 GPUs", by_experts)
+
+
 def test_dry_run_of_several_seeds_prints_one_plan(launch: Launch) -> None:
     result = launch("--local", "--dry-run", "--gpus", "0", "--seed", "3,5", "--stages", "experts", "--set", *TINY)
     rows = [line.split() for line in result.stdout.splitlines() if " expert " in line]

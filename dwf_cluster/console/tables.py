@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from statistics import fmean, stdev
 from typing import Any
 
@@ -68,8 +69,26 @@ def plan(
         f"makespan: {_clock(makespan)}",
         f"lower bound: {_clock(bound)} (no schedule on these resources is shorter)",
         *speeds.lines(pending),
+        *_parallelism_lines(pending, resources, speeds),
         _storage_line(experiments, sizes, storage),
     ]
+
+
+def _parallelism_lines(pending: Iterable[Job], resources: Resources, speeds: Speeds) -> Iterator[str]:
+    """How long the first joint training takes on several GPUs if they divide its batches, and if its experts."""
+    joint = next((job for job in pending if job.is_training and job.spec.method == "dwf"), None)
+    if joint is None or resources.gpus == 0 or resources.slots == 1:
+        return
+    options = {name: value for name, value in joint.spec.options if name != "parallelism"}
+    for parallelism in ("ddp", "experts"):
+        spec = replace(joint.spec, options=tuple({**options, "parallelism": parallelism}.items()))
+        limits = replace(resources.limits, joint_workers=None)
+        job = replace(joint, spec=spec)
+        (allocation,) = allocate([job], replace(resources, limits=limits)).values()
+        yield (
+            f"{joint.name} with joint.parallelism={parallelism}: {_clock(speeds.seconds(job, allocation))} on "
+            f"{allocation.workers} GPU{'' if allocation.workers == 1 else 's'}"
+        )
 
 
 def _add_plan(

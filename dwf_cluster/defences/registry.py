@@ -55,6 +55,11 @@ class ModelSpec:
         return int(self.option("experts") or max(1, len(self.parents)))
 
     @property
+    def parallelism(self) -> str:
+        """What several processes that train it divide: `ddp` each batch, `experts` its experts."""
+        return str(self.option("parallelism", "ddp"))
+
+    @property
     def backbones(self) -> tuple[str, ...]:
         """The network of each expert; of a model without experts, its network."""
         mixed: tuple[str, ...] = self.option("backbones", ())

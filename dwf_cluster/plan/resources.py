@@ -25,7 +25,7 @@ class Limits:
 
     Attributes:
         joint_workers: processes that train a model with parents; None: one a GPU or, without GPUs, one a node, as long
-            as each has `MIN_IMAGES_PER_WORKER` images of a batch.
+            as each has `MIN_IMAGES_PER_WORKER` images of a batch or, with `joint.parallelism=experts`, an expert.
         expert_workers: processes that train a model without parents, with GPUs; None: 1.
         gpus_per_expert: share of a GPU, at most 1, for a model without parents; below 1 it has one worker.
     """
@@ -190,7 +190,7 @@ def allocate(jobs: Iterable[Job], resources: Resources) -> dict[Job, Allocation]
     other parts of each batch, and a run of several seeds would give other numbers than a run of one.
 
     Raises:
-        InvalidInput: if the user requests more workers than a batch has images for.
+        InvalidInput: if the user requests more workers than a batch has images for, or a model has experts for.
     """
     return {job: replace(_allocation(job, resources), excluded_nodes=resources.excluded_nodes) for job in jobs}
 
@@ -199,25 +199,35 @@ def _allocation(job: Job, resources: Resources) -> Allocation:
     gpus = min(1, resources.gpus)
     limits = resources.limits
     if job.is_training and job.spec.parents:
-        batch = job.training.batch_size
-        workers = _checked_workers("--joint-workers", limits.joint_workers, batch) or max(
-            1, min(resources.slots if gpus else resources.nodes, batch // MIN_IMAGES_PER_WORKER)
-        )
+        most = resources.slots if gpus else resources.nodes
+        if job.spec.parallelism == "experts":
+            networks = job.spec.networks
+            workers = _checked_workers("--joint-workers", limits.joint_workers, networks, "one expert for each")
+            workers = workers or min(most, networks)
+        else:
+            batch = job.training.batch_size
+            workers = _checked_batch("--joint-workers", limits.joint_workers, batch)
+            workers = workers or max(1, min(most, batch // MIN_IMAGES_PER_WORKER))
         # GPUs that this training leaves free keep their share of the CPUs.
         workers_per_node = resources.gpus or -(-workers // resources.nodes)
         in_process = workers == 1 and not gpus
         return Allocation(0 if in_process else workers, max(1, resources.cpus // workers_per_node), gpus)
     if job.is_training and gpus:
-        workers = _checked_workers("--expert-workers", limits.expert_workers, job.training.batch_size) or 1
+        workers = _checked_batch("--expert-workers", limits.expert_workers, job.training.batch_size) or 1
         return Allocation(1 if limits.gpus_per_expert < 1 else workers, 1, limits.gpus_per_expert)
     return Allocation(0, 1, gpus)
 
 
-def _checked_workers(option: str, workers: int | None, batch: int) -> int | None:
-    """The number of workers that an option requests; each needs two images of a batch."""
-    largest = max(1, batch // 2)
+def _checked_batch(option: str, workers: int | None, batch: int) -> int | None:
+    return _checked_workers(option, workers, max(1, batch // 2), f"two images of a batch of {batch} for each")
+
+
+def _checked_workers(option: str, workers: int | None, largest: int, reason: str) -> int | None:
+    """The number of workers that an option requests.
+
+    Raises:
+        InvalidInput: if it is above `largest`.
+    """
     if workers and workers > largest:
-        raise InvalidInput(
-            f"{option}: {workers} cannot be used: allowed are 1 to {largest}, two images of a batch of {batch} for each"
-        )
+        raise InvalidInput(f"{option}: {workers} cannot be used: allowed are 1 to {largest}, {reason}")
     return workers

@@ -7,6 +7,7 @@ date, and says of each whether it is a measurement or an estimate. `python -m be
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -79,12 +80,17 @@ class Speed:
     source: str
 
     def seconds(self, job: Job, slots: float) -> float:
-        """How long a job takes on so many GPUs or CPUs, which share each batch evenly.
+        """How long a job takes on so many GPUs or CPUs, which share each batch evenly, or divide the experts.
 
-        Kernels are launched while others compute, so the slower of the two counts. The number of launches depends on
-        the number of batches alone: more workers, each with a smaller part of the batch, launch as many.
+        Kernels are launched while others compute, so the slower of the two counts. Workers that share a batch launch
+        as many kernels as one alone. Of workers that divide the experts, one with the most experts decides; what they
+        exchange is not counted.
         """
-        return max(job.flop / (self.flops * slots), self.launch * launches(job))
+        networks = job.spec.networks
+        if job.is_training and job.spec.parallelism == "experts":
+            most = math.ceil(networks / slots)
+            return max(job.flop / self.flops * most / networks, self.launch * launches(job, most))
+        return max(job.flop / (self.flops * slots), self.launch * launches(job, networks))
 
 
 class Speeds:
@@ -142,14 +148,18 @@ class Speeds:
         }
 
 
-def launches(job: Job) -> float:
-    """CUDA kernels that a job launches, roughly, if a pass of training has as many as one of an attack."""
+def launches(job: Job, networks: int) -> float:
+    """CUDA kernels that a worker launches for a job, roughly, if a pass of training has as many as one of an attack.
+
+    Args:
+        job: that the worker takes part in.
+        networks: of the model, that the worker computes.
+    """
     if job.is_training:
         batch = job.training.batch_size / job.training.accumulation
     else:
         batch = job.experiment.evaluation.batch_size
-    networks = job.spec.networks
-    iterations = job.cost / (2 * networks * batch)  # of a forward pass and an input gradient, which count as 2
+    iterations = job.cost / (2 * job.spec.networks * batch)  # of a forward pass and an input gradient, which count as 2
     return iterations * kernel_count(networks)
 
 

@@ -21,7 +21,7 @@ from dwf_cluster.models.refresh import FrozenModel
 from dwf_cluster.store import Store, checkpoints, tables
 from dwf_cluster.training.background import BackgroundWriter, copy_to_host
 from dwf_cluster.training.probe import Probe, run_probe
-from dwf_cluster.training.step import Batch, attacked_model, distributed, divides_experts, train_batch, workers
+from dwf_cluster.training.step import Batch, attacked_model, distributed, train_batch, workers
 
 
 class NonFiniteLoss(RuntimeError):
@@ -128,7 +128,7 @@ def train(task: Task, model: nn.Module, images: DeviceImages) -> nn.Module:
     if METHODS[task.spec.method].keeps_perturbation and progress.perturbation is None:
         shape = (task.spec.training.batch_size, *images.x_train.shape[1:])
         progress.perturbation = torch.zeros(shape, device=images.x_train.device)
-    is_divided, training = divides_experts(task.spec), task.spec.training
+    is_divided, training = task.spec.parallelism == "experts", task.spec.training
     parallel = distributed(model) if count > 1 and not is_divided else model
     frozen_model = attacked_model(task.spec, model)
     with BackgroundWriter() as writer, exchange.divided(model) if is_divided else nullcontext():

@@ -112,7 +112,7 @@ def _backward(
         For each loss, when all its gradients are computed: this worker's share of the mean over the batch, shape (),
         and the loss's name.
     """
-    rank, count = (0, 1) if divides_experts(spec) else workers()
+    rank, count = (0, 1) if spec.parallelism == "experts" else workers()
     indices, draws = batch.indices, batch.draws
     cuts = torch.arange(*batch.rows(rank, count)).tensor_split(spec.training.accumulation)
     parts = [slice(int(cut[0]), int(cut[-1]) + 1) for cut in cuts if len(cut)]
@@ -155,11 +155,6 @@ def workers() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def divides_experts(spec: ModelSpec) -> bool:
-    """Whether workers divide the experts of a model (`models.exchange`), not its batches."""
-    return bool(spec.option("parallelism", "ddp") == "experts")
-
-
 def distributed(model: nn.Module) -> DistributedDataParallel:
     """The model with gradients that are averaged over workers, always in the same order.
 
@@ -191,7 +186,7 @@ def _summed(spec: ModelSpec, model: nn.Module, values: torch.Tensor) -> torch.Te
     if count == 1:
         return values
     statistics = list[torch.Tensor]()
-    if not divides_experts(spec):
+    if spec.parallelism == "ddp":
         statistics = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
     elif rank:
         values[0] = 0  # the loss counts once

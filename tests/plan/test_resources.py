@@ -84,6 +84,16 @@ def test_workers_without_images_are_refused(stage: str, option: str) -> None:
         _allocations(Resources(cpus=64, gpus=32, limits=limits), f"{stage}.batch_size=32")
 
 
+def test_workers_that_divide_the_experts_have_one_each_at_most() -> None:
+    by_experts = "joint.parallelism=experts"
+    assert _allocations(Resources(cpus=64, gpus=16), by_experts)["joint"].workers == 9
+    assert _allocations(Resources(cpus=64, gpus=8), by_experts)["joint"].workers == 8
+    assert _allocations(Resources(cpus=64, gpus=1), by_experts)["joint"].workers == 1
+    assert _allocations(Resources(cpus=64, gpus=0), by_experts)["joint"].workers == 0
+    with pytest.raises(InvalidInput, match=r"^--joint-workers: 10 cannot be used: allowed are 1 to 9, one expert for"):
+        _allocations(Resources(cpus=64, gpus=16, limits=Limits(joint_workers=10)), by_experts)
+
+
 def test_an_allocation_does_not_depend_on_other_jobs() -> None:
     """Otherwise BatchNorm would see other parts of a batch, and several seeds would give other numbers than one."""
     size = Sizes(50_000, 10_000, (3, 32, 32))

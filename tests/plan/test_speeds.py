@@ -74,12 +74,21 @@ def test_a_measurement_replaces_an_estimate_and_a_newer_one_an_older(
     )
 
 
+def test_workers_that_divide_the_experts_take_as_long_as_the_one_with_the_most_experts() -> None:
+    (joint,) = jobs(build("cifar10", 0, ["joint.parallelism=experts"]), "joint", CIFAR10)
+    speed = Speed(90e12, 15.6e-6, "")
+    one, two, eight, nine = (speed.seconds(joint, gpus) for gpus in (1, 2, 8, 9))
+    assert two == pytest.approx(one * 5 / 9)
+    assert eight == pytest.approx(one * 2 / 9)
+    assert nine == pytest.approx(one / 9)
+
+
 def test_more_workers_make_a_joint_stage_faster_until_it_is_bound_by_launches() -> None:
     (joint,) = jobs(build("cifar10", 0), "joint", CIFAR10)
     speed = Speed(90e12, 15.6e-6, "")
     one, two, four, many = (speed.seconds(joint, gpus) for gpus in (1, 2, 4, 64))
     assert one > two
-    assert two == four == many == 15.6e-6 * speeds.launches(joint)
+    assert two == four == many == 15.6e-6 * speeds.launches(joint, joint.spec.networks)
     assert one / many == pytest.approx(1.5, abs=0.1)
 
 
