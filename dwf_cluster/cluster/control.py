@@ -22,6 +22,7 @@ class Claim:
         share: of a GPU, 0..1; 0 on a CPU.
         hardware: what torch computes on: `cpu`, or the GPU's name.
         process: its process ID.
+        cudnn: version of its cuDNN; None on a CPU.
     """
 
     job: tuple[str, str]
@@ -31,6 +32,7 @@ class Claim:
     share: float
     hardware: str
     process: int
+    cudnn: str | None = None
 
     def __str__(self) -> str:
         return f"{self.node}: {self.device}"

@@ -70,9 +70,6 @@ def run_job(job: Job, store: Store, images: ray.ObjectRef, allocation: Allocatio
     gpus = allocation.gpus * max(1, allocation.workers)
     log = failures.logged(store, job.file)
     with log, recorded(store, columns, job.file, gpus, None if allocation.gpus else "cpu") as row:
-        if allocation.gpus:
-            row["tf32"] = _uses_tf32(job)
-            row["cudnn_version"] = str(torch.backends.cudnn.version())  # type: ignore[no-untyped-call]
         try:
             if not job.is_training:
                 _evaluate(job, store, images, allocation, control)
@@ -86,6 +83,8 @@ def run_job(job: Job, store: Store, images: ray.ObjectRef, allocation: Allocatio
             claims = _get(control.claims.remote((job.folder, job.name)))
             row["device"] = ", ".join(sorted({claim.hardware for claim in claims})) or row["device"]
             row["devices"] = [str(claim) for claim in claims]
+            if versions := {claim.cudnn for claim in claims if claim.cudnn}:
+                row["cudnn_version"], row["tf32"] = ", ".join(sorted(versions)), _uses_tf32(job)
         if job.is_training and not is_trained(job.spec, store):
             row["state"] = "stopped"
     return bool(row["state"] == "done")
@@ -227,15 +226,16 @@ def _claim(control: Any, job: Job, worker: int, allocation: Allocation) -> torch
         DeviceShared: if another job still claims the device after `CLAIM_SECONDS`. Ray frees a GPU as soon as the
             process that used it has ended, which may be before that process's job has ended.
     """
-    device, hardware, name = torch.device("cpu"), "cpu", "cpu"
+    device, hardware, name, cudnn = torch.device("cpu"), "cpu", "cpu", None
     if allocation.gpus and torch.cuda.is_available():
         # Each worker of a Train run sees all GPUs that the run has on the node; Train has selected the worker's own.
         device = torch.device("cuda", torch.cuda.current_device())
         hardware = torch.cuda.get_device_name(device)
         name = f"{hardware} GPU-{torch.cuda.get_device_properties(device).uuid}"
+        cudnn = str(torch.backends.cudnn.version())  # type: ignore[no-untyped-call]
     elif allocation.gpus:  # Ray was started with GPUs that this machine does not have
         name = "GPU " + ",".join(map(str, ray.get_runtime_context().get_accelerator_ids()["GPU"]))
-    claim = Claim((job.folder, job.name), worker, platform.node(), name, allocation.gpus, hardware, os.getpid())
+    claim = Claim((job.folder, job.name), worker, platform.node(), name, allocation.gpus, hardware, os.getpid(), cudnn)
     deadline = time.monotonic() + CLAIM_SECONDS
     while refusal := _get(control.claim.remote(claim)):
         if time.monotonic() > deadline:

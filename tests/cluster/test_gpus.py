@@ -57,6 +57,7 @@ def second_of_two_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "H100")
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91000)
     uuids = ["5e70", "0e1f"]
     monkeypatch.setattr(
         torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid=uuids[torch.device(device).index])
@@ -73,7 +74,7 @@ def _job(experiment: Experiment, name: str) -> Job:
 
 
 def _claim_by(job: Job, device: str, share: float = 1.0, worker: int = 0) -> Claim:
-    return Claim((job.folder, job.name), worker, platform.node(), device, share, "H100", 7)
+    return Claim((job.folder, job.name), worker, platform.node(), device, share, "H100", 7, "91000")
 
 
 @pytest.mark.usefixtures("second_of_two_gpus")
@@ -81,7 +82,7 @@ def test_a_worker_claims_the_gpu_that_train_gave_it(tiny: Experiment, control: D
     job = _job(tiny, "joint")
     device = tasks._claim(control, job, 1, Allocation(workers=2, cpus=1, gpus=1))
     assert device == torch.device("cuda", 1)
-    expected = Claim((job.folder, "joint"), 1, platform.node(), "H100 GPU-0e1f", 1, "H100", os.getpid())
+    expected = Claim((job.folder, "joint"), 1, platform.node(), "H100 GPU-0e1f", 1, "H100", os.getpid(), "91000")
     assert control.claims.remote((job.folder, "joint")) == [expected]
 
 
@@ -170,6 +171,7 @@ def test_the_task_that_waits_for_a_training_does_not_call_cuda(
     (row,) = tables.read(store, "jobs", [job.file]).to_pylist()
     assert row["device"] == "H100"
     assert row["devices"] == [f"{platform.node()}: H100 GPU-{worker}" for worker in range(2)]
+    assert (row["cudnn_version"], row["tf32"]) == ("91000", True)
 
 
 class OnAnotherGpu:
