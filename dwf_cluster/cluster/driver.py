@@ -42,13 +42,12 @@ class Cluster:
         self._ray = ray
         # A trial of a sweep has a placement group without resources to compute with; jobs run outside of it.
         anywhere = ray.util.scheduling_strategies.PlacementGroupSchedulingStrategy(placement_group=None)
+        options: dict[str, Any] = {"max_retries": failures.BY_RAY, "scheduling_strategy": anywhere}
         # Ray reuses the processes of this function, which never compute on a GPU.
-        self._task = ray.remote(max_retries=failures.BY_RAY, scheduling_strategy=anywhere)(_run_job)
-        # A process reads CUDA_VISIBLE_DEVICES only once, so each call has a process of its own. `options` cannot
-        # set `max_calls`.
-        self._gpu_task = ray.remote(max_retries=failures.BY_RAY, max_calls=1, num_gpus=1, scheduling_strategy=anywhere)(
-            _run_job
-        )
+        self._task = ray.remote(**options)(_run_job)
+        # A process reads CUDA_VISIBLE_DEVICES only once, so each call has a process of its own, and runs several jobs.
+        # `options` cannot set `max_calls`. Each result can be read as soon as it is yielded.
+        self._gpu_task = ray.remote(max_calls=1, num_gpus=1, num_returns="streaming", **options)(_run_jobs)
         # On this node: the run must not lose the actor together with another node.
         on_this_node = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(
             ray.get_runtime_context().get_node_id(), soft=True
@@ -115,45 +114,50 @@ class Cluster:
                     deadline = time.monotonic() + STOP_SECONDS
                     running.stop()
                 while not stopping() and (job := schedule.start()):
-                    running.submit(job)
+                    running.submit([job, *schedule.start_after(job)])
                     yield Started(job)
                 if not running.jobs:
                     return
                 ended, _ = self._ray.wait(list(running.jobs), timeout=0.2)
-                yield from self._new_claims(running.jobs.values())
-                events: list[Ended | Note | None] = [running.end(reference, stopping()) for reference in ended]
+                yield from self._new_claims(job for jobs in running.jobs.values() for job in jobs)
+                events: list[Ended | Note | None] = [running.end(task, stopping()) for task in ended]
                 if time.monotonic() > checked + 1:
                     checked = time.monotonic()
                     events += [*running.give_up_stranded(), None]
                 for event in events:
-                    if isinstance(event, Ended):
-                        schedule.end(event.job, event.state == "done")
                     yield event
+                    if isinstance(event, Ended) and (job := schedule.end(event.job, event.state == "done")):
+                        yield Started(job)
         finally:
             running.cancel()
 
-    def submit(self, job: Job, title: str, allocation: Allocation, memory: int, *, store: Store, images: Any) -> Any:
-        """Submit one job to Ray; returns the reference of its result.
+    def submit(
+        self, jobs: list[Job], title: str, allocation: Allocation, memory: int, *, store: Store, images: Any
+    ) -> Any:
+        """Submit jobs that one process runs; returns a reference to the result or, with a GPU, a generator of them.
 
         Args:
-            job: to run.
-            title: its name in the dashboard.
-            allocation: of the job.
+            jobs: of one experiment (`Schedule.start_after`).
+            title: of the first job, for the dashboard.
+            allocation: of each job.
             memory: bytes to reserve; 0: none.
             store, images: as for `run`.
         """
+        job, *others = jobs
+        argument: Any
         if allocation.workers or job.copy_of:
             # Ray Train requests the resources of its workers; the task that waits for them needs none. Neither does a
             # task that only copies.
-            task, resources = self._task, {"num_cpus": 0.0}
+            task, argument, resources = self._task, job, {"num_cpus": 0.0}
         elif allocation.gpus:
-            task, resources = self._gpu_task, {"num_cpus": allocation.cpus, "num_gpus": allocation.gpus}
+            task, argument, resources = self._gpu_task, jobs, {"num_cpus": allocation.cpus, "num_gpus": allocation.gpus}
         else:
-            task, resources = self._task, {"num_cpus": allocation.cpus}
+            task, argument, resources = self._task, job, {"num_cpus": allocation.cpus}
         if memory:
             resources["memory"] = memory
-        task = task.options(name=title, label_selector=allocation.label_selector, **resources)
-        return task.remote(job, store, [images], allocation, self.control)
+        name = f"{title} and {len(others)} more" if others else title
+        task = task.options(name=name, label_selector=allocation.label_selector, **resources)
+        return task.remote(argument, store, [images], allocation, self.control)
 
     def release(self, job: Job) -> None:
         """Forget the claims of a job, or of its last attempt."""
@@ -200,7 +204,7 @@ class _RunningJobs:
     """The running jobs of one call of `Cluster.run`, and what is known of their earlier attempts.
 
     Attributes:
-        jobs: by the reference that Ray has returned for each.
+        jobs: by what Ray has returned for them: the running job, and those that its process runs afterwards.
     """
 
     def __init__(
@@ -217,29 +221,35 @@ class _RunningJobs:
         self._allocations, self._stores, self._images, self._title = allocations, stores, images, title
         self._attempts, self._memory = failures.Attempts(), Memory(cluster.node_memory())
         self._stranded_since: dict[Any, float] = {}
-        self.jobs: dict[Any, Job] = {}
+        self.jobs: dict[Any, list[Job]] = {}
 
-    def submit(self, job: Job) -> None:
-        """Start a job, or its next attempt."""
+    def submit(self, jobs: list[Job]) -> None:
+        """Start jobs that one process runs in turn, or the next attempt of the first of them."""
+        job = jobs[0]
         allocation, store = self._allocations[job], self._stores[job.folder]
-        memory = self._memory.need(job, allocation)
-        reference = self._cluster.submit(job, self._title(job), allocation, memory, store=store, images=self._images)
-        self.jobs[reference] = job
+        memory = max(self._memory.need(job, allocation) for job in jobs)
+        reference = self._cluster.submit(jobs, self._title(job), allocation, memory, store=store, images=self._images)
+        self.jobs[reference] = jobs
 
-    def end(self, reference: Any, stopping: bool) -> Ended | Note:
-        """Retry a job that has ended, or return how it ended.
+    def end(self, task: Any, stopping: bool) -> Ended | Note:
+        """Retry a job that has ended, or return how it ended; the process goes on with the next job, if it has one.
 
         Args:
-            reference: to the result of the job.
+            task: key of `jobs`; the first of these jobs has ended.
             stopping: whether the run was asked to stop.
         """
-        job = self.jobs.pop(reference)
+        job, *following = jobs = self.jobs.pop(task)
+        reference = next(task) if isinstance(task, self._ray.ObjectRefGenerator) else task
         self._cluster.release(job)
         failure = self._failure(reference, job)
         if failure and not stopping and self._attempts.may_retry(job, failure.kind):
             self._memory.failed(job, failure.kind)
-            self.submit(job)
+            self.submit(jobs)
             return Note(f"{self._title(job)}: {failure.reason}; tried again")
+        if following and failure is None:
+            self.jobs[task] = following
+        elif following and not stopping:
+            self.submit(following)  # the failure has ended their process too
         if failure is None:
             ended = Ended(job, "done" if self._ray.get(reference) else "stopped")
         elif stopping:
@@ -255,7 +265,7 @@ class _RunningJobs:
         """Cancel jobs that no remaining node can hold, after `failures.NODE_PATIENCE`; returns the events."""
         nodes = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
         events: list[Ended | Note] = []
-        for reference, job in list(self.jobs.items()):
+        for reference, (job, *following) in list(self.jobs.items()):
             if fits(self._allocations[job], nodes):
                 self._stranded_since.pop(reference, None)
                 continue
@@ -267,13 +277,13 @@ class _RunningJobs:
             if time.monotonic() >= self._stranded_since[reference] + failures.NODE_PATIENCE:
                 del self.jobs[reference], self._stranded_since[reference]
                 self._ray.cancel(reference, force=True)
-                events.append(Ended(job, "failed", reason))
+                events += [Ended(failed, "failed", reason) for failed in (job, *following)]
         return events
 
     def stop(self) -> None:
         """Ask trainings to save what they have; cancel evaluations."""
-        self._cluster.stop(job.folder for job in self.jobs.values())
-        for reference, job in self.jobs.items():
+        self._cluster.stop(job.folder for job, *_ in self.jobs.values())
+        for reference, (job, *_) in self.jobs.items():
             if not job.is_training:
                 self._ray.cancel(reference, force=True)
 
@@ -309,6 +319,11 @@ def _run_job(job: Job, store: Store, images: list[Any], allocation: Allocation, 
     from dwf_cluster.cluster.tasks import run_job
 
     return run_job(job, store, images[0], allocation, control)
+
+
+def _run_jobs(jobs: list[Job], *arguments: Any) -> Iterator[bool]:
+    for job in jobs:
+        yield _run_job(job, *arguments)
 
 
 def fits(allocation: Allocation, nodes: Iterable[Mapping[str, float]]) -> bool:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import json
 import os
 import platform
 import re
+import subprocess
+import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -30,8 +33,11 @@ from dwf_cluster.store import Store, tables
 from dwf_cluster.training.loop import Task, train
 from dwf_cluster.training.probe import Probe
 
+from .. import PATIENCE
 from ..conftest import TINY
 from ..process import Launch
+
+ROOT = Path(__file__).parents[2]
 
 
 class DirectControl:
@@ -245,7 +251,12 @@ def test_each_process_uses_one_gpu_and_no_gpu_is_oversubscribed(
             for shares in holders.values():
                 shares.pop(end["job"], None)
     assert {len(devices) for devices in devices_of.values()} == {1}, devices_of
-    assert {len(jobs) for jobs in jobs_of.values()} == {1}, jobs_of
+    trainings = [jobs for jobs in jobs_of.values() if not any(job.startswith("evaluate ") for job in jobs)]
+    assert {len(jobs) for jobs in trainings} == {1}
+    evaluations = [jobs for jobs in jobs_of.values() if jobs not in trainings]
+    assert all(len({job.split()[1] for job in jobs}) == 1 for jobs in evaluations), "models share a process"
+    models = {job.split()[1] for jobs in evaluations for job in jobs}
+    assert len(evaluations) <= 2 * len(models)  # the checks of a model wait for all models
 
     table = pd.read_parquet(Path(result.stdout.splitlines()[-1]) / "results" / "jobs").set_index("task")
     assert set(table.state) == {"done"}
@@ -255,3 +266,75 @@ def test_each_process_uses_one_gpu_and_no_gpu_is_oversubscribed(
     beside = table[(table.stage == "evaluate") & (table.started < joint.finished) & (table.finished > joint.started)]
     assert len(beside) >= 1
     assert set(table.device) == {"cpu"}  # because these GPUs do not exist
+
+
+SHARDS = """
+import json, os, sys
+from pathlib import Path
+
+from dwf_cluster.cluster import driver
+from dwf_cluster.cluster.connect import local
+from dwf_cluster.cluster.events import Ended, Started
+from dwf_cluster.data.registry import Sizes
+from dwf_cluster.plan.jobs import jobs
+from dwf_cluster.plan.resources import Resources, allocate
+from dwf_cluster.presets import build
+
+TINY, folder = json.loads(sys.argv[1]), Path(sys.argv[2])
+
+
+def run_jobs(jobs, store, images, allocation, control):
+    for job in jobs:
+        attempts = folder / job.file
+        attempts.write_text(attempts.read_text() + "+" if attempts.exists() else "+")
+        if (job.model, job.suite, job.first) == ("benign", "paper", 24):
+            raise ValueError("this shard cannot be measured")
+        if (job.model, job.suite, job.first) == ("pgd-1", "noise", 0) and attempts.read_text() == "+":
+            os._exit(1)
+        yield True
+
+
+driver._run_jobs = run_jobs
+experiment = build("digits", 0, TINY)
+shards = jobs(experiment, "evaluate", Sizes(96, 40, (1, 8, 8)))
+with local(Resources(2, 2)) as cluster:
+    submitted = []
+    submit = driver.Cluster.submit
+    driver.Cluster.submit = lambda self, batch, *a, **k: submitted.append(list(batch)) or submit(self, batch, *a, **k)
+    stores = {experiment.folder: experiment.store(str(folder))}
+    allocations = allocate(shards, cluster.resources)
+    events = list(cluster.run(shards, allocations, stores, cluster.share(None), lambda job: job.name, bool))
+print(json.dumps({
+    "shards": [job.name for job in shards],
+    "submitted": [[job.name for job in batch] for batch in submitted],
+    "events": [
+        [type(e).__name__, e.job.name, getattr(e, "state", "")] for e in events if isinstance(e, Started | Ended)
+    ],
+    "reasons": [e.reason for e in events if isinstance(e, Ended) and e.reason],
+}))
+"""
+
+
+def test_a_process_with_a_gpu_runs_all_shards_of_a_model_and_a_shard_that_fails_fails_alone(tmp_path: Path) -> None:
+    """Of `benign` one shard raises; the process of `pgd-1` dies once."""
+    command = [sys.executable, "-c", SHARDS, json.dumps(TINY), tmp_path]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False, cwd=ROOT)
+    assert result.returncode == 0, result.stderr
+    run = json.loads(result.stdout.splitlines()[-1])
+    failing = "evaluate benign paper 24-39"
+
+    states = {name: state for kind, name, state in run["events"] if kind == "Ended"}
+    assert states == {name: "failed" if name == failing else "done" for name in run["shards"]}
+    (reason,) = run["reasons"]
+    assert "this shard cannot be measured" in reason
+    attempts = {path.name: len(path.read_text()) for path in tmp_path.iterdir() if path.is_file()}
+    assert {name: count for name, count in attempts.items() if count > 1} == {"evaluate-pgd-1-noise-000000000": 2}
+
+    running: set[str] = set()  # the progress counts a shard when it runs, not when its process starts
+    for kind, name, _ in run["events"]:
+        running ^= {name}
+        assert (kind == "Started") == (name in running)
+        assert len(running) <= 2
+    of_model = Counter(batch[0].split()[1] for batch in run["submitted"])
+    assert of_model["mixture"] == of_model["fgsm-1"] == 1
+    assert of_model["benign"] == of_model["pgd-1"] == 2  # the rest after the failed shard; the dead one and its rest

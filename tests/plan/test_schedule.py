@@ -10,7 +10,7 @@ from dwf_cluster.data.registry import Sizes
 from dwf_cluster.data.sources import sizes
 from dwf_cluster.plan.jobs import STAGES, Job, jobs
 from dwf_cluster.plan.resources import Limits, Resources, allocate
-from dwf_cluster.plan.schedule import Planned, Schedule, lower_bound, timeline
+from dwf_cluster.plan.schedule import PROCESS_FLOP, Planned, Schedule, lower_bound, timeline
 from dwf_cluster.presets import build
 
 from ..conftest import TINY
@@ -54,6 +54,57 @@ def test_evaluations_of_trained_experts_fill_the_time_until_the_joint_stage_gets
     schedule.end(other)
     (joint,) = _startable(schedule)
     assert joint.stage == "joint"
+
+
+GPUS = Resources(cpus=2, gpus=2)
+
+
+@pytest.mark.parametrize(("resources", "processes"), [(GPUS, 4), (Resources(cpus=2, gpus=0), None)], ids=str)
+def test_with_gpus_one_process_runs_all_shards_of_a_model(resources: Resources, processes: int | None) -> None:
+    every = _jobs(1, ("evaluate",), "evaluation.beyond=noise")
+    batches = _batches(_schedule(every, resources))
+    assert sorted(job.name for batch in batches for job in batch) == sorted(job.name for job in every)
+    assert all(len({job.model for job in batch}) == 1 for batch in batches)
+    assert len(batches) == (processes or len(every))  # without GPUs every shard is a task, so that they fill the CPUs
+
+
+def test_a_long_evaluation_is_cut_into_processes_that_are_longer_than_twenty_starts() -> None:
+    experiment = build("cifar10", 0, [])
+    every = jobs(experiment, "evaluate", sizes(experiment.data))
+    batches = _batches(_schedule(every, Resources(cpus=8, gpus=8)))
+    work = [sum(job.flop for job in batch) for batch in batches]
+    assert max(work) <= max(PROCESS_FLOP, *(job.flop for job in every))
+    start, speed = 12.5, 9e13  # estimates: seconds, and FLOP/s of an H100
+    assert len(batches) * start < 0.05 * sum(work) / speed
+    of_mixture = [batch for batch in batches if batch[0].model == "mixture"]
+    assert len(of_mixture) >= 8  # enough for the eight GPUs
+
+
+def test_a_process_runs_no_shard_whose_inputs_are_missing() -> None:
+    schedule = _schedule(_jobs(1, STAGES, "evaluation.beyond=noise"), Resources(cpus=3, gpus=3))
+    experts = {job.model: job for job in _startable(schedule)}
+    schedule.end(experts["benign"])
+    first = schedule.start()
+    assert first is not None
+    shards = [first, *schedule.start_after(first)]
+    assert {job.suite for job in shards} == {"paper", "noise"}  # the checks wait for the other experts
+    assert {job.model for job in shards} == {"benign"}
+    schedule.end(experts["pgd-1"])
+    other = schedule.start()
+    assert other is not None
+    assert other.model == "pgd-1"  # the slot of `benign` is taken by its process
+    assert schedule.start() is None
+
+
+def _batches(schedule: Schedule) -> list[list[Job]]:
+    """Run a schedule, one process after the other; returns the jobs of each."""
+    batches = []
+    while job := schedule.start():
+        batches.append([job, *schedule.start_after(job)])
+        for current, following in itertools.pairwise([*batches[-1], None]):
+            assert current is not None
+            assert schedule.end(current) is following
+    return batches
 
 
 def test_the_joint_stage_does_not_wait_for_baselines() -> None:
