@@ -19,6 +19,7 @@ import pytest
 
 from dwf_cluster.store.status import Status
 
+from . import PATIENCE
 from .conftest import ARGUMENTS, assert_same, store_of
 from .process import Launch, launch_on_machine
 
@@ -117,6 +118,7 @@ class Chaos:
                 writer = [process for process in self._tree() if process.pid == int(match[1])]
                 if not _send(writer, signal.SIGSTOP):
                     continue
+                _wait_until_suspended(writer[0])
                 if path.exists() and (skipped := skipped - 1) < 0:
                     _send(self._tree())
                     assert path.exists()
@@ -152,6 +154,19 @@ def _send(processes: list[psutil.Process], signum: signal.Signals = signal.SIGKI
             continue
         sent += 1
     return sent
+
+
+def _wait_until_suspended(process: psutil.Process) -> None:
+    """Until each of its threads is suspended: one that writes may go on for a while after the signal."""
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        try:
+            tasks = [path.read_text() for path in Path(f"/proc/{process.pid}/task").glob("*/stat")]
+        except OSError:  # a thread or the process has ended
+            tasks = [] if not process.is_running() else ["(ending) ?"]
+        if all(task.rpartition(")")[2].split()[0] in "TZX" for task in tasks):
+            return
+        assert time.monotonic() < deadline, "the process is not suspended"
 
 
 @pytest.mark.parametrize(
