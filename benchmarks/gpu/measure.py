@@ -15,8 +15,6 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dwf_cluster.attacks.ball import Ball
-from dwf_cluster.attacks.gradient import differentiate
 from dwf_cluster.attacks.graph import GraphCapture
 from dwf_cluster.data.registry import Shape
 from dwf_cluster.data.sources import Images
@@ -147,29 +145,6 @@ class Setup:
             work: computes on the same tensors at each call, and never waits for the device.
         """
         return GraphCapture()(work) if self.is_cuda else work
-
-
-class Iteration:
-    """One iteration of PGD on tensors that stay where they are, as a CUDA graph needs it.
-
-    Attributes:
-        x: the iterate, which each call changes in place.
-    """
-
-    def __init__(self, model: nn.Module, x: torch.Tensor, y: torch.Tensor, ball: Ball, step_size: float) -> None:
-        """Begin at x, which is in channels-last format, with a frozen model."""
-        self._model, self._clean, self._y, self._ball, self._step_size = model, x, y, ball, step_size
-        self.x = x.clone()
-
-    def __call__(self) -> None:
-        """Equation (5), without the check of the logits, which waits for the device."""
-        gradient, _, _ = differentiate(self._model, self.x, self._y, check=False)
-        moved = self.x + self._step_size * self._ball.direction(gradient, self.x)
-        self.x.copy_(self._ball.project(self._clean, moved))
-
-    def restart(self) -> None:
-        """Begin again at the clean images."""
-        self.x.copy_(self._clean)
 
 
 def random_batch(setup: Setup, count: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu.measure import Iteration, Row, Setup, attacked, float32_as, random_batch
-from benchmarks.gpu.speed import BALL, STEP_SIZE
+from benchmarks.gpu.measure import Row, Setup, attacked, float32_as, random_batch
+from benchmarks.gpu.speed import begun_iteration
 from dwf_cluster.determinism import make_deterministic
 
 _CONTROL = "nvidia-cuda-mps-control"
@@ -71,7 +71,7 @@ def _attack(setup: Setup, barrier: Any, results: Any) -> None:
     make_deterministic(1)
     experiment = setup.experiment()
     view = attacked(setup.model(experiment, experiment.spec("benign")), "tf32")
-    work = Iteration(view, *random_batch(setup, setup.batch), BALL, STEP_SIZE)
+    work = begun_iteration(view, *random_batch(setup, setup.batch))
     iterations = 3 if setup.quick else 500
     with float32_as("tf32"):
         setup.milliseconds(work)

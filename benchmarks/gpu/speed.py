@@ -13,7 +13,6 @@ from torch import nn
 
 from benchmarks.gpu.measure import (
     PRECISIONS,
-    Iteration,
     Row,
     Setup,
     attacked,
@@ -23,6 +22,7 @@ from benchmarks.gpu.measure import (
     waits,
 )
 from dwf_cluster.attacks.ball import Ball
+from dwf_cluster.attacks.graph import Iteration
 from dwf_cluster.data.device import DeviceImages
 from dwf_cluster.defences.registry import METHODS, ModelSpec
 from dwf_cluster.experiment import Experiment
@@ -125,6 +125,13 @@ _PREDICTED_ITERATION = {
 """Milliseconds of one iteration on one expert."""
 
 
+def begun_iteration(view: nn.Module, x: torch.Tensor, y: torch.Tensor) -> Iteration:
+    """The iteration that a training captures, of an attack that begins at the images."""
+    begun = Iteration(view, x, y)
+    begun.begin(x, x, y, BALL, STEP_SIZE)
+    return begun
+
+
 def _iteration_rows(
     setup: Setup, model: nn.Module, networks: int, batches: tuple[int, ...], predicted: dict[Any, float]
 ) -> Iterator[Row]:
@@ -135,19 +142,20 @@ def _iteration_rows(
             view = attacked(model, precision)
             for count in batches:
                 x, y = random_batch(setup, count)
-                eager, in_graph = (Iteration(view, x, y, BALL, STEP_SIZE) for _ in range(2))
+                eager, in_graph = (begun_iteration(view, x, y) for _ in range(2))
                 replay = setup.captured(in_graph)
                 for mode, work in (("eager", eager), ("graph", replay)):
                     milliseconds, title = setup.milliseconds(work, 2 if setup.quick else 10), f"{precision}, {mode}"
                     key = (precision, mode, count)
                     yield Row(f"{title}, batch {count}", milliseconds, "ms", predicted.get(key))
                     yield Row(f"{title}, batch {count}: speed", 1e-9 * flop * count / milliseconds, "TFLOP/s")
-                eager.restart()
-                in_graph.restart()
+                for begun in (eager, in_graph):
+                    begun.begin(x, x, y, BALL, STEP_SIZE)
                 for _ in range(3):
                     eager()
                     replay()
-                yield Row(f"{precision}, batch {count}: graph equals eager", torch.equal(eager.x, in_graph.x), "", True)
+                is_equal = torch.equal(eager.iterate, in_graph.iterate)
+                yield Row(f"{precision}, batch {count}: graph equals eager", is_equal, "", True)
 
 
 def iteration(setup: Setup) -> Iterator[Row]:
@@ -172,7 +180,7 @@ def mixture(setup: Setup) -> Iterator[Row]:
     assert isinstance(view, Mixture)
     view.experts = _OnStreams(view.experts)
     for count in batches:
-        work = Iteration(view, *random_batch(setup, count), BALL, STEP_SIZE)
+        work = begun_iteration(view, *random_batch(setup, count))
         try:
             milliseconds: float | str = setup.milliseconds(setup.captured(work), 10)
         except RuntimeError as error:
@@ -249,7 +257,7 @@ def launch_microseconds(setup: Setup) -> dict[str, float]:
     experiment = setup.experiment()
 
     def of(spec: ModelSpec, captured: Callable[[Callable[[], None]], Callable[[], None]]) -> float:
-        work = captured(Iteration(frozen(setup.model(experiment, spec)), *random_batch(setup, 2), BALL, STEP_SIZE))
+        work = captured(begun_iteration(frozen(setup.model(experiment, spec)), *random_batch(setup, 2)))
         return 1000 * setup.milliseconds(work, 10) / kernel_count(spec.networks)
 
     expert, mixture = experiment.spec("benign"), experiment.defended

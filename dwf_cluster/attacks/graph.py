@@ -62,27 +62,37 @@ class GraphCapture:
         return graph.replay
 
 
-class _Iteration:
-    """One iteration of L-infinity PGD on cross-entropy, with tensors of its own, which stay.
+class Iteration:
+    """One iteration of L-infinity PGD on cross-entropy, with tensors of its own, which stay: a call runs it.
+
+    Attributes:
+        iterate: the adversarial images, which each call moves.
+        gradient, logits: at the iterate before the last call.
 
     Args:
         model: frozen model, whose tensors stay too.
         x, y: images and labels of the shapes that it is for.
-        capture: makes the function that repeats it.
     """
 
-    def __init__(self, model: nn.Module, x: torch.Tensor, y: torch.Tensor, capture: Capture) -> None:
+    def __init__(self, model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> None:
         self._model = model
-        self.iterate, self.lower, self.upper, self.y = x.clone(), x.clone(), x.clone(), y.clone()
-        self.step_size = torch.zeros((), dtype=x.dtype, device=x.device)
+        self.iterate, self._lower, self._upper, self._y = x.clone(), x.clone(), x.clone(), y.clone()
+        self._step_size = torch.zeros((), dtype=x.dtype, device=x.device)
         self.gradient, self.logits = torch.empty_like(x), torch.empty_like(model(x))
-        self.replay = capture(self._run)
 
-    def _run(self) -> None:
-        gradient, _, logits = differentiate(self._model, self.iterate, self.y, check=False)
+    def begin(self, start: torch.Tensor, x: torch.Tensor, y: torch.Tensor, ball: Ball, step_size: float) -> None:
+        """Let the next call be the first iteration of an attack on x, from `start`."""
+        for tensor, value in zip((self._lower, self._upper), ball.bounds(x), strict=True):
+            tensor.copy_(value)
+        self.iterate.copy_(start)
+        self._y.copy_(y)
+        self._step_size.fill_(step_size)
+
+    def __call__(self) -> None:
+        gradient, _, logits = differentiate(self._model, self.iterate, self._y, check=False)
         self.gradient.copy_(gradient)
         self.logits.copy_(logits)
-        self.iterate.copy_((self.iterate + self.step_size * gradient.sign()).clamp(self.lower, self.upper))
+        self.iterate.copy_((self.iterate + self._step_size * gradient.sign()).clamp(self._lower, self._upper))
 
 
 def pgd(
@@ -123,18 +133,14 @@ def pgd(
     capture_of_model, iterations = getattr(model, _ITERATIONS)
     key = (id(model), x.shape, x.dtype, x.device)  # a copy of the model has the same dictionary
     if key not in iterations:
-        iterations[key] = _Iteration(model, x, y, capture_of_model)
-    iteration = iterations[key]
-    # After the capture, whose calls have moved the images.
-    for tensor, value in zip((iteration.lower, iteration.upper), ball.bounds(x), strict=True):
-        tensor.copy_(value)
-    iteration.iterate.copy_(first)
-    iteration.y.copy_(y)
-    iteration.step_size.fill_(step_size)
-    iteration.replay()
+        iteration = Iteration(model, x, y)
+        iterations[key] = iteration, capture_of_model(iteration)
+    iteration, replay = iterations[key]
+    iteration.begin(first, x, y, ball, step_size)  # after the capture, whose calls have moved the images
+    replay()
     gradient, logits = iteration.gradient.clone(), iteration.logits.clone()
     for _ in range(steps - 1):
-        iteration.replay()
+        replay()
     # Both at the end: another attack on the same model may begin before this one is asked for more.
     last = iteration.iterate.clone()
     check_logits(model, logits)
