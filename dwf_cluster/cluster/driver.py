@@ -126,8 +126,9 @@ class Cluster:
                     events += [*running.give_up_stranded(), None]
                 for event in events:
                     yield event
-                    if isinstance(event, Ended) and (job := schedule.end(event.job, event.state == "done")):
-                        yield Started(job)
+                    following = schedule.end(event.job, event.state == "done") if isinstance(event, Ended) else None
+                    if following and not stopping():
+                        yield Started(following)
         finally:
             running.cancel()
 
