@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from dwf_cluster.data import sources
+from dwf_cluster.defences.build import untrained
 from dwf_cluster.experiment import Experiment
 from dwf_cluster.plan.jobs import EXPERTS, JOINT
 from dwf_cluster.presets import build
@@ -225,6 +226,13 @@ def two_worker_run(
     result = launch("--stages", "joint,evaluate", "--joint-workers", "2", *ARGUMENTS)
     assert result.returncode == 0, result.stderr
     return Path(result.stdout.splitlines()[-1])
+
+
+def untrained_model(experiment: Experiment, images: sources.Images, name: str) -> nn.Module:
+    """A model of an experiment before its training, as are its parents."""
+    spec = experiment.spec(name)
+    parents = {parent: untrained_model(experiment, images, parent) for parent in spec.parents}
+    return untrained(spec, images.format, experiment.seed, parents)
 
 
 def task_for(experiment: Experiment, store: Store, model: str, **options: Any) -> Task:

@@ -15,7 +15,6 @@ import torch.distributed as dist
 from dwf_cluster.attacks.gradient import differentiate
 from dwf_cluster.data.device import DeviceImages
 from dwf_cluster.data.sources import Images, load
-from dwf_cluster.defences.build import untrained
 from dwf_cluster.experiment import Experiment
 from dwf_cluster.models import exchange
 from dwf_cluster.models.frozen import frozen
@@ -24,20 +23,16 @@ from dwf_cluster.presets import build
 from dwf_cluster.store import Store, checkpoints, tables
 from dwf_cluster.training.loop import Stopped, train
 
-from .conftest import TINY, task_for
+from .conftest import TINY, task_for, untrained_model
 from .gloo import run_workers
 
 NINE_EXPERTS = [*TINY, "experts.fgsm=4", "experts.pgd=4", "joint.parallelism=experts"]
-RUNS = {"one": 1, "two": 2, "three": 3, "nine": 9, "nine, then three": 3}
-"""Number of processes that end a run."""
+RUNS = ("one", "two", "three", "nine", "nine, then three")
+"""By the number of their processes."""
 
 
 def _mixture(experiment: Experiment, images: Images) -> Mixture:
-    parents = {
-        name: untrained(experiment.spec(name), images.format, experiment.seed, {})
-        for name in experiment.defended.parents
-    }
-    mixture = untrained(experiment.defended, images.format, experiment.seed, parents)
+    mixture = untrained_model(experiment, images, "mixture")
     assert isinstance(mixture, Mixture)
     return mixture
 

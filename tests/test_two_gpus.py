@@ -13,13 +13,12 @@ import torch.distributed as dist
 
 from dwf_cluster.data.device import DeviceImages
 from dwf_cluster.data.sources import load
-from dwf_cluster.defences.build import untrained
 from dwf_cluster.determinism import make_deterministic
 from dwf_cluster.presets import build
 from dwf_cluster.store import Store, checkpoints
 from dwf_cluster.training.loop import Stopped, train
 
-from .conftest import TINY, task_for
+from .conftest import TINY, task_for, untrained_model
 from .gloo import run_workers
 
 MODELS = ("pgd-1", "mixture")
@@ -33,9 +32,7 @@ def _train_whole_and_interrupted(folder: Path, name: str) -> None:
     images = load(experiment.data, folder)
 
     def run(run_name: str, **options: Callable[..., Any]) -> None:
-        spec, seed = experiment.spec(name), experiment.seed
-        parents = {parent: untrained(experiment.spec(parent), images.format, seed, {}) for parent in spec.parents}
-        model = untrained(spec, images.format, seed, parents).to(device)
+        model = untrained_model(experiment, images, name).to(device)
         store = Store(str(folder), run_name, labels=experiment.labels)
         try:
             train(task_for(experiment, store, name, **options), model, DeviceImages(images, experiment.data, device))

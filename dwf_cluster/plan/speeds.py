@@ -61,8 +61,8 @@ class Entry:
     def source(self) -> str:
         """What hours rest on that are planned with it."""
         versions = [f"{name} {version}" for name, version in self.versions.items()]
-        told = ", ".join(part for part in (self.card, *versions, self.note, self.date) if part)
-        return f"measured on {told}" if self.kind == "measurement" else f"estimate for {told}, not measured"
+        parts = ", ".join(part for part in (self.card, *versions, self.note, self.date) if part)
+        return f"measured on {parts}" if self.kind == "measurement" else f"estimate for {parts}, not measured"
 
 
 @dataclass(frozen=True)

@@ -115,7 +115,6 @@ def test_training_on_a_cpu_uses_no_graph() -> None:
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_replayed_cuda_graph_equals_pgd_bit_for_bit() -> None:
     torch.manual_seed(0)
     model = _mixture().cuda()

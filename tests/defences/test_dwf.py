@@ -23,17 +23,13 @@ from dwf_cluster.presets import build
 from dwf_cluster.store import Store, checkpoints, tables
 from dwf_cluster.training.loop import _optimizer, train
 
-from ..conftest import TINY, task_for
+from ..conftest import TINY, task_for, untrained_model
 
 CPU = torch.device("cpu")
 
 
 def _untrained_mixture(experiment: Experiment, images: Images) -> Mixture:
-    experts = {
-        name: untrained(experiment.spec(name), images.format, experiment.seed, {})
-        for name in experiment.defended.parents
-    }
-    mixture = untrained(experiment.defended, images.format, experiment.seed, experts)
+    mixture = untrained_model(experiment, images, "mixture")
     assert isinstance(mixture, Mixture)
     return mixture
 

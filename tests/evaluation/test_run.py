@@ -15,7 +15,6 @@ from dwf_cluster.attacks.gradient import differentiate
 from dwf_cluster.attacks.pgd import fgsm, pgd
 from dwf_cluster.data.device import to_float
 from dwf_cluster.data.sources import Images
-from dwf_cluster.defences.build import untrained
 from dwf_cluster.defences.registry import METHODS
 from dwf_cluster.determinism import Draws
 from dwf_cluster.evaluation import merge
@@ -27,7 +26,7 @@ from dwf_cluster.models.mixture import Mixture
 from dwf_cluster.presets import build
 from dwf_cluster.store import Store, tables
 
-from ..conftest import TINY, InDouble
+from ..conftest import TINY, InDouble, untrained_model
 
 CPU = torch.device("cpu")
 EVERYTHING = [
@@ -53,19 +52,12 @@ def everything() -> Experiment:
 
 def _models(experiment: Experiment, images: Images) -> dict[str, torch.nn.Module]:
     """Experts and mixture, untrained, in double precision: rounding must decide nothing."""
-    experts = {name: _untrained(experiment, images, name) for name in experiment.names if name != "mixture"}
-    for model in (mixture := _untrained(experiment, images, "mixture"), *experts.values()):
+    experts = {name: untrained_model(experiment, images, name) for name in experiment.names if name != "mixture"}
+    for model in (mixture := untrained_model(experiment, images, "mixture"), *experts.values()):
         model.train()
         for _ in range(3):
             model(to_float(torch.tensor(images.x_train)))
     return {name: InDouble(model) for name, model in experts.items()} | {"mixture": mixture.double()}
-
-
-def _untrained(experiment: Experiment, images: Images, name: str) -> torch.nn.Module:
-    """A model of the experiment before its training, as are its parents."""
-    spec = experiment.spec(name)
-    parents = {parent: _untrained(experiment, images, parent) for parent in spec.parents}
-    return untrained(spec, images.format, experiment.seed, parents)
 
 
 def _suites(experiment: Experiment, name: str) -> tuple[str, ...]:
@@ -213,7 +205,7 @@ def test_more_eot_samples_are_a_run_of_their_own(images: Images) -> None:
 def test_the_mixtures_predictions_carry_the_gates_weights_on_the_attacked_image(
     tiny: Experiment, images: Images
 ) -> None:
-    mixture = _untrained(tiny, images, "mixture")
+    mixture = untrained_model(tiny, images, "mixture")
     _, predictions = _evaluate(tiny, {"mixture": mixture}, "mixture", "paper", images.x_test, images.y_test)
     frozen_mixture = frozen(mixture)
     x, y = to_float(torch.tensor(images.x_test)), torch.tensor(images.y_test)
@@ -276,14 +268,14 @@ def test_the_test_set_is_read_a_batch_at_a_time(images: Images, tmp_path: Path) 
     np.save(tmp_path / "x.npy", images.x_test)
     streamed = np.load(tmp_path / "x.npy", mmap_mode="r").view(Watched)
     experiment = build("digits", 0, [*TINY, "evaluation.batch_size=16"])
-    model = _untrained(experiment, images, "benign")
+    model = untrained_model(experiment, images, "benign")
     rows, _ = _evaluate(experiment, {"benign": model}, "benign", "paper", streamed, images.y_test)
     assert rows[0]["examples"] == 40
     assert Watched.read == [16, 16, 8]
 
 
 def test_each_model_is_checked_for_masking(tiny: Experiment, images: Images) -> None:
-    model = _untrained(tiny, images, "benign")
+    model = untrained_model(tiny, images, "benign")
     settings = (images.x_test[:8], images.y_test[:8], tiny.evaluation, tiny.threat)
     rows = check(model, "benign", *settings, seed=tiny.seed, device=CPU)
     assert {row["check"] for row in rows} >= {"nan", "probabilities", "black_box", "huge_epsilon"}
