@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from dwf_cluster.attacks.ball import Ball
-from dwf_cluster.attacks.gradient import Objective, cross_entropy, differentiate, predict
+from dwf_cluster.attacks.gradient import Objective, cross_entropy, predict
+from dwf_cluster.attacks.repeats import Gradients
 
 
 @dataclass(frozen=True)
@@ -89,8 +90,9 @@ def pgd(
     iterate, index = (x if start is None else start), torch.arange(len(x), device=x.device)
     labels = y if target is None else torch.stack([y, target], 1)
     velocity = torch.zeros_like(x) if momentum else None
+    gradients = Gradients(model, objective, eot)
     for step in range(steps):
-        gradient, _, logits = differentiate(model, iterate, labels, objective, samples=eot, check=step == 0)
+        gradient, logits = gradients.at(iterate, labels, check=step == 0)
         yield Iterate(step, index, iterate, logits, gradient, len(index) * eot)
         if drop_fooled:
             keep = logits.argmax(1) == y
@@ -98,6 +100,7 @@ def pgd(
                 return
             x, y, labels, index, iterate, gradient = (t[keep] for t in (x, y, labels, index, iterate, gradient))
             velocity = velocity[keep] if velocity is not None else None
+            gradients.keep(keep)
         if velocity is not None:
             scale = gradient.abs().mean((1, 2, 3), keepdim=True).clamp(min=1e-12)
             gradient = velocity = momentum * velocity + gradient / scale
