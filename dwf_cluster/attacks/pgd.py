@@ -23,7 +23,7 @@ class Iterate:
         x: the adversarial images, shape (n, channels, height, width).
         logits: the model's at x, shape (n, classes), where the attack has computed them; else None.
         gradient: of the attack's loss at x, shape of x, where the attack continues; else None.
-        gradient_count: gradient evaluations of single images that `gradient` cost.
+        gradient_count: gradient evaluations of single images that `gradient` needs; some may be known (`repeats`).
     """
 
     step: int

@@ -12,6 +12,7 @@ from torch import nn
 from dwf_cluster.attacks.ball import Ball
 from dwf_cluster.attacks.gradient import Objective, carlini_wagner, cross_entropy, differentiate, target_margin
 from dwf_cluster.attacks.pgd import Iterate, pgd
+from dwf_cluster.attacks.repeats import Gradients
 from dwf_cluster.attacks.routing import expert_aimed, gate_aimed
 from dwf_cluster.models.frozen import frozen
 from dwf_cluster.models.mixture import Gate, Mixture
@@ -178,3 +179,18 @@ def test_no_value_of_a_pass_is_used_that_rounds_in_another_way(drop_fooled: bool
     x, y = _images(model, 240)
     expected = _slow(model, x, y, cross_entropy, None, 0.0, drop_fooled)
     _assert_equal(pgd(model, x, y, BALL, step_size=STEP_SIZE, steps=STEPS, drop_fooled=drop_fooled), expected)
+
+
+def test_values_of_a_large_batch_are_not_taken_for_those_of_a_small_one() -> None:
+    torch.manual_seed(0)
+    model = frozen(_RoundsSmallBatches().eval())
+    x, y = _images(model, 100)
+    gradients = Gradients(model, cross_entropy, 1)
+    for _ in range(4):
+        gradients.at(x, y, check=False)
+    few = torch.arange(100) < _RoundsSmallBatches.LIMIT - 10
+    gradients.keep(few)
+    gradient, logits = gradients.at(x[few], y[few], check=False)
+    expected, _, expected_logits = differentiate(model, x[few], y[few])
+    assert torch.equal(gradient, expected)
+    assert torch.equal(logits, expected_logits)
