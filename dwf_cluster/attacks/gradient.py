@@ -16,6 +16,10 @@ Objective = Callable[[nn.Module, torch.Tensor, torch.Tensor], tuple[torch.Tensor
 _CHUNK_ELEMENTS = 3 * 2**15
 """Input values that one pass takes on a CPU, 32 colour images of 32x32: larger activations leave the caches."""
 
+_MULTIPLES = {"cuda": 64}
+"""Of how many images a pass has a multiple, by device. Attacks drop images at any step, and for each new number of
+images libraries choose kernels and allocate anew; on a GPU, 64 images should take little longer than one."""
+
 
 class NotLogits(ValueError):
     """The model returned NaN, infinity or probabilities: an accuracy under attack would mean nothing."""
@@ -80,7 +84,7 @@ def differentiate(
             collects its faults (`report`), the training step raises it.
     """
     gradients, losses, outputs = [], [], []
-    for images, labels in _chunks(model, x, y):
+    for images, labels, count in _chunks(model, x, y):
         leaf = images.detach().requires_grad_()
         with torch.enable_grad():
             total = torch.zeros((), device=x.device, dtype=x.dtype)
@@ -88,13 +92,13 @@ def differentiate(
                 loss, logits = objective(model, leaf, labels)
                 total = total + loss.sum()
             if check:
-                check_logits(model, logits)
+                check_logits(model, logits[:count])
             # No path to the pixels means no gradient; the checks for gradient masking report that.
             (gradient,) = torch.autograd.grad(total, leaf, allow_unused=True) if total.requires_grad else (None,)
             gradient = torch.zeros_like(leaf) if gradient is None else gradient
-        gradients.append(gradient / samples if samples > 1 else gradient)
-        losses.append(loss.detach())
-        outputs.append(logits.detach())
+        gradients.append(gradient[:count] / samples if samples > 1 else gradient[:count])
+        losses.append(loss.detach()[:count])
+        outputs.append(logits.detach()[:count])
     return torch.cat(gradients), torch.cat(losses), torch.cat(outputs)
 
 
@@ -105,7 +109,7 @@ def predict(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
         NotLogits: if they are not finite, or each row looks like a probability distribution.
     """
     with torch.no_grad():
-        logits = torch.cat([model(images) for images, _ in _chunks(model, x, x)])
+        logits = torch.cat([model(images)[:count] for images, _, count in _chunks(model, x, x)])
     check_logits(model, logits)
     return logits
 
@@ -141,9 +145,19 @@ def _are_probabilities(logits: torch.Tensor) -> torch.Tensor:
     return ((logits >= 0).all() & are_ones.all()) if logits.shape[1] > 1 else torch.zeros_like(are_ones).any()
 
 
-def _chunks(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """The batch, on a CPU cut into parts that it computes fastest; the cuts depend on shapes alone."""
-    is_cut = x.device.type == "cpu" and len(x) > 0 and not getattr(model, WHOLE_BATCH, False)
-    size = max(1, _CHUNK_ELEMENTS // x[0].numel()) if is_cut else max(1, len(x))
+def _chunks(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor, int]]:
+    """The batch in passes: images, labels, and how many of them are the batch's; the others repeat the first.
+
+    On a CPU it is cut into parts that are computed fastest. On a GPU it is filled up, except in training, whose batches
+    have one size. Both depend on shapes alone, and neither is done to a batch that a model uses as a whole.
+    """
+    if len(x) == 0 or getattr(model, WHOLE_BATCH, False):
+        yield x.contiguous(memory_format=torch.channels_last), y, len(x)
+        return
+    size = max(1, _CHUNK_ELEMENTS // x[0].numel()) if x.device.type == "cpu" else len(x)
+    multiple = 1 if hasattr(model, FAULTS) else _MULTIPLES.get(x.device.type, 1)
     for images, labels in zip(torch.split(x, size), torch.split(y, size), strict=True):
-        yield images.contiguous(memory_format=torch.channels_last), labels
+        missing = -len(images) % multiple
+        filled = (torch.cat([t, t[:1].expand(missing, *t.shape[1:])]) if missing else t for t in (images, labels))
+        passed, their_labels = filled
+        yield passed.contiguous(memory_format=torch.channels_last), their_labels, len(images)

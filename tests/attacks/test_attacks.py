@@ -23,6 +23,7 @@ from dwf_cluster.attacks.routing import gate_aimed
 from dwf_cluster.attacks.square import square
 from dwf_cluster.models.frozen import frozen
 from dwf_cluster.models.mixture import Gate, Mixture
+from dwf_cluster.models.refresh import FrozenModel
 from dwf_cluster.models.resnet import ResNet
 
 LINF, L2 = Ball("linf", 0.1), Ball("l2", 0.8)
@@ -161,6 +162,39 @@ def test_a_cpu_computes_a_batch_in_parts_and_returns_all_of_it() -> None:
     gradient, loss, logits = differentiate(frozen_model, x, y)
     assert (gradient.shape, loss.shape, logits.shape) == (x.shape, (100,), (100, 5))
     assert [shape[0] for shape in sizes] == [24, 24, 24, 24, 4]
+
+
+def test_a_gpu_computes_multiples_of_64_images_in_an_evaluation_and_gives_the_values_of_the_batch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    frozen_model, x, y = _correct(100)
+    ball, arguments = Ball("linf", 0.1), {"step_size": 0.04, "steps": 4, "drop_fooled": True}
+    expected = list(pgd(frozen_model, x, y, ball, **arguments))
+    monkeypatch.setattr("dwf_cluster.attacks.gradient._MULTIPLES", {"cpu": 64})
+    sizes: list[int] = []
+    frozen_model.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+    for iterate, slow in zip(pgd(frozen_model, x, y, ball, **arguments), expected, strict=True):
+        assert torch.equal(iterate.index, slow.index)
+        torch.testing.assert_close(iterate.x, slow.x)
+        torch.testing.assert_close(iterate.logits, slow.logits)
+        torch.testing.assert_close(iterate.gradient, slow.gradient)
+        assert iterate.gradient_count == slow.gradient_count
+    torch.testing.assert_close(predict(frozen_model, x[:3]), frozen_model(x[:3]))
+    assert sizes == [128, *(-(-len(slow.index) // 64) * 64 for slow in expected[1:-1]), 64, 3]
+    assert len(expected[2].index) < 64
+
+
+def test_a_batch_is_not_filled_up_in_training_or_where_a_model_uses_it_as_a_whole(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("dwf_cluster.attacks.gradient._MULTIPLES", {"cpu": 64})
+    model, x, y = _problem(count=10)
+    in_training = FrozenModel(model)()
+    for attacked in (in_training, frozen(model, batch_statistics=True)):
+        sizes: list[int] = []
+        attacked.register_forward_pre_hook(lambda _, inputs, sizes=sizes: sizes.append(len(inputs[0])))
+        differentiate(attacked, x, y)
+        assert sizes == [10]
 
 
 def test_the_worst_case_equals_the_slow_one_over_all_iterates_of_all_starts() -> None:
