@@ -73,8 +73,7 @@ def pgd(
         step_size: in the ball's norm, pixels in [0, 1].
         steps: number of iterations, from 0.
         start: x_0; x itself by default (our assumption: the paper does not say where PGD starts).
-        objective: what to make large; the paper's cross-entropy by default. With a target, its labels have shape
-            (n, 2): true and target.
+        objective: what to make large. With a target, its labels have shape (n, 2): true and target.
         target: the class that each image is to be classified as, shape (n,).
         momentum: decay of the sum of gradients, each divided by its mean absolute value (Dong et al. 2018).
         eot: gradients averaged in each iteration (expectation over transformation).

@@ -21,7 +21,7 @@ _MULTIPLE = 16
 
 @dataclass(frozen=True)
 class _Known:
-    """Images, shape (n, channels, height, width), with their gradients and logits."""
+    """Images x, shape (n, channels, height, width), with their gradients and logits."""
 
     x: torch.Tensor
     gradient: torch.Tensor
@@ -63,17 +63,16 @@ class Gradients:
         Raises:
             NotLogits: as `differentiate`.
         """
-        uses_known = x.device.type in _DEVICES and len(self._known) == 2
-        now = self._with_known(x, labels) if uses_known else self._computed(x, labels, check)
-        self._known = [now, *self._known[:1]]
+        now = self._with_known(x, labels) if len(self._known) == 2 else self._computed(x, labels, check)
+        if x.device.type in _DEVICES:
+            self._known = [now, *self._known[:1]]
         return now.gradient, now.logits
 
     def keep(self, images: torch.Tensor) -> None:
         """Go on with some images of the last call: bool, shape (n,)."""
-        count = int(images.sum())
-        if count == len(images):
+        if not self._known or bool(images.all()):
             return
-        if count >= self._agreed > 0:
+        if int(images.sum()) >= self._agreed > 0:
             self._known = [known.of(images) for known in self._known]
         else:  # so few may have other values
             self._known, self._agreed, self._differed = [], 0, 0
@@ -83,6 +82,7 @@ class Gradients:
         return _Known(x, gradient, logits)
 
     def _with_known(self, x: torch.Tensor, labels: torch.Tensor) -> _Known:
+        """Take what is known; only the other images, and known ones to compare, pass through the model."""
         last, before = self._known
         is_last, is_before = ((x == known.x).flatten(1).all(1) for known in self._known)
         is_new = ~(is_last | is_before)
