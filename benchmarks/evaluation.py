@@ -1,10 +1,10 @@
-"""Time of the demo's evaluation, compared with one that computes each gradient of PGD, also those that it knows.
+"""Time of the demo's evaluation, with and without the reuse of gradients.
 
     python -m dwf_cluster.launch --local
     python benchmarks/evaluation.py [--storage runs] [--turns 3]
 
-All evaluations and checks of the demo's ten models, on one thread, as the demo's processes run them. The two ways
-take turns, one evaluation after the other; their results must be equal. The last line is JSON: ratios of medians.
+All evaluations and checks of the demo's ten models, on one thread, as the demo's processes run them. Each evaluation
+is measured in both ways, in changing order, and the results must be equal. The last line is JSON: ratios of medians.
 """
 
 from __future__ import annotations
@@ -33,6 +33,8 @@ from dwf_cluster.plan.jobs import Job, jobs
 from dwf_cluster.presets import build
 
 CPU = torch.device("cpu")
+WAYS: tuple[tuple[str, tuple[str, ...]], ...] = ("all", ()), ("reused", ("cpu",))
+"""Which gradients are computed or reused, and on which devices they are reused."""
 
 
 def results(experiment: Experiment, job: Job, images: Images, models: dict[str, nn.Module]) -> Any:
@@ -67,15 +69,15 @@ def main() -> None:
     sizes = Sizes(len(images.x_train), len(images.x_test), images.x_train.shape[1:])
     loaded: dict[str, nn.Module] = {}
     seconds: dict[tuple[str, str, str], list[float]] = defaultdict(list)
-    for _ in range(options.turns):
+    for turn in range(options.turns):
         for job in jobs(experiment, "evaluate", sizes):
             models = {
                 name: trained(experiment.models, name, images.format, experiment.seed, store, loaded)
                 for name in job.evaluated_with
             }
             rows = []
-            for way, devices in (("all", ()), ("known", ("cpu",))):
-                with patch("dwf_cluster.attacks.repeats._DEVICES", devices):
+            for way, devices in WAYS[:: (1, -1)[turn % 2]]:
+                with patch("dwf_cluster.attacks.gradient_cache._DEVICES", devices):
                     clock = time.process_time()
                     rows.append(results(experiment, job, images, models))
                     of = "mixture" if job.model == "mixture" else "experts"
@@ -84,10 +86,10 @@ def main() -> None:
     report = {}
     for model, suite in dict.fromkeys((model, suite) for model, suite, _ in seconds):
         turns = options.turns
-        a, b = (sum_of_medians(seconds[model, suite, way], turns) for way in ("all", "known"))
-        report[f"{model} {suite}"] = {"all": round(a, 2), "known": round(b, 2), "ratio": round(a / b, 2)}
-    a, b = (sum(row[way] for row in report.values()) for way in ("all", "known"))
-    print(json.dumps({**report, "total": {"all": round(a, 1), "known": round(b, 1), "ratio": round(a / b, 2)}}))
+        a, b = (sum_of_medians(seconds[model, suite, way], turns) for way, _ in WAYS)
+        report[f"{model} {suite}"] = {"all": round(a, 2), "reused": round(b, 2), "ratio": round(a / b, 2)}
+    a, b = (sum(row[way] for row in report.values()) for way, _ in WAYS)
+    print(json.dumps({**report, "total": {"all": round(a, 1), "reused": round(b, 1), "ratio": round(a / b, 2)}}))
 
 
 def sum_of_medians(seconds: list[float], turns: int) -> float:

@@ -17,8 +17,8 @@ _CHUNK_ELEMENTS = 3 * 2**15
 """Input values that one pass takes on a CPU, 32 colour images of 32x32: larger activations leave the caches."""
 
 _MULTIPLES = {"cuda": 64}
-"""Of how many images a pass has a multiple, by device. Attacks drop images at any step, and for each new number of
-images libraries choose kernels and allocate anew; on a GPU, 64 images should take little longer than one."""
+"""A pass is filled up to a multiple of this many images, by device, or to a power of two below it. Attacks drop images
+at any step, and for each new size libraries choose kernels and allocate memory anew. Our assumption: 64."""
 
 
 class NotLogits(ValueError):
@@ -109,7 +109,8 @@ def predict(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
         NotLogits: if they are not finite, or each row looks like a probability distribution.
     """
     with torch.no_grad():
-        logits = torch.cat([model(images)[:count] for images, _, count in _chunks(model, x, x)])
+        labels = torch.zeros(len(x), device=x.device)
+        logits = torch.cat([model(images)[:count] for images, _, count in _chunks(model, x, labels)])
     check_logits(model, logits)
     return logits
 
@@ -145,19 +146,33 @@ def _are_probabilities(logits: torch.Tensor) -> torch.Tensor:
     return ((logits >= 0).all() & are_ones.all()) if logits.shape[1] > 1 else torch.zeros_like(are_ones).any()
 
 
+def is_one_pass(model: nn.Module, x: torch.Tensor) -> bool:
+    """Whether `differentiate` and `predict` compute these images in one pass, and not in parts."""
+    return len(x) <= _pass_size(model, x)
+
+
+def _pass_size(model: nn.Module, x: torch.Tensor) -> int:
+    """Images of one pass at most."""
+    is_cut = x.device.type == "cpu" and len(x) > 0 and not getattr(model, WHOLE_BATCH, False)
+    return max(1, _CHUNK_ELEMENTS // x[0].numel()) if is_cut else max(1, len(x))
+
+
 def _chunks(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor, int]]:
-    """The batch in passes: images, labels, and how many of them are the batch's; the others repeat the first.
+    """The batch in passes: images, labels, and how many of them are the batch's; the rest are copies of the first.
 
     On a CPU it is cut into parts that are computed fastest. On a GPU it is filled up, except in training, whose batches
     have one size. Both depend on shapes alone, and neither is done to a batch that a model uses as a whole.
     """
-    if len(x) == 0 or getattr(model, WHOLE_BATCH, False):
-        yield x.contiguous(memory_format=torch.channels_last), y, len(x)
-        return
-    size = max(1, _CHUNK_ELEMENTS // x[0].numel()) if x.device.type == "cpu" else len(x)
-    multiple = 1 if hasattr(model, FAULTS) else _MULTIPLES.get(x.device.type, 1)
+    size = _pass_size(model, x)
+    is_filled = not hasattr(model, FAULTS) and not getattr(model, WHOLE_BATCH, False)
+    most = _MULTIPLES.get(x.device.type, 1) if is_filled else 1
     for images, labels in zip(torch.split(x, size), torch.split(y, size), strict=True):
-        missing = -len(images) % multiple
-        filled = (torch.cat([t, t[:1].expand(missing, *t.shape[1:])]) if missing else t for t in (images, labels))
-        passed, their_labels = filled
-        yield passed.contiguous(memory_format=torch.channels_last), their_labels, len(images)
+        count = len(images)
+        missing = -count % min(most, 1 << max(0, count - 1).bit_length())
+        passed, their_labels = _filled(images, missing), _filled(labels, missing)
+        yield passed.contiguous(memory_format=torch.channels_last), their_labels, count
+
+
+def _filled(rows: torch.Tensor, missing: int) -> torch.Tensor:
+    """The rows, and so many copies of the first."""
+    return torch.cat([rows, rows[:1].expand(missing, *rows.shape[1:])]) if missing else rows

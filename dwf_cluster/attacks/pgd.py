@@ -10,7 +10,7 @@ from torch import nn
 
 from dwf_cluster.attacks.ball import Ball
 from dwf_cluster.attacks.gradient import Objective, cross_entropy, predict
-from dwf_cluster.attacks.repeats import Gradients
+from dwf_cluster.attacks.gradient_cache import GradientCache
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Iterate:
         x: the adversarial images, shape (n, channels, height, width).
         logits: the model's at x, shape (n, classes), where the attack has computed them; else None.
         gradient: of the attack's loss at x, shape of x, where the attack continues; else None.
-        gradient_count: gradient evaluations of single images that `gradient` needs; some may be known (`repeats`).
+        gradient_count: gradient evaluations of single images that `gradient` needs; some are reused (`GradientCache`).
     """
 
     step: int
@@ -73,7 +73,7 @@ def pgd(
         step_size: in the ball's norm, pixels in [0, 1].
         steps: number of iterations, from 0.
         start: x_0; x itself by default (our assumption: the paper does not say where PGD starts).
-        objective: what to make large. With a target, its labels have shape (n, 2): true and target.
+        objective: what to make large, by default cross-entropy; with a target, its labels are true and target, (n, 2).
         target: the class that each image is to be classified as, shape (n,).
         momentum: decay of the sum of gradients, each divided by its mean absolute value (Dong et al. 2018).
         eot: gradients averaged in each iteration (expectation over transformation).
@@ -89,9 +89,9 @@ def pgd(
     iterate, index = (x if start is None else start), torch.arange(len(x), device=x.device)
     labels = y if target is None else torch.stack([y, target], 1)
     velocity = torch.zeros_like(x) if momentum else None
-    gradients = Gradients(model, objective, eot)
+    cache = GradientCache(model, objective, eot)
     for step in range(steps):
-        gradient, logits = gradients.at(iterate, labels, check=step == 0)
+        gradient, logits = cache.compute(iterate, labels, check=step == 0)
         yield Iterate(step, index, iterate, logits, gradient, len(index) * eot)
         if drop_fooled:
             keep = logits.argmax(1) == y
@@ -99,7 +99,7 @@ def pgd(
                 return
             x, y, labels, index, iterate, gradient = (t[keep] for t in (x, y, labels, index, iterate, gradient))
             velocity = velocity[keep] if velocity is not None else None
-            gradients.keep(keep)
+            cache.keep(keep)
         if velocity is not None:
             scale = gradient.abs().mean((1, 2, 3), keepdim=True).clamp(min=1e-12)
             gradient = velocity = momentum * velocity + gradient / scale

@@ -13,25 +13,7 @@ from dwf_cluster.attacks.ball import Ball
 from dwf_cluster.attacks.gradient import Objective, carlini_wagner, cross_entropy, predict
 from dwf_cluster.attacks.pgd import Iterate, Remaining, WorstCase, pgd
 from dwf_cluster.evaluation.settings import Threat
-
-_PLAIN = (
-    nn.AdaptiveAvgPool2d,
-    nn.AvgPool2d,
-    nn.BatchNorm2d,
-    nn.Conv2d,
-    nn.Dropout,
-    nn.Flatten,
-    nn.Identity,
-    nn.Linear,
-    nn.MaxPool2d,
-    nn.ModuleList,
-    nn.ReLU,
-    nn.Sequential,
-)
-"""Layers of torch that are deterministic in evaluation mode, and treat each image by itself."""
-
-_OWN_MODELS = "dwf_cluster.models."
-"""Where the package's own modules are defined: they return logits, and draw nothing at random."""
+from dwf_cluster.models.deterministic import is_plain
 
 
 @dataclass(frozen=True)
@@ -89,11 +71,8 @@ class Inspection:
 
     @functools.cached_property
     def is_plain(self) -> bool:
-        """Whether each layer is the package's own or one of torch's that is deterministic in evaluation mode.
-
-        Such a model returns logits, draws nothing at random, treats each image by itself and leaves it as it is.
-        """
-        return all(_is_plain(module) for module in self.model.modules())
+        """Of the model: as of `models.deterministic.is_plain`."""
+        return is_plain(self.model)
 
     @functools.cached_property
     def logits(self) -> torch.Tensor:
@@ -176,13 +155,3 @@ class Inspection:
     def left_by_white_box(self) -> torch.Tensor:
         """The images that resist the long run, its restart and the run on the margin: bool, shape (n,)."""
         return self.restarted.robust & self.on_margin.robust
-
-
-def _is_plain(module: nn.Module) -> bool:
-    if "forward" in vars(module) or module.training or module._forward_hooks or module._forward_pre_hooks:
-        return False
-    if isinstance(module, nn.BatchNorm2d) and module.running_mean is None:
-        return False  # an image's outputs depend on the rest of its batch
-    own = type(module).__module__.startswith(_OWN_MODELS)
-    # A gate ends in a softmax, whose outputs are weights and not the model's.
-    return own or type(module) in _PLAIN or type(module) is nn.Softmax

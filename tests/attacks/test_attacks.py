@@ -164,24 +164,19 @@ def test_a_cpu_computes_a_batch_in_parts_and_returns_all_of_it() -> None:
     assert [shape[0] for shape in sizes] == [24, 24, 24, 24, 4]
 
 
-def test_a_gpu_computes_multiples_of_64_images_in_an_evaluation_and_gives_the_values_of_the_batch(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize(("count", "size"), [(1, 1), (3, 4), (33, 64), (64, 64), (100, 128)])
+def test_a_gpu_fills_up_a_pass_of_an_evaluation_and_gives_the_values_of_the_batch(
+    monkeypatch: pytest.MonkeyPatch, count: int, size: int
 ) -> None:
-    frozen_model, x, y = _correct(100)
-    ball, arguments = Ball("linf", 0.1), {"step_size": 0.04, "steps": 4, "drop_fooled": True}
-    expected = list(pgd(frozen_model, x, y, ball, **arguments))
+    frozen_model, x, y = _correct(count)
+    expected, logits = differentiate(frozen_model, x, y), predict(frozen_model, x)
     monkeypatch.setattr("dwf_cluster.attacks.gradient._MULTIPLES", {"cpu": 64})
     sizes: list[int] = []
     frozen_model.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
-    for iterate, slow in zip(pgd(frozen_model, x, y, ball, **arguments), expected, strict=True):
-        assert torch.equal(iterate.index, slow.index)
-        torch.testing.assert_close(iterate.x, slow.x)
-        torch.testing.assert_close(iterate.logits, slow.logits)
-        torch.testing.assert_close(iterate.gradient, slow.gradient)
-        assert iterate.gradient_count == slow.gradient_count
-    torch.testing.assert_close(predict(frozen_model, x[:3]), frozen_model(x[:3]))
-    assert sizes == [128, *(-(-len(slow.index) // 64) * 64 for slow in expected[1:-1]), 64, 3]
-    assert len(expected[2].index) < 64
+    for value, wanted in zip(differentiate(frozen_model, x, y), expected, strict=True):
+        torch.testing.assert_close(value, wanted)
+    torch.testing.assert_close(predict(frozen_model, x), logits)
+    assert sizes == [size, size]
 
 
 def test_a_batch_is_not_filled_up_in_training_or_where_a_model_uses_it_as_a_whole(
