@@ -120,7 +120,8 @@ class Chaos:
                     continue
                 _wait_until_suspended(writer[0])
                 if path.exists() and (skipped := skipped - 1) < 0:
-                    _send(self._tree())
+                    # The writer first: as soon as its parent ends, the kernel may continue it (orphaned process group).
+                    _send([*writer, *self._tree()])
                     assert path.exists()
                     return True
                 _send(writer, signal.SIGCONT)
