@@ -74,6 +74,11 @@ def _model(name: str) -> nn.Module:
     return frozen(model.eval())
 
 
+def _rounded_in_small_batches(limit: int, change: str = "gradient") -> nn.Module:
+    torch.manual_seed(0)
+    return frozen(Counted(RoundedInSmallBatches(limit, change)).eval())
+
+
 def _images(model: nn.Module, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Images with the labels that the model gives to them; the attacks change some of these answers."""
     x = torch.rand(count, *SHAPE)
@@ -202,8 +207,7 @@ def test_gradients_of_a_model_with_an_unknown_layer_are_all_computed(network: nn
 @pytest.mark.parametrize("drop_fooled", [False, True], ids=["all images", "drop fooled"])
 @pytest.mark.parametrize("change", ["gradient", "logits"])
 def test_a_partial_pass_that_is_rounded_in_another_way_is_not_used(change: str, drop_fooled: bool) -> None:
-    torch.manual_seed(0)
-    model = frozen(Counted(RoundedInSmallBatches(100, change)).eval())
+    model = _rounded_in_small_batches(100, change)
     x, y = _images(model, 150)
     _sizes(model)
     expected = list(_slow(model, x, y, drop_fooled=drop_fooled))
@@ -221,8 +225,7 @@ def _assert_computed(cache: GradientCache, model: nn.Module, x: torch.Tensor, y:
 
 
 def test_gradients_of_a_large_batch_are_not_reused_in_a_small_one() -> None:
-    torch.manual_seed(0)
-    model = frozen(RoundedInSmallBatches(60, "gradient").eval())
+    model = _rounded_in_small_batches(60)
     x, y = _images(model, 100)
     cache = GradientCache(model, cross_entropy, 1)
     for _ in range(4):
@@ -235,8 +238,7 @@ def test_gradients_of_a_large_batch_are_not_reused_in_a_small_one() -> None:
 def test_of_a_batch_that_is_cut_into_parts_all_gradients_are_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     """The last part is small, and its images are rounded in another way than those of a partial pass would be."""
     monkeypatch.setattr("dwf_cluster.attacks.gradient._CHUNK_ELEMENTS", 64 * 64)  # 64 images
-    torch.manual_seed(0)
-    model = frozen(RoundedInSmallBatches(40, "gradient").eval())
+    model = _rounded_in_small_batches(40)
     x, y = _images(model, 100)
     cache = GradientCache(model, cross_entropy, 1)
     for _ in range(3):

@@ -76,7 +76,8 @@ def test_a_long_evaluation_is_cut_into_processes_that_are_longer_than_twenty_sta
     assert max(work) <= max(PROCESS_FLOP, *(job.flop for job in every))
     start, speed = 15, 9e13  # estimates: seconds, and FLOP/s of an H100
     assert len(batches) * start < 0.05 * sum(work) / speed
-    assert len(batches) >= 2 * 8  # enough to fill the eight GPUs
+    assert len(batches) >= 2 * 8  # enough to fill the eight GPUs,
+    assert max(work) <= sum(work) / 8  # and none is longer than a GPU's equal share
 
 
 def test_a_process_runs_no_shard_whose_inputs_are_missing() -> None:
