@@ -58,7 +58,7 @@ class OnDevice(torch.Tensor):
 def test_the_host_waits_for_the_device_once_a_step(
     images: Images, monkeypatch: pytest.MonkeyPatch, name: str, settings: tuple[str, ...]
 ) -> None:
-    monkeypatch.setattr("dwf_cluster.models.frozen._SMALL", 0)  # as on a GPU, experts run one by one
+    monkeypatch.setattr("dwf_cluster.models.stack._SMALL", 0)  # as on a GPU, experts run one by one
     monkeypatch.setattr("dwf_cluster.attacks.gradient_cache._DEVICES", ())  # and no iterate is compared
     experiment = build("digits", 0, [*TINY, *settings])
     spec = experiment.spec(name)

@@ -12,11 +12,10 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
-from torch import nn
 
 from dwf_cluster.attacks.ball import Ball
-from dwf_cluster.attacks.gradient import NotLogits
 from dwf_cluster.attacks.pgd import Iterate, Remaining, pgd
+from dwf_cluster.attacks.several import last_iterates
 from dwf_cluster.attacks.square import square as square_attack
 from dwf_cluster.evaluation.check_cost import check_queries
 from dwf_cluster.evaluation.inspection import Inspection
@@ -69,11 +68,9 @@ def transfer(inspection: Inspection) -> Iterator[Check]:
     left = inspection.left_by_white_box
 
     def made_on_others(rest: Remaining) -> Iterator[Iterate]:
-        for other in inspection.others.values():
-            try:
-                yield _last(other, rest, inspection)
-            except NotLogits:  # a fault of the other model, which its own checks find
-                continue
+        # A model without logits has a fault, which its own checks find.
+        options = {"step_size": inspection.threat.step_size, "steps": inspection.steps}
+        return last_iterates(inspection.others.values(), rest.x, rest.y, inspection.ball, **options)  # type: ignore[arg-type]
 
     after = inspection.attack(left, made_on_others).robust
     meaning = f"images made on {len(inspection.others)} other models fool {_share(left & ~after)} that resist "
@@ -103,13 +100,6 @@ def huge_epsilon(inspection: Inspection) -> Iterator[Check]:
     after = inspection.attack(correct, lambda rest: run(rest.x, rest.y, Ball("linf", HUGE))).robust
     meaning = f"{_share(after)} resist an attack with an epsilon of {HUGE:g}, which allows any image"
     yield beyond("huge_epsilon", correct, after, meaning)
-
-
-def _last(other: nn.Module, rest: Remaining, inspection: Inspection) -> Iterate:
-    """The last iterate of a short run of PGD on another model."""
-    options = {"step_size": inspection.threat.step_size, "steps": inspection.steps}
-    *_, last = pgd(other, rest.x, rest.y, inspection.ball, **options)  # type: ignore[arg-type]
-    return last
 
 
 def _share(images: torch.Tensor) -> str:

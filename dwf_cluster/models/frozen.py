@@ -10,20 +10,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import fuse_conv_bn_weights
 
 from dwf_cluster.models.exchange import ExchangedExperts, owned
 from dwf_cluster.models.mixture import Experts
 from dwf_cluster.models.precision import cast_inputs
-
-_SMALL = 2**15
-"""Values of a first feature map, over a batch, up to which a CPU is faster with all experts in one pass. Measured
-at widths 8 and 16, on images of 8x8 to 32x32: 1.2 to 2.7 times below it, 0.7 to 1 times above."""
-
-_OWN = frozenset(vars(nn.Module()))
-"""Attributes that every module has."""
+from dwf_cluster.models.stack import MODULE_ATTRIBUTES, Stack, are_stackable
 
 _NOTHING = nn.Identity().eval()
 
@@ -112,7 +105,9 @@ def _frozen(model: nn.Module, tree: FrozenTree) -> nn.Module:
         done[id(model)] = folded = _folded(model, tree)  # type: ignore[arg-type]
         return folded
     done[id(model)] = copied = _shallow_copy(model)
-    attributes = {name: _frozen_value(value, tree) for name, value in vars(model).items() if name not in _OWN}
+    attributes = {
+        name: _frozen_value(value, tree) for name, value in vars(model).items() if name not in MODULE_ATTRIBUTES
+    }
     copied.__dict__.update(attributes)
     copied.__dict__["_modules"] = {name: child and _frozen(child, tree) for name, child in model._modules.items()}
     copied.__dict__["_parameters"] = {n: p if p is None else p.detach() for n, p in model._parameters.items()}
@@ -177,54 +172,22 @@ def _frozen_experts(experts: Experts, tree: FrozenTree) -> Experts:
 
 
 class _FrozenExperts(Experts):
-    """Frozen experts that run one after the other, or all in one pass over stacked weights where that is faster."""
+    """Frozen experts that run one after the other, or all in one pass where that is faster."""
 
     def __init__(self, experts: Iterable[nn.Module]) -> None:
         super().__init__(experts)
         self.training = False
-        shapes = [{name: tensor.shape for name, tensor in _state(expert).items()} for expert in self]
-        kernels = [tensor for tensor in _state(self[0]).values() if tensor.dim() == 4]
-        # Different networks may have weights of the same names and shapes.
-        structures = [(_structure(expert), shape) for expert, shape in zip(self, shapes, strict=True)]
-        are_equal = all(entry == structures[0] for entry in structures)
-        # Under vmap, BatchNorm takes no input in bfloat16.
-        is_stacked = kernels and are_equal and kernels[0].dtype != torch.bfloat16
-        self._width = len(kernels[0]) if is_stacked else None
-        self._stacked: dict[str, torch.Tensor] = {}
-        self._is_current = False
+        self._stack = Stack(list(self)) if are_stackable(list(self)) else None
 
     def expire(self) -> None:
         """Let the next pass stack the experts' weights again, in place."""
-        self._is_current = False
+        if self._stack is not None:
+            self._stack.expire()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self._width is None or x.device.type != "cpu" or x[:, 0].numel() * self._width > _SMALL:
+        if self._stack is None or not self._stack.is_faster(x):
             return super().forward(x)
-        if not self._is_current:
-            states = [_state(expert) for expert in self]
-            for name in states[0]:
-                out = self._stacked.get(name)
-                self._stacked[name] = torch.stack([state[name] for state in states], out=out)
-            self._is_current = True
-        first = self[0]
-        logits: torch.Tensor = torch.vmap(lambda state: functional_call(first, state, (x,)), out_dims=1)(self._stacked)
-        return logits
-
-
-def _state(module: nn.Module) -> dict[str, torch.Tensor]:
-    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
-
-
-def _structure(module: nn.Module) -> list[tuple[type[nn.Module], dict[str, Any]]]:
-    """The classes of a module's parts and their plain attributes, such as strides."""
-    plain = (bool, int, float, str, tuple, type(None))
-    return [
-        (
-            type(part),
-            {name: value for name, value in vars(part).items() if name not in _OWN and isinstance(value, plain)},
-        )
-        for part in module.modules()
-    ]
+        return self._stack.classify(x)
 
 
 def _is_foldable(model: nn.Module, done: dict[int, nn.Module]) -> bool:

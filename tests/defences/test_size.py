@@ -89,7 +89,7 @@ def test_a_suite_costs_an_image_that_no_attack_fools_what_is_planned(
     name: str, option: str, suite: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In convolutions; the checks of the clean images and of the last iterates are within the tolerance."""
-    monkeypatch.setattr("dwf_cluster.models.frozen._SMALL", 0)  # experts in one pass are counted wrongly
+    monkeypatch.setattr("dwf_cluster.models.stack._SMALL", 0)  # experts in one pass are counted wrongly
     experiment, shape = _experiment("digits", "model.width=4", option), SHAPES["digits"]
     spec, model = experiment.spec(name), _built(experiment.models, name, shape).eval()
     x = torch.rand(2, *shape)

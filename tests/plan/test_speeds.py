@@ -110,7 +110,7 @@ def _kernels(model: torch.nn.Module, steps: int) -> int:
 
 @pytest.mark.parametrize("networks", [1, 9])
 def test_the_plan_counts_the_kernels_of_an_iteration_of_pgd(networks: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dwf_cluster.models.frozen._SMALL", 0)  # as on a GPU, where experts run one after the other
+    monkeypatch.setattr("dwf_cluster.models.stack._SMALL", 0)  # as on a GPU, where experts run one after the other
     images = ImageFormat((3, 32, 32), 10, (0.5,) * 3, (0.25,) * 3)
     experts = [resnet18(images, 2) for _ in range(networks)]
     gate = Gate(networks, images.shape, images.mean, images.std, hidden=4)
