@@ -30,12 +30,12 @@ def _mixture(seed: int) -> nn.Module:
     return Mixture([_network(seed), _network(seed + 1)], Gate(2, (1, 8, 8), (0.5,), (0.25,), hidden=8).double())
 
 
-class _Noisy(nn.Module):
+class _Unknown(nn.Module):
     """Networks of a class that is not the package's may do more than their weights say."""
 
     def __init__(self, seed: int) -> None:
         super().__init__()
-        self.network, self.shift = _network(seed), float(seed)
+        self.network = _network(seed)
         self.extra = [torch.tensor(10.0 * seed)]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -69,12 +69,17 @@ def test_networks_of_one_structure_are_attacked_as_if_alone(count: int, ball: Ba
     _compare([frozen(_network(seed)) for seed in range(3)], count, ball)
 
 
+def test_a_pass_of_several_networks_is_not_cut() -> None:
+    """A CPU cuts larger batches than 1,536 images of 8x8 pixels, which would give networks each other's images."""
+    _compare([frozen(_network(seed, width=1)) for seed in range(4)], 512, Ball("linf", 0.1))
+
+
 @pytest.mark.parametrize(
     "models",
     [
         [_network(0), _network(1, width=2), _network(2), _network(3, width=2)],
         [_mixture(0), _network(2), _mixture(3)],  # a mixture's stacked experts are no parameters of it
-        [_Noisy(1), _Noisy(2)],  # neither is a tensor in a list
+        [_Unknown(1), _Unknown(2)],  # neither is a tensor in a list
     ],
     ids=["widths", "mixtures", "unknown"],
 )
