@@ -1,4 +1,4 @@
-"""Time of the demo's evaluation, with and without the reuse of gradients.
+"""Time of the demo's evaluation, with and without reused gradients and passes that several models share.
 
     python -m dwf_cluster.launch --local
     python benchmarks/evaluation.py [--storage runs] [--turns 3]
@@ -14,6 +14,8 @@ import json
 import statistics
 import time
 from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -21,40 +23,32 @@ from unittest.mock import patch
 import torch
 from torch import nn
 
+from dwf_cluster.cluster.tasks import evaluation_rows
 from dwf_cluster.data.registry import Sizes
 from dwf_cluster.data.sources import Images, load
-from dwf_cluster.data.subsets import checked
 from dwf_cluster.defences.build import trained
 from dwf_cluster.determinism import make_deterministic
-from dwf_cluster.evaluation.registry import CHECKS
-from dwf_cluster.evaluation.run import check, evaluate
-from dwf_cluster.experiment import Experiment
 from dwf_cluster.plan.jobs import Job, jobs
 from dwf_cluster.presets import build
 
 CPU = torch.device("cpu")
-WAYS: tuple[tuple[str, tuple[str, ...]], ...] = ("all", ()), ("reused", ("cpu",))
-"""Which gradients are computed or reused, and on which devices they are reused."""
+BEFORE, NOW = WAYS = "before", "now"
+"""Every gradient is computed, and each model that images are made on alone; or as the product does it."""
 
 
-def results(experiment: Experiment, job: Job, images: Images, models: dict[str, nn.Module]) -> Any:
-    """The rows of one evaluation, without their seconds."""
-    suite, name = job.suite or "", job.model
-    if suite == CHECKS:
-        part = checked(experiment.data.source, images.y_test, job.stop)
-        others = {other: model for other, model in models.items() if other != name}
-        settings: dict[str, Any] = {"seed": experiment.seed, "device": CPU, "others": others}
-        arguments = images.x_test[part], images.y_test[part], experiment.evaluation, experiment.threat
-        return check(models[name], name, *arguments, **settings)
-    shard = slice(job.first, job.stop)
-    rows, predictions = evaluate(
-        *(models, name, suite, images.x_test[shard], images.y_test[shard], experiment.evaluation, experiment.threats),
-        seed=experiment.seed,
-        device=CPU,
-        first=job.first,
-        experts=job.spec.experts,
-    )
-    return [{key: row[key] for key in row if key != "seconds"} for row in rows], predictions
+def each_alone(models: Iterable[nn.Module], x: torch.Tensor) -> Iterator[list[nn.Module]]:
+    """No two models share a pass."""
+    return ([model] for model in models)
+
+
+def results(way: str, job: Job, images: Images, models: Mapping[str, nn.Module]) -> dict[str, list[dict[str, Any]]]:
+    """The rows of one evaluation by table, computed in one way, without their seconds."""
+    with ExitStack() as stack:
+        if way == BEFORE:
+            stack.enter_context(patch("dwf_cluster.attacks.gradient_cache._DEVICES", ()))
+            stack.enter_context(patch("dwf_cluster.attacks.several._groups", each_alone))
+        tables = evaluation_rows(job, images, models, CPU)
+    return {table: [{**row, "seconds": None} for row in rows] for table, rows in tables.items()}
 
 
 def main() -> None:
@@ -76,20 +70,19 @@ def main() -> None:
                 for name in job.evaluated_with
             }
             rows = []
-            for way, devices in WAYS[:: (1, -1)[turn % 2]]:
-                with patch("dwf_cluster.attacks.gradient_cache._DEVICES", devices):
-                    clock = time.process_time()
-                    rows.append(results(experiment, job, images, models))
-                    of = "mixture" if job.model == "mixture" else "experts"
-                    seconds[of, job.suite or "", way].append(time.process_time() - clock)
+            for way in WAYS[:: (1, -1)[turn % 2]]:
+                clock = time.process_time()
+                rows.append(results(way, job, images, models))
+                kind = "mixture" if job.model == "mixture" else "experts"
+                seconds[kind, job.suite or "", way].append(time.process_time() - clock)
             assert repr(rows[0]) == repr(rows[1]), f"{job.model} {job.suite}"
     report = {}
     for model, suite in dict.fromkeys((model, suite) for model, suite, _ in seconds):
         turns = options.turns
-        a, b = (sum_of_medians(seconds[model, suite, way], turns) for way, _ in WAYS)
-        report[f"{model} {suite}"] = {"all": round(a, 2), "reused": round(b, 2), "ratio": round(a / b, 2)}
-    a, b = (sum(row[way] for row in report.values()) for way, _ in WAYS)
-    print(json.dumps({**report, "total": {"all": round(a, 1), "reused": round(b, 1), "ratio": round(a / b, 2)}}))
+        a, b = (sum_of_medians(seconds[model, suite, way], turns) for way in WAYS)
+        report[f"{model} {suite}"] = {BEFORE: round(a, 2), NOW: round(b, 2), "ratio": round(a / b, 2)}
+    a, b = (sum(row[way] for row in report.values()) for way in WAYS)
+    print(json.dumps({**report, "total": {BEFORE: round(a, 1), NOW: round(b, 1), "ratio": round(a / b, 2)}}))
 
 
 def sum_of_medians(seconds: list[float], turns: int) -> float:

@@ -12,7 +12,7 @@ import os
 import platform
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
@@ -27,6 +27,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from dwf_cluster.cluster import failures
 from dwf_cluster.cluster.control import Claim
 from dwf_cluster.data.device import DeviceImages
+from dwf_cluster.data.sources import Images
 from dwf_cluster.data.subsets import checked
 from dwf_cluster.defences.build import to_train, trained
 from dwf_cluster.defences.registry import WEIGHTS
@@ -173,44 +174,65 @@ def _evaluate(job: Job, store: Store, images: ray.ObjectRef, allocation: Allocat
     make_deterministic(allocation.cpus, tf32=_uses_tf32(job))
     device = _claim(control, job, 0, allocation)
     experiment, arrays = job.experiment, _get(images)
-    assert job.suite is not None
-    shard: Any = slice(job.first, job.stop)
-    if job.suite == CHECKS:
-        shard = checked(experiment.data.source, arrays.y_test, job.stop)
-    x, y = arrays.x_test[shard], arrays.y_test[shard]
-    seed, specs, evaluation = experiment.seed, experiment.models, experiment.evaluation
-    loaded: dict[str, torch.nn.Module] = {}
-    names = job.evaluated_with
-    models = {name: trained(specs, name, arrays.format, seed, store, loaded).to(device) for name in names}
-    if job.suite == CHECKS:
-        model = models.pop(job.model)
-        checks = check(model, job.model, x, y, evaluation, experiment.threat, seed=seed, device=device, others=models)
-        tables.write(store, CHECKS, job.file, checks)
-        return
-    collector = Collector(job.model, experiment.save_adversarial) if experiment.save_adversarial else None
+    specs, loaded = experiment.models, dict[str, torch.nn.Module]()
+    models = {
+        name: trained(specs, name, arrays.format, experiment.seed, store, loaded).to(device)
+        for name in job.evaluated_with
+    }
+    dtype = experiment.save_adversarial
+    collector = Collector(job.model, dtype) if dtype and job.suite != CHECKS else None
+    results = evaluation_rows(job, arrays, models, device, collector)
+    if collector:
+        store.write(job.images_file, collector.images().to_npz())
+    elif job.suite != CHECKS:
+        store.remove(job.images_file)  # of an earlier run, whose rows are replaced too
+    for table, rows in results.items():
+        tables.write(store, table, job.file, rows)
+
+
+def evaluation_rows(
+    job: Job,
+    arrays: Images,
+    models: Mapping[str, torch.nn.Module],
+    device: torch.device,
+    collector: Collector | None = None,
+) -> dict[str, list[dict[str, Any]]]:
+    """Rows of the tables that an evaluation or the checks of a model write, by table, in the order of writing.
+
+    Args:
+        job: an evaluation.
+        arrays: the experiment's images.
+        models: on the device, by name: those of `job.evaluated_with`.
+        device: that computes.
+        collector: keeps the adversarial images; None: they are not kept.
+    """
+    experiment, suite = job.experiment, job.suite
+    evaluation, seed = experiment.evaluation, experiment.seed
+    assert suite is not None
+    if suite == CHECKS:
+        part = checked(experiment.data.source, arrays.y_test, job.stop)
+        x, y = arrays.x_test[part], arrays.y_test[part]
+        others = {name: model for name, model in models.items() if name != job.model}
+        model, threat = models[job.model], experiment.threat
+        return {CHECKS: check(model, job.model, x, y, evaluation, threat, seed=seed, device=device, others=others)}
+    shard = slice(job.first, job.stop)
+    corrupted = arrays.corrupted if experiment.corruption_files else {}
     rows, predictions = evaluate(
         models,
         job.model,
-        job.suite,
-        x,
-        y,
+        suite,
+        arrays.x_test[shard],
+        arrays.y_test[shard],
         evaluation,
         experiment.threats,
         seed=seed,
         device=device,
         first=job.first,
         experts=job.spec.experts,
-        corrupted={key: images[shard] for key, images in arrays.corrupted.items()}
-        if experiment.corruption_files
-        else {},
+        corrupted={key: images[shard] for key, images in corrupted.items()},
         collector=collector,
     )
-    if collector:
-        store.write(job.images_file, collector.images().to_npz())
-    else:
-        store.remove(job.images_file)  # of an earlier run, whose rows are replaced too
-    tables.write(store, "predictions", job.file, predictions)
-    tables.write(store, "shards", job.file, rows)
+    return {"predictions": predictions, "shards": rows}
 
 
 def _get(reference: Any) -> Any:
