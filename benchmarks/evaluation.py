@@ -14,7 +14,7 @@ import json
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -36,9 +36,9 @@ BEFORE, NOW = WAYS = "before", "now"
 """Every gradient is computed, and each model that images are made on alone; or as the product does it."""
 
 
-def each_alone(models: Iterable[nn.Module], x: torch.Tensor) -> Iterator[list[nn.Module]]:
+def each_alone(models: Iterable[nn.Module], x: torch.Tensor) -> list[list[nn.Module]]:
     """No two models share a pass."""
-    return ([model] for model in models)
+    return [[model] for model in models]
 
 
 def results(way: str, job: Job, images: Images, models: Mapping[str, nn.Module]) -> dict[str, list[dict[str, Any]]]:

@@ -12,7 +12,7 @@ from dwf_cluster.attacks.gradient import NotLogits
 from dwf_cluster.attacks.pgd import Iterate, pgd
 from dwf_cluster.models.deterministic import is_plain
 from dwf_cluster.models.frozen import WHOLE_BATCH
-from dwf_cluster.models.mixture import Gated
+from dwf_cluster.models.mixture import Experts, Gated
 from dwf_cluster.models.stack import Stack, are_stackable
 
 
@@ -22,7 +22,8 @@ def last_iterates(
     """The last iterate of PGD on each model; small networks of one structure are attacked in one pass.
 
     Args:
-        models: frozen. One that returns NaN or probabilities has no iterate.
+        models: frozen. One that returns NaN, infinity or probabilities has no iterate; of those in one pass, only one
+            that returns NaN or infinity, because trained networks of one structure all return logits, or none does.
         x, y, ball, step_size, steps: as for `pgd`.
     """
     for group in _groups(models, x):
@@ -45,23 +46,32 @@ def _last_iterates(
         yield Iterate(steps, torch.arange(len(x), device=x.device), part)
 
 
-def _groups(models: Iterable[nn.Module], x: torch.Tensor) -> Iterator[list[nn.Module]]:
+def _groups(models: Iterable[nn.Module], x: torch.Tensor) -> list[list[nn.Module]]:
     """Models that are to be attacked together: several only if one pass is faster for these images."""
-    groups: list[list[nn.Module]] = []
+    shared: list[list[nn.Module]] = []
+    alone: list[list[nn.Module]] = []
     for model in models:
-        # One pass needs tensors that are all parameters and buffers, and no step that depends on their values.
-        is_network = is_plain(model) and not isinstance(model, Gated)
-        alike = (group for group in groups if is_network and are_stackable([group[0], model]))
-        group = next(alike, None)
-        if group is not None and Stack([model]).is_faster(x):
+        if not (_is_network(model) and Stack([model]).is_faster(x)):
+            alone.append([model])
+        elif group := next((group for group in shared if are_stackable([group[0], model])), None):
             group.append(model)
         else:
-            groups.append([model])
-    yield from groups
+            shared.append([model])
+    return shared + alone
+
+
+def _is_network(model: nn.Module) -> bool:
+    """Whether its tensors are all parameters and buffers, and no step depends on their values, as one pass needs."""
+    has_experts = any(isinstance(module, Gated | Experts) for module in model.modules())
+    return is_plain(model) and not has_experts and are_stackable([model])
 
 
 class _SideBySide(nn.Module):
-    """Frozen networks that each classify images of their own: a batch has equally many of each, in their order."""
+    """Frozen networks that each classify images of their own: a batch has equally many of each, in their order.
+
+    It is no plain model (`models.deterministic.is_plain`), so that PGD reuses no gradient: a partial pass would give a
+    network the images of another one.
+    """
 
     def __init__(self, networks: Sequence[nn.Module]) -> None:
         super().__init__()

@@ -77,17 +77,18 @@ def _shapes(module: nn.Module) -> dict[str, torch.Size]:
     return {name: tensor.shape for name, tensor in _state(module).items()}
 
 
-def _structure(module: nn.Module) -> list[tuple[type[nn.Module], dict[str, Any]]]:
-    """The classes of a module's parts and their plain attributes, such as strides."""
-    plain = (bool, int, float, str, tuple, type(None))
+def _structure(module: nn.Module) -> list[tuple[type[nn.Module], list[str], dict[str, Any]]]:
+    """Of each of a module's parts the class, the names of its own parts, and its settings, such as strides."""
     return [
         (
             type(part),
-            {
-                name: value
-                for name, value in vars(part).items()
-                if name not in MODULE_ATTRIBUTES and isinstance(value, plain)
-            },
+            list(part._modules),
+            {name: value for name, value in vars(part).items() if name not in MODULE_ATTRIBUTES and _is_setting(value)},
         )
         for part in module.modules()
     ]
+
+
+def _is_setting(value: Any) -> bool:
+    plain = (bool, int, float, str, tuple, type(None))
+    return isinstance(value, plain) or (isinstance(value, list) and all(isinstance(item, plain) for item in value))

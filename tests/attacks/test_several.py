@@ -30,6 +30,18 @@ def _mixture(seed: int) -> nn.Module:
     return Mixture([_network(seed), _network(seed + 1)], Gate(2, (1, 8, 8), (0.5,), (0.25,), hidden=8).double())
 
 
+def _hooked(seed: int) -> nn.Module:
+    network = _network(seed)
+    network.register_forward_pre_hook(lambda _, images: (1 - images[0],))
+    return network
+
+
+def _pooled(seed: int, *pools: nn.Module) -> nn.Module:
+    torch.manual_seed(seed)
+    convolution = nn.Conv2d(1, 4, 3, padding=1)
+    return nn.Sequential(convolution, *pools, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 10)).double()
+
+
 class _Unknown(nn.Module):
     """Networks of a class that is not the package's may do more than their weights say."""
 
@@ -79,9 +91,12 @@ def test_a_pass_of_several_networks_is_not_cut() -> None:
     [
         [_network(0), _network(1, width=2), _network(2), _network(3, width=2)],
         [_mixture(0), _network(2), _mixture(3)],  # a mixture's stacked experts are no parameters of it
+        [nn.Sequential(_mixture(0)), nn.Sequential(_mixture(3))],
         [_Unknown(1), _Unknown(2)],  # neither is a tensor in a list
+        [_hooked(0), _network(1)],
+        [_pooled(0, nn.MaxPool2d(2)), _pooled(1, *[nn.MaxPool2d(2)] * 2), _pooled(2, nn.MaxPool2d([4, 4]))],  # type: ignore[arg-type]
     ],
-    ids=["widths", "mixtures", "unknown"],
+    ids=["widths", "mixtures", "parts with experts", "unknown", "a hook", "pools"],
 )
 def test_other_models_are_attacked_as_if_alone(models: Sequence[nn.Module]) -> None:
     _compare([frozen(model) for model in models], SMALL, Ball("linf", 0.1))
