@@ -38,8 +38,8 @@ def _hooked(seed: int) -> nn.Module:
 
 def _pooled(seed: int, *pools: nn.Module) -> nn.Module:
     torch.manual_seed(seed)
-    convolution = nn.Conv2d(1, 4, 3, padding=1)
-    return nn.Sequential(convolution, *pools, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 10)).double()
+    parts = nn.Conv2d(1, 4, 3, padding=1), nn.Sequential(*pools), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    return nn.Sequential(*parts, nn.Linear(4, 10)).double()
 
 
 class _Unknown(nn.Module):
@@ -94,9 +94,10 @@ def test_a_pass_of_several_networks_is_not_cut() -> None:
         [nn.Sequential(_mixture(0)), nn.Sequential(_mixture(3))],
         [_Unknown(1), _Unknown(2)],  # neither is a tensor in a list
         [_hooked(0), _network(1)],
-        [_pooled(0, nn.MaxPool2d(2)), _pooled(1, *[nn.MaxPool2d(2)] * 2), _pooled(2, nn.MaxPool2d([4, 4]))],  # type: ignore[arg-type]
+        [_pooled(0, nn.MaxPool2d(2)), _pooled(1, *[nn.MaxPool2d(2)] * 2)],
+        [_pooled(0, nn.MaxPool2d([2, 2])), _pooled(1, nn.MaxPool2d([4, 4]))],  # type: ignore[arg-type]
     ],
-    ids=["widths", "mixtures", "parts with experts", "unknown", "a hook", "pools"],
+    ids=["widths", "mixtures", "parts with experts", "unknown", "a hook", "a layer twice", "sizes"],
 )
 def test_other_models_are_attacked_as_if_alone(models: Sequence[nn.Module]) -> None:
     _compare([frozen(model) for model in models], SMALL, Ball("linf", 0.1))
