@@ -67,16 +67,12 @@ def _is_network(model: nn.Module) -> bool:
 
 
 class _SideBySide(nn.Module):
-    """Frozen networks that each classify images of their own: a batch has equally many of each, in their order.
-
-    It is no plain model (`models.deterministic.is_plain`), so that PGD reuses no gradient: a partial pass would give a
-    network the images of another one.
-    """
+    """Frozen networks that each classify images of their own: a batch has equally many of each, in their order."""
 
     def __init__(self, networks: Sequence[nn.Module]) -> None:
         super().__init__()
         self._stack, self._count = Stack(networks), len(networks)
-        setattr(self, WHOLE_BATCH, True)
+        setattr(self, WHOLE_BATCH, True)  # a part of a batch would give a network the images of another one
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self._stack.classify_own(x.view(self._count, -1, *x.shape[1:])).flatten(0, 1)

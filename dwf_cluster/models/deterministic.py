@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
+from dwf_cluster.models.frozen import WHOLE_BATCH
+
 _PLAIN = (
     nn.AdaptiveAvgPool2d,
     nn.AvgPool2d,
@@ -35,8 +37,9 @@ def is_plain(model: nn.Module) -> bool:
 def _is_plain(module: nn.Module) -> bool:
     if "forward" in vars(module) or module.training or module._forward_hooks or module._forward_pre_hooks:
         return False
-    if isinstance(module, nn.BatchNorm2d) and module.running_mean is None:
-        return False  # an image's outputs depend on the rest of its batch
+    depends_on_batch = isinstance(module, nn.BatchNorm2d) and module.running_mean is None
+    if depends_on_batch or getattr(module, WHOLE_BATCH, False):
+        return False
     own = type(module).__module__.startswith(_OWN_MODELS)
     # A gate ends in a softmax, whose outputs are weights and not the model's.
     return own or type(module) in _PLAIN or type(module) is nn.Softmax

@@ -15,7 +15,7 @@ from dwf_cluster.attacks.gradient_cache import GradientCache
 from dwf_cluster.attacks.pgd import Iterate, pgd
 from dwf_cluster.attacks.routing import expert_aimed, gate_aimed
 from dwf_cluster.models import deterministic
-from dwf_cluster.models.frozen import frozen
+from dwf_cluster.models.frozen import WHOLE_BATCH, frozen
 from dwf_cluster.models.mixture import Gate, Mixture
 from dwf_cluster.models.resnet import ResNet
 
@@ -166,6 +166,13 @@ def test_images_that_all_repeat_are_computed_no_more() -> None:
     first, second, partial = _sizes(model)  # the partial pass is compared, and equal
     assert (first, second) == (100, 100)
     assert partial < 100
+
+
+def test_gradients_of_a_model_that_uses_the_whole_batch_are_all_computed() -> None:
+    model = Counted(Constant()).eval()
+    setattr(model, WHOLE_BATCH, True)
+    list(pgd(model, torch.rand(100, *SHAPE), torch.full((100,), 2), BALL, step_size=STEP_SIZE, steps=STEPS))
+    assert _sizes(model) == [100] * STEPS
 
 
 class _Random(nn.Module):
